@@ -1,0 +1,145 @@
+"""SentencePiece BPE with byte fallback: any text in, the same text out, byte for byte."""
+
+import hashlib
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.settings import ConfigError
+
+UNK, BOS, EOS, PAD, MASK = range(5)
+
+# SentencePiece writes a blank as U+2581, so the real character must go past it, as its bytes.
+BLANK = "\u2581"
+# Its trainer skips the whole sentence for a U+2585, ignores NUL and takes U+2581 for a blank.
+RESERVED = re.compile("[\0\u2581\u2585]")
+# Its trainer skips longer sentences, so documents come in pieces; the cut spoils one word in some thousands.
+PIECE_CHARS = 16_000
+
+
+def train(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
+    """Trains a model on texts and writes it to `model_path`. The same texts give the same bytes.
+
+    Args:
+        texts: the sample; it is held in memory by the library, about ten times over.
+        vocab_size: number of ids, with the 5 special ones and the 256 bytes.
+    Raises:
+        ConfigError: the vocabulary is too large or too small for the sample.
+    """
+    import sentencepiece
+
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=_pieces(texts),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            pad_id=PAD,
+            control_symbols=["<mask>"],  # takes the next id, MASK; control symbols are never found in text
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            max_sentence_length=4 * PIECE_CHARS,  # bytes
+            num_threads=1,  # is written into the model, so the machine must not choose it
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ConfigError(_why_untrained(str(error), vocab_size)) from None
+    model_path.write_bytes(model.getvalue())
+
+
+def _pieces(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for part in RESERVED.split(text):
+            for start in range(0, len(part), PIECE_CHARS):
+                yield part[start : start + PIECE_CHARS]
+
+
+def _why_untrained(message: str, vocab_size: int) -> str:
+    given = f"data.tokenizer.vocab_size={vocab_size}"
+    if too_high := re.search(r"value <= (\d+)", message):
+        return f"{given}: the text is too small for it; give more text or set it to {too_high[1]} or less"
+    if too_low := re.search(r"required_chars\. \d+ vs (\d+)", message):
+        return f"{given}: too small for 256 bytes, 5 specials and this text's characters; set {too_low[1]} or more"
+    return f"{given}: SentencePiece cannot train a model on this text: {message.strip()}"
+
+
+class Tokenizer:
+    """A trained SentencePiece model.
+
+    Attributes: `vocab_size`, `sha256` of the model file, and the ids `unk_id`, `bos_id`, `eos_id`, `pad_id`, `mask_id`
+    (None where a model of others lacks one).
+
+    Raises:
+        ConfigError: the file is missing, no SentencePiece model, or has no end-of-text id.
+    """
+
+    def __init__(self, model_path: str | Path) -> None:
+        import sentencepiece
+
+        try:
+            model = Path(model_path).read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"{model_path}: the tokenizer cannot be read ({error}); give a SentencePiece model file"
+            ) from None
+        try:
+            self._model = sentencepiece.SentencePieceProcessor(
+                model_proto=model or b"\0"
+            )  # it takes empty for "none given"
+        except RuntimeError:
+            raise ConfigError(
+                f"{model_path}: not a SentencePiece model; give a .model file made by SentencePiece"
+            ) from None
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.vocab_size: int = self._model.get_piece_size()
+        self.unk_id: int = self._model.unk_id()
+        self.bos_id = _id_or_none(self._model.bos_id())
+        self.pad_id = _id_or_none(self._model.pad_id())
+        self.mask_id = _id_or_none(self._special("<mask>"))
+        eos_id = _id_or_none(self._model.eos_id())
+        if eos_id is None:
+            raise ConfigError(
+                f"{model_path}: the model has no end-of-text id (eos), which ends every document; train with one"
+            )
+        self.eos_id: int = eos_id
+        blank_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
+        self._blank_bytes = None if self.unk_id in blank_bytes else blank_bytes  # None: a model without byte fallback
+
+    def _special(self, piece: str) -> int:
+        index = self._model.piece_to_id(piece)
+        return index if self._model.is_control(index) else -1
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, without bos or eos; no text can produce a special id."""
+        if self._blank_bytes is None or BLANK not in text:
+            return self._model.encode(text)
+        first, *others = (self._model.encode(part) for part in text.split(BLANK))
+        return first + [i for part in others for i in self._blank_bytes + part]
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """`encode` for many texts on all cores; each array is int32 (tokens,)."""
+        encoded = self._model.encode(texts, out_type="numpy", num_threads=len(os.sched_getaffinity(0)))
+        for index, text in enumerate(texts):
+            if BLANK in text:
+                encoded[index] = np.array(self.encode(text), dtype=np.int32)
+        return encoded
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids; special ids are left out, bytes that are no UTF-8 become U+FFFD."""
+        return self._model.decode([int(i) for i in ids])
+
+
+def _id_or_none(index: int) -> int | None:
+    return None if index < 0 else index

@@ -1,0 +1,249 @@
+"""Sources: every kind is read whole and in order; every kind of damage is named by file and place."""
+
+import gzip
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pyarrow  # type: ignore[import-untyped]
+import pytest
+from pyarrow import parquet  # type: ignore[import-untyped]
+
+from data import corpus
+from data.config import EmbeddedSource, FilesSource, HubSource
+from data.corpus import documents
+from data.settings import ConfigError
+
+TEXTS = ["first", "second\nwith a line", "dritte, größer 🎉", "a\tb\r\n"]
+LINES = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS).encode()
+
+
+def files(*paths: object, **settings: str) -> FilesSource:
+    return FilesSource(kind="files", paths=tuple(map(str, paths)), **settings)  # type: ignore[arg-type]
+
+
+def write_zst(path: Path, content: bytes) -> None:
+    with pyarrow.output_stream(str(path), compression="zstd") as stream:
+        stream.write(content)
+
+
+def write_parquet(path: Path, **columns: list) -> None:
+    parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
+
+
+# ---- embedded
+
+
+@pytest.fixture(scope="module")
+def embedded() -> list[str]:
+    return list(documents(EmbeddedSource(kind="embedded")))
+
+
+def test_embedded_corpus_is_large_and_english(embedded):
+    text = "\n".join(embedded)
+    assert len(text.encode()) > 2_000_000
+    assert len(embedded) > 400
+    words = Counter(re.findall(r"[a-z]+", text.lower()))
+    assert {"the", "is", "of", "to", "a", "and"} <= {word for word, _ in words.most_common(10)}
+
+
+def test_embedded_corpus_is_clean(embedded):
+    for text in embedded:
+        assert text.strip()
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]|[ \t]\n|[ \t]\Z|\A\n|\n\Z", text), text[:80]
+
+
+def test_embedded_corpus_says_nothing_twice(embedded):
+    assert len(set(embedded)) == len(embedded)
+    inherited = "Return repr(self)."  # the docstring of hundreds of slots
+    assert sum(text.split("\n\n").count(inherited) for text in embedded) == 1
+
+
+def test_embedded_corpus_is_the_same_in_another_process(embedded):
+    code = (
+        "import hashlib, sys; sys.excepthook = lambda *a: None; sys.excepthook.__doc__ = 'a hook of the program';"
+        "from data.corpus import _embedded; print(hashlib.sha256('\\0'.join(_embedded()).encode()).hexdigest())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == hashlib.sha256("\0".join(embedded).encode()).hexdigest()
+    assert found.stderr == ""
+
+
+def test_docstrings_come_in_source_order(tmp_path):
+    file = tmp_path / "m.py"
+    file.write_text(
+        '"""one"""\nclass A:\n    """two"""\n    def f(self):\n        """three"""\n        "no"\n'
+        'if True:\n    def g():\n        """four"""\n        async def h():\n            """five"""\nraise SystemExit\n'
+    )
+    assert [text for text in corpus._docstrings(file) if text] == ["one", "two", "three", "four", "five"]
+
+
+# ---- files
+
+
+def test_text_file_is_one_document(tmp_path):
+    content = "a\n\nb\r\n \tc\n"
+    (tmp_path / "a.txt").write_bytes(content.encode())
+    assert list(documents(files(tmp_path / "a.txt"))) == [content]
+
+
+def test_text_file_is_split_at_a_separator(tmp_path):
+    texts = [f"text {i}\nline" + "x" * (i % 7) for i in range(60_000)]
+    (tmp_path / "a.txt").write_text("<|end|>".join(texts))  # more than a megabyte: several reads
+    assert list(documents(files(tmp_path / "a.txt", separator="<|end|>"))) == texts
+    (tmp_path / "b.txt").write_text("a\n\nb\n\n\n\n")
+    counts: Counter[str] = Counter()
+    assert list(documents(files(tmp_path / "b.txt", separator="\n\n"), counts)) == ["a", "b"]
+    assert counts["empty"] == 2
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_rows_of_every_format(tmp_path, name):
+    file = tmp_path / name
+    if name == "a.jsonl":
+        file.write_bytes(LINES.replace(b"\n", b"\n\n", 1))  # a blank line is no document
+    elif name == "a.jsonl.gz":
+        file.write_bytes(gzip.compress(LINES))
+    elif name == "a.jsonl.zst":
+        write_zst(file, LINES)
+    else:
+        write_parquet(file, text=TEXTS, n=[1] * len(TEXTS))
+    assert list(documents(files(file))) == TEXTS
+
+
+def test_globs_are_sorted_and_files_read_once(tmp_path):
+    for name in ("b", "a", "c"):
+        (tmp_path / f"{name}.txt").write_text(name)
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "[d].txt").write_text("d")
+    source = files(tmp_path / "c.txt", tmp_path / "*.txt", tmp_path / "deep" / "[d].txt", tmp_path / "**/*.txt")
+    assert list(documents(source)) == ["c", "a", "b", "d"]
+
+
+def test_empty_documents_are_skipped_and_counted(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "x"}\n{"text": " \\n"}\n{"text": null}\n')
+    counts: Counter[str] = Counter()
+    assert list(documents(files(tmp_path / "a.jsonl"), counts)) == ["x"]
+    assert counts["empty"] == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\nfine\nbad \xff\n", "a.txt, line 3: invalid UTF-8"),
+        ("a.txt", b" \n\n", "no document holds any text"),
+        ("a.txt", b"", "no document holds any text"),
+        ("a.jsonl", LINES + b"[1]\n", "a.jsonl, line 5: the line is no JSON object"),
+        ("a.jsonl", LINES + b'{"text": "x"\n', "a.jsonl, line 5: not valid JSON"),
+        ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl, line 1: not valid JSON"),
+        (
+            "a.jsonl",
+            LINES + b'{"body": "x"}\n',
+            "a.jsonl, line 5: no field 'text'; set data.source.text_field to one of body",
+        ),
+        ("a.jsonl", b'{"text": 3}\n', "a.jsonl, line 1: 'text' is a int, not a string"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl, line 1: 'text' holds half a surrogate pair"),
+        ("a.jsonl", b'{"text": "\xc3"}\n', "a.jsonl, line 1: invalid UTF-8"),
+        ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz: unreadable after line"),
+        ("a.jsonl.gz", LINES, "a.jsonl.gz: unreadable after line 0"),
+        ("a.jsonl.zst", LINES, "a.jsonl.zst: unreadable after line 0"),
+        ("a.parquet", LINES, "a.parquet: unreadable after row 0"),
+        ("a.csv", LINES, "a.csv: cannot read this type of file"),
+    ],
+)
+def test_damage_is_named(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        list(documents(files(tmp_path / name)))
+
+
+def test_truncated_zst(tmp_path):
+    write_zst(tmp_path / "whole.zst", LINES * 1000)
+    (tmp_path / "a.jsonl.zst").write_bytes((tmp_path / "whole.zst").read_bytes()[:-9])
+    with pytest.raises(ConfigError, match="a.jsonl.zst: unreadable after line"):
+        list(documents(files(tmp_path / "a.jsonl.zst")))
+
+
+def test_parquet_without_the_column_or_with_another_type(tmp_path):
+    write_parquet(tmp_path / "a.parquet", body=TEXTS, n=[1] * 4)
+    with pytest.raises(
+        ConfigError, match=r"a\.parquet: no column 'text'; set data.source.text_field to one of body, n"
+    ):
+        list(documents(files(tmp_path / "a.parquet")))
+    assert list(documents(files(tmp_path / "a.parquet", text_field="body"))) == TEXTS
+    with pytest.raises(ConfigError, match=r"a\.parquet, row 0: 'n' is a int"):
+        list(documents(files(tmp_path / "a.parquet", text_field="n")))
+
+
+def test_parquet_damaged_in_its_pages(tmp_path):
+    file = tmp_path / "a.parquet"
+    write_parquet(file, text=[f"text {i}" * 50 for i in range(8)])
+    content = bytearray(file.read_bytes())
+    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"a\.parquet(: unreadable after|, row)"):
+        list(documents(files(file)))
+
+
+def test_paths_that_match_nothing(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing-\*\.txt matches no file"):
+        list(documents(files(tmp_path / "nothing-*.txt")))
+    with pytest.raises(ConfigError, match="is a folder"):
+        list(documents(files(tmp_path)))
+
+
+# ---- hub, on a local folder of parquet files in the layout of a dataset
+
+
+@pytest.fixture
+def dataset(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    write_parquet(folder / "train-00000-of-00002.parquet", text=TEXTS[:3])
+    write_parquet(folder / "train-00001-of-00002.parquet", text=TEXTS[3:])
+    return folder
+
+
+def hub(folder: object, **settings: str) -> HubSource:
+    return HubSource(kind="hub", name=str(folder), **settings)  # type: ignore[arg-type]
+
+
+def test_hub_streams_in_order(dataset):
+    assert list(documents(hub(dataset))) == TEXTS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"split": "test"}, "cannot be read after row 0: Bad split: test"),
+        ({"text_field": "body"}, "row 0: no field 'body'"),
+    ],
+)
+def test_hub_with_wrong_names(dataset, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        list(documents(hub(dataset, **settings)))
+
+
+def test_hub_with_a_damaged_file(dataset):
+    (dataset / "train-00001-of-00002.parquet").write_bytes(b"garbage")
+    with pytest.raises(ConfigError, match="cannot be read after row"):
+        list(documents(hub(dataset)))
+
+
+def test_hub_runs_no_script(dataset):
+    (dataset / "dataset.py").write_text(f"open({str(dataset / 'ran')!r}, 'w')")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        list(documents(hub(dataset)))
+    assert not (dataset / "ran").exists()
+
+
+def test_hub_folder_that_is_missing(tmp_path):
+    with pytest.raises(ConfigError, match="is not a folder"):
+        list(documents(hub(tmp_path / "none")))

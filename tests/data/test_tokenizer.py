@@ -1,0 +1,138 @@
+"""Tokenizer: any text comes back byte for byte; no text makes a special id; training is deterministic."""
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from data import tokenizer as module
+from data.settings import ConfigError
+from data.tokenizer import Tokenizer, train
+
+TEXTS = [text for _, text in sorted(topics.items())][:30]
+VOCAB = 512
+SPECIAL = set(range(5))
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    train(TEXTS, VOCAB, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_path) -> Tokenizer:
+    return Tokenizer(model_path)
+
+
+def test_ids(tokenizer):
+    ids = (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.mask_id)
+    assert ids == (0, 1, 2, 3, 4)
+    assert tokenizer.vocab_size == VOCAB
+    assert tokenizer.decode([1, 2, 3, 4]) == ""
+
+
+characters = st.text(st.characters(exclude_categories=["Cs"])) | st.text("\n\t\r ▁▅a1<>")
+
+
+@settings(max_examples=400, deadline=None)
+@given(characters)
+@example("\n\n\n  \t\t    a  b \n ")
+@example(" leading and trailing ")
+@example("▁ ▁a▁▁ ▅ \ufffd ⁇ \ufeff")
+@example("\0\0a\0")
+@example("👩‍👩‍👧‍👦 🇪🇺 e\u0301 é ﬁ Ⅳ ½ ｆｕｌｌ")
+@example("\r\n\x0b\x0c\x85\u2028\u3000")
+def test_any_text_round_trips(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not SPECIAL & set(ids)
+    assert all(0 <= i < VOCAB for i in ids)
+    (batch,) = tokenizer.encode_batch([text])
+    assert batch.tolist() == ids
+
+
+def test_names_of_specials_are_plain_text(tokenizer):
+    for text in ("<mask>", "<s></s>", "<unk>", "<pad>", "a <mask> b", "<0x0A>", "</s>\n</s>"):
+        ids = tokenizer.encode(text)
+        assert len(ids) > 1 and not SPECIAL & set(ids)
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("<0x0A>") != tokenizer.encode("\n")
+
+
+def test_text_that_names_specials_can_be_trained_on(tmp_path):
+    train([*TEXTS, "<mask> </s> <s> " * 1000], VOCAB, tmp_path / "m")
+    tokenizer = Tokenizer(tmp_path / "m")
+    assert tokenizer.mask_id == 4
+    assert not SPECIAL & set(tokenizer.encode("<mask> </s> <s> <mask>"))
+
+
+def test_batches_equal_single_texts(tokenizer):
+    texts = [*TEXTS[:5], "", "▁", "a▁b", " "]
+    batch = tokenizer.encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
+    assert all(ids.dtype == np.int32 for ids in batch)
+    assert tokenizer.encode_batch([]) == []
+
+
+def test_digits_are_split_and_runs_of_blanks_are_not(tokenizer, tmp_path):
+    train([*TEXTS, " 2026" * 2000], VOCAB, tmp_path / "m")
+    assert len(Tokenizer(tmp_path / "m").encode("2026")) == 4
+    assert len(tokenizer.encode("a" + " " * 16 + "b")) < 6
+
+
+def test_text_is_compressed(tokenizer):
+    text = "\n".join(TEXTS)
+    assert 1.6 < len(text.encode()) / len(tokenizer.encode(text)) < 8
+
+
+def test_training_is_deterministic(model_path, tokenizer, tmp_path):
+    train(iter(TEXTS), VOCAB, tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == model_path.read_bytes()
+    assert Tokenizer(tmp_path / "again").sha256 == tokenizer.sha256
+
+
+@pytest.mark.parametrize("reserved", ["", "▅", "\0", "▁"])
+def test_no_part_of_a_document_is_dropped(tmp_path, monkeypatch, reserved):
+    """A word that occurs only at the far end of a document longer than the library's limit becomes a piece."""
+    monkeypatch.setattr(module, "PIECE_CHARS", 1000)
+    text = "".join(TEXTS)[:50_000] + (" Quetzalcoatl" + reserved) * 2000
+    train([text], VOCAB, tmp_path / "m")
+    assert len(Tokenizer(tmp_path / "m").encode(" Quetzalcoatl")) == 1
+
+
+def test_a_vocabulary_too_large_or_too_small_for_the_text(tmp_path):
+    with pytest.raises(ConfigError, match=r"vocab_size=5000: the text is too small for it; .* set it to \d+ or less"):
+        train(["a few words of text"], 5000, tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"vocab_size=100: too small for .*; set 3\d\d or more"):
+        train(TEXTS, 100, tmp_path / "m")
+    with pytest.raises(ConfigError, match="cannot train"):
+        train([], 300, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, b"\0" * 64, None])
+def test_what_is_no_model_is_refused(tmp_path, model_path, content):
+    path = tmp_path / "m"
+    path.write_bytes(model_path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(ConfigError, match="not a SentencePiece model"):
+        Tokenizer(path)
+
+
+def test_a_missing_model_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Tokenizer(tmp_path / "none")
+
+
+def test_a_model_without_eos_is_refused(tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS[:5]), model_prefix=str(tmp_path / "m"), vocab_size=250, eos_id=-1, minloglevel=2
+    )
+    with pytest.raises(ConfigError, match="no end-of-text id"):
+        Tokenizer(tmp_path / "m.model")
