@@ -70,9 +70,9 @@ class SquaredDistance:
         ops.add_rows_product(into.products, grads, x)
         return ops.hidden_product(grads, rows).neg_().addcmul_(x, over_rows[:, None]).mul_(2)
 
-    def finish(self, into: RowsGradient, rows: eager.Rows) -> Tensor:
-        """The gradient (V, D) of the transformed prototypes, once every chunk was added."""
-        return into.products.neg_().addcmul_(rows.rows, into.columns[:, None]).mul_(2)
+    def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
+        """Turns `into.products` (V, D), once every chunk was added, into the gradient of the transformed prototypes."""
+        kernels_for(rows.rows).finish_rows(into.products[block], rows.rows[block], into.columns[block])
 
 
 class DotProduct:
@@ -93,8 +93,8 @@ class DotProduct:
         ops.add_rows_product(into.products, grads, x)
         return ops.hidden_product(grads, rows)
 
-    def finish(self, into: RowsGradient, rows: eager.Rows) -> Tensor:
-        return into.products
+    def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
+        """Nothing is left to do."""
 
 
 class RowsGradient:
@@ -102,7 +102,7 @@ class RowsGradient:
 
     def __init__(self, rows: eager.Rows) -> None:
         wide = eager.accumulator(rows.rows.dtype)
-        self.products = torch.zeros(rows.rows.shape, dtype=wide, device=rows.rows.device)
+        self.products = kernels_for(rows.rows).empty(rows.rows.shape, wide, rows.rows.device).zero_()
         self.columns = self.products.new_zeros(rows.rows.shape[0])
 
 

@@ -53,7 +53,8 @@ class _Call:
         wide = eager.accumulator(hidden.dtype).itemsize
         # a gathered token's scores, one temporary of them, its rounded gradients; x, its gradient, its difference to the target
         per_token = self.shard.ranks * (rows * (2 * wide + hidden.element_size()) + hidden.shape[1] * 3 * wide)
-        step = max(1, self.chunk_bytes // per_token)
+        most = max(1, self.chunk_bytes // per_token)
+        step = -(-hidden.shape[0] // -(-hidden.shape[0] // most)) if hidden.shape[0] else 1  # equal ones, no small rest
         for first in range(0, hidden.shape[0], step):
             yield slice(first, min(first + step, hidden.shape[0]))
 
@@ -161,7 +162,7 @@ class _Prototypes:
         # a distance's own transform (unit length) leaves nothing to scale
         scaled = distance.scale_free and distance.transform is None
         self.scale = _scale(hidden, self.source, shard) if scaled else None
-        rows = torch.empty(self.source.shape, dtype=self.dtype, device=hidden.device)
+        rows = kernels_for(hidden).empty(self.source.shape, self.dtype, hidden.device)
         for block in self._blocks():
             rows[block] = self._transformed(self.source[block])
         self.rows = kernels_for(rows).Rows(rows)
@@ -193,21 +194,26 @@ class _Prototypes:
 
     def rows_back(self, into: RowsGradient, prototypes: Tensor) -> Tensor:
         """The gradient of all stored prototypes (zero for padding), in their dtype."""
-        grad = self.distance.contraction.finish(into, self.rows)
+        grad = into.products
         for block in self._blocks():
-            grad[block] = self._pulled_back(self.source[block], grad[block])
+            self.distance.contraction.finish(into, self.rows, block)
+            if self.distance.transform is not None or self.scale is not None:
+                grad[block] = self._pulled_back(self.source[block], grad[block])
         padding = prototypes.shape[0] - grad.shape[0]
         return (torch.nn.functional.pad(grad, (0, 0, 0, padding)) if padding else grad).to(prototypes.dtype)
 
 
-def _scale(hidden: Tensor, rows: Tensor, shard: VocabShard) -> Tensor:
-    """1, or the power of two that brings the group's largest entry to about 1 where squares could overflow."""
+def _scale(hidden: Tensor, rows: Tensor, shard: VocabShard) -> Tensor | None:
+    """The power of two that brings the group's largest entry to about 1 where squares could overflow; None (or 1 on a
+    GPU, which is not asked: that would stop it) where they cannot."""
     largest = hidden.new_zeros((), dtype=eager.accumulator(hidden.dtype))
     for side in (hidden.detach(), rows):
         if side.numel():
             low, high = side.aminmax()
             largest = torch.maximum(largest, torch.maximum(-low, high).to(largest.dtype))
     max_across(largest, shard.group)
+    if largest.device.type == "cpu" and not largest > LARGEST:
+        return None
     return torch.where(largest > LARGEST, torch.exp2(-largest.log2().ceil()), 1.0)
 
 
@@ -277,6 +283,7 @@ class _Reduced(torch.autograd.Function):
             if into is not None:
                 exponent_grad += chunk.exponent_gradient(weight)
                 hidden_grad[part] = chunk.hidden_gradient(weight, into).mul_(ranks)
+            del chunk  # its scores, before the next chunk's
         if into is not None:
             ctx.grads = (hidden_grad, side.rows_back(into, prototypes), exponent_grad)
         return total
@@ -287,8 +294,9 @@ class _Reduced(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("harmonic_loss: second backward through one loss; its gradient was taken and given away")
-        scaled = (grad.mul_(upstream) if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-        return *scaled, None, None
+        if upstream.device.type != "cpu" or upstream != 1:
+            grads = tuple(grad.mul_(upstream) for grad in grads)
+        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None
 
 
 class _PerToken(torch.autograd.Function):
@@ -301,6 +309,7 @@ class _PerToken(torch.autograd.Function):
         for part in call.chunks(hidden):
             chunk = _Chunk(call, side, hidden[part], targets[part], exponent)
             losses[part] = own_rows(chunk.losses, call.shard)
+            del chunk
         ctx.save_for_backward(hidden, prototypes, exponent, targets)
         ctx.call = call
         return losses.masked_fill_(targets == call.ignore_index, 0)
@@ -320,5 +329,6 @@ class _PerToken(torch.autograd.Function):
             chunk = _Chunk(call, side, hidden[part], targets[part], exponent)
             exponent_grad += chunk.exponent_gradient(weight)
             hidden_grad[part] = chunk.hidden_gradient(weight, into)
+            del chunk
         grads = (hidden_grad, side.rows_back(into, prototypes), exponent_grad)
         return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None

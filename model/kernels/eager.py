@@ -18,6 +18,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """As torch.empty, for what is as large as the prototypes."""
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
 class Rows:
     """The prototypes of one call, laid out for the two products that read them. (V, D) in the compute dtype."""
 
@@ -55,6 +60,11 @@ def hidden_product(grads: Tensor, rows: Rows) -> Tensor:
 def add_rows_product(total: Tensor, grads: Tensor, x: Tensor) -> None:
     """total (V, D) += grads.T @ x, for grads (M, V) and x (M, D)."""
     total += _product(grads.t(), x)
+
+
+def finish_rows(total: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """total (V, D) = 2 (columns (V,) * rows (V, D) - total), in place."""
+    total.neg_().addcmul_(rows, columns[:, None]).mul_(2)
 
 
 def quadratic_statistics(

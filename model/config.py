@@ -1,0 +1,63 @@
+"""What a decoder and a head are made of: the `model:` and `head:` sections of a config."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+DistanceName = Literal["euclidean", "cosine", "dot"]
+
+
+class DecoderConfig(BaseModel, extra="forbid", frozen=True):
+    """A GPT-style pre-norm decoder (learned positions, LayerNorm, GELU)."""
+
+    vocab_size: int = Field(gt=0)
+    seq_len: int = Field(gt=0)
+    layers: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    dim: int = Field(gt=0)
+    bias: bool = False
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    tied: bool = False  # the head's prototypes are the token embedding
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> DecoderConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
+        return self
+
+    def block_matmul_parameters(self) -> int:
+        """Weights of the blocks that meet every token in a matrix product."""
+        return self.layers * 12 * self.dim**2
+
+    def flops_per_token(self) -> int:
+        """Matrix-product floating-point operations of forward and backward per token, head included (PaLM, appendix B)."""
+        products = self.block_matmul_parameters() + self.vocab_size * self.dim
+        return 6 * products + 12 * self.layers * self.dim * self.seq_len
+
+
+class HeadConfig(BaseModel, extra="forbid", frozen=True):
+    """The output layer: one prototype per token of the vocabulary, and how far is far."""
+
+    distance: DistanceName = "euclidean"
+    exponent: float | Literal["sqrt_dim", "learned"] = "sqrt_dim"
+    init_std: float | None = Field(default=None, gt=0)  # None: see model.head.default_std
+    chunk_mib: int = Field(default=64, gt=0)  # budget of the head's working memory
+
+    @model_validator(mode="after")
+    def _positive_exponent(self) -> HeadConfig:
+        if not isinstance(self.exponent, str) and not self.exponent > 0:
+            raise ValueError(f"exponent={self.exponent} must be positive: a number, sqrt_dim or learned")
+        return self
+
+    def hidden_length(self, dim: int) -> float:
+        """Length of the final hidden states at initialisation: that of the prototypes, or sqrt(dim) for the softmax baseline.
+
+        Unit variance would be length sqrt(dim). Distances do not care about a common scale, but Adam moves every entry
+        by about the learning rate: with x and w of length 1 a step moves a score n log d by about as much as it moves a logit
+        of softmax, with length sqrt(dim) by sqrt(dim) less. (The published recipe raised the learning rate tenfold instead.)
+        """
+        return dim**0.5 if self.distance == "dot" else 1.0

@@ -1,0 +1,115 @@
+"""HarmonicHead: prototypes, exponent and loss as one module. It knows nothing of language: any classification will do."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from model.distances import DISTANCES
+from model.harmonic import CHUNK_BYTES, harmonic_log_probs, harmonic_loss
+from model.vocab_parallel import VocabShard, full_rows, lookup, rows_of
+
+INIT_BLOCK = 1024  # rows that share a random stream, so that a shard draws its own rows and no others
+
+
+def default_std(distance: str, dim: int) -> float:
+    """Standard deviation of a prototype's entries at initialisation.
+
+    Distances: 1/sqrt(dim), length 1. For x of length 1 and independent w, d^2 = 2 - 2 x.w with x.w of deviation
+    1/sqrt(dim), so with n = sqrt(dim) scores have deviation 1/2: as spread as GPT-2's first logits (0.02 sqrt(768) = 0.55). Much
+    shorter or longer prototypes would make all distances alike, and the first gradients small. Softmax: GPT-2's 0.02.
+    """
+    return 0.02 if distance == "dot" else dim**-0.5
+
+
+class HarmonicHead(nn.Module):
+    """Scores (N, dim) features against `num_prototypes` prototypes; a linear layer and cross-entropy for `distance="dot"`.
+
+    Features of about the prototypes' length (1 by default) give the best start: divide features of unit variance by
+    sqrt(dim).
+
+    Args:
+        num_prototypes: classes V, of the whole vocabulary group.
+        dim: width D of features and prototypes.
+        distance: a name in `model.distances.DISTANCES`.
+        exponent: n > 0, "sqrt_dim", or "learned" (starts at sqrt(dim), stays positive; one scalar, replicated).
+        shard: the rows of this rank (`model.vocab_parallel.shard_of`); None: all.
+        init_std: deviation of the initial entries; None: `default_std`.
+        seed: of the initial prototypes, which do not depend on the sharding; None: drawn from torch's global generator.
+        chunk_bytes: budget of the loss's working memory.
+
+    Raises:
+        ValueError: an unknown distance, or an exponent that is not positive.
+    """
+
+    def __init__(
+        self,
+        num_prototypes: int,
+        dim: int,
+        *,
+        distance: str = "euclidean",
+        exponent: float | Literal["sqrt_dim", "learned"] = "sqrt_dim",
+        shard: VocabShard | None = None,
+        init_std: float | None = None,
+        seed: int | None = None,
+        chunk_bytes: int = CHUNK_BYTES,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if distance not in DISTANCES:
+            raise ValueError(f"distance={distance!r}: expected one of {', '.join(DISTANCES)}")
+        if not isinstance(exponent, str) and not exponent > 0:
+            raise ValueError(f"exponent={exponent}: expected a positive number, sqrt_dim or learned")
+        self.shard = shard or VocabShard(0, num_prototypes)
+        self.distance, self.chunk_bytes = distance, chunk_bytes
+        self.init_std = default_std(distance, dim) if init_std is None else init_std
+        rows = rows_of(num_prototypes, self.shard.ranks)
+        self.prototypes = nn.Parameter(torch.zeros(rows, dim, device=device))
+        self.start_exponent = math.sqrt(dim) if isinstance(exponent, str) else float(exponent)
+        self.log_exponent: nn.Parameter | None = None
+        if exponent == "learned" and DISTANCES[distance].has_exponent:
+            self.log_exponent = nn.Parameter(torch.tensor(math.log(self.start_exponent), device=device))
+        self.reset_parameters(torch.randint(2**31, ()).item() if seed is None else seed)
+
+    @torch.no_grad()
+    def reset_parameters(self, seed: int | float) -> None:
+        """Draws this rank's rows; the same prototypes for every sharding."""
+        if self.prototypes.is_meta:
+            return
+        first = self.shard.start // INIT_BLOCK * INIT_BLOCK
+        for block in range(first, self.shard.stop, INIT_BLOCK):
+            stream = torch.Generator().manual_seed((int(seed) * 2654435761 + block) % 2**63)
+            drawn = torch.randn(INIT_BLOCK, self.prototypes.shape[1], generator=stream) * self.init_std
+            low, high = max(block, self.shard.start), min(block + INIT_BLOCK, self.shard.stop)
+            self.prototypes[low - self.shard.start : high - self.shard.start] = drawn[low - block : high - block]
+
+    @property
+    def exponent(self) -> Tensor | float:
+        """n: a number, or a scalar that is learned."""
+        return self.start_exponent if self.log_exponent is None else self.log_exponent.exp()
+
+    def forward(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", ignore_index: int = -100) -> Tensor:
+        """hidden (..., D), targets (...) -> scalar loss, or (N,) for reduction="none". See `model.harmonic.harmonic_loss`."""
+        return harmonic_loss(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.prototypes,
+            targets.reshape(-1),
+            distance=self.distance,
+            exponent=self.exponent,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            shard=self.shard,
+            chunk_bytes=self.chunk_bytes,
+        )
+
+    def log_probs(self, hidden: Tensor) -> Tensor:
+        """(N, D) -> (N, V) log-probabilities of the whole vocabulary, without gradient. Every rank of the group calls it."""
+        rows = full_rows(self.prototypes, self.shard)
+        return harmonic_log_probs(hidden, rows, distance=self.distance, exponent=self.exponent)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """(...) tokens -> (..., D): the prototypes as a tied embedding, by vocabulary-parallel lookup."""
+        return lookup(self.prototypes, tokens, self.shard)

@@ -1,0 +1,223 @@
+"""The whole of a run's configuration, strict, and the checks that need no accelerator: see `configs/` for examples.
+
+Derived values (accumulation, group size, learning rate) are functions here, not more options.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, model_validator
+
+from data.config import DataConfig
+from data.settings import ConfigError, read_tree, validate
+from model.config import DecoderConfig, HeadConfig
+
+EXIT_BAD_INPUT = 2
+EXIT_DIVERGED = 3  # too many non-finite steps in a row
+EXIT_PREEMPTED = 75  # stopped by a signal after a save: start again to go on
+EXIT_RECORD = "exit.json"  # how the run ended, in its folder
+
+# What the house sets in DeepSpeed's configuration, and where to set it instead.
+OWNED_BY_US = {
+    "train_batch_size": "train.tokens_per_step",
+    "train_micro_batch_size_per_gpu": "train.micro_batch",
+    "gradient_accumulation_steps": "train.tokens_per_step and train.micro_batch",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim",
+    "scheduler": "optim.schedule",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "data_types": "nothing: gradients accumulate in float32",
+    "zero_optimization.stage": "parallel.zero",
+    "zero_optimization.round_robin_gradients": "nothing: it must stay off",
+    "zero_optimization.memory_efficient_linear": "nothing: it must stay off",
+    "managed_gradient_accumulation": "nothing: the engine counts",
+}
+
+
+class TrainConfig(BaseModel, extra="forbid", frozen=True):
+    steps: int = Field(gt=0)
+    tokens_per_step: int = Field(gt=0)  # of the whole world, accumulation included
+    micro_batch: int = Field(gt=0)  # sequences per rank and pass
+    precision: Literal["bf16", "float32"] = "bf16"
+    seed: int = Field(default=1, ge=0)
+
+
+class OptimConfig(BaseModel, extra="forbid", frozen=True):
+    """AdamW, warm-up, then a cosine, a plateau with a linear end (wsd), or a constant rate."""
+
+    lr: float = Field(gt=0)
+    min_lr: float = Field(default=0.0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    decay_fraction: float = Field(default=0.2, gt=0, le=1)  # of the steps, for wsd
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)  # of matrices; see also_decay
+    also_decay: tuple[Literal["norms", "biases", "embeddings", "prototypes"], ...] = ()
+    clip: float | None = Field(default=1.0, gt=0)  # of the global norm, trunk and prototypes together
+    max_skipped: int = Field(default=10, gt=0)  # non-finite steps in a row that end the run
+
+    @model_validator(mode="after")
+    def _rates_fit(self) -> OptimConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must not be above lr={self.lr}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must lie in [0, 1)")
+        return self
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Learning rate of the update `step` (the first is 0) of `steps`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.lr
+        if self.schedule == "wsd":
+            decay = max(1, round(self.decay_fraction * steps))
+            return self.min_lr + (self.lr - self.min_lr) * min(1.0, max(0, steps - step) / decay)
+        progress = min(1.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+        return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class ParallelConfig(BaseModel, extra="forbid", frozen=True):
+    vocab: int | Literal["node", "world"] = "world"  # ranks that share one set of prototypes
+    zero: Literal[0, 1, 2, 3] = 1  # ZeRO stage of the trunk
+
+    @model_validator(mode="after")
+    def _some_ranks(self) -> ParallelConfig:
+        if isinstance(self.vocab, int) and self.vocab < 1:
+            raise ValueError(f"vocab={self.vocab} must be 1 or more ranks, node or world")
+        return self
+
+    def vocab_ranks(self, world: int, ranks_per_node: int) -> int:
+        """Ranks of a vocabulary group in a world of `world`."""
+        ranks = {"world": world, "node": ranks_per_node}.get(self.vocab, self.vocab)  # type: ignore[call-overload]
+        if world % ranks:
+            possible = ", ".join(str(k) for k in range(1, world + 1) if world % k == 0)
+            raise ConfigError(
+                f"parallel.vocab={self.vocab}: a vocabulary group of {ranks} ranks does not divide the world of {world}. "
+                f"Possible here: {possible}, or world."
+            )
+        return ranks
+
+
+class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
+    every: int | None = Field(default=None, gt=0)  # steps; None: only at the end
+    micro_batch: int | None = Field(default=None, gt=0)  # None: train.micro_batch
+
+
+class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
+    every: int | None = Field(default=None, gt=0)  # steps; None: only at the end and when told to stop
+    keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
+
+
+class LoggingConfig(BaseModel, extra="forbid", frozen=True):
+    every: int = Field(default=10, gt=0)  # steps
+    tensorboard: bool = True
+
+
+class RunConfig(BaseModel, extra="forbid", frozen=True):
+    run: Path  # the run folder
+    resume: str = "auto"  # auto, never, or the path of a checkpoint or run folder
+    data: DataConfig
+    model: DecoderConfig
+    head: HeadConfig = HeadConfig()
+    train: TrainConfig
+    optim: OptimConfig
+    parallel: ParallelConfig = ParallelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_vocabulary(cls, tree: Any) -> Any:
+        """`model.vocab_size` is the tokenizer's; it may be left out."""
+        try:
+            given = tree["data"]["tokenizer"]["vocab_size"]
+            return {**tree, "model": {"vocab_size": given, **tree["model"]}}
+        except (KeyError, TypeError):
+            return tree  # the sections' own checks will say what is missing
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> RunConfig:
+        if self.model.vocab_size != self.data.tokenizer.vocab_size:
+            raise ValueError(
+                f"model.vocab_size={self.model.vocab_size} must equal data.tokenizer.vocab_size="
+                f"{self.data.tokenizer.vocab_size}: leave the first one out"
+            )
+        if self.train.tokens_per_step % self.model.seq_len:
+            raise ValueError(
+                f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of model.seq_len={self.model.seq_len}"
+            )
+        for key, ours in OWNED_BY_US.items():
+            section: Any = self.deepspeed
+            for part in key.split("."):
+                section = section.get(part) if isinstance(section, dict) else None
+            if section is not None:
+                raise ValueError(f"deepspeed.{key} is set by Overtone itself: use {ours}")
+        return self
+
+    def sequences_per_step(self) -> int:
+        return self.train.tokens_per_step // self.model.seq_len
+
+    def accumulation(self, world: int) -> int:
+        """Passes per update on each of `world` ranks."""
+        per_pass = self.train.micro_batch * self.model.seq_len * world
+        if self.train.tokens_per_step % per_pass:
+            raise ConfigError(
+                f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of train.micro_batch x model.seq_len "
+                f"x ranks = {self.train.micro_batch} x {self.model.seq_len} x {world} = {per_pass}. With {world} ranks, "
+                f"micro_batch can be {_divisors(self.sequences_per_step(), world)}."
+            )
+        return self.train.tokens_per_step // per_pass
+
+    def lr_at(self, step: int) -> float:
+        return self.optim.lr_at(step, self.train.steps)
+
+
+def _divisors(sequences: int, world: int) -> str:
+    if sequences % world:
+        return f"nothing: {sequences} sequences cannot be shared by {world} ranks"
+    share = sequences // world
+    return ", ".join(str(k) for k in range(1, share + 1) if share % k == 0)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads and checks a config file with `key=value` overrides. Raises ConfigError."""
+    return validate(RunConfig, read_tree(path, list(overrides)))
+
+
+def dump(cfg: RunConfig) -> str:
+    """The resolved configuration as YAML; `load` gives the same configuration back."""
+    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+
+
+def check_layout(cfg: RunConfig, world: int, ranks_per_node: int) -> None:
+    """Raises ConfigError if `world` ranks cannot run this configuration."""
+    cfg.accumulation(world)
+    cfg.parallel.vocab_ranks(world, ranks_per_node)
+
+
+def check_data(cfg: RunConfig) -> None:
+    """Raises ConfigError unless the prepared data are there and are those of this configuration."""
+    from data.shards import open_split  # numpy: not needed to read a config
+
+    for name in ("train", "val"):
+        split = open_split(cfg.data.path, name)
+        if split.vocab_size != cfg.model.vocab_size:
+            raise ConfigError(
+                f"the shards in {cfg.data.path} have a vocabulary of {split.vocab_size}, the config one of "
+                f"{cfg.model.vocab_size}. Set data.tokenizer.vocab_size={split.vocab_size}, or prepare into another data.path."
+            )
+        if name == "train" and split.tokens <= cfg.model.seq_len:
+            raise ConfigError(
+                f"the train split in {cfg.data.path} has {split.tokens} tokens, fewer than one window of "
+                f"model.seq_len={cfg.model.seq_len}. Prepare more text or use a smaller model.seq_len."
+            )

@@ -1,0 +1,217 @@
+"""The trunk under DeepSpeed ZeRO, the prototypes beside it, and one update of both.
+
+`h = engine(tokens); loss = head(h, targets); engine.backward(loss); engine.step()`. The head's rows are sharded by construction at every
+ZeRO stage; its gradient is complete within the vocabulary group and averaged over the replicas of the shard. One global norm clips trunk
+and prototypes together, and decides for both whether the step is taken.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import logger as deepspeed_logger
+from torch import Tensor
+
+from model.vocab_parallel import sum_across
+from pretrain.config import RunConfig
+from pretrain.modules import build_modules, compute_dtype
+from pretrain.optim import adamw
+from pretrain.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+NEVER_CLIP = 1e30  # DeepSpeed takes no norm without a limit, and the norm is what guards the step
+
+
+def zero_stage(cfg: RunConfig) -> int:
+    """bf16 at stage 0 runs as stage 1: DeepSpeed 0.19's bf16 stage 0 begins with a phantom Adam step."""
+    return max(cfg.parallel.zero, 1) if cfg.train.precision == "bf16" else cfg.parallel.zero
+
+
+def deepspeed_config(cfg: RunConfig, world: int) -> dict[str, Any]:
+    """The configuration that DeepSpeed is given: ours, with the user's `deepspeed:` block merged in."""
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": cfg.train.micro_batch,
+        "gradient_accumulation_steps": cfg.accumulation(world),
+        "gradient_clipping": cfg.optim.clip or NEVER_CLIP,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 2**31,
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": {
+            "stage": zero_stage(cfg),
+            "memory_efficient_linear": False,  # would replace F.linear everywhere at stage 3, and change bf16 rounding
+            "round_robin_gradients": False,
+        },
+    }
+    if cfg.train.precision == "bf16":
+        ours["bf16"] = {"enabled": True}
+    return _merged(ours, cfg.deepspeed)
+
+
+def _merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    out = dict(base)
+    for key, value in over.items():
+        out[key] = _merged(out[key], value) if isinstance(value, dict) and isinstance(out.get(key), dict) else value
+    return out
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one update did. Tensors stay on the device until somebody logs them."""
+
+    loss: Tensor  # mean over this rank's passes
+    norm: float  # global gradient norm before clipping; infinite if the step was skipped
+    applied: bool
+
+
+class Trainer:
+    """Decoder, head and both optimisers of one rank."""
+
+    def __init__(self, cfg: RunConfig, ranks: Ranks) -> None:
+        self.cfg, self.ranks = cfg, ranks
+        if zero_stage(cfg) != cfg.parallel.zero:
+            log.info("bf16 at ZeRO stage 0 runs as stage 1: DeepSpeed's own bf16 stage 0 is not exact")
+        decoder, self.head = build_modules(cfg, ranks)
+        self.head_optimizer = adamw(self.head, cfg.optim)
+        deepspeed_logger.setLevel(logging.WARNING)
+        with contextlib.redirect_stdout(io.StringIO()) as chatter:  # DeepSpeed prints memory tables
+            self.engine, *_ = deepspeed.initialize(
+                model=decoder, optimizer=adamw(decoder, cfg.optim), config=deepspeed_config(cfg, ranks.world)
+            )
+        log.debug("%s", chatter.getvalue())
+        self.dtype = compute_dtype(cfg)
+        self._guard = _guard_for(self.engine, self._head_norm_squared)
+
+    def hidden(self, inputs: Tensor) -> Tensor:
+        """Tokens (B, T) -> hidden states (B, T, D)."""
+        return self.engine(self.head.embed(inputs).to(self.dtype) if self.cfg.model.tied else inputs)
+
+    def train_step(self, batches: Iterable[Tensor], lr: float) -> Step:
+        """One update over this rank's passes, each (B, T+1) tokens."""
+        for group in (*self.engine.optimizer.param_groups, *self.head_optimizer.param_groups):
+            group["lr"] = lr
+        self.engine.train()
+        losses = []
+        for batch in batches:
+            loss = self.head(self.hidden(batch[:, :-1]), batch[:, 1:])
+            self.engine.backward(loss)
+            losses.append(loss.detach())
+            if self.engine.is_gradient_accumulation_boundary():
+                self._average_over_replicas()
+            self.engine.step()
+        applied = self._guard.applied()
+        norm = float(self._guard.norm())
+        if applied:
+            self._step_head(norm)
+        self.head_optimizer.zero_grad(set_to_none=True)
+        return Step(torch.stack(losses).mean(), norm, applied)
+
+    @torch.no_grad()
+    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """(B, T) each -> (B * T,) negative log-likelihoods in nats, 0 where the target is -100. Collective."""
+        self.engine.eval()
+        return self.head(self.hidden(inputs), targets, reduction="none")
+
+    def _average_over_replicas(self) -> None:
+        for parameter in self.head.parameters():
+            if parameter.grad is not None and self.ranks.replicas is not None:
+                sum_across(parameter.grad, self.ranks.replicas).div_(self.ranks.replica_count)
+
+    def _head_norm_squared(self) -> Tensor:
+        """Squared norm of the whole head's gradient: own rows summed over the group, replicated scalars once."""
+        rows = self.head.prototypes.grad
+        assert rows is not None, "the head's gradient is taken before the norm"
+        total = sum_across(torch.linalg.vector_norm(rows).square(), self.ranks.vocab)
+        if self.head.log_exponent is not None and self.head.log_exponent.grad is not None:
+            total = total + self.head.log_exponent.grad.square()
+        return total
+
+    def _step_head(self, norm: float) -> None:
+        coefficient = min(1.0, (self.cfg.optim.clip or NEVER_CLIP) / (norm + 1e-6))
+        if coefficient < 1:
+            for parameter in self.head.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(coefficient)
+        self.head_optimizer.step()
+
+
+class _Guard:
+    """Joins the head's norm to the engine's: one clip, and one decision whether the step is taken.
+
+    DeepSpeed skips a step whose norm is not finite. Each class takes its norm in another place; an unknown class is an error,
+    so that a new DeepSpeed fails loudly instead of clipping trunk and head apart.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    def norm(self) -> Any:
+        return self.engine.get_global_grad_norm()
+
+    def applied(self) -> bool:
+        return bool(self.engine.was_step_applied())
+
+
+class _PlainGuard(_Guard):
+    """Stage 0 in float32: a plain torch optimiser that DeepSpeed neither guards nor skips."""
+
+    def __init__(self, engine: Any, head_squared: Callable[[], Tensor]) -> None:
+        super().__init__(engine)
+        self.head_squared = head_squared
+        self.finite = True
+        engine.clip_fp32_gradients = self._clip
+
+    def _clip(self) -> None:
+        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
+        trunk = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = (trunk.square() + self.head_squared()).sqrt()
+        self.finite = bool(norm.isfinite())
+        self.engine._global_grad_norm = norm.item() if self.finite else float("inf")
+        if self.finite:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.engine.gradient_clipping(), norm)
+        else:
+            for parameter in parameters:
+                parameter.grad = None  # AdamW leaves a parameter without gradient alone, moments and all
+
+    def applied(self) -> bool:
+        return self.finite
+
+
+def _guard_for(engine: Any, head_squared: Callable[[], Tensor]) -> _Guard:
+    optimizer = engine.optimizer
+    name = type(optimizer).__name__
+
+    def joined(trunk: Any) -> Tensor:
+        head = head_squared()
+        return (torch.as_tensor(trunk, dtype=torch.float32, device=head.device).square() + head).sqrt()
+
+    if name == "DeepSpeedZeroOptimizer":
+        optimizer.check_grad_overflow = True
+        inner_norm = optimizer.scaled_global_norm
+        optimizer.scaled_global_norm = lambda norm_type=2: joined(inner_norm(norm_type))
+    elif name == "DeepSpeedZeroOptimizer_Stage3":
+        inner_groups = optimizer._get_norm_groups
+        optimizer._get_norm_groups = lambda: [*inner_groups(), head_squared().sqrt()]
+    elif name == "BF16_Optimizer":
+        inner_grads = optimizer.get_grads_for_norm
+
+        def grads_for_norm(for_clipping: bool = False) -> Any:
+            found = inner_grads(for_clipping=for_clipping)
+            if for_clipping:
+                return found
+            trunk, experts = found
+            return [*trunk, head_squared().sqrt().view(1)], experts
+
+        optimizer.get_grads_for_norm = grads_for_norm
+    elif optimizer is engine.basic_optimizer:
+        return _PlainGuard(engine, head_squared)
+    else:
+        raise AssertionError(f"DeepSpeed {deepspeed.__version__} made a {name}: where does it take its norm?")
+    return _Guard(engine)

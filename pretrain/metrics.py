@@ -1,0 +1,125 @@
+"""What a run tells: `metrics.jsonl` and TensorBoard with the same figures, and a line on the console. Rank 0 only.
+
+A record of metrics.jsonl has a `kind` (train, eval, save) and a `step`; what was not measured is null.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+log = logging.getLogger(__name__)
+
+# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets, by a part of the device's name; the first match counts.
+PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "V100": 125e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak of a device in FLOP/s; None where it is not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl; a last line that was cut off is left out."""
+    records = []
+    for line in (run / "metrics.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.warning("%s: a line that was cut off is left out", run / "metrics.jsonl")
+    return records
+
+
+class Recorder:
+    """Open with the first step that is still to come: records of later steps, from before a resume, are dropped."""
+
+    def __init__(self, run: Path, first_step: int, steps: int, tensorboard: bool, console: Console | None = None) -> None:
+        path = run / "metrics.jsonl"
+        if path.exists():
+            kept = [record for record in read_records(run) if record["step"] <= first_step]
+            draft = path.with_suffix(".draft")
+            draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            os.replace(draft, path)
+        self._file = path.open("a", buffering=1)
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._writer = SummaryWriter(str(run), purge_step=first_step + 1)
+        self._steps = steps
+        self._console = console or Console(highlight=False)
+        self._live: Progress | None = None
+        if self._console.is_terminal:
+            columns = (BarColumn(), TextColumn("{task.fields[told]}"), TimeRemainingColumn())
+            self._live = Progress(*columns, console=self._console)
+            self._task = self._live.add_task("train", total=steps, completed=first_step, told="")
+            self._live.start()
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Appends one record, and its numbers to TensorBoard."""
+        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, int | float):
+                    self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def progress(self, step: int, values: dict[str, Any], seconds_left: float) -> None:
+        """The training line: live on a terminal, a plain line elsewhere."""
+        told = training_line(values)
+        if self._live is not None:
+            self._live.update(self._task, completed=step, told=f"{step}/{self._steps} {told}")
+        else:
+            self.say(f"step {step}/{self._steps} {told} eta {clock(seconds_left)}")
+
+    def say(self, text: str) -> None:
+        self._console.print(text, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def training_line(values: dict[str, Any]) -> str:
+    parts = [
+        f"loss {values['loss']:.4f}",
+        f"{values['tokens_per_s']:,.0f} tok/s",
+        f"norm {values['grad_norm']:.3f}->{values['grad_norm_clipped']:.3f}",
+        f"lr {values['lr']:.2e}",
+    ]
+    if values["gpu_j_per_token"] is not None:
+        parts.append(f"{values['gpu_j_per_token']:.2e} J/tok")
+    if values["mfu"] is not None:
+        parts.append(f"MFU {values['mfu']:.1%}")
+    if values["skipped"]:
+        parts.append(f"skipped {values['skipped']}")
+    return " ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """75.0 -> 1:15."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,31 @@
+"""The decoder and the head of a configuration, in float32, with the same weights for every layout."""
+
+from __future__ import annotations
+
+import torch
+
+from model.decoder import Decoder
+from model.head import HarmonicHead
+from pretrain.config import RunConfig
+from pretrain.ranks import Ranks
+
+
+def build_modules(cfg: RunConfig, ranks: Ranks) -> tuple[Decoder, HarmonicHead]:
+    """The decoder, and this rank's part of the head, on the rank's device."""
+    decoder = Decoder(cfg.model, hidden_length=cfg.head.hidden_length(cfg.model.dim), seed=cfg.train.seed)
+    head = HarmonicHead(
+        cfg.model.vocab_size,
+        cfg.model.dim,
+        distance=cfg.head.distance,
+        exponent=cfg.head.exponent,
+        shard=ranks.shard(cfg.model.vocab_size),
+        init_std=cfg.head.init_std,
+        seed=cfg.train.seed + 1,
+        chunk_bytes=cfg.head.chunk_mib * 2**20,
+    )
+    return decoder.to(ranks.device), head.to(ranks.device)
+
+
+def compute_dtype(cfg: RunConfig) -> torch.dtype:
+    """The dtype of activations and products; masters, scores and sums are float32."""
+    return torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32

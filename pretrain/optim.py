@@ -1,0 +1,51 @@
+"""Which parameters decay, and the AdamW that steps them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from model.decoder import Decoder
+from model.head import HarmonicHead
+from pretrain.config import OptimConfig
+
+Group = dict[str, object]
+
+
+def kind_of(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
+    """matrices, norms, biases, embeddings, prototypes or exponent: what a parameter is, by its owner."""
+    if isinstance(module, HarmonicHead):
+        return "prototypes" if name == "prototypes" else "exponent"
+    if isinstance(module, nn.Embedding):
+        return "embeddings"
+    if isinstance(module, nn.LayerNorm):
+        return "norms"
+    return "biases" if parameter.dim() == 1 else "matrices"
+
+
+def parameter_groups(modules: Iterable[nn.Module], cfg: OptimConfig) -> list[Group]:
+    """Every trainable parameter once: those that decay, then those that do not. `names` says which they are."""
+    decay: list[tuple[str, nn.Parameter]] = []
+    rest: list[tuple[str, nn.Parameter]] = []
+    for root in modules:
+        for path, module in root.named_modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                kind = kind_of(module, name, parameter)
+                chosen = decay if kind == "matrices" or kind in cfg.also_decay else rest
+                chosen.append((f"{path}.{name}".lstrip("."), parameter))
+    groups = ((decay, cfg.weight_decay), (rest, 0.0))
+    return [
+        {"params": [p for _, p in chosen], "names": [n for n, _ in chosen], "weight_decay": weight_decay}
+        for chosen, weight_decay in groups
+        if chosen
+    ]
+
+
+def adamw(module: Decoder | HarmonicHead, cfg: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over one module, in one fused pass per group."""
+    groups = parameter_groups([module], cfg)
+    for group in groups:
+        del group["names"]  # DeepSpeed and torch keep their own books
+    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)

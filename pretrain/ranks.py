@@ -1,0 +1,92 @@
+"""Who this process is among the others: found out once, here, and handed on as a value."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from model.vocab_parallel import VocabShard, group_members, shard_of
+
+
+@dataclass(frozen=True)
+class Ranks:
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    device: torch.device
+    vocab: ProcessGroup | None = None  # ranks that hold one set of prototypes; None: this rank holds all
+    replicas: ProcessGroup | None = None  # ranks that hold the same prototypes as this one; None: only this
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def replica_count(self) -> int:
+        return 1 if self.replicas is None else dist.get_world_size(self.replicas)
+
+    def shard(self, total: int) -> VocabShard:
+        """The rows of `total` prototypes that this rank holds."""
+        return shard_of(total, self.vocab)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum over the world, in place; a CPU tensor takes gloo and does not touch the device."""
+        if self.world > 1:
+            dist.all_reduce(x)
+        return x
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up on any rank."""
+        return bool(self.sum(torch.tensor(int(flag))).item())
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(()))
+
+
+def start(timeout_s: float = 1800) -> Ranks:
+    """Joins the process group that the launcher described in the environment, or makes one of a single process."""
+    if "RANK" not in os.environ:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update({key: str(value) for key, value in {**alone, "MASTER_PORT": port}.items()})
+    rank, world, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank)
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, with a warning
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return Ranks(rank, world, local_rank, local_world, device)
+
+
+def with_groups(ranks: Ranks, vocab_ranks: int) -> Ranks:
+    """The same ranks with their vocabulary and replica groups made. Every rank calls it."""
+    vocab, replicas = (_own_group(ranks, members) for members in group_members(ranks.world, vocab_ranks))
+    return Ranks(ranks.rank, ranks.world, ranks.local_rank, ranks.local_world, ranks.device, vocab, replicas)
+
+
+def _own_group(ranks: Ranks, members: list[list[int]]) -> ProcessGroup | None:
+    if len(members[0]) == 1:
+        return None
+    groups = [dist.new_group(group) for group in members]  # collective: every rank makes every group
+    return next(made for made, group in zip(groups, members, strict=True) if ranks.rank in group)
+
+
+def stop() -> None:
+    """Leaves the process group together, so that no rank sees another vanish."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()

@@ -1,0 +1,62 @@
+"""Runs a check on N gloo ranks of this machine, each a process of its own, and brings back what they returned or raised."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch.multiprocessing as mp
+
+TIMEOUT_S = 240
+
+
+def _rank(rank: int, world: int, store: str, check: Callable[..., Any], arguments: dict[str, Any], results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1"
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        results.put((rank, check(**arguments), None))
+        dist.barrier()
+    except BaseException:
+        results.put((rank, None, traceback.format_exc()))
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def run_ranks(check: Callable[..., Any], world: int, tmp_path: Any, **arguments: Any) -> list[Any]:
+    """Calls `check(**arguments)` on every rank of a world of `world`; returns the results by rank (plain values or numpy).
+
+    `check` is a module-level function. Raises AssertionError with the traceback of the first rank that failed.
+    """
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    store = tmp_path / f"store-{os.urandom(4).hex()}"
+    processes = [
+        context.Process(target=_rank, args=(rank, world, str(store), check, arguments, results), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    found: dict[int, Any] = {}
+    try:
+        for _ in range(world):
+            rank, value, error = results.get(timeout=TIMEOUT_S)
+            assert error is None, f"rank {rank} of {world}:\n{error}"
+            found[rank] = value
+        for process in processes:
+            process.join(timeout=30)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.kill()
+    return [found[rank] for rank in range(world)]
