@@ -6,7 +6,7 @@ a distance d, s = -n log d, so that p_j = d_j^-n / sum_k d_k^-n (HarMax, arXiv:2
 d = constant * contraction ** power; the constant cancels. To add a distance, add an entry to DISTANCES.
 
 Floor. Near a match the expansion |x|^2 + |w|^2 - 2 x.w loses its digits, and at a match log d is infinite. So q = |x - w|^2 is
-at least RELATIVE_FLOOR * |x|^2 + ABSOLUTE_FLOOR (where the floor matters |w| = |x| to three digits, so this is 2^-20 (|x|^2 + |w|^2)). This belongs
+at least RELATIVE_FLOOR * |x|^2 + ABSOLUTE_FLOOR, in units in which the largest entry is about 1 (where the floor matters |w| = |x| to three digits, so this is 2^-20 (|x|^2 + |w|^2)). This belongs
 to the definition of the loss: at or below the floor a distance is a constant, with gradient zero.
 """
 
@@ -23,7 +23,7 @@ from model.kernels import eager
 from model.kernels.choose import kernels_for
 
 RELATIVE_FLOOR = 2.0**-19
-ABSOLUTE_FLOOR = 2.0**-100  # keeps x = w = 0 finite; d of 1e-15 and less are equal
+ABSOLUTE_FLOOR = 2.0**-100  # of q, relative to the largest entry squared: keeps x = w = 0 finite
 
 
 @dataclass
@@ -106,10 +106,14 @@ class RowsGradient:
         self.columns = self.products.new_zeros(rows.rows.shape[0])
 
 
+SHORTEST = 1e-30  # a row with no larger entry has no direction
+
+
 def _unit(rows: Tensor) -> Tensor:
-    """Rows (N, D) of length 1 (a row of zeros stays one). Divided by their largest entry first: no overflow."""
+    """Rows (N, D) of length 1, divided by their largest entry first: no overflow. A row without direction becomes zeros."""
     largest = rows.detach().abs().amax(1, keepdim=True)
-    return torch.nn.functional.normalize(rows / torch.where(largest > 0, largest, 1), dim=1)
+    directed = largest > SHORTEST
+    return torch.nn.functional.normalize(torch.where(directed, rows, 0) / torch.where(directed, largest, 1), dim=1)
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from model.vocab_parallel import (
 )
 
 CHUNK_BYTES = 64 * 2**20
-LARGEST = 2.0**40  # entries beyond this are scaled down by a power of two, so that squares cannot overflow
+MOST_SCALING = 60  # powers of two; beyond, gradients of tiny rows would overflow
 ROW_BLOCK = 4096  # prototypes transformed at a time
 
 
@@ -203,18 +203,18 @@ class _Prototypes:
         return (torch.nn.functional.pad(grad, (0, 0, 0, padding)) if padding else grad).to(prototypes.dtype)
 
 
-def _scale(hidden: Tensor, rows: Tensor, shard: VocabShard) -> Tensor | None:
-    """The power of two that brings the group's largest entry to about 1 where squares could overflow; None (or 1 on a
-    GPU, which is not asked: that would stop it) where they cannot."""
+def _scale(hidden: Tensor, rows: Tensor, shard: VocabShard) -> Tensor:
+    """The power of two that brings the group's largest entry to about 1.
+
+    HarMax does not change, nor does a digit of it: squares cannot overflow, and log q stays small.
+    """
     largest = hidden.new_zeros((), dtype=eager.accumulator(hidden.dtype))
     for side in (hidden.detach(), rows):
         if side.numel():
             low, high = side.aminmax()
             largest = torch.maximum(largest, torch.maximum(-low, high).to(largest.dtype))
     max_across(largest, shard.group)
-    if largest.device.type == "cpu" and not largest > LARGEST:
-        return None
-    return torch.where(largest > LARGEST, torch.exp2(-largest.log2().ceil()), 1.0)
+    return torch.exp2(-largest.log2().ceil().clamp_min(-MOST_SCALING))
 
 
 class _Chunk:

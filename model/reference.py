@@ -17,7 +17,8 @@ def distances_reference(hidden: Tensor, prototypes: Tensor, distance: str = "euc
     x, w = hidden.double()[:, None], prototypes.double()[None]  # (N, 1, D), (1, V, D)
     if distance == "euclidean":
         squared = (x - w).square().sum(-1)
-        floor = RELATIVE_FLOOR * hidden.double().square().sum(-1, keepdim=True) + ABSOLUTE_FLOOR
+        largest = max(x.abs().max(), w.abs().max())
+        floor = RELATIVE_FLOOR * hidden.double().square().sum(-1, keepdim=True) + ABSOLUTE_FLOOR * largest**2
         return torch.where(squared > floor, squared, floor.detach()).sqrt()
     if distance == "cosine":
         d = 1 - F.cosine_similarity(x, w, dim=-1, eps=0)

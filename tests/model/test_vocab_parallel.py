@@ -1,0 +1,112 @@
+"""Sharded equals whole: loss, every gradient and the tied lookup, on 1, 2 and 3 ranks, with V that does not divide."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.harmonic import harmonic_loss
+from model.head import HarmonicHead
+from model.vocab_parallel import VocabShard, full_rows, group_members, lookup, rows_of, shard_of
+from tests.ranks import run_ranks
+
+N_LOCAL, D = 6, 8
+
+
+def tokens(world: int, v: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    stream = torch.Generator().manual_seed(world)
+    x = torch.randn(world * N_LOCAL, D, generator=stream)
+    w = torch.randn(v, D, generator=stream)
+    y = torch.randint(0, v, (world * N_LOCAL,), generator=stream)
+    y[::5] = -100
+    return x, w, y
+
+
+def check_sharded(v: int, distance: str) -> None:
+    """On each rank: losses and gradients of its own part equal those of the whole, every reduction."""
+    group = dist.group.WORLD if dist.get_world_size() > 1 else None
+    world, rank = dist.get_world_size(), dist.get_rank()
+    shard = shard_of(v, group)
+    x, w, y = tokens(world, v)
+    mine = slice(rank * N_LOCAL, (rank + 1) * N_LOCAL)
+    rows = rows_of(v, world)
+    for reduction in ("mean", "sum", "none"):
+        whole = [t.clone().requires_grad_() for t in (x, w, torch.tensor(3.0))]
+        expected = harmonic_loss(whole[0], whole[1], y, distance=distance, exponent=whole[2], reduction=reduction)
+        weights = torch.linspace(0.5, 1.5, len(y))
+        (expected @ weights if reduction == "none" else expected).backward()
+        stored = torch.zeros(rows, D)
+        stored[: shard.real] = w[shard.start : shard.stop]
+        part = [x[mine].clone().requires_grad_(), stored.requires_grad_(), torch.tensor(3.0).requires_grad_()]
+        found = harmonic_loss(
+            part[0], part[1], y[mine], distance=distance, exponent=part[2], reduction=reduction, shard=shard, chunk_bytes=4000
+        )
+        (found @ weights[mine] if reduction == "none" else found).backward()
+        close = {"rtol": 2e-5, "atol": 2e-6}
+        torch.testing.assert_close(found, expected[mine] if reduction == "none" else expected, **close)
+        factor = world if reduction == "mean" else 1  # averaged over ranks, as data parallelism does
+        torch.testing.assert_close(part[0].grad, whole[0].grad[mine] * factor, **close)
+        torch.testing.assert_close(part[1].grad[: shard.real], whole[1].grad[shard.start : shard.stop], **close)
+        assert (part[1].grad[shard.real :] == 0).all(), "padding rows get no gradient"
+        if distance != "dot":
+            torch.testing.assert_close(part[2].grad, whole[2].grad, **close)
+
+
+def check_every_head() -> None:
+    for distance in ("euclidean", "cosine", "dot"):
+        for v in (37, 4, 1):  # 4 over 3 ranks and 1 over 2 leave a rank without real rows
+            check_sharded(v, distance)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_sharded_head_equals_whole(world: int, tmp_path: Path) -> None:
+    run_ranks(check_every_head, world, tmp_path)
+
+
+def check_lookup_and_initialisation(v: int) -> None:
+    group, rank, world = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    shard = shard_of(v, group)
+    head = HarmonicHead(v, D, shard=shard, seed=3)
+    whole = HarmonicHead(v, D, seed=3)
+    torch.testing.assert_close(full_rows(head.prototypes, shard), whole.prototypes.detach(), rtol=0, atol=0)
+    x, _, y = tokens(world, v)
+    mine = slice(rank * N_LOCAL, (rank + 1) * N_LOCAL)
+    torch.testing.assert_close(head.log_probs(x[mine]), whole.log_probs(x)[mine])
+    ids, weights = y.clamp_min(0), torch.linspace(-1, 1, len(y))[:, None]
+    (lookup(whole.prototypes, ids) * weights).sum().backward()
+    embedded = head.embed(ids[mine])
+    torch.testing.assert_close(embedded, whole.prototypes[ids[mine]], rtol=0, atol=0)
+    (embedded * weights[mine]).sum().backward()
+    expected = whole.prototypes.grad[shard.start : shard.stop] / world
+    torch.testing.assert_close(head.prototypes.grad[: shard.real], expected)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_tied_lookup_log_probs_and_initial_rows_do_not_depend_on_sharding(world: int, tmp_path: Path) -> None:
+    run_ranks(check_lookup_and_initialisation, world, tmp_path, v=37)
+
+
+def test_initial_rows_across_blocks() -> None:
+    """A shard in the middle of the vocabulary draws the very rows that the whole head has there."""
+    whole = HarmonicHead(2500, D, seed=9).prototypes
+    part = HarmonicHead(2500, D, seed=9, shard=VocabShard(1000, 2100)).prototypes
+    assert torch.equal(part[:1100], whole[1000:2100])
+
+
+def test_groups() -> None:
+    assert group_members(4, 2) == ([[0, 1], [2, 3]], [[0, 2], [1, 3]])
+    assert group_members(3, 3) == ([[0, 1, 2]], [[0], [1], [2]])
+    with pytest.raises(ValueError, match="does not divide"):
+        group_members(4, 3)
+
+
+def test_a_failing_rank_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError, match="(?s)rank . of 2.*on purpose"):
+        run_ranks(fail_on_purpose, 2, tmp_path)
+
+
+def fail_on_purpose() -> None:
+    raise ValueError("on purpose")
