@@ -1,0 +1,137 @@
+"""`python -m launch run`: what is checked before anything is spawned, and what is handed on."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data.config import DataConfig
+from data.prepare import prepare
+from data.settings import validate
+from launch import __main__ as program
+from launch.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> dict:
+    """The `data:` section of a small corpus that is prepared."""
+    folder = tmp_path_factory.mktemp("data")
+    lines = [
+        json.dumps({"text": f"document number {k} of some, each with words of its own: {k * k}"}) for k in range(99)
+    ]
+    (folder / "corpus.jsonl").write_text("\n".join(lines))
+    section = {
+        "path": str(folder / "prepared"),
+        "source": {"kind": "files", "paths": [str(folder / "corpus.jsonl")]},
+        "tokenizer": {"vocab_size": 300},
+        "val_fraction": 0.2,
+    }
+    prepare(validate(DataConfig, section, "data"), lambda line: None)
+    return section
+
+
+@pytest.fixture
+def config(tmp_path, data, monkeypatch) -> Path:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    tree = {
+        "run": str(tmp_path / "run"),
+        "data": data,
+        "model": {"seq_len": 16, "layers": 1, "heads": 1, "dim": 8},
+        "train": {"steps": 2, "tokens_per_step": 192, "micro_batch": 1},
+        "optim": {"lr": 1e-3},
+    }
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    return tmp_path / "c.yaml"
+
+
+@pytest.fixture
+def spawned(monkeypatch) -> list:
+    """The calls that would have run a job, each of which ends with 75."""
+    calls: list = []
+
+    def run(words, added, record, **options):
+        calls.append((words, added, record, options))
+        return 75
+
+    monkeypatch.setattr(program, "run", run)
+    return calls
+
+
+def test_a_dry_run_prints_one_line_and_runs_nothing(config, spawned, capsys):
+    assert (
+        main(["run", str(config), "train.steps=3", "--dry-run", "parallel.zero=2", "--num-gpus", "3", "head={}"]) == 0
+    )
+    (line,) = capsys.readouterr().out.splitlines()
+    assert " --num_gpus 3 " in line
+    assert line.endswith(f"--module pretrain {config} train.steps=3 parallel.zero=2 'head={{}}'")
+    assert spawned == []
+    assert not (config.parent / "run").exists()
+
+
+def test_a_run_is_handed_on_with_its_record(config, spawned, capsys):
+    assert main(["run", str(config), "--num-gpus", "2"]) == 75
+    ((words, added, record, options),) = spawned
+    assert words[-3:] == ["--module", "pretrain", str(config)]
+    assert record == config.parent / "run" / "exit.json"
+    assert options == {"remote": False}
+    assert capsys.readouterr().out.startswith(("PATH=", "OMP_NUM_THREADS=", "DS_ACCELERATOR=", words[0]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train.stepz=3"], "train.stepz: unknown key; did you mean train.steps?"),
+        (["--num-gpus", "5"], "must be a multiple of train.micro_batch x model.seq_len x ranks = 1 x 16 x 5"),
+        (["--num-gpus", "0"], "--num-gpus 0: expected 1 or more"),
+        (["--num-gpus", "3", "parallel.vocab=2"], "does not divide the world of 3"),
+        (["data.path=nowhere"], "nowhere"),
+        (["--hostfile", "nowhere"], "nowhere: there is no such hostfile"),
+        (["run=c.yaml"], "the run folder is a file"),
+    ],
+)
+def test_bad_input_stops_before_anything_is_spawned(config, spawned, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(config.parent)
+    (config.parent / "run").mkdir()
+    (config.parent / "run" / "exit.json").write_text("kept")
+    assert main(["run", str(config), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert spawned == []
+    assert (config.parent / "run" / "exit.json").read_text() == "kept"
+
+
+def test_node_groups_want_even_hosts(config, spawned, capsys):
+    hosts = config.parent / "hosts"
+    hosts.write_text("a slots=2\nb slots=1\n")
+    asked = ["run", str(config), "--hostfile", str(hosts), "--dry-run"]
+    assert main([*asked, "parallel.vocab=node"]) == 2
+    assert "they run a 2, b 1. Set --num-gpus 1" in capsys.readouterr().err
+    assert main([*asked, "parallel.vocab=3"]) == 0
+    assert main([*asked, "parallel.vocab=node", "--num-gpus", "1"]) == 0
+    assert spawned == []
+
+
+def test_hosts_need_pdsh(config, spawned, capsys, monkeypatch):
+    monkeypatch.setattr("launch.deepspeed.shutil.which", lambda name: None)
+    (config.parent / "hosts").write_text("a slots=2\n")
+    assert main(["run", str(config), "--hostfile", str(config.parent / "hosts")]) == 2
+    assert "pdsh and ssh" in capsys.readouterr().err
+    monkeypatch.setattr("launch.deepspeed.shutil.which", lambda name: name)
+    assert main(["run", str(config), "--hostfile", str(config.parent / "hosts")]) == 75
+    assert spawned[0][3] == {"remote": True}
+
+
+@pytest.mark.parametrize("arguments", [["--numgpus", "2"], ["word"], ["--dry"]])
+def test_unknown_words_are_refused(config, spawned, capsys, arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main(["run", str(config), "--num-gpus", "2", *arguments])
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+    assert spawned == []
+
+
+def test_help_is_quick_to_come():
+    code = "import sys, launch.__main__; print({'torch', 'deepspeed', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

@@ -1,0 +1,117 @@
+"""A configuration small enough for tests, and its training in plain PyTorch: what every layout must equal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.settings import validate
+from pretrain.config import RunConfig
+
+V, T, SEQUENCES = 67, 8, 8
+
+
+def tiny_tree(**changes: Any) -> dict[str, Any]:
+    """Plain values of a tiny run; `changes` are dotted paths with `__` for the dot."""
+    tree: dict[str, Any] = {
+        "run": "run",
+        "data": {"path": "data", "source": {"kind": "embedded"}, "tokenizer": {"vocab_size": V}},
+        "model": {"seq_len": T, "layers": 2, "heads": 2, "dim": 32},
+        "head": {"distance": "euclidean"},
+        "train": {"steps": 5, "tokens_per_step": SEQUENCES * T, "micro_batch": 4, "precision": "float32"},
+        "optim": {"lr": 0.01, "clip": 0.5, "weight_decay": 0.1},
+        "parallel": {"vocab": 1, "zero": 0},
+        "logging": {"tensorboard": False},
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return tree
+
+
+def tiny_config(**changes: Any) -> RunConfig:
+    return validate(RunConfig, tiny_tree(**changes))
+
+
+def tokens_of(step: int) -> Tensor:
+    """(SEQUENCES, T + 1) tokens, the same on every rank."""
+    return torch.randint(0, V, (SEQUENCES, T + 1), generator=torch.Generator().manual_seed(step))
+
+
+def train_layout(cfg: RunConfig, steps: int = 5, poison: int | None = None) -> dict[str, Any]:
+    """Trains on the ranks of this process group; at the step `poison` one rank's prototype gradient gets a NaN.
+
+    Returns plain values: losses and norms by step, whether each step was applied, and all parameters by name.
+    """
+    import deepspeed
+
+    from model.vocab_parallel import full_rows
+    from pretrain import ranks as process
+    from pretrain.engine import Trainer
+
+    ranks = process.start()
+    ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
+    trainer = Trainer(cfg, ranks)
+    losses, norms, applied = [], [], []
+    for step in range(steps):
+        mine = tokens_of(step)[ranks.rank :: ranks.world]
+        if step == poison and ranks.rank == ranks.world - 1:
+            handle = trainer.head.prototypes.register_hook(lambda grad: grad * torch.nan)
+        taken = trainer.train_step(mine.split(cfg.train.micro_batch), cfg.optim.lr)
+        if step == poison and ranks.rank == ranks.world - 1:
+            handle.remove()
+        losses.append(ranks.sum(taken.loss.clone()).item() / ranks.world)
+        norms.append(taken.norm)
+        applied.append(taken.applied)
+    plain = type(trainer.engine.optimizer).__name__ == "AdamW"
+    parameters = {
+        name: (p.detach() if plain else deepspeed.utils.safe_get_full_fp32_param(p)).clone().numpy()
+        for name, p in trainer.engine.module.named_parameters()
+    }
+    parameters["prototypes"] = full_rows(trainer.head.prototypes, trainer.head.shard).numpy()
+    if trainer.head.log_exponent is not None:
+        parameters["log_exponent"] = trainer.head.log_exponent.detach().numpy().copy()
+    optimizer = type(trainer.engine.optimizer).__name__
+    trainer.engine.destroy()
+    return {"losses": losses, "norms": norms, "applied": applied, "parameters": parameters, "optimizer": optimizer}
+
+
+def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
+    """The same updates with a plain module, torch's cross-entropy over reference scores, one clip and one AdamW."""
+    from model.decoder import Decoder
+    from model.head import HarmonicHead
+    from model.reference import scores_reference
+    from pretrain.optim import parameter_groups
+
+    decoder = Decoder(cfg.model, hidden_length=cfg.head.hidden_length(cfg.model.dim), seed=cfg.train.seed)
+    head = HarmonicHead(
+        V, cfg.model.dim, distance=cfg.head.distance, exponent=cfg.head.exponent, seed=cfg.train.seed + 1
+    )
+    groups = parameter_groups([decoder, head], cfg.optim)
+    optimizer = torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=cfg.optim.betas, eps=cfg.optim.eps)
+    everything = [*decoder.parameters(), *head.parameters()]
+    losses, norms = [], []
+    for step in range(steps):
+        tokens = tokens_of(step)
+        inputs = tokens[:, :-1]
+        embedded = torch.nn.functional.embedding(inputs, head.prototypes) if cfg.model.tied else inputs
+        hidden = decoder(embedded).reshape(-1, cfg.model.dim)
+        scores = scores_reference(hidden, head.prototypes, head.distance, head.exponent)
+        loss = torch.nn.functional.cross_entropy(scores, tokens[:, 1:].reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(everything, cfg.optim.clip or 1e30).item())
+        optimizer.step()
+        losses.append(loss.item())
+    parameters = {name: p.detach().numpy() for name, p in decoder.named_parameters()}
+    parameters["prototypes"] = head.prototypes.detach().numpy()
+    if head.log_exponent is not None:
+        parameters["log_exponent"] = head.log_exponent.detach().numpy()
+    return {"losses": losses, "norms": norms, "parameters": parameters}
+
+
