@@ -34,7 +34,9 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
         return self.layers * 12 * self.dim**2
 
     def flops_per_token(self) -> int:
-        """Matrix-product floating-point operations of forward and backward per token, head included (PaLM, appendix B)."""
+        """Matrix-product floating-point operations of forward and backward per token, head included (PaLM, appendix
+        B).
+        """
         products = self.block_matmul_parameters() + self.vocab_size * self.dim
         return 6 * products + 12 * self.layers * self.dim * self.seq_len
 
@@ -54,10 +56,12 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
     def hidden_length(self, dim: int) -> float:
-        """Length of the final hidden states at initialisation: that of the prototypes, or sqrt(dim) for the softmax baseline.
+        """Length of the final hidden states at initialisation: that of the prototypes, or sqrt(dim) for the softmax
+        baseline.
 
         Unit variance would be length sqrt(dim). Distances do not care about a common scale, but Adam moves every entry
-        by about the learning rate: with x and w of length 1 a step moves a score n log d by about as much as it moves a logit
-        of softmax, with length sqrt(dim) by sqrt(dim) less. (The published recipe raised the learning rate tenfold instead.)
+        by about the learning rate: with x and w of length 1 a step moves a score n log d by about as much as it
+        moves a logit of softmax, with length sqrt(dim) by sqrt(dim) less. (The published recipe raised the learning
+        rate tenfold instead.)
         """
         return dim**0.5 if self.distance == "dot" else 1.0

@@ -45,8 +45,8 @@ class Decoder(nn.Module):
 
     Args:
         config: sizes and options.
-        hidden_length: length of the hidden states at initialisation (`HeadConfig.hidden_length`); None: sqrt(D), unit variance.
-        seed: of the initial weights; None: torch's global generator as it stands.
+        hidden_length: length of the hidden states at initialisation (`HeadConfig.hidden_length`); None: sqrt(D),
+        unit variance. seed: of the initial weights; None: torch's global generator as it stands.
 
     Raises:
         ValueError: more positions than `config.seq_len`.
@@ -70,7 +70,9 @@ class Decoder(nn.Module):
                 block.compile()
 
     def _initialise(self, module: nn.Module) -> None:
-        """GPT-2: normal weights, zero biases; projections into the residual stream smaller by sqrt(2 L), one per addend."""
+        """GPT-2: normal weights, zero biases; projections into the residual stream smaller by sqrt(2 L), one per
+        addend.
+        """
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=INIT_STD)
         if isinstance(module, nn.Linear) and module.bias is not None:

@@ -1,13 +1,15 @@
 """Distances as score functions: everything that is particular to one of them, and nothing that is not.
 
-A score function turns tokens x (M, D) and prototypes w (V, D) into scores s (M, V); the probabilities are softmax(s). For
-a distance d, s = -n log d, so that p_j = d_j^-n / sum_k d_k^-n (HarMax, arXiv:2502.01628). A distance here is a
-*transform* of the rows on both sides (differentiable, any PyTorch) and a *contraction* of the transformed rows, with
-d = constant * contraction ** power; the constant cancels. To add a distance, add an entry to DISTANCES.
+A score function turns tokens x (M, D) and prototypes w (V, D) into scores s (M, V); the probabilities are
+softmax(s). For a distance d, s = -n log d, so that p_j = d_j^-n / sum_k d_k^-n (HarMax, arXiv:2502.01628). A
+distance here is a *transform* of the rows on both sides (differentiable, any PyTorch) and a *contraction* of the
+transformed rows, with d = constant * contraction ** power; the constant cancels. To add a distance, add an entry to
+DISTANCES.
 
-Floor. Near a match the expansion |x|^2 + |w|^2 - 2 x.w loses its digits, and at a match log d is infinite. So q = |x - w|^2 is
-at least RELATIVE_FLOOR * |x|^2 + ABSOLUTE_FLOOR, in units in which the largest entry is about 1 (where the floor matters |w| = |x| to three digits, so this is 2^-20 (|x|^2 + |w|^2)). This belongs
-to the definition of the loss: at or below the floor a distance is a constant, with gradient zero.
+Floor. Near a match the expansion |x|^2 + |w|^2 - 2 x.w loses its digits, and at a match log d is infinite. So q = |x
+- w|^2 is at least RELATIVE_FLOOR * |x|^2 + ABSOLUTE_FLOOR, in units in which the largest entry is about 1 (where the
+floor matters |w| = |x| to three digits, so this is 2^-20 (|x|^2 + |w|^2)). This belongs to the definition of the
+loss: at or below the floor a distance is a constant, with gradient zero.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from types import MappingProxyType
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from model.kernels import eager
 from model.kernels.choose import kernels_for
@@ -51,16 +54,20 @@ class SquaredDistance:
         target_q = eager.square_norms(x.to(floor.dtype) - rows.rows[local.clamp_min(0)].to(floor.dtype))
         kept = ops.products(x, rows)
         sums = ops.quadratic_statistics(kept, x_squares, rows, floor, self.power * exponent, local, target_q)
-        return Statistics(*sums, kept=kept, floor=floor)
+        return Statistics(*sums, kept, floor)
+
+    def scores(self, stats: Statistics, exponent: Tensor) -> Tensor:
+        """(M, V)."""
+        return stats.kept * -(self.power * exponent)
 
     def gradients(
-        self, stats: Statistics, x: Tensor, rows: eager.Rows, local: Tensor, exponent: Tensor, lse: Tensor, weight: Tensor,
-        into: RowsGradient,
+        self, stats: Statistics, x: Tensor, rows: eager.Rows, local: Tensor, exponent: Tensor, lse: Tensor,
+        weight: Tensor, into: RowsGradient,
     ) -> Tensor:  # fmt: skip
         """Gradient of sum(weight * loss): returns that of x (M, D), adds that of the prototypes to `into`.
 
-        dx = 2 (x sum_j G_j - G w), dw = 2 (w sum_i G_i - G' x), the sums over G as rounded for the products: otherwise the
-        cancellation near a match would cost 2^-9 |x|/d in bfloat16.
+        dx = 2 (x sum_j G_j - G w), dw = 2 (w sum_i G_i - G' x), the sums over G as rounded for the products:
+        otherwise the cancellation near a match would cost 2^-9 |x|/d in bfloat16.
         """
         ops = kernels_for(x)
         grads, over_rows, over_columns = ops.quadratic_gradient(
@@ -81,11 +88,14 @@ class DotProduct:
     def statistics(self, x: Tensor, rows: eager.Rows, local: Tensor, exponent: Tensor) -> Statistics:
         ops = kernels_for(x)
         kept = ops.products(x, rows)
-        return Statistics(*ops.dot_statistics(kept, local), kept=kept)
+        return Statistics(*ops.dot_statistics(kept, local), kept)
+
+    def scores(self, stats: Statistics, exponent: Tensor) -> Tensor:
+        return stats.kept
 
     def gradients(
-        self, stats: Statistics, x: Tensor, rows: eager.Rows, local: Tensor, exponent: Tensor, lse: Tensor, weight: Tensor,
-        into: RowsGradient,
+        self, stats: Statistics, x: Tensor, rows: eager.Rows, local: Tensor, exponent: Tensor, lse: Tensor,
+        weight: Tensor, into: RowsGradient,
     ) -> Tensor:  # fmt: skip
         """As SquaredDistance.gradients: dx = G w, dw = G' x."""
         ops = kernels_for(x)
@@ -109,11 +119,19 @@ class RowsGradient:
 SHORTEST = 1e-30  # a row with no larger entry has no direction
 
 
-def _unit(rows: Tensor) -> Tensor:
-    """Rows (N, D) of length 1, divided by their largest entry first: no overflow. A row without direction becomes zeros."""
-    largest = rows.detach().abs().amax(1, keepdim=True)
-    directed = largest > SHORTEST
-    return torch.nn.functional.normalize(torch.where(directed, rows, 0) / torch.where(directed, largest, 1), dim=1)
+class _Unit(torch.autograd.Function):
+    """Rows (N, D) of length 1 (a row of zeros stays one, with gradient zero)."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(rows)
+        return kernels_for(rows).unit_rows(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (rows,) = ctx.saved_tensors
+        return kernels_for(rows).unit_rows_gradient(rows, grad)
 
 
 @dataclass(frozen=True)
@@ -134,7 +152,7 @@ DISTANCES = MappingProxyType(
     {
         "euclidean": Distance("|x - w|", SquaredDistance(power=0.5)),
         # 1 - x.w = |x - w|^2 / 2 for rows of length 1, and the right side is exact for rounded rows too.
-        "cosine": Distance("1 - x.w / (|x| |w|)", SquaredDistance(power=1.0), transform=_unit),
+        "cosine": Distance("1 - x.w / (|x| |w|)", SquaredDistance(power=1.0), transform=_Unit.apply),
         "dot": Distance("x.w", DotProduct(), scale_free=False),
     }
 )

@@ -1,8 +1,10 @@
-"""Harmonic loss: exact, chunked, differentiable, vocabulary-parallel; nothing of size tokens x vocabulary is ever in memory.
+"""Harmonic loss: exact, chunked, differentiable, vocabulary-parallel; nothing of size tokens x vocabulary is ever in
+memory.
 
 Tokens are taken in chunks whose working memory follows from a budget. For each chunk: gather the group's hidden states,
-score them against this rank's prototypes, combine (max, sum, target score) over the group with one MAX and one packed SUM, and, for
-reduced losses, take the gradient at once, while the chunk's scores are at hand. For `reduction="none"` the backward pass scores again.
+score them against this rank's prototypes, combine (max, sum, target score) over the group with one MAX and one
+packed SUM, and, for reduced losses, take the gradient at once, while the chunk's scores are at hand. For
+`reduction="none"` the backward pass scores again.
 
 Legend: k ranks in the vocabulary group, n tokens on this rank, N = k * n; a chunk has m local and M = k * m gathered
 tokens; V prototypes in all, R real ones on this rank, D width.
@@ -31,7 +33,7 @@ from model.vocab_parallel import (
     sum_across,
 )
 
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 256 * 2**20  # 500 tokens of 50,000 prototypes: each chunk passes over w twice and over its gradient once
 MOST_SCALING = 60  # powers of two; beyond, gradients of tiny rows would overflow
 ROW_BLOCK = 4096  # prototypes transformed at a time
 
@@ -51,7 +53,8 @@ class _Call:
         """Slices of the local tokens; every rank of the group makes the same ones."""
         rows = rows_of(self.shard.size, self.shard.ranks)
         wide = eager.accumulator(hidden.dtype).itemsize
-        # a gathered token's scores, one temporary of them, its rounded gradients; x, its gradient, its difference to the target
+        # a gathered token's scores, one temporary of them, its rounded gradients; x, its gradient, its difference to
+        # the target
         per_token = self.shard.ranks * (rows * (2 * wide + hidden.element_size()) + hidden.shape[1] * 3 * wide)
         most = max(1, self.chunk_bytes // per_token)
         step = -(-hidden.shape[0] // -(-hidden.shape[0] // most)) if hidden.shape[0] else 1  # equal ones, no small rest
@@ -74,7 +77,8 @@ def harmonic_loss(
     """-log p[target] with p_j = d_j^-n / sum_k d_k^-n, exactly (arXiv:2502.01628, eq. 2; softmax for `dot`).
 
     Args:
-        hidden: (n, D) in bfloat16, float32 or float64: the dtype of the products. Scores and sums are float32 (float64 for
+        hidden: (n, D) in bfloat16, float32 or float64: the dtype of the products. Scores and sums are float32
+        (float64 for
             float64). n is the same on every rank of the group.
         prototypes: (at least shard.real, D), usually float32 masters; rows beyond `shard.real` are padding.
         targets: (n,) int64 rows of the whole vocabulary, or `ignore_index`.
@@ -112,7 +116,7 @@ def harmonic_log_probs(
     with torch.no_grad():
         side = _Prototypes(hidden, prototypes, entry, shard)
         stats = entry.contraction.statistics(side.tokens(hidden), side.rows, none, exponent)
-        scores = stats.kept * -(entry.contraction.power * exponent) if entry.has_exponent else stats.kept
+        scores = entry.contraction.scores(stats, exponent)
         return scores - (stats.top + stats.total.log())[:, None]
 
 
@@ -218,7 +222,9 @@ def _scale(hidden: Tensor, rows: Tensor, shard: VocabShard) -> Tensor:
 
 
 class _Chunk:
-    """One chunk of the group's tokens, scored: (M,) log-sum-exp, mean score and target score, the same on every rank."""
+    """One chunk of the group's tokens, scored: (M,) log-sum-exp, mean score and target score, the same on every
+    rank.
+    """
 
     def __init__(self, call: _Call, side: _Prototypes, hidden: Tensor, targets: Tensor, exponent: Tensor) -> None:
         self.call, self.side, self.exponent = call, side, exponent

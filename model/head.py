@@ -1,4 +1,6 @@
-"""HarmonicHead: prototypes, exponent and loss as one module. It knows nothing of language: any classification will do."""
+"""HarmonicHead: prototypes, exponent and loss as one module. It knows nothing of language: any classification will
+do.
+"""
 
 from __future__ import annotations
 
@@ -18,15 +20,17 @@ INIT_BLOCK = 1024  # rows that share a random stream, so that a shard draws its 
 def default_std(distance: str, dim: int) -> float:
     """Standard deviation of a prototype's entries at initialisation.
 
-    Distances: 1/sqrt(dim), length 1. For x of length 1 and independent w, d^2 = 2 - 2 x.w with x.w of deviation
-    1/sqrt(dim), so with n = sqrt(dim) scores have deviation 1/2: as spread as GPT-2's first logits (0.02 sqrt(768) = 0.55). Much
-    shorter or longer prototypes would make all distances alike, and the first gradients small. Softmax: GPT-2's 0.02.
+    Distances: 1/sqrt(dim), length 1. For x of length 1, d^2 = 1 + |w|^2 - 2 x.w then has mean 2 and deviation
+    sqrt(6/dim), so with n = sqrt(dim) scores have deviation sqrt(6)/4 = 0.61: as spread as GPT-2's first logits
+    (0.02 sqrt(768) = 0.55). Much shorter or longer prototypes make all distances alike, and the first gradients
+    small. Softmax: GPT-2's 0.02.
     """
     return 0.02 if distance == "dot" else dim**-0.5
 
 
 class HarmonicHead(nn.Module):
-    """Scores (N, dim) features against `num_prototypes` prototypes; a linear layer and cross-entropy for `distance="dot"`.
+    """Scores (N, dim) features against `num_prototypes` prototypes; a linear layer and cross-entropy for
+    `distance="dot"`.
 
     Features of about the prototypes' length (1 by default) give the best start: divide features of unit variance by
     sqrt(dim).
@@ -72,17 +76,17 @@ class HarmonicHead(nn.Module):
         self.log_exponent: nn.Parameter | None = None
         if exponent == "learned" and DISTANCES[distance].has_exponent:
             self.log_exponent = nn.Parameter(torch.tensor(math.log(self.start_exponent), device=device))
-        self.reset_parameters(torch.randint(2**31, ()).item() if seed is None else seed)
+        self.reset_parameters(int(torch.randint(2**31, (), device="cpu")) if seed is None else seed)
 
     @torch.no_grad()
-    def reset_parameters(self, seed: int | float) -> None:
+    def reset_parameters(self, seed: int) -> None:
         """Draws this rank's rows; the same prototypes for every sharding."""
         if self.prototypes.is_meta:
             return
         first = self.shard.start // INIT_BLOCK * INIT_BLOCK
         for block in range(first, self.shard.stop, INIT_BLOCK):
-            stream = torch.Generator().manual_seed((int(seed) * 2654435761 + block) % 2**63)
-            drawn = torch.randn(INIT_BLOCK, self.prototypes.shape[1], generator=stream) * self.init_std
+            stream = torch.Generator().manual_seed((seed * 2654435761 + block) % 2**63)
+            drawn = torch.randn(INIT_BLOCK, self.prototypes.shape[1], generator=stream, device="cpu") * self.init_std
             low, high = max(block, self.shard.start), min(block + INIT_BLOCK, self.shard.stop)
             self.prototypes[low - self.shard.start : high - self.shard.start] = drawn[low - block : high - block]
 
@@ -92,7 +96,9 @@ class HarmonicHead(nn.Module):
         return self.start_exponent if self.log_exponent is None else self.log_exponent.exp()
 
     def forward(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", ignore_index: int = -100) -> Tensor:
-        """hidden (..., D), targets (...) -> scalar loss, or (N,) for reduction="none". See `model.harmonic.harmonic_loss`."""
+        """hidden (..., D), targets (...) -> scalar loss, or (N,) for reduction="none". See
+        `model.harmonic.harmonic_loss`.
+        """
         return harmonic_loss(
             hidden.reshape(-1, hidden.shape[-1]),
             self.prototypes,
@@ -106,7 +112,9 @@ class HarmonicHead(nn.Module):
         )
 
     def log_probs(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V) log-probabilities of the whole vocabulary, without gradient. Every rank of the group calls it."""
+        """(N, D) -> (N, V) log-probabilities of the whole vocabulary, without gradient. Every rank of the group
+        calls it.
+        """
         rows = full_rows(self.prototypes, self.shard)
         return harmonic_log_probs(hidden, rows, distance=self.distance, exponent=self.exponent)
 

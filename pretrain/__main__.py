@@ -1,7 +1,8 @@
-"""`python -m pretrain CONFIG [key=value ...]` on one process; `deepspeed --module pretrain CONFIG [key=value ...]` on many.
+"""`python -m pretrain CONFIG [key=value ...]` on one process; `deepspeed --module pretrain CONFIG [key=value ...]`
+on many.
 
-Exit codes: 0 done; 2 bad input; 3 too many non-finite steps in a row; 75 stopped by a signal after a save. Rank 0 leaves them, with
-the reason, in the run folder's `exit.json`.
+Exit codes: 0 done; 2 bad input; 3 too many non-finite steps in a row; 75 stopped by a signal after a save. Rank 0
+leaves them, with the reason, in the run folder's `exit.json`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain", description="Train a configuration.")
     parser.add_argument("config", help="a YAML file of configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as train.steps=100")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds it; the environment has it too
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # deepspeed adds it; the environment has it too
     args = parser.parse_args(argv)
     first = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for noisy in ("torch", "DeepSpeed", "deepspeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch|deepspeed")
+    for kind in (UserWarning, FutureWarning):  # torch deprecates collectives' names that DeepSpeed still uses
+        warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
     try:
         cfg = load(args.config, args.overrides)
         world = int(os.environ.get("WORLD_SIZE", "1"))

@@ -1,8 +1,8 @@
 """Checkpoints: whole or absent, verified when read, loadable into any layout; tensors in safetensors, the rest in JSON.
 
-`checkpoints/step-00000100/` holds one safetensors file per rank (fragments with their offsets), `state.json` (step, cursor, totals,
-identity of config, data and tokenizer) and `manifest.json` (size and SHA-256 of the others). It is written under a draft name, flushed,
-and renamed when whole.
+`checkpoints/step-00000100/` holds one safetensors file per rank (fragments with their offsets), `state.json` (step,
+cursor, totals, identity of config, data and tokenizer) and `manifest.json` (size and SHA-256 of the others). It is
+written under a draft name, flushed, and renamed when whole.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 DRAFT = "draft-"  # a folder of this prefix was never finished
 
-# What may differ between a checkpoint and the run that goes on from it: the layout, and what does not touch the weights.
+# What may differ between a checkpoint and the run that goes on from it: the layout, and what does not touch the
+# weights.
 FREE_SETTINGS = (
     "run",
     "resume",
@@ -180,17 +181,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def find(folder: Path, resume: str) -> Path | None:
-    """The checkpoint to go on from: the newest whole one of the run for `auto`, that of a given path, None for a fresh start.
+    """The checkpoint to go on from: the newest whole one of the run for `auto`, that of a given path, None for a
+    fresh start.
 
     Raises:
-        ConfigError: there are checkpoints but none is whole; `never` in a folder that has some; a path that is no checkpoint.
+        ConfigError: there are checkpoints but none is whole; `never` in a folder that has some; a path that is no
+        checkpoint.
     """
     if resume in ("auto", "never"):
         candidates = checkpoints(folder)
         if resume == "never":
             if candidates:
                 raise ConfigError(
-                    f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest {candidates[-1].name}. "
+                    f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest "
+                    f"{candidates[-1].name}. "
                     "Use resume=auto to go on from it, or another run folder (run=...) to start afresh."
                 )
             return None
@@ -207,7 +211,8 @@ def find(folder: Path, resume: str) -> Path | None:
             return path
         log.warning("not going on from %s: %s", path.name, wrong)
     raise ConfigError(
-        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the newest: {wrong}. Restore it, or start "
+        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the newest: {wrong}. Restore "
+        f"it, or start "
         "afresh in another run folder (run=...). Nothing was changed."
     )
 
@@ -219,7 +224,8 @@ def check_identity(checkpoint: Path, who: Mapping[str, Any]) -> None:
     if differing:
         told = "; ".join(f"{k} was {saved.get(k)!r} and is {who.get(k)!r}" for k in differing)
         raise ConfigError(
-            f"{checkpoint} cannot be resumed with this configuration: {told}. Set back what changed, or start afresh in "
+            f"{checkpoint} cannot be resumed with this configuration: {told}. Set back what changed, or start "
+            f"afresh in "
             "another run folder (run=...). Nothing was changed."
         )
 
@@ -232,7 +238,9 @@ def load(checkpoint: Path, fragments: Mapping[str, Fragment]) -> Progress:
 
 
 def load_weights(checkpoint: Path, decoder: Decoder, head: HarmonicHead) -> None:
-    """Fills a whole decoder and this rank's part of a head with float32 weights, without DeepSpeed or a process group."""
+    """Fills a whole decoder and this rank's part of a head with float32 weights, without DeepSpeed or a process
+    group.
+    """
     wanted = {f"trunk.{n}.fp32": Fragment(p.data.view(-1), 0, p.numel()) for n, p in decoder.named_parameters()}
     wanted |= {f"head.{n}.fp32": head_fragment(head, n, p.data) for n, p in head.named_parameters()}
     dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)

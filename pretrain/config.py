@@ -100,7 +100,8 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
         if world % ranks:
             possible = ", ".join(str(k) for k in range(1, world + 1) if world % k == 0)
             raise ConfigError(
-                f"parallel.vocab={self.vocab}: a vocabulary group of {ranks} ranks does not divide the world of {world}. "
+                f"parallel.vocab={self.vocab}: a vocabulary group of {ranks} ranks does not divide the world of "
+                f"{world}. "
                 f"Possible here: {possible}, or world."
             )
         return ranks
@@ -135,16 +136,6 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = {}
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_vocabulary(cls, tree: Any) -> Any:
-        """`model.vocab_size` is the tokenizer's; it may be left out."""
-        try:
-            given = tree["data"]["tokenizer"]["vocab_size"]
-            return {**tree, "model": {"vocab_size": given, **tree["model"]}}
-        except (KeyError, TypeError):
-            return tree  # the sections' own checks will say what is missing
-
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
         if self.model.vocab_size != self.data.tokenizer.vocab_size:
@@ -154,7 +145,8 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
             )
         if self.train.tokens_per_step % self.model.seq_len:
             raise ValueError(
-                f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of model.seq_len={self.model.seq_len}"
+                f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of "
+                f"model.seq_len={self.model.seq_len}"
             )
         for key, ours in OWNED_BY_US.items():
             section: Any = self.deepspeed
@@ -172,8 +164,10 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
         per_pass = self.train.micro_batch * self.model.seq_len * world
         if self.train.tokens_per_step % per_pass:
             raise ConfigError(
-                f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of train.micro_batch x model.seq_len "
-                f"x ranks = {self.train.micro_batch} x {self.model.seq_len} x {world} = {per_pass}. With {world} ranks, "
+                f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of train.micro_batch x "
+                f"model.seq_len "
+                f"x ranks = {self.train.micro_batch} x {self.model.seq_len} x {world} = {per_pass}. With {world} "
+                f"ranks, "
                 f"micro_batch can be {_divisors(self.sequences_per_step(), world)}."
             )
         return self.train.tokens_per_step // per_pass
@@ -189,9 +183,19 @@ def _divisors(sequences: int, world: int) -> str:
     return ", ".join(str(k) for k in range(1, share + 1) if share % k == 0)
 
 
+def from_tree(tree: dict[str, Any]) -> RunConfig:
+    """Checks plain values. `model.vocab_size` is the tokenizer's and may be left out. Raises ConfigError."""
+    try:
+        given = tree["data"]["tokenizer"]["vocab_size"]
+        tree = {**tree, "model": {"vocab_size": given, **tree["model"]}}
+    except (KeyError, TypeError):
+        pass  # the sections' own checks will say what is missing
+    return validate(RunConfig, tree)
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads and checks a config file with `key=value` overrides. Raises ConfigError."""
-    return validate(RunConfig, read_tree(path, list(overrides)))
+    return from_tree(read_tree(path, list(overrides)))
 
 
 def dump(cfg: RunConfig) -> str:
@@ -214,7 +218,8 @@ def check_data(cfg: RunConfig) -> None:
         if split.vocab_size != cfg.model.vocab_size:
             raise ConfigError(
                 f"the shards in {cfg.data.path} have a vocabulary of {split.vocab_size}, the config one of "
-                f"{cfg.model.vocab_size}. Set data.tokenizer.vocab_size={split.vocab_size}, or prepare into another data.path."
+                f"{cfg.model.vocab_size}. Set data.tokenizer.vocab_size={split.vocab_size}, or prepare into "
+                f"another data.path."
             )
         if name == "train" and split.tokens <= cfg.model.seq_len:
             raise ConfigError(

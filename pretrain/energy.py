@@ -1,7 +1,7 @@
 """GPU energy of a run's phases, measured by Zeus; None where nothing was measured, never zero.
 
-One monitor per node, on its local rank 0, over that node's GPUs. A window is closed only where somebody logs: a window shorter than
-the counter's update would read zero, and closing one waits for the device.
+One monitor per node, on its local rank 0, over that node's GPUs. A window is closed only where somebody logs: a
+window shorter than the counter's update would read zero, and closing one waits for the device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ class Counter(Protocol):
 
 
 def zeus_counter(ranks: Ranks) -> Counter | None:
-    """Zeus on this node's GPUs if this rank measures for its node; None if another does, or where there is no counter."""
+    """Zeus on this node's GPUs if this rank measures for its node; None if another does, or where there is no
+    counter.
+    """
     if ranks.local_rank or ranks.device.type != "cuda":
         return None
     try:

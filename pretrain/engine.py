@@ -1,8 +1,8 @@
 """The trunk under DeepSpeed ZeRO, the prototypes beside it, and one update of both.
 
-`h = engine(tokens); loss = head(h, targets); engine.backward(loss); engine.step()`. The head's rows are sharded by construction at every
-ZeRO stage; its gradient is complete within the vocabulary group and averaged over the replicas of the shard. One global norm clips trunk
-and prototypes together, and decides for both whether the step is taken.
+`h = engine(tokens); loss = head(h, targets); engine.backward(loss); engine.step()`. The head's rows are sharded by
+construction at every ZeRO stage; its gradient is complete within the vocabulary group and averaged over the replicas
+of the shard. One global norm clips trunk and prototypes together, and decides for both whether the step is taken.
 """
 
 from __future__ import annotations
@@ -145,8 +145,8 @@ class Trainer:
 class _Guard:
     """Joins the head's norm to the engine's: one clip, and one decision whether the step is taken.
 
-    DeepSpeed skips a step whose norm is not finite. Each class takes its norm in another place; an unknown class is an error,
-    so that a new DeepSpeed fails loudly instead of clipping trunk and head apart.
+    DeepSpeed skips a step whose norm is not finite. Each class takes its norm in another place; an unknown class is
+    an error, so that a new DeepSpeed fails loudly instead of clipping trunk and head apart.
     """
 
     def __init__(self, engine: Any) -> None:

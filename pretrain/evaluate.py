@@ -1,7 +1,9 @@
-"""Held-out perplexity and bits per byte over a whole split, every token scored exactly once, the same on any number of ranks.
+"""Held-out perplexity and bits per byte over a whole split, every token scored exactly once, the same on any number
+of ranks.
 
-`python -m pretrain.evaluate RUN [--split val] [--json]` scores the newest whole checkpoint of a run folder (or one checkpoint's folder);
-`deepspeed --module pretrain.evaluate RUN` does so on many ranks. The number is the true negative log-likelihood: no smoothing, no clamp.
+`python -m pretrain.evaluate RUN [--split val] [--json]` scores the newest whole checkpoint of a run folder (or one
+checkpoint's folder); `deepspeed --module pretrain.evaluate RUN` does so on many ranks. The number is the true
+negative log-likelihood: no smoothing, no clamp.
 """
 
 from __future__ import annotations
@@ -137,7 +139,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _told(found: dict) -> str:
     return (
-        f"{found['checkpoint']} on {found['split']}: perplexity {found['perplexity']:.3f}, {found['loss']:.5f} nats/token, "
+        f"{found['checkpoint']} on {found['split']}: perplexity {found['perplexity']:.3f}, {found['loss']:.5f} "
+        f"nats/token, "
         f"{found['bits_per_byte']:.4f} bits/byte over {found['tokens']:,} tokens, {found['text_bytes']:,} bytes"
     )
 

@@ -1,8 +1,8 @@
 """Every float32 master and Adam moment of a run as flat fragments with global offsets, whatever ZeRO made of them.
 
-A fragment is this rank's slice of one parameter's values, laid out flat, and knows where it lies in the whole. So torch's distributed
-checkpoint can write what one layout holds and read it into any other: no gather, no conversion. Names: `trunk.<parameter>.<what>`
-and `head.<parameter>.<what>`, with <what> one of `fp32`, `exp_avg`, `exp_avg_sq`.
+A fragment is this rank's slice of one parameter's values, laid out flat, and knows where it lies in the whole. So
+torch's distributed checkpoint can write what one layout holds and read it into any other: no gather, no conversion.
+Names: `trunk.<parameter>.<what>` and `head.<parameter>.<what>`, with <what> one of `fp32`, `exp_avg`, `exp_avg_sq`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
@@ -21,7 +21,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class Fragment(torch.Tensor):
-    """The slice [start, start + len(local)) of a flat tensor of `size` values, as torch's distributed checkpoint asks for it."""
+    """The slice [start, start + len(local)) of a flat tensor of `size` values, as torch's distributed checkpoint
+    asks for it.
+    """
 
     local: Tensor
     start: int
@@ -37,7 +39,7 @@ class Fragment(torch.Tensor):
         pass
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if function is torch.ops.aten.detach.default:
             return args[0]
         raise NotImplementedError(f"a Fragment is only for checkpoints: {function}")
@@ -106,7 +108,7 @@ def trunk_fragments(engine: Any, first_rank: bool) -> dict[str, Fragment]:
 
 
 def _place(
-    engine: Any, inner: torch.optim.Optimizer, parameter: nn.Parameter, first_rank: bool
+    engine: Any, inner: torch.optim.Optimizer, parameter: Any, first_rank: bool
 ) -> tuple[int, int, bool, Callable[[str | None], Tensor]]:
     """Where this rank's part of a parameter starts, the whole's size, who writes it, and how to read it."""
     optimizer = engine.optimizer

@@ -50,7 +50,9 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -258,5 +260,7 @@ def due(step: int, every: int | None) -> bool:
 
 
 def _dropout_seed(seed: int, step: int, rank: int) -> int:
-    """Dropout's random numbers are a function of (seed, step, rank), so a resumed run draws what the unbroken one drew."""
+    """Dropout's random numbers are a function of (seed, step, rank), so a resumed run draws what the unbroken one
+    drew.
+    """
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)

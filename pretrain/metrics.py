@@ -17,7 +17,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 log = logging.getLogger(__name__)
 
-# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets, by a part of the device's name; the first match counts.
+# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets, by a part of the device's name; the first match
+# counts.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -53,7 +54,9 @@ def read_records(run: Path) -> list[dict[str, Any]]:
 class Recorder:
     """Open with the first step that is still to come: records of later steps, from before a resume, are dropped."""
 
-    def __init__(self, run: Path, first_step: int, steps: int, tensorboard: bool, console: Console | None = None) -> None:
+    def __init__(
+        self, run: Path, first_step: int, steps: int, tensorboard: bool, console: Console | None = None
+    ) -> None:
         path = run / "metrics.jsonl"
         if path.exists():
             kept = [record for record in read_records(run) if record["step"] <= first_step]

@@ -1,9 +1,12 @@
-"""Runs a check on N gloo ranks of this machine, each a process of its own, and brings back what they returned or raised."""
+"""Runs a check on N gloo ranks of this machine, each a process of its own, and brings back what they returned or
+raised.
+"""
 
 from __future__ import annotations
 
 import os
 import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +15,9 @@ import torch.multiprocessing as mp
 TIMEOUT_S = 240
 
 
-def _rank(rank: int, world: int, store: str, check: Callable[..., Any], arguments: dict[str, Any], results: Any) -> None:
+def _rank(
+    rank: int, world: int, store: str, check: Callable[..., Any], arguments: dict[str, Any], results: Any
+) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1"
     )
@@ -20,6 +25,9 @@ def _rank(rank: int, world: int, store: str, check: Callable[..., Any], argument
     import torch
     import torch.distributed as dist
 
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module="torch.distributed"
+    )  # DeepSpeed's and our names for collectives
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
@@ -34,7 +42,8 @@ def _rank(rank: int, world: int, store: str, check: Callable[..., Any], argument
 
 
 def run_ranks(check: Callable[..., Any], world: int, tmp_path: Any, **arguments: Any) -> list[Any]:
-    """Calls `check(**arguments)` on every rank of a world of `world`; returns the results by rank (plain values or numpy).
+    """Calls `check(**arguments)` on every rank of a world of `world`; returns the results by rank (plain values or
+    numpy).
 
     `check` is a module-level function. Raises AssertionError with the traceback of the first rank that failed.
     """

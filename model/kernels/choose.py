@@ -1,4 +1,4 @@
-"""Which kernels serve a tensor: chosen once per device and dtype, and said in the log where it is not the fast choice."""
+"""Which kernels serve a tensor: chosen once per device and dtype; where a CPU must do without, the log says why."""
 
 from __future__ import annotations
 
@@ -26,6 +26,11 @@ def _for_cpu(dtype: torch.dtype) -> ModuleType:
     try:
         cpu.require(dtype)
     except cpu.Unavailable as error:
-        log.warning("The head runs in plain PyTorch for %s on this CPU, exact but slower: %s.", dtype, error)
+        _say(str(error))
         return eager
     return cpu
+
+
+@functools.cache
+def _say(reason: str) -> None:
+    log.warning("The head runs in plain PyTorch on this CPU, exact but slower: %s.", reason)

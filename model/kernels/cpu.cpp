@@ -20,9 +20,9 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -36,8 +36,10 @@ constexpr int64_t LANES = 16;
 constexpr int64_t TILE_ROWS = 6;     // a register tile is 6 rows x 4 vectors: 24 sums, 4 right vectors, 1 broadcast
 constexpr int64_t TILE_VECTORS = 4;
 constexpr int64_t PANEL = TILE_VECTORS * LANES;
-constexpr int64_t DEPTH = 256;       // terms of a sum taken at a time: a panel of 256 x 64 fills two thirds of L1
+constexpr int64_t DEPTH = 512;       // terms of a sum taken at a time (measured: 192, 256 and 384 are slower)
+constexpr int64_t SUM_TERMS = 128;   // terms summed before they join the sum in memory: one long sum rounds six times worse
 constexpr int64_t PRODUCT_ROWS = 40 * TILE_ROWS;
+constexpr int64_t BLOCK_ROWS = 512, BLOCK_COLUMNS = 384;  // of the product whose operands are packed as it goes
 constexpr int64_t SCORE_ROWS = 128;  // prototypes whose scores are summed while they are in L2
 constexpr int64_t SCORE_TOKENS = 512;
 constexpr int64_t FLOAT_TERMS = 16;  // terms summed in float32 before they join a sum in float64
@@ -154,7 +156,10 @@ void multiply_tile(Left a, const pair32* panel, int64_t terms, float* c, int64_t
       for (int v = 0; v < VECTORS; ++v) sums[i][v] = multiply_add(sums[i][v], half, _mm512_loadu_ps(panel + v * LANES));
     }
   }
-  for (int64_t i = 0; i < rows; ++i) {
+#pragma GCC unroll 6
+  for (int64_t i = 0; i < TILE_ROWS; ++i) {
+    if (i >= rows) break;
+#pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
       float* at = c + i * stride + v * LANES;
       const __mmask16 lanes = v == VECTORS - 1 ? last : __mmask16(0xffff);
@@ -174,8 +179,12 @@ void multiply_panel(
                                    : multiply_tile<1>;
   const __mmask16 last = first_lanes(width - (vectors - 1) * LANES);
   for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-    const Left at{a.at + i * a.row, a.row, a.pair};
-    tile(at, panel, terms, c + i * stride, stride, std::min(TILE_ROWS, rows - i), last, add);
+    for (int64_t k = 0; k < terms; k += SUM_TERMS) {
+      const Left at{a.at + i * a.row + k / 2 * a.pair, a.row, a.pair};
+      const pair32* right = panel + k / 2 * vectors * LANES;
+      const int64_t height = std::min(TILE_ROWS, rows - i), depth = std::min(SUM_TERMS, terms - k);
+      tile(at, right, depth, c + i * stride, stride, height, last, add || k > 0);
+    }
   }
 }
 
@@ -227,9 +236,9 @@ class Packed {
 
   // c (rows, width) = or += a (rows, terms) . this
   void multiply(Left a, float* c, int64_t stride, int64_t rows, bool add) const {
-    for (int64_t k = 0; k < terms_; k += DEPTH) {
-      const Left from{a.at + k / 2 * a.pair, a.row, a.pair};
-      for (int64_t j = 0; j < width_; j += PANEL) {
+    for (int64_t j = 0; j < width_; j += PANEL) {
+      for (int64_t k = 0; k < terms_; k += DEPTH) {  // inside: this panel of c stays in L2
+        const Left from{a.at + k / 2 * a.pair, a.row, a.pair};
         const int64_t width = std::min(PANEL, width_ - j);
         multiply_panel(from, pairs_.data() + offset(k, j), terms_at(k), c + j, stride, rows, width, add || k > 0);
       }
@@ -300,7 +309,9 @@ void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& c) {
   check_rows(b, at::kBFloat16, "b");
   check_rows(c, at::kFloat, "c");
   const int64_t height = c.size(0), width = c.size(1);
-  const int64_t down = blocks_of(height, 256), across = blocks_of(width, 256);
+  const int64_t across = blocks_of(width, BLOCK_COLUMNS), threads = at::get_num_threads();
+  int64_t down = blocks_of(height, BLOCK_ROWS);
+  while (down * across % threads && down * 4 * TILE_ROWS < height) ++down;  // as much work for every thread
   const int64_t tall = blocks_of(blocks_of(height, down), TILE_ROWS) * TILE_ROWS;
   const int64_t wide = blocks_of(blocks_of(width, across), PANEL) * PANEL;
   for_each_task(down * across, [&](int64_t task) {
@@ -523,8 +534,8 @@ float gradient_row(const Kind& kind, float* kept, int64_t row, int64_t tokens, f
   return _mm512_reduce_add_ps(sum);
 }
 
-// Sums over the prototypes: float32 within a block, float64 across them. partial (blocks, padded M) -> (M,)
-Tensor summed_blocks(const std::vector<float>& partial, int64_t width, const Tensor& like) {
+// partial (blocks, padded M) -> (M,)
+Tensor summed_blocks(const std::vector<double>& partial, int64_t width, const Tensor& like) {
   const Tensor out = at::empty({like.size(1)}, like.options());
   float* at = out.mutable_data_ptr<float>();
   for (int64_t m = 0; m < out.numel(); ++m) {
@@ -540,12 +551,18 @@ template <class Stored, class Kind>
 std::tuple<Tensor, Tensor> differentiate(const Kind& kind, const Tensor& kept) {
   const int64_t rows = kept.size(0), tokens = kept.size(1), width = blocks_of(tokens, LANES) * LANES;
   const int64_t blocks = blocks_of(rows, SCORE_ROWS);
-  std::vector<float> partial(size_t(blocks * width));
+  std::vector<double> partial(size_t(blocks * width));
   const Tensor over_tokens = at::empty({rows}, kept.options());
   float *at = kept.mutable_data_ptr<float>(), *out = over_tokens.mutable_data_ptr<float>();
   for_each_task(blocks, [&](int64_t task) {
-    for (int64_t v = task * SCORE_ROWS; v < std::min(rows, (task + 1) * SCORE_ROWS); ++v) {
-      out[v] = gradient_row<Stored>(kind, at + v * kept.stride(0), v, tokens, &partial[task * width]);
+    std::vector<float> sums(size_t(width), 0.0f);
+    const int64_t end = std::min(rows, (task + 1) * SCORE_ROWS);
+    for (int64_t first = task * SCORE_ROWS; first < end; first += FLOAT_TERMS) {
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t v = first; v < std::min(end, first + FLOAT_TERMS); ++v) {
+        out[v] = gradient_row<Stored>(kind, at + v * kept.stride(0), v, tokens, sums.data());
+      }
+      for (int64_t m = 0; m < width; m += LANES) add_to(&partial[task * width + m], &sums[m]);
     }
   });
   return {summed_blocks(partial, width, kept), over_tokens};
@@ -616,28 +633,103 @@ void finish_row(float* total, const Stored* row, float factor, int64_t width) {
   }
 }
 
-// Calls work(v, row v) for every row, in the type that it is stored as.
-template <class Work>
+// Calls work(v, row v) for every row of (V, D) memory.
+template <class Stored, class Work>
 void for_each_row(const Tensor& rows, const Work& work) {
-  const bool bfloat16 = rows.scalar_type() == at::kBFloat16;
-  check_rows(rows, bfloat16 ? at::kBFloat16 : at::kFloat, "rows");
+  const Stored* at = static_cast<const Stored*>(rows.const_data_ptr());
   const int64_t stride = rows.stride(0);
   at::parallel_for(0, rows.size(0), 64, [&](int64_t first, int64_t end) {
-    for (int64_t v = first; v < end; ++v) {
-      if (bfloat16) {
-        work(v, bits(rows) + v * stride);
-      } else {
-        work(v, rows.const_data_ptr<float>() + v * stride);
-      }
-    }
+    for (int64_t v = first; v < end; ++v) work(v, at + v * stride);
   });
+}
+
+// The same for rows of bfloat16 or float32.
+template <class Work>
+void for_each_row_of_either(const Tensor& rows, const Work& work) {
+  const bool bfloat16 = rows.scalar_type() == at::kBFloat16;
+  check_rows(rows, bfloat16 ? at::kBFloat16 : at::kFloat, "rows");
+  bfloat16 ? for_each_row<bits16>(rows, work) : for_each_row<float>(rows, work);
 }
 
 // (V, D) -> (V,) squared norms
 Tensor square_norms(const Tensor& rows) {
   const Tensor out = at::empty({rows.size(0)}, rows.options().dtype(at::kFloat));
   float* at = out.mutable_data_ptr<float>();
-  for_each_row(rows, [&](int64_t v, const auto* row) { at[v] = sum_squares(row, rows.size(1)); });
+  for_each_row_of_either(rows, [&](int64_t v, const auto* row) { at[v] = sum_squares(row, rows.size(1)); });
+  return out;
+}
+
+// A row of length 1 is row / (largest * length), with the length of row / largest: no overflow.
+struct RowLength {
+  float largest, length;  // 1 and 1 for a row of zeros
+};
+
+RowLength length_of(const float* row, int64_t width) {
+  __m512 top = _mm512_setzero_ps();
+  for (int64_t k = 0; k < width; k += LANES) {
+    top = _mm512_max_ps(top, _mm512_abs_ps(load_wide(row + k, first_lanes(width - k))));
+  }
+  const float largest = _mm512_reduce_max_ps(top) > 0 ? _mm512_reduce_max_ps(top) : 1.0f;
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t k = 0; k < width; k += LANES) {
+    const __m512 x = _mm512_div_ps(load_wide(row + k, first_lanes(width - k)), _mm512_set1_ps(largest));
+    sum = _mm512_fmadd_ps(x, x, sum);
+  }
+  const float square = _mm512_reduce_add_ps(sum);
+  return {largest, square == 0 ? 1.0f : std::sqrt(square)};
+}
+
+__m512 unit_at(const float* at, __mmask16 lanes, RowLength row) {
+  const __m512 scaled = _mm512_div_ps(load_wide(at, lanes), _mm512_set1_ps(row.largest));
+  return _mm512_div_ps(scaled, _mm512_set1_ps(row.length));
+}
+
+// (V, D) -> (V, D) with rows of length 1
+Tensor unit_rows(const Tensor& rows) {
+  const Tensor out = at::empty(rows.sizes(), rows.options());
+  const int64_t width = rows.size(1);
+  float* to = out.mutable_data_ptr<float>();
+  check_rows(rows, at::kFloat, "rows");
+  for_each_row<float>(rows, [&](int64_t v, const float* row) {
+    const RowLength length = length_of(row, width);
+    for (int64_t k = 0; k < width; k += LANES) {
+      const __mmask16 lanes = first_lanes(width - k);
+      _mm512_mask_storeu_ps(to + v * width + k, lanes, unit_at(row + k, lanes, length));
+    }
+  });
+  return out;
+}
+
+// The way back: (grad - unit (unit . grad)) / |row|, 0 for a row of zeros.
+Tensor unit_rows_gradient(const Tensor& rows, const Tensor& grad) {
+  check_rows(rows, at::kFloat, "rows");
+  check_rows(grad, at::kFloat, "grad");
+  TORCH_CHECK(rows.sizes() == grad.sizes(), "expected a gradient for every row");
+  const Tensor out = at::empty(rows.sizes(), rows.options());
+  const int64_t width = rows.size(1);
+  const float* from = grad.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  for_each_row<float>(rows, [&](int64_t v, const float* row) {
+    const RowLength length = length_of(row, width);
+    const float* upstream = from + v * grad.stride(0);
+    __m512 sum = _mm512_setzero_ps(), any = _mm512_setzero_ps();
+    for (int64_t k = 0; k < width; k += LANES) {
+      const __mmask16 lanes = first_lanes(width - k);
+      const __m512 unit = unit_at(row + k, lanes, length);
+      sum = _mm512_fmadd_ps(unit, load_wide(upstream + k, lanes), sum);
+      any = _mm512_fmadd_ps(unit, unit, any);
+    }
+    const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
+    const bool zeros = _mm512_reduce_add_ps(any) == 0;
+    for (int64_t k = 0; k < width; k += LANES) {
+      const __mmask16 lanes = first_lanes(width - k);
+      const __m512 across = _mm512_fnmadd_ps(unit_at(row + k, lanes, length), along, load_wide(upstream + k, lanes));
+      const __m512 scaled = _mm512_div_ps(across, _mm512_set1_ps(length.length));
+      __m512 back = _mm512_div_ps(scaled, _mm512_set1_ps(length.largest));
+      back = _mm512_min_ps(_mm512_set1_ps(FLT_MAX), _mm512_max_ps(_mm512_set1_ps(-FLT_MAX), back));  // NaN stays
+      _mm512_mask_storeu_ps(to + v * width + k, lanes, zeros ? _mm512_setzero_ps() : back);
+    }
+  });
   return out;
 }
 
@@ -647,7 +739,7 @@ void finish_rows(const Tensor& total, const Tensor& rows, const Tensor& columns)
   TORCH_CHECK(total.sizes() == rows.sizes(), "expected a total for every row");
   const std::vector<float> factors = padded(columns, rows.size(0), 0.0f);
   float* at = total.mutable_data_ptr<float>();
-  for_each_row(rows, [&](int64_t v, const auto* row) {
+  for_each_row_of_either(rows, [&](int64_t v, const auto* row) {
     finish_row(at + v * total.stride(0), row, factors[v], rows.size(1));
   });
 }
@@ -678,6 +770,8 @@ TORCH_LIBRARY(overtone_cpu, library) {
   library.def(
       "dot_gradient(Tensor kept, Tensor lse, Tensor weight, Tensor local, bool bfloat16) -> ()", &dot_gradient);
   library.def("finish_rows(Tensor total, Tensor rows, Tensor columns) -> ()", &finish_rows);
+  library.def("unit_rows(Tensor rows) -> Tensor", &unit_rows);
+  library.def("unit_rows_gradient(Tensor rows, Tensor grad) -> Tensor", &unit_rows_gradient);
   library.def("square_norms(Tensor rows) -> Tensor", &square_norms);
   library.def("advise_huge_pages(Tensor t) -> ()", &advise_huge_pages);
 }

@@ -1,11 +1,12 @@
-"""The operations of eager.py in C++ for CPUs with AVX512 (cpu.cpp): bfloat16 operands with float32 sums and results, and float32.
+"""The operations of eager.py in C++ (cpu.cpp), for CPUs with AVX512: bfloat16 with float32 sums and results; float32.
 
-Compiled at first use with torch's own tooling, once per source, CPU kind and torch version. Scores are kept with the
-tokens along the vector lanes: an (M, V) tensor here is the transpose of (V, M) memory. Products of float32 are torch's own.
+Compiled at first use with torch's own tooling, once per source, kind of CPU and torch version. Scores are kept with the
+tokens along the vector lanes: an (M, V) tensor is the transpose of (V, M) memory. Products of float32 are torch's own.
 
-Numerics: exp and log are within 1 ulp, sums over the prototypes join float64 after 16 (gradients: 256) terms, and bfloat16
-subnormals (below 2^-126) count as zero in products and in the rounded G. The order of every sum depends on
-the shapes alone, so results do not depend on the number of threads (in bfloat16; in float32 torch's products decide).
+Numerics: exp and log are within 1 ulp, sums over the prototypes join float64 after 16 terms, products add up float32
+sums of 128 terms (as near to float64 as torch's float32 products are), and bfloat16 subnormals (below 2^-126) count as
+zero in products and in the rounded G. The order of every sum depends on the shapes alone: in bfloat16 the same inputs
+give the same bits with any number of threads (in float32, torch's products decide).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import fcntl
 import functools
 import hashlib
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,7 +27,8 @@ from model.kernels import eager
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 LANES = 16  # float32 lanes of a vector register: rows of scores start on a multiple
-FLAGS = ("-O3", "-fopenmp", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+INSTRUCTIONS = ("fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
+BFLOAT16 = "avx512_bf16"
 HUGE = 4 * 2**20  # tensors of so many bytes are worth huge pages
 
 
@@ -33,40 +36,63 @@ class Unavailable(RuntimeError):
     """These kernels cannot serve this machine or dtype; the message says why, and what would help."""
 
 
-@functools.cache
 def require(dtype: torch.dtype) -> None:
     """Builds and loads the kernels, or raises `Unavailable` where they cannot serve tensors of `dtype`."""
-    has = torch.cpu.get_capabilities()
-    if not all(has.get(name, False) for name in ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl")):
-        raise Unavailable("this CPU has no AVX512; nothing is wrong, but a CPU with AVX512 would be faster")
-    if dtype == torch.bfloat16 and not has.get("avx512_bf16", False):
-        raise Unavailable("this CPU has no AVX512_BF16; compute in float32, or on a CPU with AVX512_BF16, to be faster")
-    _load()
+    has = _instructions()
+    if not has.issuperset(INSTRUCTIONS):
+        raise Unavailable("this CPU has no AVX512; a CPU that has it (AVX512_BF16 for bfloat16) would be faster")
+    if dtype == torch.bfloat16 and BFLOAT16 not in has:
+        raise Unavailable("this CPU has no AVX512_BF16; float32, or a CPU that has it, would be faster")
+    failure = _load()
+    if failure:
+        raise Unavailable(failure)
+
+
+def _instructions() -> set[str]:
+    """The CPU's instruction sets as Linux names them; none known elsewhere."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return set(line.split())
+    return set()
+
+
+def _flags() -> list[str]:
+    extensions = [*INSTRUCTIONS, *([BFLOAT16] if BFLOAT16 in _instructions() else [])]
+    return ["-O3", "-fopenmp", *(f"-m{name.replace('_', '')}" for name in extensions)]
+
+
+def build_folder() -> Path:
+    """Where this source is built for this kind of CPU and this torch: machines that differ can share a home."""
+    from torch.utils.cpp_extension import get_default_build_root  # takes a while: only where it is needed
+
+    facts = f"{SOURCE.read_text()} {_flags()} {torch.__version__}"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    return Path(root) / f"overtone_cpu_{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
 
 @functools.cache
-def _load() -> None:
-    from torch.utils import cpp_extension  # takes a while: only where it is needed
+def _load() -> str | None:
+    """Builds and loads the kernels, once; returns what stood in the way, and the remedy."""
+    from torch.utils import cpp_extension
 
-    flags = [*FLAGS, *(["-mavx512bf16"] if torch.cpu.get_capabilities().get("avx512_bf16", False) else [])]
-    facts = f"{SOURCE.read_text()} {flags} {torch.__version__} {torch.compiled_with_cxx11_abi()}"
-    name = f"overtone_cpu_{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root()
-    folder = Path(root) / name
+    folder = build_folder()
     try:
-        with _alone(folder):
+        with _alone(folder), _ninja_found():
             cpp_extension.load(
-                name,
+                folder.name,
                 [str(SOURCE)],
-                extra_cflags=flags,
+                extra_cflags=_flags(),
                 extra_ldflags=["-fopenmp"],
                 build_directory=str(folder),
                 is_python_module=False,
             )
     except (RuntimeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        remedy = "install g++ (12 or newer) and ninja, and let TORCH_EXTENSIONS_DIR name a folder that can be written"
-        raise Unavailable(f"building {SOURCE.name} failed ({reason}); {remedy}") from error
+        lines = [line.strip() for line in str(error).splitlines()] or ["no reason given"]
+        reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0])
+        remedy = "install g++ 12 or newer and ninja, and let TORCH_EXTENSIONS_DIR name a folder that can be written"
+        return f"{SOURCE.name} could not be built ({reason}); {remedy}"
+    return None
 
 
 @contextmanager
@@ -81,6 +107,17 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _ninja_found() -> Iterator[None]:
+    """pip puts ninja beside python, where PATH does not lead unless the environment was activated."""
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{before}{os.pathsep}{Path(sys.executable).parent}"
+    try:
+        yield
+    finally:
+        os.environ["PATH"] = before
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """As torch.empty, large ones in huge pages: at 4 KiB each, touching the memory costs more than a pass over it."""
     out = torch.empty(shape, dtype=dtype, device=device)
@@ -90,7 +127,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 class Rows:
-    """The prototypes of one call (V, D), and the memory of one chunk's scores: `products` writes over the chunk before."""
+    """The prototypes of one call (V, D), and memory for one chunk's scores: `products` writes over the chunk before."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows.contiguous()
@@ -136,6 +173,16 @@ def add_rows_product(total: Tensor, grads: Tensor, x: Tensor) -> None:
 def finish_rows(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     """total (V, D) = 2 (columns (V,) * rows (V, D) - total), in place and in one pass."""
     torch.ops.overtone_cpu.finish_rows(total, rows, columns)
+
+
+def unit_rows(rows: Tensor) -> Tensor:
+    """As eager.unit_rows, for float32."""
+    return torch.ops.overtone_cpu.unit_rows(rows.contiguous())
+
+
+def unit_rows_gradient(rows: Tensor, grad: Tensor) -> Tensor:
+    """As eager.unit_rows_gradient, for float32."""
+    return torch.ops.overtone_cpu.unit_rows_gradient(rows.contiguous(), grad.contiguous())
 
 
 def _columns(tokens_first: Tensor) -> Tensor:

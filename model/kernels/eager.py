@@ -1,4 +1,5 @@
-"""The head's five chunk operations in plain PyTorch: the readable twin of every kernel, and the path where there is none.
+"""The head's five chunk operations in plain PyTorch: the readable twin of every kernel, and the path where there is
+none.
 
 Legend: M tokens of a chunk, V prototypes on this rank, D width. Scores of a *quadratic* distance are
 s = -coefficient * log q with q the squared distance; those of `dot` are the products themselves. Operands have the
@@ -62,6 +63,34 @@ def add_rows_product(total: Tensor, grads: Tensor, x: Tensor) -> None:
     total += _product(grads.t(), x)
 
 
+def unit_rows(rows: Tensor) -> Tensor:
+    """Rows (N, D) of length 1 (a row of zeros stays one)."""
+    scaled, length, _ = _lengths(rows)
+    return scaled / length
+
+
+def unit_rows_gradient(rows: Tensor, grad: Tensor) -> Tensor:
+    """The gradient of `rows` from that of unit_rows(rows): 0 for a row of zeros, and finite for the shortest of
+    rows.
+    """
+    scaled, length, largest = _lengths(rows)
+    unit = scaled / length
+    along = torch.linalg.vecdot(unit, grad)[:, None]
+    across = ((grad - unit * along) / length / largest).clamp(-torch.finfo(grad.dtype).max, torch.finfo(grad.dtype).max)
+    return torch.where(rows.any(1, keepdim=True), across, 0)
+
+
+def _lengths(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows divided by their largest entry (then their squares cannot overflow), the length of that, the largest
+    entry.
+    """
+    largest = rows.abs().amax(1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1)
+    scaled = rows / largest
+    length = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
+    return scaled, torch.where(length == 0, 1, length), largest
+
+
 def finish_rows(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     """total (V, D) = 2 (columns (V,) * rows (V, D) - total), in place."""
     total.neg_().addcmul_(rows, columns[:, None]).mul_(2)
@@ -73,8 +102,8 @@ def quadratic_statistics(
     """Turns dot products into log q, in place, and sums up the scores s = -coefficient * log q of every token.
 
     x_squares, floor, target_q are (M,); `local` (M,) is the target's column, -1 where it is not here; its q is
-    `target_q`, taken by direct difference. Returns (M,) each: max s, sum exp(s - max), sum s * exp(s - max), and s of the
-    target (0 where it is not here).
+    `target_q`, taken by direct difference. Returns (M,) each: max s, sum exp(s - max), sum s * exp(s - max), and s
+    of the target (0 where it is not here).
     """
     q = dots.mul_(-2).add_(x_squares[:, None]).add_(rows.squares)
     here = local >= 0
@@ -102,7 +131,8 @@ def quadratic_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G = d(weight * loss)/dq, rounded to `dtype`, with the sums of the *rounded* G over rows and columns.
 
-    G = -coefficient * weight * (p - onehot) / q, and 0 at the floor. (M, V) -> G (M, V), (M,), (V,). `log_q` is consumed.
+    G = -coefficient * weight * (p - onehot) / q, and 0 at the floor. (M, V) -> G (M, V), (M,), (V,). `log_q` is
+    consumed.
     """
     here = local >= 0
     column = local.clamp_min(0)[:, None]

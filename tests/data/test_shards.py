@@ -13,7 +13,7 @@ EOS = 2
 
 
 def make_folder(
-    folder: Path, shard_tokens: int = 1000, dtype: str = "uint16", **splits: list[np.ndarray]
+    folder: Path, shard_tokens: int = 1000, dtype: str = "uint16", vocab_size: int = 60_000, **splits: list[np.ndarray]
 ) -> dict[str, np.ndarray]:
     """A prepared folder of given documents; returns the stream of tokens that each split should hold."""
     folder.mkdir()
@@ -27,7 +27,7 @@ def make_folder(
     manifest = {
         "format": 1,
         "dtype": dtype,
-        "vocab_size": 60_000,
+        "vocab_size": vocab_size,
         "tokenizer_file": "tokenizer.model",
         "tokenizer_sha256": sha256_of(folder / "tokenizer.model"),
         "eos_id": EOS,

@@ -96,6 +96,12 @@ def test_a_free_port_can_be_bound():
         (1, {"code": 75, "reason": "stopped by SIGTERM", "step": 7}, 75, "the same command goes on"),
         (1, {"code": 0}, 1, "a rank failed"),
         (1, None, 1, "a rank failed"),
+        (
+            247,
+            {"code": 1, "reason": "reset by peer", "step": 7},
+            1,
+            "killed by SIGKILL; rank 0: reset by peer (step 7)",
+        ),
         (247, None, 137, "a rank was killed by SIGKILL"),
         (250, {"code": 0}, 134, "SIGABRT"),
         (-15, None, 143, "deepspeed was killed by SIGTERM"),
@@ -139,10 +145,10 @@ if plan.get("helper") and os.fork() == 0:
 everyone("up", json.dumps([os.getpid(), os.getppid(), os.environ["OMP_NUM_THREADS"]]))
 if plan.get("killed") == rank:
     os.kill(os.getpid(), signal.SIGKILL)
-while plan.get("deaf") or plan.get("waits") and not told:
+while plan.get("deaf") or plan.get("trains") and not told:
     time.sleep(0.01)
-if plan.get("waits"):
-    time.sleep(0.5)  # to save
+if plan.get("saves"):
+    time.sleep(0.5)
     everyone("told", str(len(told)))
 if rank == 0 and "record" in plan:
     (here / "exit.json").write_text(json.dumps({"code": plan["record"], "reason": "so planned", "step": 5}))
@@ -241,12 +247,12 @@ def test_a_code_of_ours(start):
 
 
 def test_a_killed_rank(start):
-    code, output = start(code=0, killed=1, waits=True).end()
+    code, output = start(code=0, killed=1, trains=True).end()
     assert code == 137 and "a rank was killed by SIGKILL" in output
 
 
 def test_preemption(start):
-    job = start(code=75, record=75, waits=True, helper=True)
+    job = start(code=75, record=75, trains=True, saves=True, helper=True)
     job.ranks()
     job.process.send_signal(signal.SIGTERM)
     code, output = job.end()

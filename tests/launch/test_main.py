@@ -1,6 +1,5 @@
 """`python -m launch run`: what is checked before anything is spawned, and what is handed on."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,14 +18,11 @@ from launch.__main__ import main
 def data(tmp_path_factory) -> dict:
     """The `data:` section of a small corpus that is prepared."""
     folder = tmp_path_factory.mktemp("data")
-    lines = [
-        json.dumps({"text": f"document number {k} of some, each with words of its own: {k * k}"}) for k in range(99)
-    ]
-    (folder / "corpus.jsonl").write_text("\n".join(lines))
     section = {
         "path": str(folder / "prepared"),
-        "source": {"kind": "files", "paths": [str(folder / "corpus.jsonl")]},
-        "tokenizer": {"vocab_size": 300},
+        "source": {"kind": "embedded"},
+        "limit_documents": 50,
+        "tokenizer": {"vocab_size": 400},
         "val_fraction": 0.2,
     }
     prepare(validate(DataConfig, section, "data"), lambda line: None)

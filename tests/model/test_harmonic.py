@@ -64,7 +64,11 @@ def test_equals_reference(distance: str, scale: float, dtype: torch.dtype) -> No
     upstream = torch.rand(37, dtype=torch.float64)
     n = math.sqrt(24)
     truth = loss_and_gradients(
-        lambda x, w, n: harmonic_loss_reference(x, w, y, distance=distance, exponent=n), x.double(), w.double(), n, upstream
+        lambda x, w, n: harmonic_loss_reference(x, w, y, distance=distance, exponent=n),
+        x.double(),
+        w.double(),
+        n,
+        upstream,
     )
     plain = loss_and_gradients(lambda x, w, n: plain_loss(x, w, y, distance, n), x, w, n, upstream)
     fast = loss_and_gradients(
@@ -213,7 +217,12 @@ def test_second_backward_is_an_error() -> None:
     ],
 )
 def test_bad_input_is_told(change: dict, message: str) -> None:
-    given = {"hidden": torch.ones(2, 3), "prototypes": torch.rand(5, 3), "targets": torch.tensor([0, 1]), "exponent": 2.0}
+    given = {
+        "hidden": torch.ones(2, 3),
+        "prototypes": torch.rand(5, 3),
+        "targets": torch.tensor([0, 1]),
+        "exponent": 2.0,
+    }
     given.update(change)
     positional = [given.pop(name) for name in ("hidden", "prototypes", "targets")]
     with pytest.raises(ValueError, match=message):

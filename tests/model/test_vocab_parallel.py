@@ -42,7 +42,14 @@ def check_sharded(v: int, distance: str) -> None:
         stored[: shard.real] = w[shard.start : shard.stop]
         part = [x[mine].clone().requires_grad_(), stored.requires_grad_(), torch.tensor(3.0).requires_grad_()]
         found = harmonic_loss(
-            part[0], part[1], y[mine], distance=distance, exponent=part[2], reduction=reduction, shard=shard, chunk_bytes=4000
+            part[0],
+            part[1],
+            y[mine],
+            distance=distance,
+            exponent=part[2],
+            reduction=reduction,
+            shard=shard,
+            chunk_bytes=4000,
         )
         (found @ weights[mine] if reduction == "none" else found).backward()
         close = {"rtol": 2e-5, "atol": 2e-6}

@@ -1,7 +1,7 @@
 """Layout does not matter: every ZeRO stage, world, vocabulary group and accumulation trains like plain PyTorch.
 
-float32: to rounding. bf16: losses of five steps within BF16_LOSS of each other, whatever the layout (rounding of activations and of
-gradients that are reduced in another order).
+float32: to rounding. bf16: losses of five steps within BF16_LOSS of each other, whatever the layout (rounding of
+activations and of gradients that are reduced in another order).
 """
 
 from __future__ import annotations
@@ -15,7 +15,11 @@ import pytest
 from tests.pretrain.tiny import tiny_config, train_layout, train_plain
 from tests.ranks import run_ranks
 
-FLOAT32_LOSS, FLOAT32_NORM, FLOAT32_WEIGHT = 2e-5, 1e-4, 5e-4  # lr is 1e-2: Adam turns tiny gradients' rounding into weight
+FLOAT32_LOSS, FLOAT32_NORM, FLOAT32_WEIGHT = (
+    2e-5,
+    1e-4,
+    5e-4,
+)  # lr is 1e-2: Adam turns tiny gradients' rounding into weight
 BF16_LOSS = 2e-2
 
 OPTIMIZERS = {
@@ -69,7 +73,9 @@ def test_float32_layouts_equal_plain_pytorch(world: int, kind: str, tmp_path: Pa
     chosen = layouts(world, "float32")
     if kind not in ("untied", "tied"):
         chosen = chosen[:: len(chosen) // 4]  # a sample: the sharding of trunk and head is the same code
-    for layout, found in zip(chosen, run_ranks(check_layouts, world, tmp_path, kind=KINDS[kind], chosen=chosen)[0], strict=True):
+    for layout, found in zip(
+        chosen, run_ranks(check_layouts, world, tmp_path, kind=KINDS[kind], chosen=chosen)[0], strict=True
+    ):
         told = f"{kind}, {world} ranks, {layout}"
         assert found["optimizer"] == OPTIMIZERS["float32", layout["parallel__zero"]], told
         compare(found, plain, told)
@@ -84,8 +90,8 @@ def test_bf16_layouts_stay_within_the_bound(world: int, tmp_path: Path) -> None:
         assert np.allclose(found["losses"], plain["losses"], atol=BF16_LOSS, rtol=0), layout
 
 
-def check_poisoned(chosen: list[dict[str, Any]]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each layout with a NaN in the second of three steps, and with only the two good steps' updates."""
+def check_poisoned(chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each layout, with a NaN in the second of three steps."""
     return [train_layout(tiny_config(**layout), steps=3, poison=1) for layout in chosen]
 
 

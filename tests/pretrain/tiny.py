@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from data.settings import validate
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, from_tree
+from tests.data.test_shards import make_folder
 
 V, T, SEQUENCES = 67, 8, 8
 
@@ -35,7 +37,7 @@ def tiny_tree(**changes: Any) -> dict[str, Any]:
 
 
 def tiny_config(**changes: Any) -> RunConfig:
-    return validate(RunConfig, tiny_tree(**changes))
+    return from_tree(tiny_tree(**changes))
 
 
 def tokens_of(step: int) -> Tensor:
@@ -115,3 +117,29 @@ def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "parameters": parameters}
 
 
+def make_data(folder: Path, train_tokens: int = 2000, val_tokens: int = 137) -> Path:
+    """A prepared folder of random documents for `tiny_config(data__path=...)`."""
+    stream = np.random.default_rng(5)
+
+    def documents(tokens: int) -> list[np.ndarray]:
+        return [stream.integers(5, V, size=min(40, tokens - first)) for first in range(0, tokens, 40)]
+
+    make_folder(folder, vocab_size=V, train=documents(train_tokens), val=documents(val_tokens))
+    return folder
+
+
+def run_to_end(cfg: RunConfig) -> list[float]:
+    """A whole run on the ranks of this process group; returns the logged losses by step (rank 0's, from the file)."""
+    from pretrain import ranks as process
+    from pretrain.loop import Run
+    from pretrain.metrics import read_records
+
+    ranks = process.start()
+    ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
+    run = Run(cfg, ranks)
+    outcome = run.train()
+    assert outcome.code == 0, outcome
+    run.close()
+    ranks.barrier()
+    run.trainer.engine.destroy()
+    return [record["loss"] for record in read_records(cfg.run) if record["kind"] == "train"]

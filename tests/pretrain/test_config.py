@@ -1,0 +1,120 @@
+"""Configuration: what is derived, and every refusal with its remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data.settings import ConfigError
+from pretrain.config import check_data, check_layout, from_tree
+from tests.pretrain.tiny import make_data, tiny_config, tiny_tree
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"head__exponnent": 2.0}, "head.exponnent: unknown key; did you mean head.exponent?"),
+        ({"trian": {}}, "trian: unknown key; did you mean train?"),
+        ({"train__steps": "ten"}, "train.steps: given \"ten\"; expected a valid integer"),
+        ({"train__steps": 0}, "train.steps: given 0; expected greater than 0"),
+        ({"train__precision": "fp16"}, "train.precision: given \"fp16\""),
+        ({"head__exponent": 0}, "exponent=0.0 must be positive"),
+        ({"head__exponent": -1.5}, "exponent=-1.5 must be positive"),
+        ({"head__distance": "hamming"}, "head.distance: given \"hamming\""),
+        ({"model__heads": 3}, "dim=32 must be a multiple of heads=3"),
+        ({"model__vocab_size": 99}, "model.vocab_size=99 must equal data.tokenizer.vocab_size=67"),
+        ({"train__tokens_per_step": 63}, "must be a multiple of model.seq_len=8"),
+        ({"optim__min_lr": 1.0}, "min_lr=1.0 must not be above lr=0.01"),
+        ({"optim__betas": [0.9, 1.5]}, "must lie in"),
+        ({"parallel__zero": 4}, "parallel.zero: given 4"),
+        ({"parallel__vocab": 0}, "vocab=0 must be 1 or more"),
+        ({"data__tokenizer__vocab_size": 70_000}, "does not fit dtype uint16"),
+        ({"deepspeed": {"train_batch_size": 8}}, "train_batch_size is set by Overtone itself: use train.tokens"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization.stage .* use parallel.zero"),
+    ],
+)  # fmt: skip
+def test_refusals(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        tiny_config(**changes)
+
+
+@pytest.mark.parametrize("section", ["run", "data", "model", "train", "optim"])
+def test_a_missing_section_is_named(section: str) -> None:
+    tree = tiny_tree()
+    del tree[section]
+    with pytest.raises(ConfigError, match=rf"(^|\n){section}: missing"):
+        from_tree(tree)
+
+
+def test_the_deepspeed_block_is_passed_on() -> None:
+    from pretrain.engine import deepspeed_config
+
+    block = {"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True}
+    made = deepspeed_config(tiny_config(deepspeed=block, parallel__zero=2), world=1)
+    assert made["wall_clock_breakdown"] is True
+    assert made["zero_optimization"]["overlap_comm"] is False and made["zero_optimization"]["stage"] == 2
+
+
+def test_layouts() -> None:
+    cfg = tiny_config(train__micro_batch=2)  # 8 sequences per step
+    assert [cfg.accumulation(world) for world in (1, 2, 4)] == [4, 2, 1]
+    with pytest.raises(ConfigError, match="micro_batch can be nothing: 8 sequences cannot be shared by 3 ranks"):
+        check_layout(cfg, 3, 3)
+    with pytest.raises(ConfigError, match="With 8 ranks, micro_batch can be 1"):
+        check_layout(cfg, 8, 8)
+    with pytest.raises(
+        ConfigError, match="a vocabulary group of 3 ranks does not divide the world of 4. Possible here: 1, 2, 4"
+    ):
+        check_layout(tiny_config(train__micro_batch=2, parallel__vocab=3), 4, 4)
+    assert tiny_config(parallel__vocab="node").parallel.vocab_ranks(8, 4) == 4
+    assert tiny_config(parallel__vocab="world").parallel.vocab_ranks(8, 4) == 8
+
+
+def test_learning_rates() -> None:
+    def rates(**optim: Any) -> list[float]:
+        changes = {f"optim__{key}": value for key, value in {"lr": 1.0, "min_lr": 0.1, **optim}.items()}
+        cfg = tiny_config(train__steps=10, **changes)
+        return [cfg.lr_at(step) for step in range(10)]
+
+    cosine = rates(warmup_steps=4)
+    assert cosine[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert cosine[7] == pytest.approx(0.55) and cosine == sorted(cosine[:4]) + sorted(cosine[4:], reverse=True)
+    assert min(cosine[4:]) > 0.1
+    wsd = rates(schedule="wsd", decay_fraction=0.5)
+    assert wsd[:6] == [1.0] * 6 and wsd[9] == pytest.approx(0.1 + 0.9 / 5)
+    assert rates(schedule="constant") == [1.0] * 10
+
+
+def test_data_of_another_vocabulary_or_too_small(tmp_path: Path) -> None:
+    make_data(tmp_path / "data")
+    check_data(tiny_config(data__path=str(tmp_path / "data")))
+    with pytest.raises(ConfigError, match="vocabulary of 67, the config one of 99"):
+        check_data(tiny_config(data__path=str(tmp_path / "data"), data__tokenizer__vocab_size=99))
+    with pytest.raises(ConfigError, match="fewer than one window"):
+        check_data(tiny_config(data__path=str(tmp_path / "data"), model__seq_len=4096, train__tokens_per_step=4096))
+    with pytest.raises(ConfigError, match="python -m data prepare"):
+        check_data(tiny_config(data__path=str(tmp_path / "missing")))
+
+
+def test_every_parameter_is_claimed_once_and_decays_as_asked() -> None:
+    from model.decoder import Decoder
+    from model.head import HarmonicHead
+    from pretrain.optim import parameter_groups
+
+    cfg = tiny_config(model__bias=True, head__exponent="learned")
+    decoder, head = Decoder(cfg.model), HarmonicHead(67, 32, exponent="learned")
+    everything = {name for module in (decoder, head) for name, _ in module.named_parameters()}
+
+    def decaying(*also: str) -> set[str]:
+        groups = parameter_groups([decoder, head], tiny_config(optim__also_decay=list(also)).optim)
+        claimed = [name for group in groups for name in group["names"]]  # type: ignore[attr-defined]
+        assert sorted(claimed) == sorted(everything)
+        return {n for g in groups if g["weight_decay"] for n in g["names"]}  # type: ignore[attr-defined]
+
+    matrices = {n for n in everything if n.endswith("weight") and "norm" not in n and n.startswith("blocks")}
+    assert decaying() == matrices
+    assert decaying("prototypes") == matrices | {"prototypes"}
+    assert decaying("embeddings") == matrices | {"tokens.weight", "positions.weight"}
+    assert decaying("norms", "biases", "embeddings", "prototypes") == everything - {"log_exponent"}

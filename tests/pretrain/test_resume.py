@@ -1,0 +1,209 @@
+"""Checkpoints: resume is exact on the same layout, equal to rounding on another; damage and mismatch stop the run,
+loudly.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from data.settings import ConfigError
+from pretrain import checkpoint
+from pretrain.config import RunConfig
+from tests.pretrain.tiny import make_data, run_to_end, tiny_config
+from tests.ranks import run_ranks
+
+STEPS, CUT = 6, 3
+
+
+def config(base: Path, run: str, **changes: Any) -> RunConfig:
+    usual = {"checkpoint__every": CUT, "checkpoint__keep": 5, "train__micro_batch": 2, "model__dropout": 0.1}
+    paths = {"run": str(base / run), "data__path": str(base / "data")}
+    return tiny_config(train__steps=STEPS, logging__every=1, **{**paths, **usual, **changes})
+
+
+def cut_back(base: Path, run: str, to: str) -> None:
+    """A copy of a finished run as it was when it was killed some time after the checkpoint at step CUT."""
+    shutil.copytree(base / run, base / to)
+    shutil.rmtree(base / to / "checkpoints" / f"step-{STEPS:08d}")
+
+
+def check_exact(base: Path, variants: list[dict[str, Any]]) -> None:
+    from torch.distributed import barrier, get_rank
+
+    for number, changes in enumerate(variants):
+        whole, again = f"whole-{number}", f"again-{number}"
+        expected = run_to_end(config(base, whole, **changes))
+        if get_rank() == 0:
+            cut_back(base, whole, again)
+        barrier()
+        found = run_to_end(config(base, again, **changes))
+        assert len(expected) == STEPS and found == expected, (changes, found, expected)
+        barrier()
+
+
+def tensors(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Every file's tensors, bit by bit; the order of a safetensors header's metadata is not fixed."""
+    files = sorted(folder.glob("*.safetensors"))
+    return {file.name: {name: values.tobytes() for name, values in load_file(file).items()} for file in files}
+
+
+VARIANTS: list[dict[str, Any]] = [
+    *({"parallel__zero": zero, "train__precision": p} for zero in (0, 1, 2, 3) for p in ("float32", "bf16")),
+    {"parallel__zero": 1, "model__tied": True, "head__exponent": "learned"},
+    {"parallel__zero": 2, "head__distance": "cosine", "model__activation_checkpointing": True},
+    {"parallel__zero": 3, "head__distance": "dot", "train__precision": "bf16"},
+]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: int, tmp_path: Path) -> None:
+    make_data(tmp_path / "data")
+    variants = VARIANTS if world == 2 else VARIANTS[::3]
+    run_ranks(check_exact, world, tmp_path, base=tmp_path, variants=variants)
+    for number in range(len(variants)):
+        whole, again = (
+            tensors(tmp_path / f"{name}-{number}/checkpoints/step-{STEPS:08d}") for name in ("whole", "again")
+        )
+        assert whole and whole == again, variants[number]
+
+
+def check_run(base: Path, run: str, changes: dict[str, Any]) -> list[float]:
+    return run_to_end(config(base, run, **changes))
+
+
+def test_resume_on_another_layout_continues_the_same_curve(tmp_path: Path) -> None:
+    """float32, no dropout (its draws depend on the rank): saved on 2 ranks, continued on 1, 2 and 4 with other
+    stages.
+    """
+    make_data(tmp_path / "data")
+    plain = {"model__dropout": 0.0, "train__micro_batch": 2}
+    first = {**plain, "parallel__zero": 3, "parallel__vocab": 2}
+    expected = run_ranks(check_run, 2, tmp_path, base=tmp_path, run="first", changes=first)[0]
+    others = [
+        (1, {"parallel__zero": 1, "parallel__vocab": 1, "train__micro_batch": 4}),
+        (2, {"parallel__zero": 0, "parallel__vocab": 1}),
+        (4, {"parallel__zero": 2, "parallel__vocab": 4}),
+    ]
+    for number, (world, changes) in enumerate(others):
+        cut_back(tmp_path, "first", f"other-{number}")
+        arguments = {"base": tmp_path, "run": f"other-{number}", "changes": {**plain, **changes}}
+        found = run_ranks(check_run, world, tmp_path, **arguments)[0]
+        assert np.allclose(found, expected, atol=2e-5, rtol=0), (world, changes, found, expected)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    make_data(tmp_path / "data")
+    run_ranks(check_run, 1, tmp_path, base=tmp_path, run="run", changes={})
+    return tmp_path
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest"])
+def test_damage_is_found_and_the_last_whole_checkpoint_is_used(finished: Path, harm: str, caplog) -> None:
+    folder = finished / "run" / "checkpoints"
+    newest, before = checkpoint.checkpoints(folder)[::-1]
+    victim = next(newest.glob("*.safetensors"))
+    if harm == "flip":
+        flip(victim)
+    elif harm == "truncate":
+        victim.write_bytes(victim.read_bytes()[:-1])
+    elif harm == "remove":
+        victim.unlink()
+    else:
+        (newest / "manifest.json").write_text("{")
+    with caplog.at_level("WARNING"):
+        assert checkpoint.find(folder, "auto") == before
+    assert newest.name in caplog.text
+    if harm != "manifest":
+        assert victim.name in caplog.text
+    flip(next(before.glob("*.safetensors")))
+    with pytest.raises(ConfigError, match="none of the 2 checkpoints can be used"):
+        checkpoint.find(folder, "auto")
+    assert len(checkpoint.checkpoints(folder)) == 2, "nothing was deleted"
+
+
+def test_resume_settings(finished: Path) -> None:
+    folder = finished / "run" / "checkpoints"
+    newest = folder / f"step-{STEPS:08d}"
+    assert checkpoint.find(folder, "auto") == checkpoint.find(folder, str(newest)) == newest
+    assert checkpoint.find(finished / "new" / "checkpoints", str(finished / "run")) == newest
+    assert checkpoint.find(finished / "new" / "checkpoints", "auto") is None
+    with pytest.raises(ConfigError, match="resume=never, but .* holds 2 checkpoints"):
+        checkpoint.find(folder, "never")
+    with pytest.raises(ConfigError, match="neither a checkpoint nor a run folder"):
+        checkpoint.find(folder, str(finished / "nowhere"))
+
+
+def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) -> None:
+    path = finished / "run" / "checkpoints" / f"step-{STEPS:08d}"
+    saved = checkpoint.read_state(path)["identity"]
+    fingerprint, tokenizer = saved["the data's fingerprint"], saved["the tokenizer's hash"]
+
+    def who(**changes: Any) -> dict[str, Any]:
+        return checkpoint.identity(config(finished, "run", **changes), fingerprint, tokenizer)
+
+    checkpoint.check_identity(path, who())
+    checkpoint.check_identity(path, who(parallel__zero=3, train__micro_batch=1, checkpoint__keep=9))
+    for changes, told in (
+        ({"optim__lr": 0.5}, "optim.lr was 0.01 and is 0.5"),
+        ({"head__distance": "cosine"}, "head.distance was 'euclidean' and is 'cosine'"),
+        ({"model__layers": 3}, "model.layers was 2 and is 3"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            checkpoint.check_identity(path, who(**changes))
+    with pytest.raises(ConfigError, match="the data's fingerprint was"):
+        checkpoint.check_identity(path, checkpoint.identity(config(finished, "run"), "other", tokenizer))
+
+
+def test_a_checkpoint_holds_no_pickle_and_only_fragments(finished: Path) -> None:
+    path = finished / "run" / "checkpoints" / f"step-{STEPS:08d}"
+    names = {file.name for file in path.iterdir()}
+    assert {"manifest.json", "state.json"} < names
+    assert all(name.endswith((".json", ".safetensors")) for name in names)
+    assert json.loads((path / "state.json").read_text())["updates"] == STEPS
+
+
+def test_drafts_are_removed_and_never_taken_for_checkpoints(finished: Path) -> None:
+    folder = finished / "run" / "checkpoints"
+    shutil.copytree(folder / f"step-{STEPS:08d}", folder / f"draft-step-{STEPS + 1:08d}")
+    assert [path.name for path in checkpoint.checkpoints(folder)] == [f"step-{CUT:08d}", f"step-{STEPS:08d}"]
+    checkpoint.remove_drafts(folder)
+    assert not list(folder.glob("draft-*"))
+
+
+def test_retention_keeps_the_newest(finished: Path) -> None:
+    changes = {"run": str(finished / "short"), "checkpoint__every": 1, "checkpoint__keep": 2}
+    tree = {"data__path": str(finished / "data"), "train__steps": 5, **changes}
+    run_ranks(run_to_end, 1, finished, cfg=tiny_config(**tree))
+    kept = [path.name for path in checkpoint.checkpoints(finished / "short" / "checkpoints")]
+    assert kept == ["step-00000004", "step-00000005"]
+
+
+def test_weights_load_without_deepspeed_whole_and_sharded(finished: Path) -> None:
+    from model.decoder import Decoder
+    from model.head import HarmonicHead
+    from model.vocab_parallel import VocabShard
+
+    cfg = config(finished, "run")
+    path = finished / "run" / "checkpoints" / f"step-{STEPS:08d}"
+    decoder, head = Decoder(cfg.model), HarmonicHead(67, cfg.model.dim)
+    before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
+    checkpoint.load_weights(path, decoder, head)
+    assert all(not torch.equal(p, before[name]) for name, p in decoder.named_parameters() if p.dim() > 1)
+    part = HarmonicHead(67, cfg.model.dim, shard=VocabShard(20, 50, total=67))
+    checkpoint.load_weights(path, Decoder(cfg.model), part)
+    assert torch.equal(part.prototypes[:30], head.prototypes[20:50])
