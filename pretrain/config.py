@@ -96,7 +96,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
 
     def vocab_ranks(self, world: int, ranks_per_node: int) -> int:
         """Ranks of a vocabulary group in a world of `world`."""
-        ranks = {"world": world, "node": ranks_per_node}.get(self.vocab, self.vocab)  # type: ignore[call-overload]
+        ranks = self.vocab if isinstance(self.vocab, int) else {"world": world, "node": ranks_per_node}[self.vocab]
         if world % ranks:
             possible = ", ".join(str(k) for k in range(1, world + 1) if world % k == 0)
             raise ConfigError(

@@ -1,0 +1,255 @@
+"""`python -m benchmarks.train CONFIG [key=value ...] [--steps N]`: how fast a training step is, and where it goes.
+
+In one run: Overtone's step on one process with all cores (or one GPU) and, in turn with it, the same model as plain
+PyTorch: eager, bf16 autocast, softmax cross-entropy over materialised logits, fused AdamW. Then, on a CPU, the same
+global step on two ranks with half the cores each: what ZeRO and the vocabulary-parallel head add to ideal. Times are
+medians. Phases are timed in steps of their own, since on a GPU timing a phase waits for the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from data.loader import Windows
+from data.settings import ConfigError
+from data.shards import open_split
+from launch.deepspeed import command, environment
+from launch.hosts import place
+from model.decoder import Decoder
+from pretrain import ranks as process
+from pretrain.config import RunConfig, check_data, check_layout, load
+from pretrain.loop import Batches
+from pretrain.optim import parameter_groups
+
+WARM_UP = 2
+COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "all_gather")
+LEARNING_RATE = 1e-4
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    began = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - began
+
+
+def product_rate(device: torch.device, tokens: int, dim: int) -> float:
+    """The machine's bf16 matrix-product rate in FLOP/s at the decoder's own largest shape: (tokens, D) @ (D, 4D)."""
+    a, b = (torch.randn(s, device=device).bfloat16() for s in ((tokens, dim), (dim, 4 * dim)))
+    times = [timed(lambda: a @ b, device) for _ in range(25)]
+    return 2 * tokens * dim * 4 * dim / statistics.median(times[5:])
+
+
+class Plain:
+    """The baseline: what one would write in plain PyTorch without this project."""
+
+    def __init__(self, cfg: RunConfig, device: torch.device) -> None:
+        self.cfg, self.device = cfg, device
+        self.decoder = Decoder(cfg.model.model_copy(update={"compile": False, "tied": False}), seed=1).to(device)
+        self.head = nn.Linear(cfg.model.dim, cfg.model.vocab_size, bias=False, device=device)
+        modules = nn.ModuleList([self.decoder, self.head])
+        self.parameters = list(modules.parameters())
+        groups = parameter_groups([modules], cfg.optim)
+        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=cfg.optim.betas, fused=True)
+
+    def step(self, batches: list[Tensor]) -> None:
+        for batch in batches:
+            with torch.autocast(self.device.type, torch.bfloat16):
+                logits = self.head(self.decoder(batch[:, :-1]))
+                loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
+            (loss / len(batches)).backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.cfg.optim.clip or 1e30)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def phases(trainer: Any, device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds by phase of what runs inside; `communication` is part of the others."""
+    spent: dict[str, float] = defaultdict(float)
+    undo = []
+
+    def watch(owner: Any, name: str, phase: str) -> None:
+        inner = getattr(owner, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            wait(device)
+            began = time.perf_counter()
+            result = inner(*args, **kwargs)
+            wait(device)
+            spent[phase] += time.perf_counter() - began
+            return result
+
+        had_own = name in vars(owner)
+        setattr(owner, name, watched)
+        undo.append(lambda: setattr(owner, name, inner) if had_own else delattr(owner, name))
+
+    watch(trainer, "hidden", "trunk forward")
+    watch(trainer.head, "forward", "head, gradient included")
+    watch(trainer.engine, "backward", "trunk backward")
+    watch(trainer.engine, "step", "optimiser: trunk, norm and clip")
+    watch(trainer, "_step_head", "optimiser: head")
+    for name in COLLECTIVES:
+        watch(dist, name, "communication")
+    try:
+        yield spent
+    finally:
+        for restore in reversed(undo):
+            restore()
+
+
+def measure(cfg: RunConfig, steps: int, baseline: bool) -> dict[str, Any]:
+    """Times this rank's world: steps in turn with the baseline's, then steps with their phases."""
+    ranks = process.start()
+    from pretrain.engine import Trainer  # DeepSpeed: after it was told the device
+
+    ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
+    device = ranks.device
+    windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
+    batches = Batches(windows, cfg, ranks)
+    trainer = Trainer(cfg, ranks)
+    plain = Plain(cfg, device) if baseline else None
+    ours, theirs = [], []
+    for step in range(WARM_UP + steps):
+        ours.append(timed(lambda s=step: trainer.train_step(batches.of(s), LEARNING_RATE), device))  # type: ignore[misc]
+        if plain is not None:
+            read = list(batches.of(step))
+            theirs.append(timed(lambda r=read: plain.step(r), device))  # type: ignore[misc]
+    batches.waited_s = 0.0
+    with phases(trainer, device) as spent:
+        whole = sum(
+            timed(lambda s=step: trainer.train_step(batches.of(s), LEARNING_RATE), device)  # type: ignore[misc]
+            for step in range(steps)
+        )
+    where = {"data wait": batches.waited_s, **spent}
+    communication = where.pop("communication", 0.0)
+    where["rest"] = whole - sum(where.values())
+    return {
+        "step_s": statistics.median(ours[WARM_UP:]),
+        "plain_step_s": statistics.median(theirs[WARM_UP:]) if theirs else None,
+        "phases_s": {name: seconds / steps for name, seconds in where.items()},
+        "communication_s": communication / steps,
+        "rate": product_rate(device, cfg.train.micro_batch * cfg.model.seq_len, cfg.model.dim),
+        "threads": torch.get_num_threads(),
+        "rank": ranks.rank,
+    }
+
+
+def in_two_ranks(config: str, overrides: list[str], steps: int) -> dict[str, Any]:
+    """The same measurement on two ranks under the deepspeed launcher; rank 0's figures."""
+    placement = place(per_host=2)
+    words = command(config, overrides, placement, module="benchmarks.train") + ["--steps", str(steps), "--inner"]
+    done = subprocess.run(words, env={**os.environ, **environment(placement)}, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise SystemExit(f"the two ranks failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return json.loads(lines[-1])
+
+
+def machine(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores, torch {torch.__version__}"
+
+
+def told(cfg: RunConfig, found: dict[str, Any], two: dict[str, Any] | None, device: torch.device) -> None:
+    console = Console(width=110, highlight=False)
+    tokens = cfg.train.tokens_per_step
+    used = cfg.model.flops_per_token() * tokens / found["step_s"]
+    plain = found["plain_step_s"]
+    console.print(f"{machine(device)}; {found['threads']} threads; {tokens:,} tokens per step; medians")
+    console.print(
+        f"{cfg.model.layers} layers, D {cfg.model.dim}, T {cfg.model.seq_len}, V {cfg.model.vocab_size}, "
+        f"{cfg.head.distance} head, {cfg.train.precision}, ZeRO {cfg.parallel.zero}"
+    )
+    table = Table("", "s/step", "tokens/s", "against plain PyTorch")
+    table.add_row(
+        "Overtone", f"{found['step_s']:.3f}", f"{tokens / found['step_s']:,.0f}", f"{plain / found['step_s']:.2f}x"
+    )
+    table.add_row("plain PyTorch, softmax", f"{plain:.3f}", f"{tokens / plain:,.0f}", "1.00x")
+    if two is not None:
+        table.add_row(
+            "Overtone, 2 ranks",
+            f"{two['step_s']:.3f}",
+            f"{tokens / two['step_s']:,.0f}",
+            f"{plain / two['step_s']:.2f}x",
+        )
+    console.print(table)
+    console.print(
+        f"share of the machine's bf16 product rate ({found['rate'] / 1e9:,.0f} GFLOP/s): {used / found['rate']:.0%}"
+    )
+    if two is not None:
+        console.print(f"two ranks against one on the same cores: {two['step_s'] / found['step_s'] - 1:+.0%}")
+    where = Table("phase", "1 rank, s", "share", *(["2 ranks, s", "share"] if two else []))
+    for name in found["phases_s"]:
+        row = [name]
+        for one in (found, two):
+            if one is not None:
+                seconds = one["phases_s"].get(name, 0.0)
+                row += [f"{seconds:.4f}", f"{seconds / sum(one['phases_s'].values()):.0%}"]
+        where.add_row(*row)
+    where.add_row(
+        "(of these, communication)", *(f for one in (found, two) if one for f in (f"{one['communication_s']:.4f}", ""))
+    )
+    console.print(where)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.train", description="Time a configuration's training step."
+    )
+    parser.add_argument("config")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--steps", type=int, default=9, help="timed steps of each kind")
+    parser.add_argument("--one", action="store_true", help="leave the two ranks out")
+    parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)  # a rank of in_two_ranks
+    args = parser.parse_args(argv)
+    try:
+        cfg = load(args.config, args.overrides)
+        check_layout(cfg, 1, 1)
+        check_data(cfg)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.inner:
+        found = measure(cfg, args.steps, baseline=False)
+        if found["rank"] == 0:
+            print(json.dumps(found))
+        process.stop()
+        return 0
+    two = None
+    if not args.one and not torch.cuda.is_available():
+        two = in_two_ranks(args.config, args.overrides, args.steps)
+    found = measure(cfg, args.steps, baseline=True)
+    told(cfg, found, two, process.start().device)
+    process.stop()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""The main job at reduced size, as a user runs it: prepare, train under the real launcher, stop, resume, evaluate,
+report.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SMALL = [
+    "data.source={kind: files, paths: ['{base}/text/*.txt'], separator: '@@@'}",
+    "data.path={base}/prepared",
+    "run={base}/run",
+    "data.tokenizer.vocab_size=384",
+    "data.val_fraction=0.2",
+    "model.seq_len=32",
+    "model.layers=2",
+    "model.heads=2",
+    "model.dim=32",
+    "train.tokens_per_step=256",
+    "train.micro_batch=4",
+    "optim.warmup_steps=4",
+    "evaluation.every=10",
+    "checkpoint.every=5",
+    "logging.every=1",
+]
+PYTHON = [sys.executable, "-m"]
+
+
+def call(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*PYTHON, *arguments], capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    """Prepared data of this repository's own words."""
+    base = tmp_path_factory.mktemp("main-job")
+    (base / "text").mkdir()
+    words = "@@@".join(path.read_text() for path in sorted(Path("data").glob("*.py")))
+    (base / "text" / "words.txt").write_text(words.replace("\n\n", "@@@"))
+    made = call("data", "prepare", "configs/quickstart.yaml", *settings(base))
+    assert made.returncode == 0, made.stderr
+    return base
+
+
+def settings(base: Path, *more: str) -> list[str]:
+    return [setting.replace("{base}", str(base)) for setting in SMALL] + list(more)
+
+
+def records(run: Path, kind: str) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record for record in found if record["kind"] == kind]
+
+
+def test_quickstart_at_reduced_size(base: Path) -> None:
+    """Two ranks under deepspeed; run again it reuses what is done; one rank goes on from the same checkpoints."""
+    command = ["launch", "run", "configs/quickstart.yaml", "--num-gpus", "2", *settings(base, "train.steps=20")]
+    trained = call(*command)
+    assert trained.returncode == 0, trained.stdout[-3000:] + trained.stderr[-3000:]
+    run = base / "run"
+    losses = [record["loss"] for record in records(run, "train")]
+    assert len(losses) == 20 and losses[-1] < losses[0] - 0.3
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000015", "step-00000020"}
+    assert len(list((run / "checkpoints" / "step-00000020").glob("*.safetensors"))) == 2, "each rank wrote its part"
+    assert list(run.glob("events.out.tfevents.*"))
+    assert json.loads((run / "exit.json").read_text())["code"] == 0
+
+    again = call(*command)
+    assert again.returncode == 0 and "resumed from" in again.stdout
+    assert [record["loss"] for record in records(run, "train")] == losses, "nothing was trained twice"
+
+    report = call("pretrain.report", str(run))
+    assert report.returncode == 0 and "not measured: no energy counter" in report.stdout
+    assert f"{records(run, 'eval')[-1]['bits_per_byte']:.4f}" in report.stdout
+    held_out = call("pretrain.evaluate", str(run), "--json")
+    assert json.loads(held_out.stdout)["loss"] == pytest.approx(records(run, "eval")[-1]["loss"], rel=2e-3)
+
+    changed = call("pretrain", "configs/quickstart.yaml", *settings(base, "train.steps=20", "model.layers=3"))
+    assert changed.returncode == 2 and "model.layers was 2 and is 3" in changed.stderr
+    assert "Traceback" not in changed.stderr
+
+
+def test_sigterm_saves_and_the_resumed_run_is_the_unbroken_one(base: Path) -> None:
+    """One process, stopped by SIGTERM, exits 75 with a checkpoint; started again it ends where an unbroken run ends."""
+
+    def command(name: str) -> list[str]:
+        more = ["train.steps=400", "checkpoint.every=1000", "evaluation.every=1000", f"run={base / name}"]
+        return [*PYTHON, "pretrain", "configs/quickstart.yaml", *settings(base, *more)]
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command("cut"), env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 20/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.stdout.read()
+    assert process.wait(timeout=60) == 75
+    ended = json.loads((base / "cut" / "exit.json").read_text())
+    assert ended["code"] == 75 and "SIGTERM" in ended["reason"] and 20 <= ended["step"] < 400
+    assert (base / "cut" / "checkpoints" / f"step-{ended['step']:08d}").is_dir()
+    for name in ("cut", "whole"):
+        assert subprocess.run(command(name), env=environment, stdout=subprocess.DEVNULL, timeout=240).returncode == 0
+    cut, whole = ([r["loss"] for r in records(base / name, "train")] for name in ("cut", "whole"))
+    assert len(cut) == 400 and cut == whole
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["head.exponnent=3"], "did you mean head.exponent?"),
+        (["train.steps=many"], "train.steps"),
+        (["head.exponent=0"], "must be positive"),
+        (["parallel.vocab=3"], "does not divide the world of 2"),
+        (["train.tokens_per_step=288"], "must be a multiple of"),
+        (["data.tokenizer.vocab_size=100000"], "does not fit dtype uint16"),
+        (["data.path=/nowhere"], "data prepare"),
+        (["not-an-override"], "key=value"),
+    ],
+)
+def test_bad_input_stops_before_anything_starts(base: Path, overrides: list[str], told: str) -> None:
+    began = time.monotonic()
+    target = f"run={base / 'never'}"
+    refused = call("launch", "run", "configs/quickstart.yaml", "--num-gpus", "2", *settings(base, target, *overrides))
+    assert refused.returncode == 2, refused.stderr
+    assert told in refused.stderr and "Traceback" not in refused.stderr
+    assert not (base / "never").exists()
+    assert time.monotonic() - began < 20
+
+
+def test_too_many_bad_steps_end_the_run(base: Path) -> None:
+    """A learning rate that is not a rate: weights overflow, steps are skipped, and the run says so with its own
+    code.
+    """
+    more = ["train.steps=60", "optim.lr=1.0e38", "optim.min_lr=0", "optim.max_skipped=3", f"run={base / 'diverged'}"]
+    ended = call("pretrain", "configs/quickstart.yaml", *settings(base, *more, "train.precision=float32"))
+    assert ended.returncode == 3, ended.stderr[-2000:]
+    assert "steps in a row were not finite" in ended.stderr
+    assert records(base / "diverged", "train")[-1]["skipped"] > 0
