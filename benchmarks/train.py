@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each kind")
     parser.add_argument("--one", action="store_true", help="leave the two ranks out")
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)  # a rank of in_two_ranks
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         cfg = load(args.config, args.overrides)
         check_layout(cfg, 1, 1)

@@ -47,7 +47,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
     distance: DistanceName = "euclidean"
     exponent: float | Literal["sqrt_dim", "learned"] = "sqrt_dim"
     init_std: float | None = Field(default=None, gt=0)  # None: see model.head.default_std
-    chunk_mib: int = Field(default=64, gt=0)  # budget of the head's working memory
+    chunk_mib: int = Field(default=256, gt=0)  # budget of the head's working memory
 
     @model_validator(mode="after")
     def _positive_exponent(self) -> HeadConfig:

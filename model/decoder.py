@@ -23,7 +23,7 @@ class Mlp(nn.Module):
         self.projection = nn.Linear(4 * config.dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.projection(F.gelu(self.up(x), approximate="tanh"))
+        return self.projection(F.gelu(self.up(x)))
 
 
 class Block(nn.Module):

@@ -53,8 +53,10 @@ class SquaredDistance:
         floor = RELATIVE_FLOOR * x_squares + ABSOLUTE_FLOOR
         target_q = eager.square_norms(x.to(floor.dtype) - rows.rows[local.clamp_min(0)].to(floor.dtype))
         kept = ops.products(x, rows)
-        sums = ops.quadratic_statistics(kept, x_squares, rows, floor, self.power * exponent, local, target_q)
-        return Statistics(*sums, kept, floor)
+        top, total, moment, target = ops.quadratic_statistics(
+            kept, x_squares, rows, floor, self.power * exponent, local, target_q
+        )
+        return Statistics(top, total, moment, target, kept, floor)
 
     def scores(self, stats: Statistics, exponent: Tensor) -> Tensor:
         """(M, V)."""
@@ -88,7 +90,8 @@ class DotProduct:
     def statistics(self, x: Tensor, rows: eager.Rows, local: Tensor, exponent: Tensor) -> Statistics:
         ops = kernels_for(x)
         kept = ops.products(x, rows)
-        return Statistics(*ops.dot_statistics(kept, local), kept)
+        top, total, moment, target = ops.dot_statistics(kept, local)
+        return Statistics(top, total, moment, target, kept)
 
     def scores(self, stats: Statistics, exponent: Tensor) -> Tensor:
         return stats.kept

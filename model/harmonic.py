@@ -35,7 +35,7 @@ from model.vocab_parallel import (
 
 CHUNK_BYTES = 256 * 2**20  # 500 tokens of 50,000 prototypes: each chunk passes over w twice and over its gradient once
 MOST_SCALING = 60  # powers of two; beyond, gradients of tiny rows would overflow
-ROW_BLOCK = 4096  # prototypes transformed at a time
+ROW_BLOCK = 1024  # prototypes transformed at a time
 
 
 @dataclass(frozen=True)

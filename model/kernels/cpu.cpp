@@ -1,12 +1,12 @@
 // The head's chunk operations for CPUs with AVX512, called by cpu.py; model/kernels/eager.py is their readable twin.
 //
-// Legend: M tokens of a chunk, V prototypes, D width. Scores lie with the *tokens along the vector lanes*: (V, M), so that
+// Legend: M tokens of a chunk, V prototypes, D width. Scores lie with the *tokens along the vector lanes*, (V, M):
 //   scores (V, M) = rows (V, D) . x' (D, M)      pairs of a row lie side by side, as they are stored
 //   dw     (V, D) = G    (V, M) . x  (M, D)      likewise
 //   dx     (M, D) = G'   (M, V) . rows (V, D)    both packed, block by block
-// and maxima and sums over the prototypes never cross lanes. `_mm512_dpbf16_ps` adds the products of *pairs* of bfloat16
-// to float32 lanes: the left operand is a pair broadcast to all lanes, the right one 16 pairs packed beside each other.
-// An odd number of terms leaves half a pair, which counts as zero.
+// so that maxima and sums over the prototypes never cross lanes. `_mm512_dpbf16_ps` adds the products of *pairs* of
+// bfloat16 to float32 lanes: the left operand is a pair broadcast to all lanes, the right one 16 pairs packed side by
+// side. An odd number of terms leaves half a pair, which counts as zero.
 //
 // The order of every sum depends on the shapes alone: same inputs, same bits, with any number of threads.
 
@@ -37,7 +37,7 @@ constexpr int64_t TILE_ROWS = 6;     // a register tile is 6 rows x 4 vectors: 2
 constexpr int64_t TILE_VECTORS = 4;
 constexpr int64_t PANEL = TILE_VECTORS * LANES;
 constexpr int64_t DEPTH = 512;       // terms of a sum taken at a time (measured: 192, 256 and 384 are slower)
-constexpr int64_t SUM_TERMS = 128;   // terms summed before they join the sum in memory: one long sum rounds six times worse
+constexpr int64_t SUM_TERMS = 128;   // terms summed before they join the sum in memory: longer sums round worse
 constexpr int64_t PRODUCT_ROWS = 40 * TILE_ROWS;
 constexpr int64_t BLOCK_ROWS = 512, BLOCK_COLUMNS = 384;  // of the product whose operands are packed as it goes
 constexpr int64_t SCORE_ROWS = 128;  // prototypes whose scores are summed while they are in L2
@@ -52,7 +52,7 @@ __mmask16 first_lanes(int64_t count) { return count >= LANES ? 0xffff : __mmask1
 
 // ---------------------------------------------------------------------------------------------------------- threads
 
-// Calls work(0 .. tasks - 1). Threads take the next task when they are free, so a busy core does not hold up the others.
+// Calls work(0 .. tasks - 1). A thread takes the next task when it is free: a busy core does not hold up the others.
 template <class Work>
 void for_each_task(int64_t tasks, const Work& work) {
   std::atomic<int64_t> next{0};
@@ -126,10 +126,11 @@ __m512 multiply_add(__m512 sum, __m512, __m512) { return sum; }
 __m256i round_to_bfloat16(__m512) { return _mm256_setzero_si256(); }
 #endif
 
-// One register tile: c (rows, 16 * VECTORS) = or += a (rows, terms) . panel (terms, 16 * VECTORS). The rows beyond `rows`
+// One register tile: c (rows, 16 * VECTORS) = or += a (rows, terms) . panel (terms, 16 * VECTORS). Rows beyond `rows`
 // repeat the last one and are not stored; `last` masks the lanes of the last vector.
 template <int VECTORS>
-void multiply_tile(Left a, const pair32* panel, int64_t terms, float* c, int64_t stride, int64_t rows, __mmask16 last, bool add) {
+void multiply_tile(
+    Left a, const pair32* panel, int64_t terms, float* c, int64_t stride, int64_t rows, __mmask16 last, bool add) {
   __m512 sums[TILE_ROWS][VECTORS];
   const bits16* left[TILE_ROWS];
 #pragma GCC unroll 6
@@ -201,7 +202,7 @@ void interleave(const bits16* upper, const bits16* lower, int64_t width, pair32*
   }
 }
 
-// Packs rows (terms, width) whose *columns* are the lanes: pairs are taken from two rows. Pairs `stride` apart in `into`.
+// Packs rows (terms, width) whose *columns* are the lanes: a pair comes from two rows. Pairs lie `stride` apart.
 void pack_columns(const bits16* rows, int64_t row, int64_t terms, int64_t width, pair32* into, int64_t stride) {
   for (int64_t k = 0; k < terms; k += 2, into += stride) {
     const bits16* upper = rows + k * row;
@@ -258,7 +259,8 @@ class Packed {
 const bits16* bits(const Tensor& t) { return static_cast<const bits16*>(t.const_data_ptr()); }
 
 void check_rows(const Tensor& t, at::ScalarType dtype, const char* name) {
-  TORCH_CHECK(t.dim() == 2 && t.scalar_type() == dtype && t.is_cpu(), name, ": expected a matrix of ", dtype, " on the CPU");
+  const bool fits = t.dim() == 2 && t.scalar_type() == dtype && t.is_cpu();
+  TORCH_CHECK(fits, name, ": expected a matrix of ", dtype, " on the CPU");
   TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected rows without gaps");
   TORCH_CHECK(HAS_BFLOAT16 || dtype != at::kBFloat16, "built for a CPU without AVX512_BF16: expected float32");
 }
@@ -294,8 +296,8 @@ struct TransposedBlock {
       const Left from{reinterpret_cast<const bits16*>(left.data()), 2, 2 * left_stride};
       for (int64_t column = 0; column < width; column += PANEL) {
         const int64_t lanes = std::min(PANEL, width - column);
-        pack_columns(
-            bits(b) + k * b.stride(0) + j + column, b.stride(0), terms, lanes, right.data(), blocks_of(lanes, LANES) * LANES);
+        const bits16* from_b = bits(b) + k * b.stride(0) + j + column;
+        pack_columns(from_b, b.stride(0), terms, lanes, right.data(), blocks_of(lanes, LANES) * LANES);
         float* out = c.mutable_data_ptr<float>() + i * c.stride(0) + j + column;
         multiply_panel(from, right.data(), terms, out, c.stride(0), height, lanes, k > 0);
       }
@@ -325,7 +327,8 @@ void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& c) {
 
 // A vector of M values, one per token, padded to whole vector registers.
 std::vector<float> padded(const Tensor& t, int64_t tokens, float fill) {
-  TORCH_CHECK(t.dim() == 1 && t.numel() == tokens && t.scalar_type() == at::kFloat, "expected ", tokens, " float32 values");
+  const bool fits = t.dim() == 1 && t.numel() == tokens && t.scalar_type() == at::kFloat;
+  TORCH_CHECK(fits, "expected ", tokens, " float32 values");
   const Tensor flat = t.contiguous();
   std::vector<float> out(size_t(blocks_of(tokens, LANES) * LANES), fill);
   std::copy_n(flat.const_data_ptr<float>(), tokens, out.begin());
@@ -334,7 +337,8 @@ std::vector<float> padded(const Tensor& t, int64_t tokens, float fill) {
 
 // The targets' columns, -1 where there is none.
 std::vector<int32_t> padded_columns(const Tensor& local, const Tensor& kept) {
-  TORCH_CHECK(local.dim() == 1 && local.numel() == kept.size(1) && local.scalar_type() == at::kLong, "expected int64 columns");
+  const bool fits = local.dim() == 1 && local.numel() == kept.size(1) && local.scalar_type() == at::kLong;
+  TORCH_CHECK(fits, "expected an int64 column for every token");
   const Tensor flat = local.contiguous();
   std::vector<int32_t> out(size_t(blocks_of(local.numel(), LANES) * LANES), -1);
   const int64_t* from = flat.const_data_ptr<int64_t>();
@@ -384,7 +388,9 @@ void add_to(double* sums, const float* terms) {
 
 // Scores of up to SCORE_ROWS prototypes and SCORE_TOKENS tokens: values replace the dot products, `sums` says the rest.
 template <class Kind>
-void sum_block(const Kind& kind, float* kept, int64_t stride, int64_t row, int64_t rows, int64_t token, int64_t tokens, Sums& sums) {
+void sum_block(
+    const Kind& kind, float* kept, int64_t stride, int64_t row, int64_t rows, int64_t token, int64_t tokens,
+    Sums& sums) {
   alignas(64) float totals[SCORE_TOKENS], moments[SCORE_TOKENS];
   for (int64_t v = row; v < row + rows; ++v) {
     for (int64_t m = token; m < token + tokens; m += LANES) {
@@ -518,7 +524,7 @@ struct DotGradient {
   }
 };
 
-// G over one row of kept values (tokens,), in the same memory: a rounded value never lies beyond the value it came from.
+// G over one row of kept values (tokens,), in the same memory: a rounded value never lies behind its own origin.
 // Adds G to `tokens_sums` (M,); returns the sum over the row.
 template <class Stored, class Kind>
 float gradient_row(const Kind& kind, float* kept, int64_t row, int64_t tokens, float* token_sums) {
@@ -546,7 +552,7 @@ Tensor summed_blocks(const std::vector<double>& partial, int64_t width, const Te
   return out;
 }
 
-// kept (V, M) becomes G in the same memory, stored as `Stored`; returns the sums of G over prototypes (M,) and tokens (V,).
+// kept (V, M) becomes G in the same memory, as `Stored`; returns the sums of G over prototypes (M,) and tokens (V,).
 template <class Stored, class Kind>
 std::tuple<Tensor, Tensor> differentiate(const Kind& kind, const Tensor& kept) {
   const int64_t rows = kept.size(0), tokens = kept.size(1), width = blocks_of(tokens, LANES) * LANES;
@@ -746,10 +752,11 @@ void finish_rows(const Tensor& total, const Tensor& rows, const Tensor& columns)
 
 // ------------------------------------------------------------------------------------------------------------- memory
 
-// Asks for huge pages under a large tensor that was not written yet: touching memory page by page costs more than a pass over it.
+// Asks for huge pages under a large new tensor: touching it page by page costs more than a pass over it.
 void advise_huge_pages(const Tensor& t) {
   const auto from = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (from + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE, end = (from + t.nbytes()) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t first = (from + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+  const uintptr_t end = (from + t.nbytes()) / HUGE_PAGE * HUGE_PAGE;
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // no huge pages: no harm
 }
 
