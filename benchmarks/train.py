@@ -1,9 +1,9 @@
 """`python -m benchmarks.train CONFIG [key=value ...] [--steps N]`: how fast a training step is, and where it goes.
 
-In one run: Overtone's step on one process with all cores (or one GPU) and, in turn with it, the same model as plain
-PyTorch: eager, bf16 autocast, softmax cross-entropy over materialised logits, fused AdamW. Then, on a CPU, the same
-global step on two ranks with half the cores each: what ZeRO and the vocabulary-parallel head add to ideal. Times are
-medians. Phases are timed in steps of their own, since on a GPU timing a phase waits for the device.
+In one run: Overtone's step on one process with all cores (or one GPU) and, in turn with it, the same model in a
+process of plain PyTorch: eager, bf16 autocast, softmax cross-entropy over materialised logits, fused AdamW. On a CPU
+also the same global step on two ranks with half the cores each: what ZeRO and the vocabulary-parallel head add to
+ideal. Times are medians. Phases are timed in steps of their own, since on a GPU timing a phase waits for the device.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from launch.deepspeed import command, environment
 from launch.hosts import place
 from model.decoder import Decoder
 from pretrain import ranks as process
+from pretrain.batches import Batches
 from pretrain.config import RunConfig, check_data, check_layout, load
-from pretrain.loop import Batches
 from pretrain.optim import parameter_groups
 
 WARM_UP = 2
@@ -64,11 +64,13 @@ def product_rate(device: torch.device, tokens: int, dim: int) -> float:
 
 
 class Plain:
-    """The baseline: what one would write in plain PyTorch without this project."""
+    """The baseline: the same model as one would write it in plain PyTorch, torch's own attention kernel included."""
 
     def __init__(self, cfg: RunConfig, device: torch.device) -> None:
         self.cfg, self.device = cfg, device
         self.decoder = Decoder(cfg.model.model_copy(update={"compile": False, "tied": False}), seed=1).to(device)
+        for block in self.decoder.blocks:
+            block.attention.short = 0  # type: ignore[union-attr, assignment]
         self.head = nn.Linear(cfg.model.dim, cfg.model.vocab_size, bias=False, device=device)
         modules = nn.ModuleList([self.decoder, self.head])
         self.parameters = list(modules.parameters())
@@ -84,6 +86,36 @@ class Plain:
         nn.utils.clip_grad_norm_(self.parameters, self.cfg.optim.clip or 1e30)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class PlainProcess:
+    """The baseline in a process of its own, as its user would start it, stepped in turn with ours."""
+
+    def __init__(self, config: str, overrides: list[str]) -> None:
+        words = [sys.executable, "-m", "benchmarks.train", config, *overrides, "--plain"]
+        self.child = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self.child.stdin is not None and self.child.stdout is not None
+        self.stdin, self.stdout = self.child.stdin, self.child.stdout
+
+    def step(self, number: int) -> float:
+        """Seconds of one step."""
+        print(number, file=self.stdin, flush=True)
+        return float(self.stdout.readline())
+
+    def close(self) -> None:
+        self.stdin.close()
+        self.child.wait()
+
+
+def serve_plain(cfg: RunConfig) -> None:
+    """The child of PlainProcess: reads step numbers, answers with seconds."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain = Plain(cfg, device)
+    windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
+    batches = Batches(windows, cfg, process.Ranks(0, 1, 0, 1, device))
+    for line in sys.stdin:
+        read = list(batches.of(int(line)))
+        print(timed(lambda r=read: plain.step(r), device), flush=True)  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -121,7 +153,7 @@ def phases(trainer: Any, device: torch.device) -> Iterator[dict[str, float]]:
             restore()
 
 
-def measure(cfg: RunConfig, steps: int, baseline: bool) -> dict[str, Any]:
+def measure(cfg: RunConfig, steps: int, plain: PlainProcess | None = None) -> dict[str, Any]:
     """Times this rank's world: steps in turn with the baseline's, then steps with their phases."""
     ranks = process.start()
     from pretrain.engine import Trainer  # DeepSpeed: after it was told the device
@@ -131,13 +163,13 @@ def measure(cfg: RunConfig, steps: int, baseline: bool) -> dict[str, Any]:
     windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
     batches = Batches(windows, cfg, ranks)
     trainer = Trainer(cfg, ranks)
-    plain = Plain(cfg, device) if baseline else None
     ours, theirs = [], []
     for step in range(WARM_UP + steps):
         ours.append(timed(lambda s=step: trainer.train_step(batches.of(s), LEARNING_RATE), device))  # type: ignore[misc]
         if plain is not None:
-            read = list(batches.of(step))
-            theirs.append(timed(lambda r=read: plain.step(r), device))  # type: ignore[misc]
+            time.sleep(0.1)  # until our threads have stopped to spin
+            theirs.append(plain.step(step))
+            time.sleep(0.1)
     batches.waited_s = 0.0
     with phases(trainer, device) as spent:
         whole = sum(
@@ -228,6 +260,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=9, help="timed steps of each kind")
     parser.add_argument("--one", action="store_true", help="leave the two ranks out")
     parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)  # a rank of in_two_ranks
+    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # the child of PlainProcess
     args = parser.parse_intermixed_args(argv)
     try:
         cfg = load(args.config, args.overrides)
@@ -236,8 +269,11 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if args.plain:
+        serve_plain(cfg)
+        return 0
     if args.inner:
-        found = measure(cfg, args.steps, baseline=False)
+        found = measure(cfg, args.steps)
         if found["rank"] == 0:
             print(json.dumps(found))
         process.stop()
@@ -245,7 +281,9 @@ def main(argv: list[str] | None = None) -> int:
     two = None
     if not args.one and not torch.cuda.is_available():
         two = in_two_ranks(args.config, args.overrides, args.steps)
-    found = measure(cfg, args.steps, baseline=True)
+    plain = PlainProcess(args.config, args.overrides)
+    found = measure(cfg, args.steps, plain)
+    plain.close()
     told(cfg, found, two, process.start().device)
     process.stop()
     return 0

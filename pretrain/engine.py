@@ -67,7 +67,7 @@ class Step:
     """What one update did. Tensors stay on the device until somebody logs them."""
 
     loss: Tensor  # mean over this rank's passes
-    norm: float  # global gradient norm before clipping; infinite if the step was skipped
+    norm: Tensor  # global gradient norm before clipping; infinite if the step was skipped
     applied: bool
 
 
@@ -107,7 +107,7 @@ class Trainer:
                 self._average_over_replicas()
             self.engine.step()
         applied = self._guard.applied()
-        norm = float(self._guard.norm())
+        norm = torch.as_tensor(self._guard.norm(), device=self.ranks.device)
         if applied:
             self._step_head(norm)
         self.head_optimizer.zero_grad(set_to_none=True)
@@ -133,12 +133,11 @@ class Trainer:
             total = total + self.head.log_exponent.grad.square()
         return total
 
-    def _step_head(self, norm: float) -> None:
-        coefficient = min(1.0, (self.cfg.optim.clip or NEVER_CLIP) / (norm + 1e-6))
-        if coefficient < 1:
-            for parameter in self.head.parameters():
-                if parameter.grad is not None:
-                    parameter.grad.mul_(coefficient)
+    def _step_head(self, norm: Tensor) -> None:
+        coefficient = ((self.cfg.optim.clip or NEVER_CLIP) / (norm + 1e-6)).clamp_max(1)
+        for parameter in self.head.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(coefficient)
         self.head_optimizer.step()
 
 

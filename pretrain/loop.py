@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
 import signal
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 from data.loader import Windows
 from data.shards import open_split
 from pretrain import checkpoint
+from pretrain.batches import Batches
 from pretrain.checkpoint import Progress
 from pretrain.config import EXIT_DIVERGED, EXIT_PREEMPTED, RunConfig, dump
 from pretrain.energy import Meter, zeus_counter
@@ -60,28 +60,6 @@ class StopSignal:
         if self.received == "SIGINT" and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
-
-
-def samples_of(step: int, rank: int, ranks: int, per_step: int) -> np.ndarray:
-    """Global numbers of the samples that a rank reads in a step; together the ranks read each number once."""
-    return np.arange(step * per_step + rank, (step + 1) * per_step, ranks)
-
-
-class Batches:
-    """This rank's passes of a step, (B, T+1) tokens each, and the seconds that reading them took."""
-
-    def __init__(self, windows: Windows, cfg: RunConfig, ranks: Ranks) -> None:
-        self.windows, self.cfg, self.ranks = windows, cfg, ranks
-        self.waited_s = 0.0
-
-    def of(self, step: int) -> Iterator[Tensor]:
-        numbers = samples_of(step, self.ranks.rank, self.ranks.world, self.cfg.sequences_per_step())
-        for first in range(0, len(numbers), self.cfg.train.micro_batch):
-            began = time.perf_counter()
-            tokens = self.windows.samples(numbers[first : first + self.cfg.train.micro_batch])
-            batch = torch.from_numpy(tokens).to(self.ranks.device, non_blocking=True)
-            self.waited_s += time.perf_counter() - began
-            yield batch
 
 
 class Run:
@@ -206,7 +184,7 @@ class _Window:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.losses: list[Tensor] = []
-        self.norm = 0.0
+        self.norm = torch.zeros(())
         self.skipped = 0
         run.batches.waited_s = 0.0
         run.meter.begin("train")
@@ -235,13 +213,14 @@ class _Window:
         tokens = len(self.losses) * cfg.train.tokens_per_step
         rate = tokens / spent.seconds
         peak = peak_flops(run.ranks.device)
+        norm = self.norm.item()
         values: dict[str, Any] = {
             "loss": loss[-1].item(),
             "loss_mean": loss.mean().item(),
             "tokens": run.progress.tokens,
             "lr": lr,
-            "grad_norm": self.norm,
-            "grad_norm_clipped": min(self.norm, cfg.optim.clip or self.norm),
+            "grad_norm": norm if math.isfinite(norm) else None,
+            "grad_norm_clipped": min(norm, cfg.optim.clip or norm) if math.isfinite(norm) else None,
             "skipped": self.skipped,
             "seconds": spent.seconds,
             "tokens_per_s": rate,

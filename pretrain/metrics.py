@@ -109,7 +109,9 @@ def training_line(values: dict[str, Any]) -> str:
     parts = [
         f"loss {values['loss']:.4f}",
         f"{values['tokens_per_s']:,.0f} tok/s",
-        f"norm {values['grad_norm']:.3f}->{values['grad_norm_clipped']:.3f}",
+        "norm not finite"
+        if values["grad_norm"] is None
+        else f"norm {values['grad_norm']:.3f}->{values['grad_norm_clipped']:.3f}",
         f"lr {values['lr']:.2e}",
     ]
     if values["gpu_j_per_token"] is not None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.attention import CausalSelfAttention
 from model.config import DecoderConfig, HeadConfig
 from model.decoder import Decoder
 from model.head import HarmonicHead
@@ -35,6 +36,31 @@ def test_activation_checkpointing_changes_nothing() -> None:
     saved = hidden_and_gradient(Decoder(DecoderConfig(**SIZES, activation_checkpointing=True), seed=1), tokens)
     assert torch.equal(plain[0], saved[0])
     assert plain[1].keys() == saved[1].keys() and all(torch.equal(plain[1][n], saved[1][n]) for n in plain[1])
+
+
+@pytest.mark.parametrize("positions", [1, 7, 64])
+def test_short_attention_is_as_near_to_float64_as_torchs_kernel(positions: int) -> None:
+    """bf16 on a CPU: output and gradient of both within the same rounding budget."""
+    config = DecoderConfig(**{**SIZES, "dim": 96, "seq_len": 64})
+    torch.manual_seed(1)
+    module = CausalSelfAttention(config)
+    with torch.no_grad():
+        module.qkv.weight.mul_(30)  # scores that matter
+    x, upstream = torch.randn(3, positions, 96).bfloat16(), torch.randn(3, positions, 96).bfloat16()
+    module = module.bfloat16()
+
+    def output_and_gradient(dtype: torch.dtype, short: int) -> list[Tensor]:
+        module.to(dtype).short = short
+        given = x.to(dtype).requires_grad_()
+        out = module(given)
+        (grad,) = torch.autograd.grad(out, given, upstream.to(dtype))
+        return [out.detach().double(), grad.double()]
+
+    truth = output_and_gradient(torch.float64, 0)
+    fast, plain = (output_and_gradient(torch.bfloat16, short) for short in (64, 0))
+    for f, p, t in zip(fast, plain, truth, strict=True):
+        assert (f - t).norm() <= 1.5 * (p - t).norm() + 1e-3 * t.norm()
+    assert positions == 1 or not torch.equal(fast[0], plain[0]), "two different ways were compared"
 
 
 @pytest.mark.timeout(300)

@@ -68,7 +68,7 @@ def train_layout(cfg: RunConfig, steps: int = 5, poison: int | None = None) -> d
         if step == poison and ranks.rank == ranks.world - 1:
             handle.remove()
         losses.append(ranks.sum(taken.loss.clone()).item() / ranks.world)
-        norms.append(taken.norm)
+        norms.append(taken.norm.item())
         applied.append(taken.applied)
     plain = type(trainer.engine.optimizer).__name__ == "AdamW"
     parameters = {
