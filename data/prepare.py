@@ -21,6 +21,7 @@ import numpy as np
 
 from data.config import DataConfig, FilesSource, HubSource
 from data.corpus import documents, files_of, folder_of
+from data.files import publish, sha256_of
 from data.settings import ConfigError
 from data.shards import (
     DTYPES,
@@ -31,9 +32,7 @@ from data.shards import (
     check_tokenizer,
     fingerprint,
     open_split,
-    publish,
     read_manifest,
-    sha256_of,
     split_entry,
     write_manifest,
 )

@@ -11,7 +11,6 @@ documents (uint64), then zeros. A document is its tokens followed by eos, and ne
 
 import hashlib
 import json
-import os
 import struct
 from contextlib import suppress
 from functools import cached_property
@@ -20,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from data.files import sha256_of
 from data.settings import ConfigError
 
 FORMAT = 1
@@ -31,11 +31,6 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 
 PREPARE = "python -m data prepare CONFIG"
 REMAKE = f"delete the folder and run `{PREPARE}` again"
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class ShardWriter:
@@ -293,20 +288,3 @@ def _check_hash(path: Path, expected: str) -> None:
     found = sha256_of(path)
     if found != expected:
         raise ConfigError(f"{path}: SHA-256 {found[:12]}..., but the manifest says {expected[:12]}...; {REMAKE}")
-
-
-def publish(draft: Path, final: Path) -> None:
-    """Gives a whole draft folder its final name, at once and durably; `final` is absent or an empty folder."""
-    for path in (*draft.iterdir(), draft):
-        _sync(path)
-    os.replace(draft, final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file's bytes, or the names in a folder, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

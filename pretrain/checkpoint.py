@@ -7,7 +7,6 @@ written under a draft name, flushed, and renamed when whole.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -22,6 +21,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from data.files import publish, sha256_of
 from data.settings import ConfigError
 from model.decoder import Decoder
 from model.head import HarmonicHead
@@ -100,38 +100,22 @@ def save(
         versions = {"torch": torch.__version__}
         state = {"format": FORMAT, **asdict(progress), "identity": who, "layout": layout, "versions": versions}
         (draft / "state.json").write_text(json.dumps(state, indent=1))
-        _publish(draft, final)
-        _retire(folder, keep)
+        _write_manifest(draft)
+        if final.exists():  # the same step, saved again after a resume from before it
+            _remove(final)
+        publish(draft, final)
+        for old in checkpoints(folder)[:-keep]:
+            _remove(old)
     ranks.barrier()
     return final
 
 
-def _publish(draft: Path, final: Path) -> None:
+def _write_manifest(draft: Path) -> None:
     files = sorted(path for path in draft.iterdir() if path.is_file())
     with ThreadPoolExecutor() as pool:
-        hashes = pool.map(_sha256, files)
+        hashes = pool.map(sha256_of, files)
     manifest = {f.name: {"size": f.stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)}
     (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": manifest}, indent=1))
-    for path in draft.iterdir():
-        _flush(path)
-    _flush(draft)
-    if final.exists():  # the same step, saved again after a resume from before it
-        shutil.rmtree(final)
-    os.replace(draft, final)
-    _flush(final.parent)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -139,12 +123,12 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def _retire(folder: Path, keep: int) -> None:
-    for old in checkpoints(folder)[:-keep]:
-        doomed = folder / f"{DRAFT}{old.name}"
-        shutil.rmtree(doomed, ignore_errors=True)
-        os.replace(old, doomed)  # so that a deletion that is cut off leaves no half checkpoint under a good name
-        shutil.rmtree(doomed)
+def _remove(checkpoint: Path) -> None:
+    """Renamed first, so that a deletion that is cut off leaves no half checkpoint under a good name."""
+    doomed = checkpoint.with_name(f"{DRAFT}old-{checkpoint.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    os.replace(checkpoint, doomed)
+    shutil.rmtree(doomed)
 
 
 def remove_drafts(folder: Path) -> None:
@@ -170,7 +154,7 @@ def damage(checkpoint: Path) -> str | None:
             return f"{path}: missing"
         if path.stat().st_size != expected["size"]:
             return f"{path}: {path.stat().st_size} bytes instead of {expected['size']}"
-        return None if _sha256(path) == expected["sha256"] else f"{path}: its SHA-256 is not the manifest's"
+        return None if sha256_of(path) == expected["sha256"] else f"{path}: its SHA-256 is not the manifest's"
 
     with ThreadPoolExecutor() as pool:
         return next((found for found in pool.map(problem, listed) if found), None)

@@ -211,10 +211,18 @@ def check_layout(cfg: RunConfig, world: int, ranks_per_node: int) -> None:
 
 def check_data(cfg: RunConfig) -> None:
     """Raises ConfigError unless the prepared data are there and are those of this configuration."""
+    from data.files import sha256_of
     from data.shards import open_split  # numpy: not needed to read a config
 
+    given = cfg.data.tokenizer.model
     for name in ("train", "val"):
         split = open_split(cfg.data.path, name)
+        if given is not None and (not given.is_file() or sha256_of(given) != split.tokenizer_sha256):
+            raise ConfigError(
+                f"data.tokenizer.model={given} is not the tokenizer that made the shards in {cfg.data.path}. Give "
+                f"that one, "
+                "leave the setting out, or prepare into another data.path."
+            )
         if split.vocab_size != cfg.model.vocab_size:
             raise ConfigError(
                 f"the shards in {cfg.data.path} have a vocabulary of {split.vocab_size}, the config one of "

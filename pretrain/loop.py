@@ -23,7 +23,7 @@ from pretrain.energy import Meter, zeus_counter
 from pretrain.engine import Step, Trainer
 from pretrain.evaluate import evaluate
 from pretrain.fragments import Fragment, finish_load, head_fragments, trunk_fragments
-from pretrain.metrics import Recorder, peak_flops
+from pretrain.metrics import Recorder, peak_flops, read_records
 from pretrain.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,6 @@ class Run:
             self.say(f"resumed from {found}" if found else f"started in {cfg.run}")
         self.skipped_in_a_row = 0
         self._saved_step: int | None = self.progress.step if found else None
-        self._evaluated_step: int | None = None
 
     def say(self, text: str) -> None:
         if self.recorder is not None:
@@ -126,9 +125,16 @@ class Run:
                 if stopping and not last:
                     return Outcome(EXIT_PREEMPTED, f"stopped by {stop.received or 'a signal to another rank'}", done)
             window.drop()
-        if self._evaluated_step is None:  # nothing was left to train
+        if not self.ranks.any(self._evaluated()):  # nothing was left to train, and the last evaluation was cut off
             self.evaluate()
         return Outcome(0, "done", self.progress.step)
+
+    def _evaluated(self) -> bool:
+        """Whether this rank, the first, knows of an evaluation of the present step."""
+        step = self.progress.step
+        return self.recorder is not None and any(
+            record["kind"] == "eval" and record["step"] == step for record in read_records(self.cfg.run)
+        )
 
     def _advance(self, taken: Step) -> None:
         self.skipped_in_a_row = 0 if taken.applied else self.skipped_in_a_row + 1
@@ -145,7 +151,6 @@ class Run:
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
             found = evaluate(self.trainer.token_losses, self.val, cfg.model.seq_len, micro_batch, self.ranks)
-        self._evaluated_step = step
         if self.recorder is not None:
             values = {**found.as_dict(), "seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j}
             self.recorder.record("eval", step, values)
@@ -214,11 +219,13 @@ class _Window:
         rate = tokens / spent.seconds
         peak = peak_flops(run.ranks.device)
         norm = self.norm.item()
+        head = run.trainer.head
         values: dict[str, Any] = {
             "loss": loss[-1].item(),
             "loss_mean": loss.mean().item(),
             "tokens": run.progress.tokens,
             "lr": lr,
+            "exponent": torch.as_tensor(head.exponent).item() if head.has_exponent else None,
             "grad_norm": norm if math.isfinite(norm) else None,
             "grad_norm_clipped": min(norm, cfg.optim.clip or norm) if math.isfinite(norm) else None,
             "skipped": self.skipped,

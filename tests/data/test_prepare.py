@@ -292,7 +292,7 @@ def test_a_full_disk_leaves_nothing(corpus, monkeypatch, at, code):
     if at == "add":
         monkeypatch.setattr(module.ShardWriter, "add", full)
     else:
-        monkeypatch.setattr("data.shards.os.fsync", full)
+        monkeypatch.setattr("data.files.os.fsync", full)
     with pytest.raises(ConfigError, match="the disk is full; nothing was kept"):
         prepare(config(corpus), quiet)
     assert names(corpus) == ["corpus.jsonl"]

@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.files import sha256_of
 from data.settings import ConfigError
-from data.shards import ShardWriter, fingerprint, open_split, read_manifest, sha256_of, split_entry, verify_folder
+from data.shards import ShardWriter, fingerprint, open_split, read_manifest, split_entry, verify_folder
 
 EOS = 2
 

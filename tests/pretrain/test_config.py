@@ -92,6 +92,14 @@ def test_data_of_another_vocabulary_or_too_small(tmp_path: Path) -> None:
     check_data(tiny_config(data__path=str(tmp_path / "data")))
     with pytest.raises(ConfigError, match="vocabulary of 67, the config one of 99"):
         check_data(tiny_config(data__path=str(tmp_path / "data"), data__tokenizer__vocab_size=99))
+    (tmp_path / "other.model").write_bytes(b"another model")
+    for model, fits in (("data/tokenizer.model", True), ("other.model", False), ("missing.model", False)):
+        cfg = tiny_config(data__path=str(tmp_path / "data"), data__tokenizer__model=str(tmp_path / model))
+        if fits:
+            check_data(cfg)
+        else:
+            with pytest.raises(ConfigError, match="is not the tokenizer that made the shards"):
+                check_data(cfg)
     with pytest.raises(ConfigError, match="fewer than one window"):
         check_data(tiny_config(data__path=str(tmp_path / "data"), model__seq_len=4096, train__tokens_per_step=4096))
     with pytest.raises(ConfigError, match="python -m data prepare"):

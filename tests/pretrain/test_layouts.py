@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.pretrain.tiny import tiny_config, train_layout, train_plain
+from tests.pretrain.tiny import V, tiny_config, tokens_of, train_layout, train_plain
 from tests.ranks import run_ranks
 
 FLOAT32_LOSS, FLOAT32_NORM, FLOAT32_WEIGHT = (
@@ -106,3 +106,50 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(world: int, tmp_path: Path) -> 
         assert found["applied"] == [True, False, True], layout
         assert found["norms"][1] == float("inf"), layout
         assert all(np.isfinite(values).all() for values in found["parameters"].values()), layout
+
+
+def check_gradients(chosen: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:
+    """The trunk's gradients that DeepSpeed is about to step with, and the head's own, after one backward pass."""
+    from deepspeed.utils import safe_get_full_grad
+
+    from model.vocab_parallel import gather_rows
+    from pretrain import ranks as process
+    from pretrain.engine import Trainer
+
+    found = []
+    for layout in chosen:
+        cfg = tiny_config(**layout)
+        ranks = process.start()
+        ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
+        trainer = Trainer(cfg, ranks)
+        tokens = tokens_of(0)[ranks.rank :: ranks.world]
+        trainer.engine.backward(trainer.head(trainer.hidden(tokens[:, :-1]), tokens[:, 1:]))
+        gradients = {n: safe_get_full_grad(p).numpy().copy() for n, p in trainer.engine.module.named_parameters()}
+        gradients["prototypes"] = gather_rows(trainer.head.prototypes.grad, trainer.head.shard.group)[:V].numpy()
+        found.append(gradients)
+        trainer.engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_gradients_equal_plain_pytorch(world: int, tmp_path: Path) -> None:
+    from model.decoder import Decoder
+    from model.head import HarmonicHead
+    from model.reference import harmonic_loss_reference
+
+    cfg = tiny_config()
+    decoder = Decoder(cfg.model, hidden_length=cfg.head.hidden_length(32), seed=cfg.train.seed)
+    head = HarmonicHead(V, 32, seed=cfg.train.seed + 1)
+    tokens = tokens_of(0)
+    hidden = decoder(tokens[:, :-1]).reshape(-1, 32)
+    losses = harmonic_loss_reference(hidden, head.prototypes, tokens[:, 1:].reshape(-1), exponent=head.exponent)
+    losses.mean().backward()
+    expected = {name: p.grad.numpy() for name, p in decoder.named_parameters()}
+    expected["prototypes"] = head.prototypes.grad.numpy()
+    chosen = [
+        {"parallel__zero": zero, "parallel__vocab": world, "train__micro_batch": 8 // world} for zero in (1, 2, 3)
+    ]
+    for found in run_ranks(check_gradients, world, tmp_path, chosen=chosen)[0]:
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            assert np.abs(found[name] - gradient).max() <= 2e-6 * np.abs(gradient).max() + 1e-9, name
