@@ -74,7 +74,7 @@ class HarmonicHead(nn.Module):
         self.prototypes = nn.Parameter(torch.zeros(rows, dim, device=device))
         self.start_exponent = math.sqrt(dim) if isinstance(exponent, str) else float(exponent)
         self.log_exponent: nn.Parameter | None = None
-        if exponent == "learned" and DISTANCES[distance].has_exponent:
+        if exponent == "learned" and self.has_exponent:
             self.log_exponent = nn.Parameter(torch.tensor(math.log(self.start_exponent), device=device))
         self.reset_parameters(int(torch.randint(2**31, (), device="cpu")) if seed is None else seed)
 
@@ -94,6 +94,11 @@ class HarmonicHead(nn.Module):
     def exponent(self) -> Tensor | float:
         """n: a number, or a scalar that is learned."""
         return self.start_exponent if self.log_exponent is None else self.log_exponent.exp()
+
+    @property
+    def has_exponent(self) -> bool:
+        """Whether the exponent means anything: the softmax baseline has none."""
+        return DISTANCES[self.distance].has_exponent
 
     def forward(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", ignore_index: int = -100) -> Tensor:
         """hidden (..., D), targets (...) -> scalar loss, or (N,) for reduction="none". See

@@ -16,7 +16,13 @@ from pretrain.config import RunConfig, check_layout, dump, load
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
 SIZES = {"gpt2-124m": 124e6, "gpt2-350m": 355e6, "gpt2-1.5b": 1558e6}  # embedding counted once, as GPT-2's are tied
-WORLDS = {"quickstart": (1, 2), "gpt2-124m": (1, 8, 16), "gpt2-350m": (8, 16), "gpt2-1.5b": (16, 64)}
+WORLDS = {
+    "quickstart": (1, 2),
+    "benchmark-cpu": (1, 2),
+    "gpt2-124m": (1, 8, 16),
+    "gpt2-350m": (8, 16),
+    "gpt2-1.5b": (16, 64),
+}
 
 
 def test_the_recipes_are_there() -> None:
