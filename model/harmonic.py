@@ -77,9 +77,8 @@ def harmonic_loss(
     """-log p[target] with p_j = d_j^-n / sum_k d_k^-n, exactly (arXiv:2502.01628, eq. 2; softmax for `dot`).
 
     Args:
-        hidden: (n, D) in bfloat16, float32 or float64: the dtype of the products. Scores and sums are float32
-        (float64 for
-            float64). n is the same on every rank of the group.
+        hidden: (n, D) in bfloat16, float32 or float64: the dtype of the products. Scores and sums are float32 (float64
+            for float64). n is the same on every rank of the group.
         prototypes: (at least shard.real, D), usually float32 masters; rows beyond `shard.real` are padding.
         targets: (n,) int64 rows of the whole vocabulary, or `ignore_index`.
         distance: a name in `model.distances.DISTANCES`.

@@ -101,9 +101,7 @@ class HarmonicHead(nn.Module):
         return DISTANCES[self.distance].has_exponent
 
     def forward(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", ignore_index: int = -100) -> Tensor:
-        """hidden (..., D), targets (...) -> scalar loss, or (N,) for reduction="none". See
-        `model.harmonic.harmonic_loss`.
-        """
+        """hidden (..., D), targets (...) -> scalar loss, or (N,) for "none": see `model.harmonic.harmonic_loss`."""
         return harmonic_loss(
             hidden.reshape(-1, hidden.shape[-1]),
             self.prototypes,

@@ -19,7 +19,7 @@ from pretrain import checkpoint
 from pretrain.batches import Batches
 from pretrain.checkpoint import Progress
 from pretrain.config import EXIT_DIVERGED, EXIT_PREEMPTED, RunConfig, dump
-from pretrain.energy import Meter, zeus_counter
+from pretrain.energy import Meter, Spent, zeus_counter
 from pretrain.engine import Step, Trainer
 from pretrain.evaluate import evaluate
 from pretrain.fragments import Fragment, finish_load, head_fragments, trunk_fragments
@@ -207,12 +207,9 @@ class _Window:
         run, cfg = self.run, self.run.cfg
         spent = run.meter.end()
         loss = run.ranks.sum(torch.stack(self.losses).double()) / run.ranks.world
-        joules = None
-        if spent.gpu_j is not None and (run.progress.train_gpu_j is not None or run.progress.train_seconds == 0):
-            joules = (run.progress.train_gpu_j or 0.0) + spent.gpu_j
-        run.progress = replace(
-            run.progress, train_seconds=run.progress.train_seconds + spent.seconds, train_gpu_j=joules
-        )
+        before = run.progress
+        total = Spent(before.train_seconds, before.train_gpu_j if before.train_seconds else 0.0) + spent
+        run.progress = replace(before, train_seconds=total.seconds, train_gpu_j=total.gpu_j)
         if run.recorder is None:
             return
         tokens = len(self.losses) * cfg.train.tokens_per_step
