@@ -1,9 +1,13 @@
 """What the head costs: time and memory of the loss with its gradients, for every distance.
 
     python -m benchmarks.head --tokens 2048 --dim 768 --vocab 50304
+    python -m benchmarks.head --growth
+    python -m benchmarks.head --device cuda
 
-Ratios are to three bare matrix products of the same shapes (x w', g w, g' x), timed in turn with the loss in the same
-process. Every row runs in a process of its own. Extra memory is the peak of forward and backward above what was there
+Ratios are to three bare matrix products of the same shapes and dtype (x w', g w, g' x), timed in turn with the loss in
+the same process. Distances that are no matrix product are told in Gelem/s, 10^9 entries of (N, V, D) per second,
+forward alone and forward with backward, beside torch.cdist (p = 1, the same D, smaller N and V: its speed hardly
+depends on them). Every row runs in a process of its own. Extra memory is the peak of forward and backward above what was there
 before, less the gradients that they leave.
 Legend: N tokens, D width, V prototypes.
 """
@@ -11,13 +15,15 @@ Legend: N tokens, D width, V prototypes.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import multiprocessing
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -25,11 +31,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.distances import DISTANCES
+from model.distances import DISTANCES, make
 from model.harmonic import harmonic_loss
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MIB = 2**20
+ENOUGH_S = 20.0  # a row that took so long is not repeated
+DEFAULTS = {"cpu": (2048, [384], [8192]), "cuda": (65536, [768, 4096], [50304, 151936])}  # N, D, V
+CDIST = (512, 4096)  # N, V
 
 
 @dataclass(frozen=True)
@@ -44,66 +53,156 @@ class Shape:
 
 @dataclass(frozen=True)
 class Cost:
-    """Medians over the repeats."""
+    """Medians over the repeats, in seconds."""
 
-    seconds: float
-    bare_seconds: float
+    both: float
+    forward: float
+    bare: float
     extra_bytes: int | None  # None: this system does not say
+
+    def gelem(self, shape: Shape, seconds: float) -> float:
+        return shape.tokens * shape.vocab * shape.dim / seconds / 1e9
 
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
+VARIANTS: dict[str, dict[str, Any]] = {
+    "euclidean": {},
+    "cosine": {},
+    "mahalanobis, diagonal": {"factor": "diagonal"},
+    "mahalanobis, full": {"factor": "full"},
+    "hamming, hard": {"kind": "hard"},
+    "dot": {},
+    "manhattan": {},
+    "chebyshev": {},
+    "minkowski, p = 3": {"p": 3.0},
+    "minkowski, p = 2.5": {"p": 2.5},
+    "canberra": {},
+    "hamming, soft": {"kind": "soft"},
+    "hamming, gumbel": {"kind": "gumbel"},
+    "braycurtis, abs": {"denominator": "abs"},
+    "braycurtis, sum": {"denominator": "sum"},
+}
 
-def plain_harmonic(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-    """Euclidean harmonic loss as one would write it, all N x V distances in memory."""
+
+def ours(variant: str) -> Loss:
+    distance, params = variant.split(",")[0], VARIANTS[variant]
+
+    def loss(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+        given = dict(params)
+        if "factor" in params:
+            unit = torch.eye(x.shape[1], device=x.device)
+            given["factor"] = (unit if params["factor"] == "full" else unit[0] * 0).requires_grad_()
+        return harmonic_loss(x, w, targets, distance=distance, exponent=x.shape[1] ** 0.5, **given)
+
+    return loss
+
+
+def is_product(variant: str) -> bool:
+    params = dict(VARIANTS[variant])
+    if "factor" in params:
+        params["factor"] = torch.zeros(1)
+    return not make(DISTANCES[variant.split(",")[0]], params).contraction.wide
+
+
+def published_harmonic(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """The published harmonic GPT-2's arithmetic: N x V squared distances, over their least, to a power, normalised."""
     w = w.to(x.dtype)
     squared = x.float().square().sum(1, keepdim=True) + w.float().square().sum(1) - 2 * (x @ w.t()).float()
-    return F.cross_entropy(squared.clamp_min(1e-6).log() * (-0.5 * x.shape[1] ** 0.5), targets)
+    ratios = squared / squared.amin(1, keepdim=True)
+    shares = ratios ** (-0.5 * x.shape[1] ** 0.5)
+    probabilities = shares / shares.sum(1, keepdim=True)
+    return -probabilities.gather(1, targets[:, None]).log().mean()
 
 
-def plain_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+def materialised_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
     """Softmax cross-entropy as one would write it, all N x V logits in memory."""
     return F.cross_entropy((x @ w.to(x.dtype).t()).float(), targets)
 
 
-def losses() -> dict[str, Loss]:
-    """Name of the row -> loss of (N, D), (V, D), (N,)."""
+def cut_cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
 
-    def ours(distance: str) -> Loss:
-        return lambda x, w, targets: harmonic_loss(x, w, targets, distance=distance, exponent=x.shape[1] ** 0.5)
-
-    rows = {f"{name}: {entry.formula}": ours(name) for name, entry in DISTANCES.items()}
-    return rows | {"softmax, materialised": plain_softmax, "euclidean, materialised": plain_harmonic}
+    return linear_cross_entropy(x, w.to(x.dtype), targets)
 
 
-def measure(name: str, shape: Shape) -> Cost:
-    """The cost of one row, in this process."""
+def liger(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss()(w.to(x.dtype), x, targets)
+
+
+NEIGHBOURS: dict[str, tuple[Loss, str]] = {  # and the package that they need
+    "softmax, materialised": (materialised_softmax, "torch"),
+    "euclidean, published, materialised": (published_harmonic, "torch"),
+    "softmax, cut cross-entropy": (cut_cross_entropy, "cut_cross_entropy"),
+    "softmax, Liger": (liger, "liger_kernel"),
+}
+
+
+def loss_of(row: str) -> Loss:
+    return ours(row) if row in VARIANTS else NEIGHBOURS[row][0]
+
+
+def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, D), w (V, D) with rows of length 1, so that scores are as spread as a model's; targets (N,)."""
     torch.manual_seed(0)
-    loss, device = losses()[name], torch.device(shape.device)
-    x = torch.randn(shape.tokens, shape.dim, device=device).to(DTYPES[shape.dtype]).requires_grad_()
-    w = torch.randn(shape.vocab, shape.dim, device=device, requires_grad=True)
-    with torch.no_grad():  # rows of length 1: scores as spread as those of a model
-        x.mul_(shape.dim**-0.5)
-        w.mul_(shape.dim**-0.5)
-    targets = torch.randint(0, shape.vocab, (shape.tokens,), device=device)
-    loss(x[:2], w[:3], targets[:2] % 3).backward()  # compiles, starts threads
-    x.grad = w.grad = None
-    extra = extra_bytes(lambda: loss(x, w, targets).backward(), device)
-    if extra is not None and x.grad is not None and w.grad is not None:
-        extra -= x.grad.nbytes + w.grad.nbytes
-    rows = w.detach().to(x.dtype)
-    grads = torch.randn(shape.tokens, shape.vocab, device=device).to(x.dtype)
-    times, bare = [], []
-    for _ in range(shape.repeats):
+    device, scale = torch.device(shape.device), shape.dim**-0.5
+    x = (torch.randn(shape.tokens, shape.dim, device=device) * scale).to(DTYPES[shape.dtype]).requires_grad_()
+    w = (torch.randn(shape.vocab, shape.dim, device=device) * scale).requires_grad_()
+    return x, w, torch.randint(0, shape.vocab, (shape.tokens,), device=device)
+
+
+def measure(row: str, shape: Shape, bare: bool) -> Cost | str:
+    """The cost of one row, in this process, or why there is none."""
+    loss = loss_of(row)
+    x, w, targets = inputs(shape)
+
+    def both() -> None:
         x.grad = w.grad = None
-        times.append(seconds(lambda: loss(x, w, targets).backward(), device))
-        bare.append(seconds(lambda: products(x.detach(), rows, grads), device))
-    return Cost(statistics.median(times), statistics.median(bare), extra)
+        loss(x, w, targets).backward()
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return loss(x, w, targets)
+
+    try:
+        loss(x[:2], w[:3], targets[:2] % 3).backward()  # compiles, starts threads
+        x.grad = w.grad = None
+        extra = extra_bytes(both, x.device)
+        if extra is not None and x.grad is not None and w.grad is not None:
+            extra -= x.grad.nbytes + w.grad.nbytes
+        rows = w.detach().to(x.dtype) if bare else w
+        grads = torch.randn(shape.tokens, shape.vocab, device=x.device, dtype=x.dtype) if bare else x
+        times: dict[str, list[float]] = {"both": [], "forward": [], "bare": []}
+        started = time.perf_counter()
+        while len(times["both"]) < shape.repeats and (not times["both"] or time.perf_counter() - started < ENOUGH_S):
+            times["both"].append(seconds(both, x.device))
+            x.grad = w.grad = None
+            times["forward"].append(seconds(forward, x.device))
+            times["bare"].append(seconds(lambda: products(x.detach(), rows, grads), x.device) if bare else 0.0)
+    except torch.OutOfMemoryError:
+        return "out of memory"
+    both_s, forward_s, bare_s = (statistics.median(values) for values in times.values())
+    return Cost(both_s, forward_s, bare_s, extra)
 
 
-def products(x: Tensor, rows: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def measure_cdist(shape: Shape) -> Cost:
+    """torch.cdist with p = 1 and its gradients, in float32."""
+    x, w, _ = inputs(replace(shape, dtype="float32"))
+    ones = torch.ones(shape.tokens, shape.vocab, device=x.device)
+    both, forward = [], []
+    for _ in range(3):
+        x.grad = w.grad = None
+        both.append(seconds(lambda: torch.cdist(x, w, p=1).backward(ones), x.device))
+        forward.append(seconds(lambda: torch.cdist(x.detach(), w.detach(), p=1), x.device))
+    return Cost(statistics.median(both), statistics.median(forward), 0.0, None)
+
+
+def products(x: Tensor, rows: Tensor, grads: Tensor) -> None:
     """The three products that any head must take."""
-    return x @ rows.t(), grads @ rows, grads.t() @ x
+    for a, b in ((x, rows.t()), (grads, rows), (grads.t(), x)):
+        torch.mm(a, b)
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -146,7 +245,8 @@ def resident(field: str) -> int:
 
 def machine(device: str) -> str:
     if device.startswith("cuda"):
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+        triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none"
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Triton {triton}"
     return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
@@ -160,34 +260,84 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def arguments() -> argparse.Namespace:
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls it in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def memory(cost: Cost) -> str:
+    return "unmeasured" if cost.extra_bytes is None else f"{cost.extra_bytes / MIB:,.0f}"
+
+
+def compare(console: Console, shape: Shape, chosen: str | None) -> None:
+    """Prints one table for the heads that are matrix products, one for the others."""
+    title = f"N {shape.tokens:,}, D {shape.dim:,}, V {shape.vocab:,}, {shape.dtype}: medians"
+    rows = [row for row in VARIANTS if chosen in (None, row.split(",")[0])]
+    others = [] if chosen else [row for row, (_, package) in NEIGHBOURS.items() if importlib.util.find_spec(package)]
+    table = Table("head", "forward + backward, ms", "three products, ms", "ratio", "extra memory, MiB", title=title)
+    for row in [row for row in rows if is_product(row)] + others:
+        cost = alone(measure, row, shape, True)
+        if isinstance(cost, str):
+            table.add_row(row, cost)
+            continue
+        ratio = f"{cost.both / cost.bare:.2f}"
+        table.add_row(row, f"{cost.both * 1e3:,.0f}", f"{cost.bare * 1e3:,.0f}", ratio, memory(cost))
+    console.print(table)
+    elementwise = [row for row in rows if not is_product(row)]
+    if not elementwise:
+        return
+    small = replace(shape, tokens=CDIST[0], vocab=CDIST[1])
+    cdist: Cost = alone(measure_cdist, small)
+    speed = cdist.gelem(small, cdist.both)
+    columns = ("head", "forward + backward, ms", "Gelem/s forward", "Gelem/s", "times cdist", "extra memory, MiB")
+    table = Table(*columns, title=title)
+    for row in elementwise:
+        cost = alone(measure, row, shape, False)
+        if isinstance(cost, str):
+            table.add_row(row, cost)
+            continue
+        forward, both = cost.gelem(shape, cost.forward), cost.gelem(shape, cost.both)
+        table.add_row(
+            row, f"{cost.both * 1e3:,.0f}", f"{forward:,.1f}", f"{both:,.1f}", f"{both / speed:,.1f}", memory(cost)
+        )
+    table.add_row(f"torch.cdist, p = 1, N {CDIST[0]}, V {CDIST[1]:,}, float32", f"{cdist.both * 1e3:,.0f}",
+                  f"{cdist.gelem(small, cdist.forward):,.1f}", f"{speed:,.2f}", "1.0", "")  # fmt: skip
+    console.print(table)
+
+
+def growth(console: Console, shape: Shape, chosen: str | None) -> None:
+    """Time and memory against N and V: linear and flat."""
+    for row in [chosen] if chosen else ["euclidean", "manhattan"]:
+        table = Table("N", "V", "ms", "ns per token and prototype", "extra memory, MiB", title=f"{row}, D {shape.dim}")
+        for tokens, vocab in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8)):
+            size = replace(shape, tokens=shape.tokens * tokens, vocab=shape.vocab * vocab)
+            cost = alone(measure, row, size, False)
+            each = cost.both / size.tokens / size.vocab * 1e9
+            table.add_row(f"{size.tokens:,}", f"{size.vocab:,}", f"{cost.both * 1e3:,.0f}", f"{each:.2f}", memory(cost))
+        console.print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=2048, help="N (default %(default)s)")
-    parser.add_argument("--dim", type=int, default=384, help="D (default %(default)s)")
-    parser.add_argument("--vocab", type=int, default=8192, help="V (default %(default)s)")
+    parser.add_argument("--tokens", type=int, help="N (default: 2048; on a GPU 65536)")
+    parser.add_argument("--dim", type=int, nargs="+", help="one D or more (default: 384; on a GPU 768 and 4096)")
+    parser.add_argument("--vocab", type=int, nargs="+", help="one V or more (default: 8192; on a GPU 50304 and 151936)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
     parser.add_argument("--distance", choices=list(DISTANCES), help="this one alone, without the comparisons")
+    parser.add_argument(
+        "--growth", action="store_true", help="time and memory against N and V, from the given sizes on"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7, help="medians are over so many runs (default %(default)s)")
-    return parser.parse_args()
-
-
-def main() -> None:
-    given = arguments()
-    shape = Shape(given.tokens, given.dim, given.vocab, given.dtype, given.device, given.repeats)
+    given = parser.parse_args(argv)
+    tokens, dims, vocabs = DEFAULTS[torch.device(given.device).type]
     console = Console()
-    console.print(machine(shape.device))
-    table = Table("head", "ms", "three products, ms", "ratio", "extra memory, MiB")
-    for name in losses():
-        if given.distance and not name.startswith(f"{given.distance}: "):
-            continue
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            cost = pool.apply(measure, (name, shape))
-        extra = "unmeasured" if cost.extra_bytes is None else f"{cost.extra_bytes / MIB:.0f}"
-        ratio = f"{cost.seconds / cost.bare_seconds:.2f}"
-        table.add_row(name, f"{cost.seconds * 1e3:.0f}", f"{cost.bare_seconds * 1e3:.0f}", ratio, extra)
-    console.print(f"N {shape.tokens}, D {shape.dim}, V {shape.vocab}, {shape.dtype}: forward and backward, medians")
-    console.print(table)
+    console.print(machine(given.device))
+    for dim in given.dim or dims:
+        for vocab in given.vocab or vocabs:
+            shape = Shape(given.tokens or tokens, dim, vocab, given.dtype, given.device, given.repeats)
+            (growth if given.growth else compare)(console, shape, given.distance)
 
 
 if __name__ == "__main__":

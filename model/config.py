@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
-
-DistanceName = Literal["euclidean", "cosine", "dot"]
 
 
 class DecoderConfig(BaseModel, extra="forbid", frozen=True):
@@ -41,19 +39,51 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
         return 6 * products + 12 * self.layers * self.dim * self.seq_len
 
 
+class ExponentRamp(BaseModel, extra="forbid", frozen=True):
+    """An exponent that moves linearly from `first` to `last` over `steps` updates (None: over all), then stays."""
+
+    first: float = Field(gt=0)
+    last: float = Field(gt=0)
+    steps: int | None = Field(default=None, gt=1)
+
+
 class HeadConfig(BaseModel, extra="forbid", frozen=True):
     """The output layer: one prototype per token of the vocabulary, and how far is far."""
 
-    distance: DistanceName = "euclidean"
-    exponent: float | Literal["sqrt_dim", "learned"] = "sqrt_dim"
+    distance: str = "euclidean"  # a name in model.distances.DISTANCES
+    params: dict[str, float | str] = {}  # the distance's own, such as p of minkowski: see model.head.HarmonicHead
+    exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp = "sqrt_dim"
     init_std: float | None = Field(default=None, gt=0)  # None: see model.head.default_std
-    chunk_mib: int = Field(default=256, gt=0)  # budget of the head's working memory
+    chunk_mib: int | None = Field(default=None, gt=0)  # budget of the head's working memory; None: by device
+
+    @model_validator(mode="after")
+    def _known_distance(self) -> HeadConfig:
+        from model.distances import distance_named  # brings torch, which a config otherwise does without
+
+        distance_named(self.distance).settings(1, **self.params)
+        return self
 
     @model_validator(mode="after")
     def _positive_exponent(self) -> HeadConfig:
-        if not isinstance(self.exponent, str) and not self.exponent > 0:
+        if isinstance(self.exponent, float) and not self.exponent > 0:
             raise ValueError(f"exponent={self.exponent} must be positive: a number, sqrt_dim or learned")
         return self
+
+    def arguments(self) -> dict[str, Any]:
+        """Keyword arguments of model.head.HarmonicHead."""
+        exponent = self.exponent
+        return {
+            "distance": self.distance,
+            "exponent": (exponent.first, exponent.last) if isinstance(exponent, ExponentRamp) else exponent,
+            "init_std": self.init_std,
+            "chunk_bytes": None if self.chunk_mib is None else self.chunk_mib * 2**20,
+            **self.params,
+        }
+
+    def progress(self, step: int, steps: int) -> float:
+        """How far a ramp of the exponent is at the update `step` (the first is 0) of `steps`."""
+        over = self.exponent.steps if isinstance(self.exponent, ExponentRamp) else None
+        return min(1.0, max(0, step) / max(1, (over or steps) - 1))
 
     def hidden_length(self, dim: int) -> float:
         """Length of the final hidden states at initialisation: that of the prototypes, or sqrt(dim) for the softmax

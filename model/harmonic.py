@@ -4,7 +4,8 @@ memory.
 Tokens are taken in chunks whose working memory follows from a budget. For each chunk: gather the group's hidden states,
 score them against this rank's prototypes, combine (max, sum, target score) over the group with one MAX and one
 packed SUM, and, for reduced losses, take the gradient at once, while the chunk's scores are at hand. For
-`reduction="none"` the backward pass scores again.
+`reduction="none"` the backward pass scores again. In a group the next chunk is scored before the gradient of this one
+is taken, so that no collective is waited for with nothing to do.
 
 Legend: k ranks in the vocabulary group, n tokens on this rank, N = k * n; a chunk has m local and M = k * m gathered
 tokens; V prototypes in all, R real ones on this rank, D width.
@@ -12,28 +13,35 @@ tokens; V prototypes in all, R real ones on this rank, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.distances import DISTANCES, Distance, RowsGradient, Statistics
+from model.contractions import RowsGradient, Statistics, Upstream
+from model.distances import Distance, resolve
 from model.kernels import eager
 from model.kernels.choose import kernels_for
 from model.vocab_parallel import (
+    Pending,
     VocabShard,
     gather_rows,
     local_targets,
     max_across,
     own_rows,
     rows_of,
-    scatter_rows,
+    start_gather,
+    start_reduce,
+    start_scatter,
     sum_across,
 )
 
-CHUNK_BYTES = 256 * 2**20  # 500 tokens of 50,000 prototypes: each chunk passes over w twice and over its gradient once
+# 500 tokens of 50,000 prototypes on a CPU, 4,000 on a GPU: each chunk passes over w twice and over its gradient once
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
 MOST_SCALING = 60  # powers of two; beyond, gradients of tiny rows would overflow
 ROW_BLOCK = 1024  # prototypes transformed at a time
 
@@ -49,88 +57,142 @@ class _Call:
     chunk_bytes: int
     differentiate: bool
 
+    @property
+    def overlapped(self) -> bool:
+        """Whether two chunks are in flight, the collectives of one behind the work on the other."""
+        return self.shard.group is not None
+
     def chunks(self, hidden: Tensor) -> Iterator[slice]:
         """Slices of the local tokens; every rank of the group makes the same ones."""
         rows = rows_of(self.shard.size, self.shard.ranks)
         wide = eager.accumulator(hidden.dtype).itemsize
-        # a gathered token's scores, one temporary of them, its rounded gradients; x, its gradient, its difference to
-        # the target
-        per_token = self.shard.ranks * (rows * (2 * wide + hidden.element_size()) + hidden.shape[1] * 3 * wide)
+        contraction = self.distance.contraction
+        # a gathered token's scores, temporaries of them, its rounded gradients; x, its gradient, its difference to the
+        # target
+        pairs = contraction.kept * (2 if self.overlapped else 1) + contraction.temporaries
+        narrow = 0 if contraction.wide else hidden.element_size()
+        per_token = self.shard.ranks * (rows * (pairs * wide + narrow) + hidden.shape[1] * 3 * wide)
         most = max(1, self.chunk_bytes // per_token)
         step = -(-hidden.shape[0] // -(-hidden.shape[0] // most)) if hidden.shape[0] else 1  # equal ones, no small rest
         for first in range(0, hidden.shape[0], step):
             yield slice(first, min(first + step, hidden.shape[0]))
 
+    def each(self, hidden: Tensor, make_chunk: Callable[[slice], _Chunk], use: Callable[[slice, _Chunk], None]) -> None:
+        """Scores every chunk and uses it, in order."""
+        waiting: tuple[slice, _Chunk] | None = None
+        for part in self.chunks(hidden):
+            chunk = make_chunk(part)
+            if waiting:
+                use(*waiting)
+                waiting = None
+            chunk.add_up()
+            if self.overlapped:
+                waiting = part, chunk
+            else:
+                use(part, chunk)
+            del chunk
+        if waiting:
+            use(*waiting)
 
+
+@torch.compiler.disable
 def harmonic_loss(
     hidden: Tensor,
     prototypes: Tensor,
     targets: Tensor,
     *,
-    distance: str = "euclidean",
+    distance: str | Distance = "euclidean",
     exponent: float | Tensor = 1.0,
     reduction: str = "mean",
     ignore_index: int = -100,
     shard: VocabShard | None = None,
-    chunk_bytes: int = CHUNK_BYTES,
+    chunk_bytes: int | None = None,
+    **params: Any,
 ) -> Tensor:
     """-log p[target] with p_j = d_j^-n / sum_k d_k^-n, exactly (arXiv:2502.01628, eq. 2; softmax for `dot`).
 
     Args:
         hidden: (n, D) in bfloat16, float32 or float64: the dtype of the products. Scores and sums are float32 (float64
-            for float64). n is the same on every rank of the group.
+            for float64), and so are the operands of distances that are no product. n is the same on every rank of the
+            group.
         prototypes: (at least shard.real, D), usually float32 masters; rows beyond `shard.real` are padding.
         targets: (n,) int64 rows of the whole vocabulary, or `ignore_index`.
-        distance: a name in `model.distances.DISTANCES`.
+        distance: a name in `model.distances.DISTANCES`, or one of those with its parameters.
         exponent: n > 0, a number or a one-element tensor that may require a gradient; unused by `dot`.
         reduction: "mean" over the non-ignored targets of the whole group (0 where there are none), "sum" over the
             group, or "none": (n,), 0 where ignored.
         shard: which rows these prototypes are; None: all of them.
-        chunk_bytes: budget of the working memory (one token at a time is the least that it can be).
+        chunk_bytes: budget of the working memory (one token at a time is the least that it can be); None: see
+            CHUNK_BYTES.
+        params: the distance's own, if it is given by name: minkowski `p`; hamming `kind`, `temperature`; braycurtis
+            `denominator`; mahalanobis `factor`, which may require a gradient. See model/distances.py.
 
     Gradients of "sum" and "none" are those of the group's sum. For "mean" the gradient of `hidden` is multiplied by the
     group's size, so that averaging over ranks, as data parallelism does, gives the gradient of the mean; those of the
-    prototypes and of the exponent are complete within the group, to be averaged only over replicas of the shard.
+    prototypes, the exponent and the factor are complete within the group, to be averaged only over replicas of the
+    shard.
+
+    The same inputs give the same bits. The order of sums over prototypes does not depend on the chunks, that of sums
+    over tokens does: with the CPU's kernels other chunks change no bit of a token's loss and gradient (but for soft
+    Hamming's sigmoids and the separable Bray-Curtis, which are PyTorch's), and the prototypes' gradient by the rounding
+    of float32 sums, below 2^-18 of its largest entry.
 
     Raises:
-        ValueError: unknown distance or reduction, shapes that do not fit, exponent <= 0, a target out of range (looked
-            for on CPU only: on a GPU it would stop the device).
+        ValueError: unknown distance, parameter or reduction, shapes that do not fit, exponent <= 0, a target out of
+            range (looked for on CPU only: on a GPU it would stop the device).
     """
     shard = shard or VocabShard(0, prototypes.shape[0])
-    exponent = _checked(hidden, prototypes, targets, distance, exponent, reduction, ignore_index, shard)
-    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, prototypes, exponent))
-    call = _Call(DISTANCES[distance], shard, reduction, ignore_index, chunk_bytes, differentiate)
+    entry = resolve(distance, params)
+    exponent = _checked(hidden, prototypes, targets, entry, exponent, reduction, ignore_index, shard)
+    entry = entry.prepared(hidden.dtype, lambda: _drawn(hidden.device, shard))
+    tensors = entry.tensors
+    differentiate = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (hidden, prototypes, exponent, *tensors.values())
+    )
+    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) if chunk_bytes is None else chunk_bytes
+    detached = replace(entry, **{name: tensor.detach() for name, tensor in tensors.items()})
+    call = _Call(detached, shard, reduction, ignore_index, budget, differentiate)
     function = _PerToken if reduction == "none" else _Reduced
-    return function.apply(hidden, prototypes, exponent, targets, call)
+    return function.apply(hidden, prototypes, exponent, targets, call, *tensors.values())
 
 
 def harmonic_log_probs(
-    hidden: Tensor, prototypes: Tensor, *, distance: str = "euclidean", exponent: float | Tensor = 1.0
+    hidden: Tensor,
+    prototypes: Tensor,
+    *,
+    distance: str | Distance = "euclidean",
+    exponent: float | Tensor = 1.0,
+    **params: Any,
 ) -> Tensor:
     """(n, D), all prototypes (V, D) -> (n, V) log-probabilities, without gradient. This one is of size n x V."""
     none = torch.full((hidden.shape[0],), -100, device=hidden.device)
     shard = VocabShard(0, prototypes.shape[0])
-    exponent = _checked(hidden, prototypes, none, distance, exponent, "none", -100, shard)
-    entry = DISTANCES[distance]
+    entry = resolve(distance, params)
+    exponent = _checked(hidden, prototypes, none, entry, exponent, "none", -100, shard)
     with torch.no_grad():
+        entry = entry.prepared(hidden.dtype, lambda: _drawn(hidden.device, shard))
         side = _Prototypes(hidden, prototypes, entry, shard)
-        stats = entry.contraction.statistics(side.tokens(hidden), side.rows, none, exponent)
-        scores = entry.contraction.scores(stats, exponent)
+        x = side.tokens(hidden, side.positions(hidden, slice(0, hidden.shape[0])))
+        stats = entry.contraction.statistics(x, side.rows, side.floor(x), none, exponent)
+        scores = entry.contraction.scores(stats, none, exponent)
         return scores - (stats.top + stats.total.log())[:, None]
+
+
+def _drawn(device: torch.device, shard: VocabShard) -> Tensor:
+    """A random 0-d int64 from torch's CPU generator; in a group, the greatest."""
+    return max_across(torch.randint(2**31, ()).to(device), shard.group)
 
 
 def _checked(
     hidden: Tensor,
     prototypes: Tensor,
     targets: Tensor,
-    distance: str,
+    distance: Distance,
     exponent: float | Tensor,
     reduction: str,
     ignore_index: int,
     shard: VocabShard,
 ) -> Tensor:
-    if distance not in DISTANCES:
-        raise ValueError(f"distance={distance!r}: expected one of {', '.join(DISTANCES)}")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction={reduction!r}: expected mean, sum or none")
     if hidden.dim() != 2 or prototypes.dim() != 2 or hidden.shape[1] != prototypes.shape[1]:
@@ -142,68 +204,99 @@ def _checked(
         raise ValueError(f"expected targets ({hidden.shape[0]},), got {tuple(targets.shape)}")
     if not 0 <= shard.real <= prototypes.shape[0]:
         raise ValueError(f"the shard has {shard.real} real rows, but {prototypes.shape[0]} prototypes were given")
+    for name, tensor in distance.tensors.items():
+        if tensor.shape[0] != hidden.shape[1]:
+            raise ValueError(f"{name} is {tuple(tensor.shape)}, but hidden {tuple(hidden.shape)}")
     if targets.device.type == "cpu" and targets.numel():
         last = targets.max().item()
         first = torch.where(targets == ignore_index, last, targets).min().item()
         if last >= shard.size or (first < 0 and first != ignore_index):
             raise ValueError(f"targets reach from {first} to {last}: expected 0 to {shard.size - 1}, or {ignore_index}")
+    wide = eager.accumulator(hidden.dtype)
     if not isinstance(exponent, Tensor):
         if not exponent > 0:
             raise ValueError(f"exponent={exponent}: expected a positive number")
-        exponent = torch.tensor(float(exponent), device=hidden.device)
-    return exponent.to(eager.accumulator(hidden.dtype)).reshape(())
+        return torch.full((), float(exponent), dtype=wide, device=hidden.device)
+    return exponent.to(hidden.device, wide).reshape(())
 
 
 class _Prototypes:
-    """Both sides of one call after scaling and the distance's transform, and the way back for gradients."""
+    """Both sides of one call after scaling, noise and the distance's transform, and the way back for gradients."""
 
     def __init__(self, hidden: Tensor, prototypes: Tensor, distance: Distance, shard: VocabShard) -> None:
-        self.dtype = hidden.dtype
+        self.distance, self.shard = distance, shard
         self.wide = eager.accumulator(hidden.dtype)
+        self.dtype = self.wide if distance.contraction.wide else hidden.dtype
         self.source = prototypes.detach()[: shard.real]
-        self.distance = distance
-        # a distance's own transform (unit length) leaves nothing to scale
-        scaled = distance.scale_free and distance.transform is None
-        self.scale = _scale(hidden, self.source, shard) if scaled else None
-        rows = kernels_for(hidden).empty(self.source.shape, self.dtype, hidden.device)
-        for block in self._blocks():
-            rows[block] = self._transformed(self.source[block])
-        self.rows = kernels_for(rows).Rows(rows)
+        kind = type(distance)
+        self.as_they_are = kind.transform is Distance.transform and kind.perturb is Distance.perturb
+        self.scale = _scale(hidden, self.source, shard) if distance.scaled else None
+        self.tensors = {name: torch.zeros_like(t, dtype=self.wide) for name, t in distance.tensors.items()}
+        rows = kernels_for(self.source.new_empty(0, dtype=self.dtype)).empty(
+            self.source.shape, self.dtype, hidden.device
+        )
+        for block, index in self._blocks():
+            rows[block] = self._transformed(self.source[block], index)
+        self.rows = kernels_for(rows).Rows(rows, chunks=1 if shard.group is None else 2)
 
-    def _blocks(self) -> Iterator[slice]:
+    def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of this rank's prototypes, and which ones of all they are."""
         for first in range(0, self.source.shape[0], ROW_BLOCK):
-            yield slice(first, first + ROW_BLOCK)
+            last = min(first + ROW_BLOCK, self.source.shape[0])
+            start = self.shard.start
+            yield slice(first, last), torch.arange(start + first, start + last, device=self.source.device)
 
-    def _transformed(self, rows: Tensor) -> Tensor:
+    def positions(self, hidden: Tensor, part: slice) -> Tensor:
+        """(M,) index of a gathered chunk's tokens for `Distance.perturb`: -1 - token of the group."""
+        ranks = torch.arange(self.shard.ranks, device=hidden.device) * hidden.shape[0]
+        return -1 - (ranks[:, None] + torch.arange(part.start, part.stop, device=hidden.device)).reshape(-1)
+
+    def _scaled(self, rows: Tensor) -> Tensor:
         rows = rows.to(self.wide)
-        if self.distance.transform is not None:
-            return self.distance.transform(rows)
         return rows if self.scale is None else rows * self.scale
 
-    def _pulled_back(self, source: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of the rows before the transform, from the one after it."""
-        if self.distance.transform is None:
+    def _transformed(self, rows: Tensor, index: Tensor) -> Tensor:
+        rows = self._scaled(rows)
+        return rows if self.as_they_are else self.distance.transform(self.distance.perturb(rows, index))
+
+    def _pulled_back(self, source: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+        """Gradient of the rows before the transform, from the one after it; those of the distance's tensors are added
+        up on the way.
+        """
+        if self.as_they_are:
             return grad if self.scale is None else grad.mul_(self.scale)
-        with torch.enable_grad():
-            rows = source.to(self.wide).detach().requires_grad_()
-            return torch.autograd.grad(self.distance.transform(rows), rows, grad)[0]
+        back, others = self.distance.pull_back(self._scaled(source), index, grad)
+        for total, more in zip(self.tensors.values(), others, strict=True):
+            total += more
+        return back if self.scale is None else back.mul_(self.scale)
 
-    def tokens(self, hidden: Tensor) -> Tensor:
-        """(M, D) hidden states, transformed, in the compute dtype."""
-        return self._transformed(hidden).to(self.dtype)
+    def floor(self, x: Tensor) -> Tensor:
+        """(M,) of transformed tokens, in the accumulator's dtype."""
+        return self.distance.floor(x.to(self.wide))
 
-    def tokens_back(self, hidden: Tensor, grad: Tensor) -> Tensor:
-        return self._pulled_back(hidden, grad)
+    def tokens(self, hidden: Tensor, index: Tensor) -> Tensor:
+        """(M, D) hidden states, transformed, in the dtype that the contraction reads."""
+        return self._transformed(hidden, index).to(self.dtype)
+
+    def tokens_back(self, hidden: Tensor, index: Tensor, grad: Tensor) -> Tensor:
+        return self._pulled_back(hidden, index, grad)
 
     def rows_back(self, into: RowsGradient, prototypes: Tensor) -> Tensor:
         """The gradient of all stored prototypes (zero for padding), in their dtype."""
         grad = into.products
-        for block in self._blocks():
+        for block, index in self._blocks():
             self.distance.contraction.finish(into, self.rows, block)
-            if self.distance.transform is not None or self.scale is not None:
-                grad[block] = self._pulled_back(self.source[block], grad[block])
+            if not self.as_they_are or self.scale is not None:
+                grad[block] = self._pulled_back(self.source[block], index, grad[block])
         padding = prototypes.shape[0] - grad.shape[0]
         return (torch.nn.functional.pad(grad, (0, 0, 0, padding)) if padding else grad).to(prototypes.dtype)
+
+    def tensors_back(self) -> list[Tensor]:
+        """The gradients of the distance's tensors, complete within the group; after all tokens and rows."""
+        return [
+            sum_across(total, self.shard.group).to(tensor.dtype)
+            for total, tensor in zip(self.tensors.values(), self.distance.tensors.values(), strict=True)
+        ]
 
 
 def _scale(hidden: Tensor, rows: Tensor, shard: VocabShard) -> Tensor:
@@ -221,30 +314,42 @@ def _scale(hidden: Tensor, rows: Tensor, shard: VocabShard) -> Tensor:
 
 
 class _Chunk:
-    """One chunk of the group's tokens, scored: (M,) log-sum-exp, mean score and target score, the same on every
-    rank.
+    """One chunk of the group's tokens, scored against this rank's rows; then (M,) log-sum-exp, mean score and target
+    score, the same on every rank, each of them a collective behind the last.
     """
 
-    def __init__(self, call: _Call, side: _Prototypes, hidden: Tensor, targets: Tensor, exponent: Tensor) -> None:
+    def __init__(
+        self, call: _Call, side: _Prototypes, hidden: Tensor, targets: Tensor, exponent: Tensor, part: slice
+    ) -> None:
         self.call, self.side, self.exponent = call, side, exponent
         group = call.shard.group
-        self.hidden = gather_rows(hidden, group)  # (M, D)
-        self.targets = gather_rows(targets, group)  # (M,)
+        gathered, chosen = start_gather(hidden[part], group), start_gather(targets[part], group)
+        self.index = side.positions(hidden, part)
+        self.hidden, self.targets = gathered.wait(), chosen.wait()  # (M, D), (M,)
         self.local = local_targets(self.targets, call.shard)
-        self.x = side.tokens(self.hidden)
+        self.x = side.tokens(self.hidden, self.index)
         self.stats = self._statistics()
-        top = max_across(self.stats.top.clone(), group)
-        part = (self.stats.top - top).exp_()  # 0 on a rank without real rows, whose top is -inf
-        packed = torch.stack((self.stats.total * part, self.stats.moment * part, self.stats.target))
-        total, moment, self.target = sum_across(packed, group)
-        self.lse = top + total.log()
-        self.mean_score = moment / total
+        self._top = start_reduce(self.stats.top.clone(), group, dist.ReduceOp.MAX)
 
     def _statistics(self) -> Statistics:
         if self.call.shard.real:
-            return self.call.distance.contraction.statistics(self.x, self.side.rows, self.local, self.exponent)
+            floor = self.side.floor(self.x)
+            return self.call.distance.contraction.statistics(self.x, self.side.rows, floor, self.local, self.exponent)
         zeros = torch.zeros(self.x.shape[0], dtype=self.side.wide, device=self.x.device)
-        return Statistics(zeros - torch.inf, zeros, zeros, zeros, kept=zeros[:, None])
+        return Statistics(zeros - torch.inf, zeros, zeros, zeros)
+
+    def add_up(self) -> None:
+        """The second collective, once the first is there."""
+        self.top = self._top.wait()
+        part = (self.stats.top - self.top).exp_()  # 0 on a rank without real rows, whose top is -inf
+        packed = torch.stack((self.stats.total * part, self.stats.moment * part, self.stats.target))
+        self._sums = start_reduce(packed, self.call.shard.group)
+
+    def settle(self) -> None:
+        """Waits for the sums."""
+        total, moment, self.target = self._sums.wait()
+        self.lse = self.top + total.log()
+        self.mean_score = moment / total
 
     @property
     def losses(self) -> Tensor:
@@ -257,21 +362,28 @@ class _Chunk:
         return weight @ ((self.mean_score - self.target) / self.exponent)
 
     def hidden_gradient(self, weight: Tensor, into: RowsGradient) -> Tensor:
-        """Of sum(weight * losses): returns that of this rank's tokens (m, D), adds that of its prototypes to `into`."""
-        if self.call.shard.real:
-            grad = self.call.distance.contraction.gradients(
-                self.stats, self.x, self.side.rows, self.local, self.exponent, self.lse, weight, into
-            )
-        else:
-            grad = torch.zeros(self.x.shape, dtype=self.side.wide, device=self.x.device)
-        return scatter_rows(self.side.tokens_back(self.hidden, grad), self.call.shard.group)
+        """Of sum(weight * losses): returns that of this rank's tokens (m, D), adds that of its prototypes to `into`
+        while the first is under way.
+        """
+        if not self.call.shard.real:
+            return self._scattered(torch.zeros(self.x.shape, dtype=self.side.wide, device=self.x.device)).wait()
+        given = Upstream(self.local, self.lse, weight, self.exponent)
+        grad, add_rows = self.call.distance.contraction.gradients(self.stats, self.x, self.side.rows, given, into)
+        scattered = self._scattered(grad)
+        add_rows()
+        return scattered.wait()
+
+    def _scattered(self, grad: Tensor) -> Pending:
+        return start_scatter(self.side.tokens_back(self.hidden, self.index, grad), self.call.shard.group)
 
 
 class _Reduced(torch.autograd.Function):
     """Mean or sum: the gradient is taken in the forward pass, chunk by chunk, and only scaled in the backward pass."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, prototypes: Tensor, exponent: Tensor, targets: Tensor, call: _Call) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx, hidden: Tensor, prototypes: Tensor, exponent: Tensor, targets: Tensor, call: _Call, *tensors: Tensor
+    ) -> Tensor:  # type: ignore[override]
         shard = call.shard
         side = _Prototypes(hidden, prototypes, call.distance, shard)
         total = torch.zeros((), dtype=side.wide, device=hidden.device)
@@ -280,17 +392,19 @@ class _Reduced(torch.autograd.Function):
             share = 1 / sum_across((targets != call.ignore_index).sum(), shard.group).clamp_min(1).to(side.wide)
             ranks = shard.ranks
         hidden_grad = torch.empty_like(hidden) if call.differentiate else hidden
-        into = RowsGradient(side.rows) if call.differentiate else None
-        for part in call.chunks(hidden):
-            chunk = _Chunk(call, side, hidden[part], targets[part], exponent)
+        into = RowsGradient(side.rows.rows) if call.differentiate else None
+
+        def use(part: slice, chunk: _Chunk) -> None:
+            chunk.settle()
             weight = (chunk.targets != call.ignore_index).to(side.wide) * share
-            total += weight @ chunk.losses
+            total.add_(weight @ chunk.losses)
             if into is not None:
-                exponent_grad += chunk.exponent_gradient(weight)
+                exponent_grad.add_(chunk.exponent_gradient(weight))
                 hidden_grad[part] = chunk.hidden_gradient(weight, into).mul_(ranks)
-            del chunk  # its scores, before the next chunk's
+
+        call.each(hidden, lambda part: _Chunk(call, side, hidden, targets, exponent, part), use)
         if into is not None:
-            ctx.grads = (hidden_grad, side.rows_back(into, prototypes), exponent_grad)
+            ctx.grads = (hidden_grad, side.rows_back(into, prototypes), exponent_grad, *side.tensors_back())
         return total
 
     @staticmethod
@@ -301,20 +415,24 @@ class _Reduced(torch.autograd.Function):
             raise RuntimeError("harmonic_loss: second backward through one loss; its gradient was taken and given away")
         if upstream.device.type != "cpu" or upstream != 1:
             grads = tuple(grad.mul_(upstream) for grad in grads)
-        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None
+        return _wanted(ctx, grads)
 
 
 class _PerToken(torch.autograd.Function):
     """reduction="none": no gradient is kept; the backward pass scores again with the upstream weights."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, prototypes: Tensor, exponent: Tensor, targets: Tensor, call: _Call) -> Tensor:  # type: ignore[override]
+    def forward(
+        ctx, hidden: Tensor, prototypes: Tensor, exponent: Tensor, targets: Tensor, call: _Call, *tensors: Tensor
+    ) -> Tensor:  # type: ignore[override]
         side = _Prototypes(hidden, prototypes, call.distance, call.shard)
         losses = torch.zeros(hidden.shape[0], dtype=side.wide, device=hidden.device)
-        for part in call.chunks(hidden):
-            chunk = _Chunk(call, side, hidden[part], targets[part], exponent)
+
+        def use(part: slice, chunk: _Chunk) -> None:
+            chunk.settle()
             losses[part] = own_rows(chunk.losses, call.shard)
-            del chunk
+
+        call.each(hidden, lambda part: _Chunk(call, side, hidden, targets, exponent, part), use)
         ctx.save_for_backward(hidden, prototypes, exponent, targets)
         ctx.call = call
         return losses.masked_fill_(targets == call.ignore_index, 0)
@@ -325,15 +443,23 @@ class _PerToken(torch.autograd.Function):
         hidden, prototypes, exponent, targets = ctx.saved_tensors
         call: _Call = ctx.call
         side = _Prototypes(hidden, prototypes, call.distance, call.shard)
-        into = RowsGradient(side.rows)
+        into = RowsGradient(side.rows.rows)
         hidden_grad = torch.empty_like(hidden)
         exponent_grad = torch.zeros((), dtype=side.wide, device=hidden.device)
         upstream = upstream.masked_fill(targets == call.ignore_index, 0).to(side.wide)
-        for part in call.chunks(hidden):
+
+        def use(part: slice, chunk: _Chunk) -> None:
             weight = gather_rows(upstream[part], call.shard.group)
-            chunk = _Chunk(call, side, hidden[part], targets[part], exponent)
-            exponent_grad += chunk.exponent_gradient(weight)
+            chunk.settle()
+            exponent_grad.add_(chunk.exponent_gradient(weight))
             hidden_grad[part] = chunk.hidden_gradient(weight, into)
-            del chunk
-        grads = (hidden_grad, side.rows_back(into, prototypes), exponent_grad)
-        return *(grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False)), None, None
+
+        call.each(hidden, lambda part: _Chunk(call, side, hidden, targets, exponent, part), use)
+        return _wanted(ctx, (hidden_grad, side.rows_back(into, prototypes), exponent_grad, *side.tensors_back()))
+
+
+def _wanted(ctx: Any, grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients in the order of the arguments of forward; targets and call have none."""
+    hidden, prototypes, exponent, *tensors = grads
+    every = (hidden, prototypes, exponent, None, None, *tensors)
+    return tuple(grad if need else None for grad, need in zip(every, ctx.needs_input_grad, strict=True))

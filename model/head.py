@@ -5,13 +5,13 @@ do.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from model.distances import DISTANCES
-from model.harmonic import CHUNK_BYTES, harmonic_log_probs, harmonic_loss
+from model.distances import Distance, distance_named, make
+from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.vocab_parallel import VocabShard, full_rows, lookup, rows_of
 
 INIT_BLOCK = 1024  # rows that share a random stream, so that a shard draws its own rows and no others
@@ -39,14 +39,17 @@ class HarmonicHead(nn.Module):
         num_prototypes: classes V, of the whole vocabulary group.
         dim: width D of features and prototypes.
         distance: a name in `model.distances.DISTANCES`.
-        exponent: n > 0, "sqrt_dim", or "learned" (starts at sqrt(dim), stays positive; one scalar, replicated).
+        exponent: n > 0; "sqrt_dim"; "learned" (starts at sqrt(dim), stays positive; one scalar, replicated); or a pair
+            (first, last) that the attribute `progress`, from 0 to 1, moves between: set it as training goes on.
         shard: the rows of this rank (`model.vocab_parallel.shard_of`); None: all.
         init_std: deviation of the initial entries; None: `default_std`.
         seed: of the initial prototypes, which do not depend on the sharding; None: drawn from torch's global generator.
-        chunk_bytes: budget of the loss's working memory.
+        chunk_bytes: budget of the loss's working memory; None: `model.harmonic.CHUNK_BYTES`.
+        params: the distance's own: minkowski `p`; hamming `kind`, `temperature`; braycurtis `denominator`; mahalanobis
+            `factor`, "diagonal" or "full", which the head trains. See model/distances.py.
 
     Raises:
-        ValueError: an unknown distance, or an exponent that is not positive.
+        ValueError: an unknown distance or parameter, or an exponent that is not positive.
     """
 
     def __init__(
@@ -55,27 +58,30 @@ class HarmonicHead(nn.Module):
         dim: int,
         *,
         distance: str = "euclidean",
-        exponent: float | Literal["sqrt_dim", "learned"] = "sqrt_dim",
+        exponent: float | Literal["sqrt_dim", "learned"] | tuple[float, float] = "sqrt_dim",
         shard: VocabShard | None = None,
         init_std: float | None = None,
         seed: int | None = None,
-        chunk_bytes: int = CHUNK_BYTES,
+        chunk_bytes: int | None = None,
         device: torch.device | str | None = None,
+        **params: Any,
     ) -> None:
         super().__init__()
-        if distance not in DISTANCES:
-            raise ValueError(f"distance={distance!r}: expected one of {', '.join(DISTANCES)}")
-        if not isinstance(exponent, str) and not exponent > 0:
-            raise ValueError(f"exponent={exponent}: expected a positive number, sqrt_dim or learned")
+        self._kind = distance_named(distance)
+        self._fixed, trained = self._kind.settings(dim, **params)
         self.shard = shard or VocabShard(0, num_prototypes)
         self.distance, self.chunk_bytes = distance, chunk_bytes
         self.init_std = default_std(distance, dim) if init_std is None else init_std
         rows = rows_of(num_prototypes, self.shard.ranks)
         self.prototypes = nn.Parameter(torch.zeros(rows, dim, device=device))
-        self.start_exponent = math.sqrt(dim) if isinstance(exponent, str) else float(exponent)
+        self._trained = list(trained)
+        for name, value in trained.items():
+            self.register_parameter(name, nn.Parameter(value.to(device)))
+        self.progress = 0.0
+        self.exponents = _ends(exponent, dim)
         self.log_exponent: nn.Parameter | None = None
         if exponent == "learned" and self.has_exponent:
-            self.log_exponent = nn.Parameter(torch.tensor(math.log(self.start_exponent), device=device))
+            self.log_exponent = nn.Parameter(torch.tensor(math.log(self.exponents[0]), device=device))
         self.reset_parameters(int(torch.randint(2**31, (), device="cpu")) if seed is None else seed)
 
     @torch.no_grad()
@@ -92,13 +98,23 @@ class HarmonicHead(nn.Module):
 
     @property
     def exponent(self) -> Tensor | float:
-        """n: a number, or a scalar that is learned."""
-        return self.start_exponent if self.log_exponent is None else self.log_exponent.exp()
+        """n now: a number, or a scalar that is learned."""
+        if self.log_exponent is not None:
+            return self.log_exponent.exp()
+        first, last = self.exponents
+        return first + (last - first) * self.progress
 
     @property
     def has_exponent(self) -> bool:
         """Whether the exponent means anything: the softmax baseline has none."""
-        return DISTANCES[self.distance].has_exponent
+        return self._kind.has_exponent
+
+    @property
+    def score_function(self) -> Distance:
+        """The distance with its parameters, the trained ones included, as it is in training or out of it."""
+        trained = {name: getattr(self, name) for name in self._trained}
+        entry = make(self._kind, {**self._fixed, **self._kind.constrained(trained)})
+        return entry if self.training else entry.evaluated()
 
     def forward(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", ignore_index: int = -100) -> Tensor:
         """hidden (..., D), targets (...) -> scalar loss, or (N,) for "none": see `model.harmonic.harmonic_loss`."""
@@ -106,7 +122,7 @@ class HarmonicHead(nn.Module):
             hidden.reshape(-1, hidden.shape[-1]),
             self.prototypes,
             targets.reshape(-1),
-            distance=self.distance,
+            distance=self.score_function,
             exponent=self.exponent,
             reduction=reduction,
             ignore_index=ignore_index,
@@ -119,8 +135,24 @@ class HarmonicHead(nn.Module):
         calls it.
         """
         rows = full_rows(self.prototypes, self.shard)
-        return harmonic_log_probs(hidden, rows, distance=self.distance, exponent=self.exponent)
+        return harmonic_log_probs(hidden, rows, distance=self.score_function.evaluated(), exponent=self.exponent)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(...) tokens -> (..., D): the prototypes as a tied embedding, by vocabulary-parallel lookup."""
         return lookup(self.prototypes, tokens, self.shard)
+
+    def extra_repr(self) -> str:
+        exponent = f", exponent={float(self.exponent):.4g}" if self.has_exponent else ""
+        return f"{self.shard.size}, {self.prototypes.shape[1]}, distance={self.distance}{exponent}"
+
+
+def _ends(exponent: float | str | tuple[float, float], dim: int) -> tuple[float, float]:
+    """The first and the last exponent. Raises ValueError."""
+    if isinstance(exponent, str):
+        if exponent not in ("sqrt_dim", "learned"):
+            raise ValueError(f"exponent={exponent!r}: expected a positive number, sqrt_dim, learned or a pair")
+        return math.sqrt(dim), math.sqrt(dim)
+    first, last = exponent if isinstance(exponent, tuple | list) else (exponent, exponent)
+    if not (first > 0 and last > 0):
+        raise ValueError(f"exponent={exponent}: expected a positive number, sqrt_dim, learned or a pair")
+    return float(first), float(last)

@@ -5,32 +5,54 @@ Every fast path is tested against this file. Legend: N tokens, V prototypes, D w
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.distances import ABSOLUTE_FLOOR, RELATIVE_FLOOR
+from model.distances import Distance, resolve
 
 
-def distances_reference(hidden: Tensor, prototypes: Tensor, distance: str = "euclidean") -> Tensor:
-    """(N, D), (V, D) -> (N, V) float64 distances with their floor. At or below the floor a distance is a constant."""
-    x, w = hidden.double()[:, None], prototypes.double()[None]  # (N, 1, D), (1, V, D)
-    if distance == "euclidean":
-        squared = (x - w).square().sum(-1)
-        largest = max(x.abs().max(), w.abs().max())
-        floor = RELATIVE_FLOOR * hidden.double().square().sum(-1, keepdim=True) + ABSOLUTE_FLOOR * largest**2
-        return torch.where(squared > floor, squared, floor.detach()).sqrt()
-    if distance == "cosine":
-        d = 1 - F.cosine_similarity(x, w, dim=-1, eps=0)
-        return torch.where(d > RELATIVE_FLOOR / 2, d, torch.full_like(d, RELATIVE_FLOOR / 2))
-    raise ValueError(f"no reference for distance {distance!r}")
+def distances_reference(
+    hidden: Tensor, prototypes: Tensor, distance: str | Distance = "euclidean", **params: Any
+) -> Tensor:
+    """(N, D), (V, D) -> (N, V) float64 distances, as in a textbook: without a floor."""
+    entry = _prepared(distance, params)
+    x, w = _perturbed(entry, hidden.double(), prototypes.double())
+    return entry.between(x[:, None], w[None])
 
 
-def scores_reference(hidden: Tensor, prototypes: Tensor, distance: str, exponent: float | Tensor) -> Tensor:
-    """(N, V) float64 scores: -exponent * log d, or the dot product of the softmax baseline."""
-    if distance == "dot":
-        return hidden.double() @ prototypes.double().t()
-    return -exponent * distances_reference(hidden, prototypes, distance).log()
+def scores_reference(
+    hidden: Tensor, prototypes: Tensor, distance: str | Distance, exponent: float | Tensor, **params: Any
+) -> Tensor:
+    """(N, V) float64 scores: -exponent * log max(d, floor), or the dot product of the softmax baseline.
+
+    Distances that do not mind are taken in units in which the largest entry is about 1.
+    """
+    x, w = hidden.double(), prototypes.double()
+    entry = _prepared(distance, params)
+    if not entry.has_exponent:
+        return x @ w.t()
+    if entry.scaled and x.numel() and w.numel():
+        largest = torch.maximum(x.detach().abs().max(), w.detach().abs().max())
+        unit = torch.exp2(largest.clamp_min(2.0**-60).log2().ceil())
+        x, w = x / unit, w / unit
+    x, w = _perturbed(entry, x, w)
+    floor = entry.floor(entry.transform(x)).detach()[:, None]
+    apart = (entry.between(x[:, None], w[None]) > floor).detach()
+    # where a distance is the constant floor, its formula (which may have no slope there) is asked elsewhere
+    d = entry.between(x[:, None], torch.where(apart[..., None], w[None], w[None] + 1))
+    return -exponent * torch.where(apart, d, floor).log()
+
+
+def _prepared(distance: str | Distance, params: dict[str, Any]) -> Distance:
+    return resolve(distance, params).prepared(torch.float64, lambda: torch.randint(2**31, ()))
+
+
+def _perturbed(entry: Distance, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens and prototypes with the distance's noise, if it has any."""
+    return entry.perturb(x, -1 - torch.arange(len(x))), entry.perturb(w, torch.arange(len(w)))
 
 
 def harmonic_loss_reference(
@@ -38,10 +60,14 @@ def harmonic_loss_reference(
     prototypes: Tensor,
     targets: Tensor,
     *,
-    distance: str = "euclidean",
+    distance: str | Distance = "euclidean",
     exponent: float | Tensor,
     ignore_index: int = -100,
+    **params: Any,
 ) -> Tensor:
-    """-log p[target] with p ~ d**-exponent (arXiv:2502.01628, eq. 2): (N,) float64, 0 where the target is ignored."""
-    scores = scores_reference(hidden, prototypes, distance, exponent)
+    """-log p[target] with p ~ d**-exponent (arXiv:2502.01628, eq. 2): (N,) float64, 0 where the target is ignored.
+
+    `params` are the distance's, as in `model.harmonic.harmonic_loss`.
+    """
+    scores = scores_reference(hidden, prototypes, distance, exponent, **params)
     return F.cross_entropy(scores, targets, reduction="none", ignore_index=ignore_index)

@@ -58,36 +58,57 @@ def shard_of(total: int, group: ProcessGroup | None = None) -> VocabShard:
     return VocabShard(min(total, rank * rows), min(total, (rank + 1) * rows), group, total)
 
 
+class Pending:
+    """The result of a collective that may still be under way: `wait()` for it."""
+
+    def __init__(self, result: Tensor, work: dist.Work | None = None) -> None:
+        self._result, self._work = result, work
+
+    def wait(self) -> Tensor:
+        if self._work is not None:
+            self._work.wait()
+        return self._result
+
+
+def start_reduce(x: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
+    """Element-wise reduction over the group, in place."""
+    return Pending(x, dist.all_reduce(x, op, group=group, async_op=True) if group is not None else None)
+
+
+def start_gather(x: Tensor, group: ProcessGroup | None) -> Pending:
+    """(n, ...) on each rank -> (k * n, ...), in the order of the group's ranks. n is the same on every rank."""
+    if group is None:
+        return Pending(x)
+    out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
+    return Pending(out, dist.all_gather_into_tensor(out, x.contiguous(), group=group, async_op=True))
+
+
+def start_scatter(x: Tensor, group: ProcessGroup | None) -> Pending:
+    """(k * n, ...) partial sums on each rank -> (n, ...): this rank's rows, summed over the group."""
+    if group is None:
+        return Pending(x)
+    out = x.new_empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]))
+    return Pending(out, dist.reduce_scatter_tensor(out, x.contiguous(), group=group, async_op=True))
+
+
 def max_across(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Element-wise maximum over the group, in place."""
-    if group is not None:
-        dist.all_reduce(x, dist.ReduceOp.MAX, group=group)
-    return x
+    return start_reduce(x, group, dist.ReduceOp.MAX).wait()
 
 
 def sum_across(x: Tensor, group: ProcessGroup | None) -> Tensor:
     """Element-wise sum over the group, in place."""
-    if group is not None:
-        dist.all_reduce(x, group=group)
-    return x
+    return start_reduce(x, group).wait()
 
 
 def gather_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """(n, ...) on each rank -> (k * n, ...), in the order of the group's ranks. n is the same on every rank."""
-    if group is None:
-        return x
-    out = x.new_empty((dist.get_world_size(group) * x.shape[0], *x.shape[1:]))
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-    return out
+    """As start_gather, waited for."""
+    return start_gather(x, group).wait()
 
 
 def scatter_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """(k * n, ...) partial sums on each rank -> (n, ...): this rank's rows, summed over the group."""
-    if group is None:
-        return x
-    out = x.new_empty((x.shape[0] // dist.get_world_size(group), *x.shape[1:]))
-    dist.reduce_scatter_tensor(out, x.contiguous(), group=group)
-    return out
+    """As start_scatter, waited for."""
+    return start_scatter(x, group).wait()
 
 
 def own_rows(x: Tensor, shard: VocabShard) -> Tensor:

@@ -175,6 +175,10 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     def lr_at(self, step: int) -> float:
         return self.optim.lr_at(step, self.train.steps)
 
+    def head_progress(self, step: int) -> float:
+        """`HarmonicHead.progress` at the update `step` (the first is 0)."""
+        return self.head.progress(step, self.train.steps)
+
 
 def _divisors(sequences: int, world: int) -> str:
     if sequences % world:

@@ -98,6 +98,7 @@ class Trainer:
         for group in (*self.engine.optimizer.param_groups, *self.head_optimizer.param_groups):
             group["lr"] = lr
         self.engine.train()
+        self.head.train()
         losses = []
         for batch in batches:
             loss = self.head(self.hidden(batch[:, :-1]), batch[:, 1:])
@@ -117,6 +118,7 @@ class Trainer:
     def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """(B, T) each -> (B * T,) negative log-likelihoods in nats, 0 where the target is -100. Collective."""
         self.engine.eval()
+        self.head.eval()
         return self.head(self.hidden(inputs), targets, reduction="none")
 
     def _average_over_replicas(self) -> None:
@@ -125,12 +127,13 @@ class Trainer:
                 sum_across(parameter.grad, self.ranks.replicas).div_(self.ranks.replica_count)
 
     def _head_norm_squared(self) -> Tensor:
-        """Squared norm of the whole head's gradient: own rows summed over the group, replicated scalars once."""
+        """Squared norm of the whole head's gradient: own rows summed over the group, what is replicated once."""
         rows = self.head.prototypes.grad
         assert rows is not None, "the head's gradient is taken before the norm"
         total = sum_across(torch.linalg.vector_norm(rows).square(), self.ranks.vocab)
-        if self.head.log_exponent is not None and self.head.log_exponent.grad is not None:
-            total = total + self.head.log_exponent.grad.square()
+        for parameter in self.head.parameters():
+            if parameter is not self.head.prototypes and parameter.grad is not None:
+                total = total + torch.linalg.vector_norm(parameter.grad).square()
         return total
 
     def _step_head(self, norm: Tensor) -> None:

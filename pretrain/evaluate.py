@@ -24,7 +24,7 @@ from data.loader import evaluation_count, evaluation_windows
 from data.settings import ConfigError
 from data.shards import Split, open_split
 from pretrain import ranks as process
-from pretrain.checkpoint import find, load_weights
+from pretrain.checkpoint import find, load_weights, read_state
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 from pretrain.modules import build_modules, compute_dtype
 from pretrain.ranks import Ranks
@@ -107,6 +107,7 @@ def evaluate_run(path: Path, split_name: str, ranks: Ranks) -> tuple[Evaluation,
     decoder, head = build_modules(cfg, ranks)
     load_weights(checkpoint, decoder, head)
     decoder.to(compute_dtype(cfg)).eval()
+    head.eval().progress = cfg.head_progress(read_state(checkpoint)["step"] - 1)
 
     @torch.no_grad()
     def token_losses(inputs: Tensor, targets: Tensor) -> Tensor:

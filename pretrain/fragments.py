@@ -70,7 +70,7 @@ class Fragment(torch.Tensor):
 
 
 def head_fragments(head: HarmonicHead, optimizer: torch.optim.Optimizer, writes: bool) -> dict[str, Fragment]:
-    """The head's real rows and its scalars; `writes` on one replica of each shard."""
+    """The head's real rows, and its exponent and factor if it trains them; `writes` on one replica of each shard."""
     _make_adam_state(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
     found = {}
     for name, parameter in head.named_parameters():
@@ -82,7 +82,7 @@ def head_fragments(head: HarmonicHead, optimizer: torch.optim.Optimizer, writes:
 
 
 def head_fragment(head: HarmonicHead, name: str, values: Tensor, writes: bool = True) -> Fragment:
-    """The real rows of something that is shaped like the head's parameter `name`; scalars are whole on every rank."""
+    """The real rows of something shaped like the head's parameter `name`; all but prototypes is whole on every rank."""
     flat = values.reshape(-1)
     if name != "prototypes":
         return Fragment(flat, 0, flat.numel(), writes)

@@ -86,6 +86,7 @@ class Run:
         if found is not None:
             self.progress = checkpoint.load(found, self._fragments())
             finish_load(self.trainer.engine, self.trainer.head_optimizer, self.progress.updates)
+        self.trainer.head.progress = cfg.head_progress(self.progress.step - 1)  # as the last update left it
         self.recorder = None
         if ranks.first:
             self.recorder = Recorder(cfg.run, self.progress.step, cfg.train.steps, cfg.logging.tensorboard)
@@ -104,6 +105,7 @@ class Run:
             window = _Window(self)
             for step in range(self.progress.step, cfg.train.steps):
                 torch.manual_seed(_dropout_seed(cfg.train.seed, step, self.ranks.rank))
+                self.trainer.head.progress = cfg.head_progress(step)
                 taken = self.trainer.train_step(self.batches.of(step), cfg.lr_at(step))
                 self._advance(taken)
                 window.add(taken)

@@ -16,12 +16,9 @@ def build_modules(cfg: RunConfig, ranks: Ranks) -> tuple[Decoder, HarmonicHead]:
     head = HarmonicHead(
         cfg.model.vocab_size,
         cfg.model.dim,
-        distance=cfg.head.distance,
-        exponent=cfg.head.exponent,
         shard=ranks.shard(cfg.model.vocab_size),
-        init_std=cfg.head.init_std,
         seed=cfg.train.seed + 1,
-        chunk_bytes=cfg.head.chunk_mib * 2**20,
+        **cfg.head.arguments(),
     )
     return decoder.to(ranks.device), head.to(ranks.device)
 

@@ -15,9 +15,9 @@ Group = dict[str, object]
 
 
 def kind_of(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    """matrices, norms, biases, embeddings, prototypes or exponent: what a parameter is, by its owner."""
+    """matrices, norms, biases, embeddings, prototypes, exponent or factor: what a parameter is, by its owner."""
     if isinstance(module, HarmonicHead):
-        return "prototypes" if name == "prototypes" else "exponent"
+        return {"prototypes": "prototypes", "log_exponent": "exponent"}.get(name, "factor")
     if isinstance(module, nn.Embedding):
         return "embeddings"
     if isinstance(module, nn.LayerNorm):

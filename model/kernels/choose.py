@@ -1,4 +1,4 @@
-"""Which kernels serve a tensor: chosen once per device and dtype; where a CPU must do without, the log says why."""
+"""Which kernels serve a tensor: chosen once per device and dtype; where it must do without, the log says why."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ log = logging.getLogger(__name__)
 
 def kernels_for(x: Tensor) -> ModuleType:
     """The module whose operations serve tensors like `x`."""
-    if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float32):
-        return _for_cpu(x.dtype)
+    if x.dtype in (torch.bfloat16, torch.float32):
+        if x.device.type == "cpu":
+            return _for_cpu(x.dtype)
+        if x.device.type == "cuda":
+            return _for_gpu(x.device)
     return eager
 
 
@@ -26,11 +29,26 @@ def _for_cpu(dtype: torch.dtype) -> ModuleType:
     try:
         cpu.require(dtype)
     except cpu.Unavailable as error:
-        _say(str(error))
+        _say("CPU", str(error))
         return eager
     return cpu
 
 
 @functools.cache
-def _say(reason: str) -> None:
-    log.warning("The head runs in plain PyTorch on this CPU, exact but slower: %s.", reason)
+def _for_gpu(device: torch.device) -> ModuleType:
+    try:
+        from model.kernels import gpu
+    except ImportError as error:
+        _say("GPU", f"{error}; pip install triton would help")
+        return eager
+    try:
+        gpu.require(device)
+    except gpu.Unavailable as error:
+        _say("GPU", str(error))
+        return eager
+    return gpu
+
+
+@functools.cache
+def _say(device: str, reason: str) -> None:
+    log.warning("The head runs in plain PyTorch on this %s, exact but slower: %s.", device, reason)

@@ -10,34 +10,26 @@
 //
 // The order of every sum depends on the shapes alone: same inputs, same bits, with any number of threads.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
+#include "cpu.h"
+
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <immintrin.h>
 #include <sys/mman.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cfloat>
 #include <cmath>
-#include <cstdint>
 #include <tuple>
 #include <vector>
 
+namespace overtone {
 namespace {
 
-using at::Tensor;
 using bits16 = uint16_t;  // a bfloat16, as stored
 using pair32 = uint32_t;  // two of them
 
-constexpr int64_t LANES = 16;
 constexpr int64_t TILE_ROWS = 6;     // a register tile is 6 rows x 4 vectors: 24 sums, 4 right vectors, 1 broadcast
-constexpr int64_t TILE_VECTORS = 4;
-constexpr int64_t PANEL = TILE_VECTORS * LANES;
 constexpr int64_t DEPTH = 512;       // terms of a sum taken at a time (measured: 192, 256 and 384 are slower)
-constexpr int64_t SUM_TERMS = 128;   // terms summed before they join the sum in memory: longer sums round worse
 constexpr int64_t PRODUCT_ROWS = 40 * TILE_ROWS;
 constexpr int64_t BLOCK_ROWS = 512, BLOCK_COLUMNS = 384;  // of the product whose operands are packed as it goes
 constexpr int64_t SCORE_ROWS = 128;  // prototypes whose scores are summed while they are in L2
@@ -45,21 +37,6 @@ constexpr int64_t SCORE_TOKENS = 512;
 constexpr int64_t FLOAT_TERMS = 16;  // terms summed in float32 before they join a sum in float64
 constexpr float FLOOR_MARGIN = 0x1p-18f;
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
-
-int64_t blocks_of(int64_t count, int64_t size) { return (count + size - 1) / size; }
-
-__mmask16 first_lanes(int64_t count) { return count >= LANES ? 0xffff : __mmask16((1u << count) - 1); }
-
-// ---------------------------------------------------------------------------------------------------------- threads
-
-// Calls work(0 .. tasks - 1). A thread takes the next task when it is free: a busy core does not hold up the others.
-template <class Work>
-void for_each_task(int64_t tasks, const Work& work) {
-  std::atomic<int64_t> next{0};
-  at::parallel_for(0, std::min<int64_t>(tasks, at::get_num_threads()), 1, [&](int64_t, int64_t) {
-    for (int64_t task = next++; task < tasks; task = next++) work(task);
-  });
-}
 
 // ------------------------------------------------------------------------------------------------------- exp and log
 
@@ -117,11 +94,9 @@ __m512 broadcast_pair(const bits16* at) {
 }
 
 #ifdef __AVX512BF16__
-constexpr bool HAS_BFLOAT16 = true;
 __m512 multiply_add(__m512 sum, __m512 a, __m512 b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 __m256i round_to_bfloat16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 #else  // cpu.py selects float32 only
-constexpr bool HAS_BFLOAT16 = false;
 __m512 multiply_add(__m512 sum, __m512, __m512) { return sum; }
 __m256i round_to_bfloat16(__m512) { return _mm256_setzero_si256(); }
 #endif
@@ -257,13 +232,6 @@ class Packed {
 };
 
 const bits16* bits(const Tensor& t) { return static_cast<const bits16*>(t.const_data_ptr()); }
-
-void check_rows(const Tensor& t, at::ScalarType dtype, const char* name) {
-  const bool fits = t.dim() == 2 && t.scalar_type() == dtype && t.is_cpu();
-  TORCH_CHECK(fits, name, ": expected a matrix of ", dtype, " on the CPU");
-  TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected rows without gaps");
-  TORCH_CHECK(HAS_BFLOAT16 || dtype != at::kBFloat16, "built for a CPU without AVX512_BF16: expected float32");
-}
 
 // c (I, J) = or += a (I, K) . b, with b given as (K, J) or, transposed, as (J, K).
 void multiply(const Tensor& a, const Tensor& b, bool transposed, const Tensor& c, bool add) {
@@ -476,6 +444,23 @@ FourSums quadratic_statistics(
       padded(x_squares, tokens, 1.0f), padded(floor, tokens, 1.0f), padded(target_q, tokens, 1.0f),
       padded_columns(local, kept), row_squares.const_data_ptr<float>(), _mm512_set1_ps(-float(coefficient))};
   return sum_scores(kind, kept, kind.local);
+}
+
+// Any contraction c of a token and a prototype; `floor` is (M,).
+struct Contraction {
+  std::vector<float> floor;
+  __m512 factor;  // -coefficient
+
+  __m512 value(__m512 c, int64_t, int64_t token) const {
+    return log_of(_mm512_max_ps(_mm512_loadu_ps(&floor[token]), c));  // NaN stays
+  }
+  __m512 score(__m512 log_c) const { return _mm512_mul_ps(log_c, factor); }
+};
+
+FourSums log_statistics(const Tensor& kept, const Tensor& floor, double coefficient, const Tensor& local) {
+  check_rows(kept, at::kFloat, "values");
+  const Contraction kind{padded(floor, kept.size(1), 1.0f), _mm512_set1_ps(-float(coefficient))};
+  return sum_scores(kind, kept, padded_columns(local, kept));
 }
 
 FourSums dot_statistics(const Tensor& kept, const Tensor& local) {
@@ -769,6 +754,9 @@ TORCH_LIBRARY(overtone_cpu, library) {
       "quadratic_statistics(Tensor kept, Tensor x_squares, Tensor row_squares, Tensor floor, float coefficient, "
       "Tensor local, Tensor target_q) -> (Tensor, Tensor, Tensor, Tensor)",
       &quadratic_statistics);
+  library.def(
+      "log_statistics(Tensor kept, Tensor floor, float coefficient, Tensor local) -> (Tensor, Tensor, Tensor, Tensor)",
+      &log_statistics);
   library.def("dot_statistics(Tensor kept, Tensor local) -> (Tensor, Tensor, Tensor, Tensor)", &dot_statistics);
   library.def(
       "quadratic_gradient(Tensor kept, Tensor log_floor, float coefficient, Tensor lse, Tensor weight, Tensor local, "
@@ -782,3 +770,5 @@ TORCH_LIBRARY(overtone_cpu, library) {
   library.def("square_norms(Tensor rows) -> Tensor", &square_norms);
   library.def("advise_huge_pages(Tensor t) -> ()", &advise_huge_pages);
 }
+
+}  // namespace overtone

@@ -1,4 +1,4 @@
-"""The operations of eager.py in C++ (cpu.cpp), for CPUs with AVX512: bfloat16 with float32 sums and results; float32.
+"""The operations of eager.py in C++, for CPUs with AVX512: bfloat16 with float32 sums and results; float32.
 
 Compiled at first use with torch's own tooling, once per source, kind of CPU and torch version. Scores are kept with the
 tokens along the vector lanes: an (M, V) tensor is the transpose of (V, M) memory. Products of float32 are torch's own.
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from model.kernels import eager
 
-SOURCE = Path(__file__).with_name("cpu.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_elementwise.cpp")]
+HEADER = Path(__file__).with_name("cpu.h")
 LANES = 16  # float32 lanes of a vector register: rows of scores start on a multiple
 INSTRUCTIONS = ("fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 BFLOAT16 = "avx512_bf16"
@@ -66,7 +67,8 @@ def build_folder() -> Path:
     """Where this source is built for this kind of CPU and this torch: machines that differ can share a home."""
     from torch.utils.cpp_extension import get_default_build_root  # takes a while: only where it is needed
 
-    facts = f"{SOURCE.read_text()} {_flags()} {torch.__version__}"
+    code = [file.read_text() for file in (*SOURCES, HEADER)]
+    facts = f"{code} {_flags()} {torch.__version__}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     return Path(root) / f"overtone_cpu_{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
@@ -81,7 +83,7 @@ def _load() -> str | None:
         with _alone(folder), _ninja_found():
             cpp_extension.load(
                 folder.name,
-                [str(SOURCE)],
+                [str(source) for source in SOURCES],
                 extra_cflags=_flags(),
                 extra_ldflags=["-fopenmp"],
                 build_directory=str(folder),
@@ -91,7 +93,7 @@ def _load() -> str | None:
         lines = [line.strip() for line in str(error).splitlines()] or ["no reason given"]
         reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0])
         remedy = "install g++ 12 or newer and ninja, and let TORCH_EXTENSIONS_DIR name a folder that can be written"
-        return f"{SOURCE.name} could not be built ({reason}); {remedy}"
+        return f"the kernels could not be built ({reason}); {remedy}"
     return None
 
 
@@ -127,20 +129,24 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 
 class Rows:
-    """The prototypes of one call (V, D), and memory for one chunk's scores: `products` writes over the chunk before."""
+    """The prototypes of one call (V, D), and memory for the scores of the last `chunks` chunks: `products` writes over
+    the one before those.
+    """
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, chunks: int = 1) -> None:
         self.rows = rows.contiguous()
         self.squares = torch.ops.overtone_cpu.square_norms(self.rows)  # (V,)
-        self._scores = self.squares[:0]
+        self._scores = [self.squares[:0]] * chunks
 
     def scores(self, tokens: int) -> Tensor:
         """(V, M) for M tokens, uninitialised."""
         stride = -(-tokens // LANES) * LANES
         size = self.rows.shape[0] * stride
-        if self._scores.numel() < size:
-            self._scores = empty((size,), torch.float32, self.rows.device)
-        return self._scores[:size].view(-1, stride)[:, :tokens]
+        oldest = self._scores.pop(0)
+        if oldest.numel() < size:
+            oldest = empty((size,), torch.float32, self.rows.device)
+        self._scores.append(oldest)
+        return oldest[:size].view(-1, stride)[:, :tokens]
 
 
 def products(x: Tensor, rows: Rows) -> Tensor:
@@ -151,6 +157,19 @@ def products(x: Tensor, rows: Rows) -> Tensor:
     else:
         torch.ops.overtone_cpu.multiply(rows.rows, x.contiguous(), True, scores, False)
     return scores.t()
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """As eager.product."""
+    if a.dtype == torch.float32:
+        return a @ b
+    out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
+    if a.stride(1) == 1:
+        right, transposed = (b, False) if b.stride(1) == 1 else (b.t().contiguous(), True)
+        torch.ops.overtone_cpu.multiply(a, right, transposed, out, False)
+    else:
+        torch.ops.overtone_cpu.multiply_transposed(a.t().contiguous(), b.contiguous(), out)
+    return out
 
 
 def hidden_product(grads: Tensor, rows: Rows) -> Tensor:
@@ -192,15 +211,29 @@ def _columns(tokens_first: Tensor) -> Tensor:
 
 
 def quadratic_statistics(
-    dots: Tensor, x_squares: Tensor, rows: Rows, floor: Tensor, coefficient: Tensor, local: Tensor, target_q: Tensor
+    dots: Tensor, squares: eager.Squares, coefficient: Tensor, local: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As eager.quadratic_statistics."""
     columns = _columns(dots)
     sums = torch.ops.overtone_cpu.quadratic_statistics(
-        columns, x_squares, rows.squares, floor, float(coefficient), local, target_q
+        columns, squares.x, squares.rows, squares.floor, float(coefficient), local, squares.target
     )
     if columns.data_ptr() != dots.data_ptr():
         dots.copy_(columns.t())
+    return sums
+
+
+quadratic_scores = eager.quadratic_scores
+
+
+def log_statistics(
+    values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As eager.log_statistics."""
+    columns = _columns(values)
+    sums = torch.ops.overtone_cpu.log_statistics(columns, floor, float(coefficient), local)
+    if columns.data_ptr() != values.data_ptr():
+        values.copy_(columns.t())
     return sums
 
 
@@ -210,15 +243,33 @@ def dot_statistics(dots: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor,
 
 
 def quadratic_gradient(
-    log_q: Tensor, floor: Tensor, coefficient: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype
+    kept: Tensor,
+    squares: eager.Squares,
+    coefficient: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As eager.quadratic_gradient; G lies in the memory of `log_q`."""
-    columns = _columns(log_q)
-    log_floor = floor.log() + eager.FLOOR_MARGIN
+    """As eager.quadratic_gradient; G lies in the memory of `kept`."""
+    columns = _columns(kept)
+    log_floor = squares.floor.log() + eager.FLOOR_MARGIN
     over_rows, over_columns = torch.ops.overtone_cpu.quadratic_gradient(
         columns, log_floor, float(coefficient), lse, -coefficient * weight, local, dtype == torch.bfloat16
     )
     return _gradients(columns, dtype), over_rows, over_columns
+
+
+def log_gradient(
+    logs: Tensor, floor: Tensor, coefficient: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """As eager.log_gradient; G lies in the memory of `logs`."""
+    columns = _columns(logs)
+    log_floor = floor.log() + eager.FLOOR_MARGIN
+    torch.ops.overtone_cpu.quadratic_gradient(
+        columns, log_floor, float(coefficient), lse, -coefficient * weight, local, dtype == torch.bfloat16
+    )
+    return _gradients(columns, dtype)
 
 
 def dot_gradient(scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
@@ -231,3 +282,20 @@ def dot_gradient(scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dty
 def _gradients(columns: Tensor, dtype: torch.dtype) -> Tensor:
     """The G (M, V) that a gradient kernel left at the start of each row of (V, M)."""
     return columns.view(dtype)[:, : columns.shape[1]].t()
+
+
+def contract(terms: eager.Terms, x: Tensor, rows: Rows) -> Tensor:
+    """As eager.contract, for float32; the transpose of (V, M) memory of its own."""
+    stride = -(-x.shape[0] // LANES) * LANES
+    out = empty((rows.rows.shape[0], stride), torch.float32, x.device)
+    torch.ops.overtone_cpu.contract(terms.kind, terms.p, terms.sign, x.contiguous(), rows.rows, out)
+    return out[:, : x.shape[0]].t()
+
+
+def contract_gradient(
+    terms: eager.Terms, x: Tensor, rows: Rows, values: Tensor, grads: Tensor, total: Tensor
+) -> Tensor:
+    """As eager.contract_gradient, for float32."""
+    return torch.ops.overtone_cpu.contract_gradient(
+        terms.kind, terms.p, terms.sign, x.contiguous(), rows.rows, _columns(values), _columns(grads), total
+    )

@@ -82,27 +82,28 @@ class Case(NamedTuple):
         return cls(x.to(dtype), w.to(dtype), local)
 
 
-class Squares(NamedTuple):
-    """What the quadratic family's row kernels read, (M,) each but for the dot products (M, V)."""
+class Chunk(NamedTuple):
+    """What the quadratic family's row kernels read."""
 
-    dots: Tensor
-    x: Tensor
-    floor: Tensor
-    target: Tensor
+    dots: Tensor  # (M, V)
+    squares: eager.Squares
 
     @classmethod
-    def of(cls, case: Case) -> Squares:
+    def of(cls, case: Case) -> Chunk:
         x, wide = eager.square_norms(case.x), torch.float32
         target = eager.square_norms(case.x.to(wide) - case.w[case.local.clamp_min(0)].to(wide))
         dots = eager.products(case.x, eager.Rows(case.w))
-        return cls(dots, x, RELATIVE_FLOOR * x + ABSOLUTE_FLOOR, target)
+        squares = eager.Squares(x, eager.square_norms(case.w), target, RELATIVE_FLOOR * x + ABSOLUTE_FLOOR**2)
+        return cls(dots, squares)
+
+    def cast(self, dtype: torch.dtype) -> Chunk:
+        squares = eager.Squares(*(value.to(dtype, copy=True) for value in self.squares))
+        return Chunk(self.dots.to(dtype, copy=True), squares)
 
     def statistics(self, ops: ModuleType, case: Case, coefficient: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """log q, then the four sums, with everything cast to `dtype` first."""
-        kept, x, floor, target = (value.to(dtype, copy=True) for value in self)
-        rows = ops.Rows(case.w.double() if dtype == torch.float64 else case.w)
-        steep = torch.tensor(coefficient, dtype=dtype)
-        return kept, *ops.quadratic_statistics(kept, x, rows, floor, steep, case.local, target)
+        kept, squares = self.cast(dtype)
+        return kept, *ops.quadratic_statistics(kept, squares, torch.tensor(coefficient, dtype=dtype), case.local)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -121,16 +122,21 @@ def test_products(size: tuple[int, int, int], dtype: torch.dtype, threads: int) 
         cpu.add_rows_product(fast, given, case.x)
         eager.add_rows_product(plain, grads, case.x)
         assert_no_worse(fast, plain, truth, 2e-7)
+    a, b = case.x.t().contiguous().t(), case.w.t()
+    for left in (case.x, a):
+        for right in (b, b.contiguous()):
+            fast, plain = cpu.product(left, right), eager.product(left, right)
+            assert_no_worse(fast, plain, left.double() @ right.double(), 2e-7)
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("exponent", EXPONENTS)
 def test_quadratic_statistics(size: tuple[int, int, int], exponent: float, dtype: torch.dtype, threads: int) -> None:
     case = Case.of(size, dtype)
-    squares = Squares.of(case)
-    fast, plain = (squares.statistics(ops, case, exponent, torch.float32) for ops in (cpu, eager))
-    truth = squares.statistics(eager, case, exponent, torch.float64)
-    sizes = squares.x[:, None] + eager.square_norms(case.w)
+    chunk = Chunk.of(case)
+    fast, plain = (chunk.statistics(ops, case, exponent, torch.float32) for ops in (cpu, eager))
+    truth = chunk.statistics(eager, case, exponent, torch.float64)
+    sizes = chunk.squares.x[:, None] + chunk.squares.rows
     near = (sizes / truth[0].exp()).max().item()  # how many digits the expansion of q loses at worst
     assert_no_worse(fast[0], plain[0], truth[0], 2.0**-23 * near)
     # the sums, against those of the very log q that they sum up
@@ -149,20 +155,20 @@ def test_quadratic_statistics(size: tuple[int, int, int], exponent: float, dtype
 @pytest.mark.parametrize("exponent", EXPONENTS)
 def test_quadratic_gradient(size: tuple[int, int, int], exponent: float, dtype: torch.dtype, threads: int) -> None:
     case = Case.of(size, dtype)
-    squares = Squares.of(case)
-    log_q = squares.statistics(eager, case, exponent, torch.float32)[0]
+    chunk = Chunk.of(case)
+    log_q = chunk.statistics(eager, case, exponent, torch.float32)[0]
     lse = (-exponent * log_q.double()).logsumexp(1).float()
     weight = torch.linspace(0.1, 1, size[0])
 
     def gradient(ops: ModuleType, wide: torch.dtype, narrow: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        given = (value.to(wide, copy=True) for value in (log_q, squares.floor))
+        kept, squares = Chunk(log_q, chunk.squares).cast(wide)
         steep = torch.tensor(exponent, dtype=wide)
-        return ops.quadratic_gradient(*given, steep, lse.to(wide), weight.to(wide), case.local, narrow)
+        return ops.quadratic_gradient(kept, squares, steep, lse.to(wide), weight.to(wide), case.local, narrow)
 
     fast, over_rows, over_columns = gradient(cpu, torch.float32, dtype)
     plain = gradient(eager, torch.float32, dtype)[0]
     truth = gradient(eager, torch.float64, torch.float64)[0]
-    floored = log_q <= squares.floor.log()[:, None] + eager.FLOOR_MARGIN
+    floored = log_q <= chunk.squares.floor.log()[:, None] + eager.FLOOR_MARGIN
     assert fast.dtype == dtype and fast[floored].eq(0).all()
     # against |G| before p - onehot cancels, entry by entry
     onehot = torch.zeros(size[:2], dtype=torch.float64)
@@ -212,7 +218,8 @@ def test_logarithm_and_exponential(dtype: torch.dtype) -> None:
     q = torch.cat((x, near_one))
     zeros, none = torch.zeros_like(q), torch.full(q.shape, -1)
     kept = cpu.products(zeros[:, None].to(dtype), cpu.Rows(torch.zeros(1, 1, dtype=dtype)))
-    cpu.quadratic_statistics(kept, q, cpu.Rows(torch.zeros(1, 1, dtype=dtype)), zeros, torch.tensor(1.0), none, zeros)
+    squares = eager.Squares(q, torch.zeros(1), zeros, zeros)
+    cpu.quadratic_statistics(kept, squares, torch.tensor(1.0), none)
     truth = q.double().log()
     ulp = torch.nextafter(truth.float().abs(), torch.tensor(math.inf)) - truth.float().abs()
     assert ((kept[:, 0].double() - truth).abs() <= 1.0 * ulp).all()
@@ -224,17 +231,17 @@ def test_logarithm_and_exponential(dtype: torch.dtype) -> None:
 def test_at_the_floor_there_is_no_gradient(dtype: torch.dtype) -> None:
     w = torch.randn(9, 12).to(dtype)
     case = Case(w[[2, 2, 4]], w, torch.tensor([2, 3, -1]))
-    squares = Squares.of(case)
-    log_q, top, total, _, _ = squares.statistics(cpu, case, 14.0, torch.float32)
+    chunk = Chunk.of(case)
+    log_q, top, total, _, _ = chunk.statistics(cpu, case, 14.0, torch.float32)
     lse, steep = top + total.log(), torch.tensor(14.0)
-    grads, _, _ = cpu.quadratic_gradient(log_q, squares.floor, steep, lse, torch.ones(3), case.local, dtype)
+    grads, _, _ = cpu.quadratic_gradient(log_q, chunk.squares, steep, lse, torch.ones(3), case.local, dtype)
     assert grads.isfinite().all() and grads[[0, 1, 2], [2, 2, 4]].eq(0).all() and grads[1, 3] != 0
 
 
 def test_nan_is_not_hidden(dtype: torch.dtype) -> None:
     case = Case.of((20, 300, 6), dtype)
     case.x[3, 2] = math.nan
-    log_q, top, total, _, _ = Squares.of(case).statistics(cpu, case, 3.0, torch.float32)
+    log_q, top, total, _, _ = Chunk.of(case).statistics(cpu, case, 3.0, torch.float32)
     assert log_q[3].isnan().all() and torch.equal((top + total.log()).isnan(), torch.arange(20) == 3)
 
 

@@ -111,7 +111,7 @@ def test_head_learns_its_exponent_and_refuses_nonsense() -> None:
     head(torch.randn(5, 16), torch.randint(0, 9, (5,))).backward()
     assert head.log_exponent is not None and head.log_exponent.grad is not None and head.log_exponent.grad != 0
     assert HarmonicHead(9, 16, distance="dot", exponent="learned").log_exponent is None
-    with pytest.raises(ValueError, match="expected a positive number, sqrt_dim or learned"):
+    with pytest.raises(ValueError, match="expected a positive number, sqrt_dim, learned or a pair"):
         HarmonicHead(9, 16, exponent=-1.0)
     with pytest.raises(ValueError, match="expected one of"):
         HarmonicHead(9, 16, distance="manhatten")

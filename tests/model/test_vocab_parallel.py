@@ -1,4 +1,4 @@
-"""Sharded equals whole: loss, every gradient and the tied lookup, on 1, 2 and 3 ranks, with V that does not divide."""
+"""Sharded equals whole: loss, every gradient and the tied lookup, on 1 to 4 ranks, with V that does not divide."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch.distributed as dist
 from model.harmonic import harmonic_loss
 from model.head import HarmonicHead
 from model.vocab_parallel import VocabShard, full_rows, group_members, lookup, rows_of, shard_of
+from tests.model.variants import VARIANTS, distance_of, params_of
 from tests.ranks import run_ranks
 
 N_LOCAL, D = 6, 8
@@ -25,52 +26,72 @@ def tokens(world: int, v: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
     return x, w, y
 
 
-def check_sharded(v: int, distance: str) -> None:
+def check_sharded(v: int, variant: str, dtype: torch.dtype = torch.float32) -> None:
     """On each rank: losses and gradients of its own part equal those of the whole, every reduction."""
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
     world, rank = dist.get_world_size(), dist.get_rank()
     shard = shard_of(v, group)
     x, w, y = tokens(world, v)
+    x = x.to(dtype)
     mine = slice(rank * N_LOCAL, (rank + 1) * N_LOCAL)
     rows = rows_of(v, world)
     for reduction in ("mean", "sum", "none"):
         whole = [t.clone().requires_grad_() for t in (x, w, torch.tensor(3.0))]
-        expected = harmonic_loss(whole[0], whole[1], y, distance=distance, exponent=whole[2], reduction=reduction)
+        options = {"distance": distance_of(variant), "reduction": reduction}
+        of_whole, of_part = params_of(variant, D), params_of(variant, D)
+        expected = harmonic_loss(whole[0], whole[1], y, exponent=whole[2], **options, **of_whole)
         weights = torch.linspace(0.5, 1.5, len(y))
         (expected @ weights if reduction == "none" else expected).backward()
         stored = torch.zeros(rows, D)
         stored[: shard.real] = w[shard.start : shard.stop]
         part = [x[mine].clone().requires_grad_(), stored.requires_grad_(), torch.tensor(3.0).requires_grad_()]
         found = harmonic_loss(
-            part[0],
-            part[1],
-            y[mine],
-            distance=distance,
-            exponent=part[2],
-            reduction=reduction,
-            shard=shard,
-            chunk_bytes=4000,
-        )
+            part[0], part[1], y[mine], exponent=part[2], shard=shard, chunk_bytes=4000, **options, **of_part
+        )  # fmt: skip
         (found @ weights[mine] if reduction == "none" else found).backward()
-        close = {"rtol": 2e-5, "atol": 2e-6}
+        close = {"rtol": 2e-5, "atol": 2e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
         torch.testing.assert_close(found, expected[mine] if reduction == "none" else expected, **close)
         factor = world if reduction == "mean" else 1  # averaged over ranks, as data parallelism does
         torch.testing.assert_close(part[0].grad, whole[0].grad[mine] * factor, **close)
         torch.testing.assert_close(part[1].grad[: shard.real], whole[1].grad[shard.start : shard.stop], **close)
         assert (part[1].grad[shard.real :] == 0).all(), "padding rows get no gradient"
-        if distance != "dot":
+        if variant != "dot":
             torch.testing.assert_close(part[2].grad, whole[2].grad, **close)
+        if "factor" in of_whole:
+            torch.testing.assert_close(of_part["factor"].grad, of_whole["factor"].grad, **close)
 
 
 def check_every_head() -> None:
-    for distance in ("euclidean", "cosine", "dot"):
+    for variant in VARIANTS:
         for v in (37, 4, 1):  # 4 over 3 ranks and 1 over 2 leave a rank without real rows
-            check_sharded(v, distance)
+            check_sharded(v, variant)
+    for variant in ("euclidean", "cosine", "manhattan", "mahalanobis full", "dot"):
+        check_sharded(37, variant, torch.bfloat16)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_sharded_head_equals_whole(world: int, tmp_path: Path) -> None:
     run_ranks(check_every_head, world, tmp_path)
+
+
+def check_agreed_noise() -> None:
+    """Every rank draws from a generator in a state of its own; the group uses one seed."""
+    torch.manual_seed(dist.get_rank())
+    shard = shard_of(37, dist.group.WORLD)
+    x, w, y = tokens(dist.get_world_size(), 37)
+    mine = slice(dist.get_rank() * N_LOCAL, (dist.get_rank() + 1) * N_LOCAL)
+    stored = torch.zeros(rows_of(37, shard.ranks), D)
+    stored[: shard.real] = w[shard.start : shard.stop]
+    options = {"distance": "hamming", "kind": "gumbel", "exponent": 2.0, "reduction": "none"}
+    found = harmonic_loss(x[mine], stored, y[mine], shard=shard, **options)
+    drawn = [
+        int(torch.randint(2**31, (), generator=torch.Generator().manual_seed(rank))) for rank in range(shard.ranks)
+    ]
+    torch.testing.assert_close(found, harmonic_loss(x, w, y, seed=max(drawn), **options)[mine])
+
+
+def test_gumbel_noise_is_agreed_on(tmp_path: Path) -> None:
+    run_ranks(check_agreed_noise, 2, tmp_path)
 
 
 def check_lookup_and_initialisation(v: int) -> None:

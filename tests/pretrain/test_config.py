@@ -22,7 +22,13 @@ from tests.pretrain.tiny import make_data, tiny_config, tiny_tree
         ({"train__precision": "fp16"}, "train.precision: given \"fp16\""),
         ({"head__exponent": 0}, "exponent=0.0 must be positive"),
         ({"head__exponent": -1.5}, "exponent=-1.5 must be positive"),
-        ({"head__distance": "hamming"}, "head.distance: given \"hamming\""),
+        ({"head__distance": "euclid"}, "distance='euclid': expected one of euclidean, manhattan"),
+        ({"head__params": {"p": 3}}, "p=3.0: euclidean takes no parameter"),
+        ({"head__distance": "minkowski", "head__params": {"q": 3}}, "q=3.0: minkowski takes p"),
+        ({"head__distance": "minkowski", "head__params": {"p": -1}}, "p=-1.0: expected a positive number"),
+        ({"head__distance": "hamming", "head__params": {"kind": "firm"}}, "expected soft, hard or gumbel"),
+        ({"head__distance": "mahalanobis", "head__params": {"factor": "half"}}, "expected diagonal or full"),
+        ({"head__exponent": {"first": 0, "last": 2}}, "head.exponent.*first.*greater than 0"),
         ({"model__heads": 3}, "dim=32 must be a multiple of heads=3"),
         ({"model__vocab_size": 99}, "model.vocab_size=99 must equal data.tokenizer.vocab_size=67"),
         ({"train__tokens_per_step": 63}, "must be a multiple of model.seq_len=8"),
@@ -111,8 +117,8 @@ def test_every_parameter_is_claimed_once_and_decays_as_asked() -> None:
     from model.head import HarmonicHead
     from pretrain.optim import parameter_groups
 
-    cfg = tiny_config(model__bias=True, head__exponent="learned")
-    decoder, head = Decoder(cfg.model), HarmonicHead(67, 32, exponent="learned")
+    cfg = tiny_config(model__bias=True)
+    decoder, head = Decoder(cfg.model), HarmonicHead(67, 32, distance="mahalanobis", factor="full", exponent="learned")
     everything = {name for module in (decoder, head) for name, _ in module.named_parameters()}
 
     def decaying(*also: str) -> set[str]:
@@ -125,4 +131,16 @@ def test_every_parameter_is_claimed_once_and_decays_as_asked() -> None:
     assert decaying() == matrices
     assert decaying("prototypes") == matrices | {"prototypes"}
     assert decaying("embeddings") == matrices | {"tokens.weight", "positions.weight"}
-    assert decaying("norms", "biases", "embeddings", "prototypes") == everything - {"log_exponent"}
+    assert decaying("norms", "biases", "embeddings", "prototypes") == everything - {"log_exponent", "factor"}
+
+
+def test_an_exponent_ramp() -> None:
+    cfg = tiny_config(train__steps=11, head__exponent={"first": 2.0, "last": 6.0})
+    assert [cfg.head_progress(step) for step in (-1, 0, 5, 10, 11)] == [0, 0, 0.5, 1, 1]
+    soon = tiny_config(train__steps=11, head__exponent={"first": 2.0, "last": 6.0, "steps": 3})
+    assert [soon.head_progress(step) for step in (0, 1, 2, 9)] == [0, 0.5, 1, 1]
+    from model.head import HarmonicHead
+
+    head = HarmonicHead(5, 4, **cfg.head.arguments())
+    head.progress = cfg.head_progress(5)
+    assert head.exponent == 4.0

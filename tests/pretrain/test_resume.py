@@ -60,7 +60,10 @@ VARIANTS: list[dict[str, Any]] = [
     {"parallel__zero": 1, "model__tied": True, "head__exponent": "learned"},
     {"parallel__zero": 2, "head__distance": "cosine", "model__activation_checkpointing": True},
     {"parallel__zero": 3, "head__distance": "dot", "train__precision": "bf16"},
-]
+    {"parallel__zero": 2, "head__distance": "mahalanobis", "head__params": {"factor": "full"},
+     "train__precision": "bf16", "head__exponent": {"first": 2.0, "last": 6.0}},
+    {"parallel__zero": 1, "head__distance": "hamming", "head__params": {"kind": "gumbel", "temperature": 0.5}},
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -76,8 +76,7 @@ def train_layout(cfg: RunConfig, steps: int = 5, poison: int | None = None) -> d
         for name, p in trainer.engine.module.named_parameters()
     }
     parameters["prototypes"] = full_rows(trainer.head.prototypes, trainer.head.shard).numpy()
-    if trainer.head.log_exponent is not None:
-        parameters["log_exponent"] = trainer.head.log_exponent.detach().numpy().copy()
+    parameters |= {n: p.detach().numpy().copy() for n, p in trainer.head.named_parameters() if n != "prototypes"}
     optimizer = type(trainer.engine.optimizer).__name__
     trainer.engine.destroy()
     return {"losses": losses, "norms": norms, "applied": applied, "parameters": parameters, "optimizer": optimizer}
@@ -91,9 +90,7 @@ def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
     from pretrain.optim import parameter_groups
 
     decoder = Decoder(cfg.model, hidden_length=cfg.head.hidden_length(cfg.model.dim), seed=cfg.train.seed)
-    head = HarmonicHead(
-        V, cfg.model.dim, distance=cfg.head.distance, exponent=cfg.head.exponent, seed=cfg.train.seed + 1
-    )
+    head = HarmonicHead(V, cfg.model.dim, seed=cfg.train.seed + 1, **cfg.head.arguments())
     groups = parameter_groups([decoder, head], cfg.optim)
     optimizer = torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=cfg.optim.betas, eps=cfg.optim.eps)
     everything = [*decoder.parameters(), *head.parameters()]
@@ -103,7 +100,7 @@ def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
         inputs = tokens[:, :-1]
         embedded = torch.nn.functional.embedding(inputs, head.prototypes) if cfg.model.tied else inputs
         hidden = decoder(embedded).reshape(-1, cfg.model.dim)
-        scores = scores_reference(hidden, head.prototypes, head.distance, head.exponent)
+        scores = scores_reference(hidden, head.prototypes, head.score_function, head.exponent)
         loss = torch.nn.functional.cross_entropy(scores, tokens[:, 1:].reshape(-1))
         optimizer.zero_grad()
         loss.backward()
@@ -112,8 +109,7 @@ def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
         losses.append(loss.item())
     parameters = {name: p.detach().numpy() for name, p in decoder.named_parameters()}
     parameters["prototypes"] = head.prototypes.detach().numpy()
-    if head.log_exponent is not None:
-        parameters["log_exponent"] = head.log_exponent.detach().numpy()
+    parameters |= {n: p.detach().numpy() for n, p in head.named_parameters() if n != "prototypes"}
     return {"losses": losses, "norms": norms, "parameters": parameters}
 
 

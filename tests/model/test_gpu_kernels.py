@@ -1,0 +1,529 @@
+"""The Triton kernels against their readable twin: never further from float64 than plain PyTorch in the same dtype.
+
+On a GPU these tests run as they are. Elsewhere one of them runs all others in a process of its own, with Triton's
+interpreter in place of its compiler (TRITON_INTERPRET must be set before triton is imported). The interpreter cuts
+bfloat16 off instead of rounding it, and is slow: float32 and small shapes there.
+
+Legend: M tokens, V prototypes, D width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.distances import RELATIVE_FLOOR
+from model.harmonic import harmonic_log_probs, harmonic_loss
+from model.kernels import choose, eager
+from model.kernels.eager import Squares, Terms
+from model.reference import harmonic_loss_reference
+from tests.model.variants import VARIANTS, loss_and_gradients
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+CUDA = torch.cuda.is_available() and not INTERPRETED
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+if CUDA or INTERPRETED:
+    from model.kernels import gpu, triton_elementwise, triton_scores
+
+runs = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a GPU; test_under_the_interpreter runs it without")
+on_gpu = pytest.mark.gpu
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")  # the interpreter's numpy, of 0 / 0 and log 0
+
+SMALL = (5, 37, 9)
+LARGE = [(515, 1030, 517), (130, 50257, 64)] * CUDA
+SIZES = [SMALL, (1, 1, 1), (9, 70, 33), *LARGE]
+FIRST = [Terms("l1"), Terms("linf"), Terms("canberra"), Terms("lp", 3.0)]
+OTHERS = [Terms("l1", sign=-1.0), Terms("linf", sign=-1.0), Terms("lp", 0.5), Terms("lp", 1.0), Terms("lp", 7.5)]
+
+
+def cases(size: tuple[int, int, int]) -> list[tuple[Terms, tuple[int, int, int]]]:
+    """Every kind at `size` and at the extremes, its variants at a small one."""
+    return [*itertools.product(FIRST, [size, (1, 1, 1), *LARGE]), *itertools.product(OTHERS, [SMALL, *LARGE])]
+
+
+PLAIN = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors of this test's device run through gpu.py, wherever they ask for their kernels."""
+    if INTERPRETED:
+        monkeypatch.setattr(choose, "_for_cpu", lambda dtype: gpu)
+
+
+def assert_no_worse(fast: Tensor, plain: Tensor, truth: Tensor, slack: float = 1e-6) -> None:
+    """Not further from float64 than plain PyTorch, but for `slack` of the largest entry."""
+    assert fast.shape == truth.shape and fast.isfinite().all()
+    scale = truth.abs().max().clamp_min(1e-30)
+    worst = [((near.double() - truth).abs().max() / scale).item() for near in (fast, plain)]
+    assert worst[0] <= worst[1] + slack, f"{worst[0]:.2e} from float64, plain PyTorch {worst[1]:.2e}"
+
+
+def draw(size: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """x, w and the targets' columns: near and exact matches, entries that agree, targets that are elsewhere."""
+    m, v, d = size
+    x, w = torch.randn(m, d), torch.randn(v, d)
+    local = torch.randint(-1, v, (m,))
+    x[::3] = w[local.clamp_min(0)][::3] + 0.02 * x[::3]
+    x[1::5] = w[local.clamp_min(0)][1::5]
+    x[:, :: max(2, d // 3)] = w[v // 2, :: max(2, d // 3)]
+    x[-1, -1] = w[0, -1] = 0
+    return x.to(DEVICE), w.to(DEVICE), local.to(DEVICE)
+
+
+def wide(*tensors: Any) -> Any:
+    """In float64, with memory of their own."""
+    return [t.double() if t.is_floating_point() else t for t in tensors]
+
+
+@runs
+@pytest.mark.parametrize(("terms", "size"), cases((5, 37, 141)), ids=str)  # more entries than are summed at a time
+def test_contract(terms: Terms, size: tuple[int, int, int]) -> None:
+    x, w, _ = draw(size)
+    plain = eager.contract(terms, x, eager.Rows(w))
+    truth = eager.contract(terms, x.double(), eager.Rows(w.double()))
+    assert_no_worse(gpu.contract(terms, x, gpu.Rows(w)), plain, truth)
+    tiled = triton_elementwise.contract(terms, x, gpu.Rows(w).columns, len(w), tile=(4, 32))
+    assert_no_worse(tiled, plain, truth)
+    if terms.kind == "linf":
+        assert torch.equal(gpu.contract(terms, x, gpu.Rows(w)), plain), "a maximum does not round"
+
+
+@runs
+@pytest.mark.parametrize(("terms", "size"), cases((5, 137, 9)), ids=str)  # more rows than are summed at a time
+def test_contract_gradient(terms: Terms, size: tuple[int, int, int]) -> None:
+    x, w, _ = draw(size)
+    values = eager.contract(terms, x, eager.Rows(w))
+    grads = torch.randn_like(values) * (values > 1e-3)  # the floor keeps matches out
+    start = torch.randn_like(w)
+
+    def gradients(ops: ModuleType, *given: Tensor) -> tuple[Tensor, Tensor]:
+        x, w, values, grads, start = given
+        total = start.clone()
+        return ops.contract_gradient(terms, x, ops.Rows(w), values, grads, total), total
+
+    given = (x, w, values, grads, start)
+    fast, plain, truth = gradients(gpu, *given), gradients(eager, *given), gradients(eager, *wide(*given))
+    for triple in zip(fast, plain, truth, strict=True):
+        assert_no_worse(*triple)
+    if terms.kind == "linf":
+        grads = triton_elementwise.shares(terms, x, gpu.Rows(w).columns, values, grads, tile=(4, 32))
+    tiled = torch.zeros_like(x), start.clone()
+    triton_elementwise.add_gradient(terms, x, w, values, grads, tiled[0], tile=(4, 8), segments=2)
+    triton_elementwise.add_gradient(terms, w, x, values.t(), grads.t(), tiled[1], tile=(32, 8), segments=2)
+    for triple in zip(tiled, plain, truth, strict=True):
+        assert_no_worse(*triple)
+
+
+@runs
+def test_ties_share_and_equal_entries_have_no_slope() -> None:
+    x = torch.tensor([[1.0, -1.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]], device=DEVICE)
+    w = torch.tensor([[0.0, 0.0, 0.0, 0.0], [2.0, 2.0, 2.0, 2.0], [1.0, 1.0, 2.0, 2.0]], device=DEVICE)
+    grads = torch.ones(2, 3, device=DEVICE)
+    for terms in FIRST + OTHERS:
+        values = eager.contract(terms, x, eager.Rows(w))
+        found, expected = torch.zeros(2, *w.shape, device=DEVICE)
+        x_found = gpu.contract_gradient(terms, x, gpu.Rows(w), values, grads, found)
+        x_expected = eager.contract_gradient(terms, x, eager.Rows(w), values, grads, expected)
+        torch.testing.assert_close(x_found, x_expected)
+        torch.testing.assert_close(found, expected)
+
+
+@runs
+def test_nan_is_passed_on() -> None:
+    x, w, local = draw(SMALL)
+    x[2, 3] = torch.nan
+    for terms in FIRST + OTHERS:
+        values = gpu.contract(terms, x, gpu.Rows(w))
+        assert values.isnan().any(1).tolist() == [False, False, True, False, False], terms
+    floor, steep = torch.full((5,), 1e-4, device=DEVICE), torch.tensor(2.0, device=DEVICE)
+    _, total, _, _ = gpu.log_statistics(values, floor, steep, local)
+    assert total.isnan().tolist() == [False, False, True, False, False]
+
+
+def squares_of(x: Tensor, w: Tensor, local: Tensor) -> tuple[Tensor, Squares]:
+    """Dot products, and what makes squared distances of them."""
+    norms = eager.square_norms(x)
+    target = eager.square_norms(x - w[local.clamp_min(0)])
+    return x @ w.t(), Squares(norms, eager.square_norms(w), target, RELATIVE_FLOOR * norms + 2.0**-80)
+
+
+BLOCKS = [{}, {"block": 16, "segments": 2}]
+
+
+def check_sums(fast: Any, plain: Any, truth: Any) -> None:
+    def readable(top: Tensor, total: Tensor, moment: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+        return top, top + total.log(), moment / total, target
+
+    for triple in zip(*(readable(*sums) for sums in (fast, plain, truth)), strict=True):
+        assert_no_worse(*triple)
+
+
+@runs
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+@pytest.mark.parametrize("exponent", [0.5, 1536.0] + [28.0] * CUDA)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_statistics(size: tuple[int, int, int], exponent: float, blocks: dict[str, int]) -> None:
+    x, w, local = draw(size)
+    steep = torch.tensor(exponent, device=DEVICE)
+    dots, squares = squares_of(x, w, local)
+    kept = dots.clone()
+    given = triton_scores.Given(local, steep, squares.floor, squares)
+    fast = triton_scores.statistics("quadratic", kept, given, **blocks)
+    assert torch.equal(kept, dots), "the dot products are what is kept"
+    plain = eager.quadratic_statistics(dots.clone(), squares, steep, local)
+    wide_dots, *wide_squares = wide(dots, *squares)
+    truth = eager.quadratic_statistics(wide_dots, Squares(*wide_squares), steep.double(), local)
+    check_sums(fast, plain, truth)
+    plain_logs, fast_scores = dots.clone(), gpu.quadratic_scores(kept, squares, steep, local)
+    eager.quadratic_statistics(plain_logs, squares, steep, local)
+    assert torch.equal(fast_scores, plain_logs * -steep)
+
+    values = eager.contract(Terms("l1"), x, eager.Rows(w))
+    floor = values.new_full((len(x),), 0.1)
+    fast_logs, plain_logs, true_logs = values.clone(), values.clone(), values.double()
+    fast = triton_scores.statistics("log", fast_logs, triton_scores.Given(local, steep, floor), **blocks)
+    plain = eager.log_statistics(plain_logs, floor, steep, local)
+    truth = eager.log_statistics(true_logs, floor.double(), steep.double(), local)
+    check_sums(fast, plain, truth)
+    assert_no_worse(fast_logs, plain_logs, true_logs)
+
+    fast = triton_scores.statistics("dot", dots, triton_scores.Given(local), **blocks)
+    check_sums(fast, eager.dot_statistics(dots, local), eager.dot_statistics(dots.double(), local))
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("blocks", [{}, {"tile": (4, 16), "stretch": 8}], ids=str)
+@pytest.mark.parametrize("exponent", [0.5, 1536.0] + [28.0] * CUDA)
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_gradients(size: tuple[int, int, int], exponent: float, blocks: dict[str, Any], dtype: torch.dtype) -> None:
+    x, w, local = draw(size)
+    steep = torch.tensor(exponent, device=DEVICE)
+    weight = torch.linspace(0.1, 1, len(x), device=DEVICE)
+    onehot = torch.zeros(len(x), len(w), dtype=torch.float64, device=DEVICE)
+    onehot[local >= 0, local[local >= 0]] = 1
+    dots, squares = squares_of(x, w, local)
+    log_q = dots.double()
+    eager.quadratic_statistics(log_q, Squares(*wide(*squares)), steep.double(), local)
+    logs = log_q.float()
+    lse = (-exponent * logs.double()).logsumexp(1).float()
+    steep64, lse64, weight64 = wide(steep, lse, weight)
+    last_digit = 2.0**-23 * (exponent * logs.abs().max().item() + 8)  # of a score
+    slack = last_digit if dtype == torch.float32 else last_digit + 2.0**-7
+
+    def check(fast: Tensor, plain: Tensor, truth: Tensor, size: Tensor | float, inverse: Tensor | float = 1.0) -> None:
+        """Against |G| before p - onehot cancels, entry by entry."""
+        assert fast.dtype == plain.dtype == dtype
+        whole = size * weight64[:, None] * ((truth / inverse / size / weight64[:, None]).abs() + 2 * onehot) * inverse
+        assert_no_worse(fast / (whole + 1e-30), plain / (whole + 1e-30), truth / (whole + 1e-30), slack)
+
+    given = triton_scores.Given(local, steep, squares.floor, squares)
+    fast = torch.empty_like(dots, dtype=dtype)
+    sums = triton_scores.gradients("quadratic", dots.clone(), given, lse, weight, fast, **blocks)
+    plain_logs = dots.clone()
+    eager.quadratic_statistics(plain_logs, squares, steep, local)
+    plain = eager.quadratic_gradient(plain_logs.clone(), squares, steep, lse, weight, local, dtype)[0]
+    truth = eager.log_gradient(log_q.clone(), squares.floor.double(), steep64, lse64, weight64, local, torch.float64)
+    assert fast[plain_logs <= squares.floor.log()[:, None]].eq(0).all()
+    near = (squares.x[:, None] + squares.rows) / log_q.exp()  # how many digits the expansion of q loses
+    tame = exponent * near * 2.0**-24 < 1e-3  # beyond, float32 says nothing of p
+    assert exponent > 1 or tame.any() or min(size) == 1
+    mask = tame.double()
+    check(fast * mask.to(dtype), plain * mask.to(dtype), truth * mask, exponent, (-log_q).exp())
+    for found, dim in zip(sums, (1, 0), strict=True):  # the sums are those of G as rounded
+        grads = fast.double()
+        assert ((found - grads.sum(dim)).abs() <= 1e-6 * grads.abs().sum(dim) + 1e-30).all()
+
+    floor = squares.floor
+    fast = torch.empty_like(dots, dtype=dtype)
+    triton_scores.gradients("log", logs.clone(), triton_scores.Given(local, steep, floor), lse, weight, fast, **blocks)
+    plain = eager.log_gradient(logs.clone(), floor, steep, lse, weight, local, dtype)
+    truth = eager.log_gradient(logs.double(), floor.double(), steep64, lse64, weight64, local, torch.float64)
+    check(fast, plain, truth, exponent, (-logs.double()).exp())
+
+    lse = dots.logsumexp(1)
+    fast = torch.empty_like(dots, dtype=dtype)
+    triton_scores.gradients("dot", dots.clone(), triton_scores.Given(local), lse, weight, fast, **blocks)
+    plain = eager.dot_gradient(dots.clone(), lse, weight, local, dtype)
+    check(fast, plain, eager.dot_gradient(dots.double(), lse.double(), weight64, local, torch.float64), 1.0)
+
+
+@runs
+@pytest.mark.parametrize("dtype", [torch.float32] + [torch.bfloat16] * CUDA, ids=str)
+def test_functions_of_the_module(dtype: torch.dtype) -> None:
+    """Products, and G in the place and dtype that the callers expect."""
+    x, w, local = draw(SMALL)
+    x, w = x.to(dtype), w.to(dtype)
+    rows = gpu.Rows(w)
+    dots = gpu.products(x, rows)
+    assert dots.dtype == PLAIN and dots.stride(0) % gpu.ROW_START == 0
+    assert_no_worse(dots, eager.products(x, eager.Rows(w)), x.double() @ w.double().t(), 2e-7)
+    _, squares = squares_of(x.float(), w.float(), local)
+    steep, weight = torch.tensor(3.0, device=DEVICE), torch.ones(len(x), device=DEVICE)
+    top, total, _, _ = gpu.quadratic_statistics(dots, squares, steep, local)
+    lse = top + total.log()
+    grads, over_rows, over_columns = gpu.quadratic_gradient(dots, squares, steep, lse, weight, local, dtype)
+    assert grads.dtype == dtype and grads.shape == dots.shape
+    assert (grads.data_ptr() == dots.data_ptr()) == (dtype == PLAIN)
+    torch.testing.assert_close(over_rows, grads.float().sum(1))
+    torch.testing.assert_close(over_columns, grads.float().sum(0))
+    fast, plain = torch.ones(2, *w.shape, device=DEVICE)
+    gpu.add_rows_product(fast, grads, x)
+    eager.add_rows_product(plain, grads, x)
+    assert_no_worse(fast, plain, 1 + grads.double().t() @ x.double(), 2e-7)
+    truth = grads.double() @ w.double()
+    assert_no_worse(gpu.hidden_product(grads, rows), eager.hidden_product(grads, eager.Rows(w)), truth, 2e-7)
+    for made in (gpu.dot_gradient(gpu.products(x, rows), lse, weight, local, dtype),
+                 gpu.log_gradient(dots.abs() + 1, squares.floor, steep, lse, weight, local, dtype)):  # fmt: skip
+        assert made.dtype == dtype and made.shape == dots.shape
+
+
+@runs
+def test_same_bits_every_time() -> None:
+    x, w, local = draw(SMALL)
+    results = []
+    for _ in range(2):
+        rows, dots = gpu.Rows(w), x @ w.t()
+        values = gpu.contract(Terms("l1"), x, rows)
+        total = torch.zeros_like(w)
+        over_x = gpu.contract_gradient(Terms("l1"), x, rows, values, dots, total)
+        results.append((values, total, over_x, *gpu.dot_statistics(dots, local)))
+    assert all(torch.equal(one, same) for one, same in zip(*results, strict=True))
+
+
+@runs
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_harmonic_loss(variant: str, served: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "gumbel" in variant and CUDA:
+        pytest.skip("the reference draws its noise on the CPU")
+    n, v, d = (6, 37, 9) if INTERPRETED else (200, 501, 65)
+    x, w = torch.randn(n, d, device=DEVICE), torch.randn(v, d, device=DEVICE)
+    y = torch.randint(0, v, (n,), device=DEVICE)
+    y[2] = -100
+
+    def run(loss: Any, x: Tensor, w: Tensor) -> list[Tensor]:
+        on_device = {} if "factor" not in VARIANTS[variant] else {"factor": factor(variant, d)}
+        return loss_and_gradients(lambda x, w, **p: loss(x, w, y, **p), x, w, variant, 6.0, **on_device)
+
+    def fast_loss(*given: Any, **params: Any) -> Tensor:
+        return harmonic_loss(*given, reduction="none", chunk_bytes=50_000, **params)
+
+    fast = run(fast_loss, x, w)
+    truth = run(harmonic_loss_reference, x.double(), w.double())
+    monkeypatch.setattr(choose, "_for_cpu", lambda dtype: eager)
+    monkeypatch.setattr(choose, "_for_gpu", lambda device: eager)
+    plain = run(fast_loss, x, w)
+    for triple in zip(fast, plain, truth, strict=True):
+        assert_no_worse(*triple, slack=1e-5)
+
+
+def factor(variant: str, d: int) -> Tensor:
+    shape = (d,) if VARIANTS[variant]["factor"] == "diagonal" else (d, d)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.3
+    return (drawn if len(shape) == 1 else drawn + torch.eye(d)).to(DEVICE).requires_grad_()
+
+
+@runs
+def test_edges(served: None) -> None:
+    x, w, y = torch.randn(4, 3, device=DEVICE), torch.randn(1, 3, device=DEVICE), torch.zeros(4, device=DEVICE).long()
+    for distance in ("euclidean", "manhattan", "dot"):
+        hidden, rows = x.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = harmonic_loss(hidden, rows, y, distance=distance, exponent=2.0)
+        loss.backward()
+        assert loss == 0 and (hidden.grad == 0).all() and (rows.grad == 0).all(), "with one prototype p is 1"
+        empty = harmonic_loss(x[:0].requires_grad_(), rows, y[:0], distance=distance, exponent=2.0)
+        empty.backward()
+        assert empty == 0
+    log_probs = harmonic_log_probs(x, torch.randn(7, 3, device=DEVICE), exponent=3.0)
+    torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(4, device=DEVICE))
+
+
+def test_without_triton_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    import model.kernels
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("gpu", "triton_scores", "triton_elementwise"):
+        monkeypatch.delitem(sys.modules, f"model.kernels.{name}", raising=False)
+        monkeypatch.delattr(model.kernels, name, raising=False)
+    choose._say.cache_clear()
+    assert choose._for_gpu.__wrapped__(torch.device("cuda", 0)) is eager
+    assert "The head runs in plain PyTorch on this GPU" in caplog.text and "triton" in caplog.text
+
+
+@pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests run as they are here")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_under_the_interpreter() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert done.returncode == 0 and passed, done.stdout[-5000:] + done.stderr[-2000:]
+    assert int(passed[1]) > 70, done.stdout[-500:]
+
+
+INTEGERS = (
+    "columns stride segment rows out_stride stretch tokens prototypes width x_stride w_stride values_stride "
+    "grads_stride owns others grads_own grads_other values_own values_other"
+)
+
+
+def compiled_for_hopper(kernel: Any, absent: str = "", ones: str = "", **constants: Any) -> Any:
+    """The kernel as compiled for an H100, which needs none; `absent` arguments are None, `ones` are 1."""
+    from triton import compile as compile_kernel
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    fixed = constants | dict.fromkeys(absent.split()) | dict.fromkeys(ones.split(), 1)
+    signature, values, facts = {}, {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in fixed:
+            signature[name], values[(i,)] = "constexpr", fixed[name]
+        else:
+            signature[name] = "i32" if name in INTEGERS.split() else "*i64" if name == "local" else "*fp32"
+            facts[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=facts)
+    return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": True})
+
+
+compiles = pytest.mark.skipif(
+    INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs triton, and its compiler"
+)
+
+
+@compiles
+@pytest.mark.parametrize("kind", ["quadratic", "log", "dot"])
+def test_scores_compile(kind: str) -> None:
+    from model.kernels import triton_scores as scores
+
+    absent = {"quadratic": "", "log": "x_squares row_squares targets"}
+    absent["dot"] = absent["log"] + " coefficient floors"
+    compiled_for_hopper(scores._statistics, absent[kind], KIND=kind, BLOCK=scores.COLUMNS)
+    block_m, block_v = scores.TILE
+    compiled_for_hopper(scores._gradients, absent[kind], KIND=kind, MARGIN=1e-6, BLOCK_M=block_m, BLOCK_V=block_v)
+
+
+@compiles
+@pytest.mark.parametrize("kind", ["l1", "linf", "canberra", "lp", "shares"])
+def test_contractions_compile_without_a_detour_over_shared_memory(kind: str) -> None:
+    from model.kernels import triton_elementwise as elementwise
+
+    constants = {
+        "KIND": kind, "P": 3.0, "SIGN": 1.0, "SMALLEST": eager.SMALLEST, "LEAST_UNIT": elementwise.LEAST_UNIT,
+        "SPAN": elementwise.SPAN,
+    }  # fmt: skip
+    forward = compiled_for_hopper(
+        elementwise._contract, "" if kind == "shares" else "values grads", **constants, UNROLL=elementwise.UNROLL,
+        BLOCK_M=elementwise.TOKENS.get(kind, elementwise.FEWER_TOKENS), BLOCK_V=elementwise.LONG,
+    )  # fmt: skip
+    assert forward.metadata.shared == 0
+    if kind != "shares":
+        backward = compiled_for_hopper(
+            elementwise._contract_gradient, "", "grads_other values_other", **constants, ADD=True, LEAST=0.0,
+            UNROLL=elementwise.GRADIENT_UNROLL.get(kind, 1),
+            BLOCK_A=elementwise.FEWER_TOKENS, BLOCK_K=elementwise.LONG,
+        )  # fmt: skip
+        assert backward.metadata.shared == 0
+
+
+needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+
+@on_gpu
+@needs_gpu
+def test_the_gpu_is_served_by_these_kernels() -> None:
+    assert choose.kernels_for(torch.zeros(1, device=DEVICE)) is gpu
+    assert choose.kernels_for(torch.zeros(1, device=DEVICE, dtype=torch.bfloat16)) is gpu
+    assert choose.kernels_for(torch.zeros(1, device=DEVICE, dtype=torch.float64)) is eager
+
+
+@on_gpu
+@needs_gpu
+@pytest.mark.parametrize("distance", ["euclidean", "dot", "manhattan"])
+def test_bfloat16(distance: str) -> None:
+    n, v, d = 300, 5003, 256
+    x, w = torch.randn(n, d, device=DEVICE, dtype=torch.bfloat16), torch.randn(v, d, device=DEVICE)
+    w = w.bfloat16().float()
+    y = torch.randint(0, v, (n,), device=DEVICE)
+
+    def run(loss: Any, x: Tensor, w: Tensor) -> list[Tensor]:
+        return loss_and_gradients(lambda x, w, **p: loss(x, w, y, **p), x, w, distance, 6.0)
+
+    fast = run(lambda *a, **p: harmonic_loss(*a, reduction="none", **p), x, w)
+    truth = run(harmonic_loss_reference, x.double(), w.double())
+    for found, expected, bound in zip(fast, truth, (1e-3, 2e-2, 2e-2, 2e-2), strict=True):
+        assert (found - expected).norm() <= bound * expected.norm()
+
+
+@on_gpu
+@needs_gpu
+def test_offsets_of_64_bits() -> None:
+    m, v = 2**15 + 8, 2**16 + 48
+    if torch.cuda.mem_get_info()[0] < 20 * 2**30:
+        pytest.skip("needs 20 GiB of GPU memory")
+    dots = torch.empty(m, v, device=DEVICE).normal_()
+    local = torch.randint(0, v, (m,), device=DEVICE)
+    last = dots[-4:].clone()
+    top, total, moment, target = gpu.dot_statistics(dots, local)
+    check_sums(
+        [sums[-4:] for sums in (top, total, moment, target)],
+        eager.dot_statistics(last, local[-4:]),
+        eager.dot_statistics(last.double(), local[-4:]),
+    )
+    lse, weight = top + total.log(), torch.ones(m, device=DEVICE)
+    grads = gpu.dot_gradient(dots, lse, weight, local, torch.bfloat16)
+    expected = eager.dot_gradient(last, lse[-4:], weight[-4:], local[-4:], torch.bfloat16)
+    torch.testing.assert_close(grads[-4:], expected)
+
+
+@on_gpu
+@needs_gpu
+def test_side_stream() -> None:
+    x, w, y = (t.to(DEVICE) for t in (torch.randn(64, 48), torch.randn(999, 48), torch.randint(0, 999, (64,))))
+    for distance in ("euclidean", "manhattan"):
+        expected = harmonic_loss(x, w, y, distance=distance, exponent=4.0)
+        stream = torch.cuda.Stream()
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(50_000_000)  # work on another stream would be done before this
+            late = x.zero_().add_(1)
+            found = harmonic_loss(late, w, y, distance=distance, exponent=4.0)
+        torch.cuda.synchronize()
+        ones = harmonic_loss(torch.ones_like(x), w, y, distance=distance, exponent=4.0)
+        torch.testing.assert_close(found, ones)
+        assert (ones - expected).abs() > 1e-3
+        x.normal_()
+
+
+@on_gpu
+@needs_gpu
+def test_torch_compile() -> None:
+    x, w, y = (t.to(DEVICE) for t in (torch.randn(64, 48), torch.randn(999, 48), torch.randint(0, 999, (64,))))
+
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        return harmonic_loss(x * 2, w, y, exponent=4.0) + 1
+
+    results = []
+    for function in (step, torch.compile(step)):
+        leaves = x.clone().requires_grad_(), w.clone().requires_grad_()
+        loss = function(*leaves)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected)
