@@ -39,7 +39,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "head__distance": "cosine", "head__exponent": "learned", "model__bias": True,
     },
     "mahalanobis, full factor": {"head__distance": "mahalanobis", "head__params": {"factor": "full"}},
-    "mahalanobis, tied": {"head__distance": "mahalanobis", "model__tied": True, "optim__lr": 0.003},
     "manhattan": {"head__distance": "manhattan"},
     "softmax": {"head__distance": "dot"},
 }  # fmt: skip
