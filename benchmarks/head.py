@@ -7,8 +7,8 @@
 Ratios are to three bare matrix products of the same shapes and dtype (x w', g w, g' x), timed in turn with the loss in
 the same process. Distances that are no matrix product are told in Gelem/s, 10^9 entries of (N, V, D) per second,
 forward alone and forward with backward, beside torch.cdist (p = 1, the same D, smaller N and V: its speed hardly
-depends on them). Every row runs in a process of its own. Extra memory is the peak of forward and backward above what was there
-before, less the gradients that they leave.
+depends on them). Every row runs in a process of its own. Extra memory is the peak of forward and backward above what
+was there before, less the gradients that they leave.
 Legend: N tokens, D width, V prototypes.
 """
 

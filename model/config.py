@@ -53,7 +53,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
     distance: str = "euclidean"  # a name in model.distances.DISTANCES
     params: dict[str, float | str] = {}  # the distance's own, such as p of minkowski: see model.head.HarmonicHead
     exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp = "sqrt_dim"
-    init_std: float | None = Field(default=None, gt=0)  # None: see model.head.default_std
+    init_std: float | None = Field(default=None, gt=0)  # None: see model.distances.Distance.start
     chunk_mib: int | None = Field(default=None, gt=0)  # budget of the head's working memory; None: by device
 
     @model_validator(mode="after")
@@ -86,12 +86,14 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         return min(1.0, max(0, step) / max(1, (over or steps) - 1))
 
     def hidden_length(self, dim: int) -> float:
-        """Length of the final hidden states at initialisation: that of the prototypes, or sqrt(dim) for the softmax
-        baseline.
+        """Length of the final hidden states at initialisation: the prototypes' (1 for most distances), or sqrt(dim) for
+        the softmax baseline.
 
         Unit variance would be length sqrt(dim). Distances do not care about a common scale, but Adam moves every entry
         by about the learning rate: with x and w of length 1 a step moves a score n log d by about as much as it
         moves a logit of softmax, with length sqrt(dim) by sqrt(dim) less. (The published recipe raised the learning
         rate tenfold instead.)
         """
-        return dim**0.5 if self.distance == "dot" else 1.0
+        from model.head import HarmonicHead
+
+        return HarmonicHead(1, dim, seed=0, device="meta", **self.arguments()).feature_length

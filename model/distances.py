@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,13 @@ from model.kernels.eager import Terms
 RELATIVE_FLOOR = 2.0**-19  # of d, and of d^2 where d^2 comes from a product
 ABSOLUTE_FLOOR = 2.0**-40  # of d
 DENOMINATOR_FLOOR = 2.0**-20  # of a sum of entries that something is divided by
+
+
+class Start(NamedTuple):
+    """How a head starts best."""
+
+    entry_std: float  # deviation of the prototypes' entries
+    feature_length: float  # of the features that it scores
 
 
 OURS = {"set by": "prepared"}  # a field that no recipe sets
@@ -89,6 +96,14 @@ class Distance:
     def evaluated(self) -> Distance:
         """This one as it is when a model does not train."""
         return self
+
+    def start(self, dim: int) -> Start:
+        """Prototypes of length 1. For x of length 1 too, the Euclidean d^2 = 1 + |w|^2 - 2 x.w has mean 2 and deviation
+        sqrt(6/dim), so with n = sqrt(dim) scores have deviation sqrt(6)/4 = 0.61: as spread as GPT-2's first logits
+        (0.02 sqrt(768) = 0.55). Much shorter or longer prototypes make all distances alike, and the first gradients
+        small.
+        """
+        return Start(dim**-0.5, 1.0)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -404,6 +419,10 @@ class Hamming(Distance):
     def evaluated(self) -> Distance:
         return replace(self, kind="soft") if self.kind == "gumbel" else self
 
+    def start(self, dim: int) -> Start:
+        """Entries of two temperatures: less is the sigmoid's straight middle, and below the noise of gumbel (1.8)."""
+        return Start(2 * self.temperature, 2 * self.temperature * dim**0.5)
+
     @property
     def tensors(self) -> dict[str, Tensor]:
         return {}
@@ -441,6 +460,10 @@ class Dot(Distance):
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
         return (x * w).sum(-1)
+
+    def start(self, dim: int) -> Start:
+        """GPT-2's 0.02, for features of unit variance."""
+        return Start(0.02, dim**0.5)
 
     @property
     def contraction(self) -> Contraction:

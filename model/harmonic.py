@@ -13,6 +13,7 @@ tokens; V prototypes in all, R real ones on this rank, D width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,7 +96,19 @@ class _Call:
             use(*waiting)
 
 
-@torch.compiler.disable
+def _as_given(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Out of the reach of torch.compile, which cannot see into the head, and of autocast, which would round sums."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        device = next(arg.device.type for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return torch.compiler.disable(call)
+
+
+@_as_given
 def harmonic_loss(
     hidden: Tensor,
     prototypes: Tensor,
@@ -156,6 +169,7 @@ def harmonic_loss(
     return function.apply(hidden, prototypes, exponent, targets, call, *tensors.values())
 
 
+@_as_given
 def harmonic_log_probs(
     hidden: Tensor,
     prototypes: Tensor,
@@ -439,6 +453,7 @@ class _PerToken(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_as_given
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
         hidden, prototypes, exponent, targets = ctx.saved_tensors
         call: _Call = ctx.call

@@ -17,23 +17,12 @@ from model.vocab_parallel import VocabShard, full_rows, lookup, rows_of
 INIT_BLOCK = 1024  # rows that share a random stream, so that a shard draws its own rows and no others
 
 
-def default_std(distance: str, dim: int) -> float:
-    """Standard deviation of a prototype's entries at initialisation.
-
-    Distances: 1/sqrt(dim), length 1. For x of length 1, d^2 = 1 + |w|^2 - 2 x.w then has mean 2 and deviation
-    sqrt(6/dim), so with n = sqrt(dim) scores have deviation sqrt(6)/4 = 0.61: as spread as GPT-2's first logits
-    (0.02 sqrt(768) = 0.55). Much shorter or longer prototypes make all distances alike, and the first gradients
-    small. Softmax: GPT-2's 0.02.
-    """
-    return 0.02 if distance == "dot" else dim**-0.5
-
-
 class HarmonicHead(nn.Module):
     """Scores (N, dim) features against `num_prototypes` prototypes; a linear layer and cross-entropy for
     `distance="dot"`.
 
-    Features of about the prototypes' length (1 by default) give the best start: divide features of unit variance by
-    sqrt(dim).
+    Features of about `feature_length` (1 for most distances) give the best start: multiply features of unit variance by
+    feature_length / sqrt(dim).
 
     Args:
         num_prototypes: classes V, of the whole vocabulary group.
@@ -42,7 +31,7 @@ class HarmonicHead(nn.Module):
         exponent: n > 0; "sqrt_dim"; "learned" (starts at sqrt(dim), stays positive; one scalar, replicated); or a pair
             (first, last) that the attribute `progress`, from 0 to 1, moves between: set it as training goes on.
         shard: the rows of this rank (`model.vocab_parallel.shard_of`); None: all.
-        init_std: deviation of the initial entries; None: `default_std`.
+        init_std: deviation of the initial entries; None: the distance's own (`Distance.start`).
         seed: of the initial prototypes, which do not depend on the sharding; None: drawn from torch's global generator.
         chunk_bytes: budget of the loss's working memory; None: `model.harmonic.CHUNK_BYTES`.
         params: the distance's own: minkowski `p`; hamming `kind`, `temperature`; braycurtis `denominator`; mahalanobis
@@ -71,12 +60,14 @@ class HarmonicHead(nn.Module):
         self._fixed, trained = self._kind.settings(dim, **params)
         self.shard = shard or VocabShard(0, num_prototypes)
         self.distance, self.chunk_bytes = distance, chunk_bytes
-        self.init_std = default_std(distance, dim) if init_std is None else init_std
         rows = rows_of(num_prototypes, self.shard.ranks)
         self.prototypes = nn.Parameter(torch.zeros(rows, dim, device=device))
         self._trained = list(trained)
         for name, value in trained.items():
             self.register_parameter(name, nn.Parameter(value.to(device)))
+        start = self.score_function.start(dim)
+        self.feature_length = start.feature_length
+        self.init_std = start.entry_std if init_std is None else init_std
         self.progress = 0.0
         self.exponents = _ends(exponent, dim)
         self.log_exponent: nn.Parameter | None = None
@@ -131,11 +122,13 @@ class HarmonicHead(nn.Module):
         )
 
     def log_probs(self, hidden: Tensor) -> Tensor:
-        """(N, D) -> (N, V) log-probabilities of the whole vocabulary, without gradient. Every rank of the group
+        """(..., D) -> (..., V) log-probabilities of the whole vocabulary, without gradient. Every rank of the group
         calls it.
         """
         rows = full_rows(self.prototypes, self.shard)
-        return harmonic_log_probs(hidden, rows, distance=self.score_function.evaluated(), exponent=self.exponent)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        found = harmonic_log_probs(flat, rows, distance=self.score_function.evaluated(), exponent=self.exponent)
+        return found.view(*hidden.shape[:-1], -1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(...) tokens -> (..., D): the prototypes as a tied embedding, by vocabulary-parallel lookup."""

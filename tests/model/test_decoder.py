@@ -89,7 +89,7 @@ def test_initialisation() -> None:
 
 @pytest.mark.parametrize("distance", ["euclidean", "cosine"])
 def test_first_scores_are_as_spread_as_stated(distance: str) -> None:
-    """n = sqrt(D), x and w of length 1; see `default_std`. For cosine d = 1 - x.w has deviation 1/sqrt(D) about 1."""
+    """n = sqrt(D), x and w of length 1; see `Distance.start`. Of cosine, d = 1 - x.w has deviation 1/sqrt(D)."""
     dim = 256
     head = HarmonicHead(4096, dim, distance=distance, seed=1)
     assert head.prototypes.norm(dim=1).mean().item() == pytest.approx(1, rel=0.01)

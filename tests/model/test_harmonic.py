@@ -445,6 +445,19 @@ def test_nothing_of_size_tokens_by_vocabulary(variant: str, reduction: str, monk
         assert v * d <= largest.values <= max(budget // 4, v * d, n * d), (n, largest.values)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("variant", ["euclidean", "mahalanobis full", "manhattan", "dot"])
+def test_autocast_does_not_reach_in(variant: str, reduction: str, path: str) -> None:
+    x, w, y = draw(6, 11, 8)
+    given = {"distance": distance_of(variant), "exponent": 3.0}
+    expected = loss_and_gradients(fast(y, reduction=reduction), x, w, variant, 3.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = loss_and_gradients(fast(y, reduction=reduction), x, w, variant, 3.0)
+        log_probs = harmonic_log_probs(x, w, **given, **params_of(variant, 8))
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    assert torch.equal(log_probs, harmonic_log_probs(x, w, **given, **params_of(variant, 8)))
+
+
 def test_compiled_around() -> None:
     """A model that torch compiles may hold a head: the head itself runs as it is."""
     head = HarmonicHead(11, 8, seed=1)
