@@ -332,7 +332,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=7, help="medians are over so many runs (default %(default)s)")
     given = parser.parse_args(argv)
     tokens, dims, vocabs = DEFAULTS[torch.device(given.device).type]
-    console = Console()
+    console = Console(width=max(110, Console().width))  # in a file too, a row is a line
     console.print(machine(given.device))
     for dim in given.dim or dims:
         for vocab in given.vocab or vocabs:

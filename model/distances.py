@@ -321,21 +321,22 @@ class Mahalanobis(Distance):
         if self.operands in (None, rows.dtype):
             return rows @ factor.tril()
         rounded = rows.to(self.operands)
-        return kernels_for(rounded).product(rounded, factor.tril().to(self.operands))
+        return kernels_for(rounded).product(rounded, factor.to(self.operands))
 
     def pull_back(self, rows: Tensor, index: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
         if self.factor.dim() == 1 or self.operands in (None, rows.dtype):
             return super().pull_back(rows, index, grad)
-        rounded, factor = grad.to(self.operands), self.factor.tril().to(self.operands)
+        rounded, factor = grad.to(self.operands), self.factor.to(self.operands)
         ops = kernels_for(rounded)
-        return ops.product(rounded, factor.t()), [ops.product(rows.to(self.operands).t(), rounded).tril()]
+        return ops.product(rounded, factor.t()), [ops.product(rows.to(self.operands).t(), rounded)]
 
     def prepared(self, operands: torch.dtype, draw: Callable[[], Tensor]) -> Distance:
         """A common factor of M changes no probability: its largest entry is brought to about 1, as the rows' is."""
         if self.factor.dim() == 1:
             return replace(self, factor=self.factor - self.factor.detach().amax())
-        largest = self.factor.detach().tril().abs().amax().clamp_min(1e-30)
-        return replace(self, factor=self.factor * torch.exp2(-largest.log2().ceil()), operands=operands)
+        lower = self.factor.tril()
+        largest = lower.detach().abs().amax().clamp_min(1e-30)
+        return replace(self, factor=lower * torch.exp2(-largest.log2().ceil()), operands=operands)
 
     def floor(self, rows: Tensor) -> Tensor:
         return _norm_floor(rows)
