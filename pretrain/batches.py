@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Iterator
 
@@ -25,12 +26,28 @@ class Batches:
     def __init__(self, windows: Windows, cfg: RunConfig, ranks: Ranks) -> None:
         self.windows, self.cfg, self.ranks = windows, cfg, ranks
         self.waited_s = 0.0
+        self._hashes = 0  # of this rank's samples of the last step, summed up
 
     def of(self, step: int) -> Iterator[Tensor]:
+        self._hashes = 0
         numbers = samples_of(step, self.ranks.rank, self.ranks.world, self.cfg.sequences_per_step())
         for first in range(0, len(numbers), self.cfg.train.micro_batch):
             began = time.perf_counter()
-            tokens = self.windows.samples(numbers[first : first + self.cfg.train.micro_batch])
+            chosen = numbers[first : first + self.cfg.train.micro_batch]
+            tokens = self.windows.samples(chosen)
+            self._hashes += sum(map(_hashed, chosen, tokens))
             batch = torch.from_numpy(tokens).to(self.ranks.device, non_blocking=True)
             self.waited_s += time.perf_counter() - began
             yield batch
+
+    def fingerprint(self) -> str:
+        """Of the last step's whole batch: which samples it had and what was in them, equal for every layout. Every rank
+        calls it.
+        """
+        return f"{self.ranks.sum(torch.tensor(self._hashes)).item():016x}"
+
+
+def _hashed(number: int, tokens: np.ndarray) -> int:
+    """48 bits of a sample's number and tokens: sums of thousands of them fit 64 bits."""
+    content = int(number).to_bytes(8, "little") + tokens.astype("<i8").tobytes()
+    return int.from_bytes(hashlib.blake2b(content, digest_size=6).digest(), "little")

@@ -1,8 +1,9 @@
 """Checkpoints: whole or absent, verified when read, loadable into any layout; tensors in safetensors, the rest in JSON.
 
 `checkpoints/step-00000100/` holds one safetensors file per rank (fragments with their offsets), `state.json` (step,
-cursor, totals, identity of config, data and tokenizer) and `manifest.json` (size and SHA-256 of the others). It is
-written under a draft name, flushed, and renamed when whole.
+totals, resolved config, identity of data and tokenizer, layout, versions) and `manifest.json` (size and SHA-256 of the
+others). pretrain/saver.py writes it under a draft name and renames it when whole; the file `latest` names the newest.
+Random numbers and the order of samples are functions of (seed, step, rank): there is no state of theirs to save.
 """
 
 from __future__ import annotations
@@ -11,17 +12,16 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-from data.files import publish, sha256_of
+from data.files import sha256_of
 from data.settings import ConfigError
 from model.decoder import Decoder
 from model.head import HarmonicHead
@@ -32,13 +32,19 @@ from pretrain.ranks import Ranks
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-DRAFT = "draft-"  # a folder of this prefix was never finished
+DRAFT = "draft-"  # what has this prefix was never finished
+LATEST = "latest"  # a file that names the newest checkpoint
+MANIFEST, STATE = "manifest.json", "state.json"
+
+Check = Literal["full", "size"]
 
 # What may differ between a checkpoint and the run that goes on from it: the layout, and what does not touch the
 # weights.
 FREE_SETTINGS = (
     "run",
     "resume",
+    "resume_allow",
+    "resume_check",
     "data.path",
     "model.activation_checkpointing",
     "model.compile",
@@ -61,6 +67,8 @@ class Progress:
     tokens: int = 0  # seen in training; the cursor of the data is step * sequences per step
     train_seconds: float = 0.0
     train_gpu_j: float | None = None  # None: not measured
+    best_nats: float | None = None  # per held-out token: the least of all evaluations
+    best_step: int | None = None
 
 
 def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str) -> dict[str, Any]:
@@ -78,44 +86,12 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return out
 
 
-def save(
-    folder: Path,
-    fragments: Mapping[str, Fragment],
-    progress: Progress,
-    who: Mapping[str, Any],
-    layout: Mapping[str, Any],
-    ranks: Ranks,
-    keep: int,
-) -> Path:
-    """Writes `folder/step-N` from all ranks together and then deletes all but the newest `keep`. Returns its path."""
-    final = folder / f"step-{progress.step:08d}"
-    draft = folder / f"{DRAFT}{final.name}"
-    if ranks.first:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    ranks.barrier()
-    dcp.save(dict(fragments), storage_writer=HuggingFaceStorageWriter(str(draft), save_distributed=True))
-    ranks.barrier()
-    if ranks.first:
-        versions = {"torch": torch.__version__}
-        state = {"format": FORMAT, **asdict(progress), "identity": who, "layout": layout, "versions": versions}
-        (draft / "state.json").write_text(json.dumps(state, indent=1))
-        _write_manifest(draft)
-        if final.exists():  # the same step, saved again after a resume from before it
-            _remove(final)
-        publish(draft, final)
-        for old in checkpoints(folder)[:-keep]:
-            _remove(old)
-    ranks.barrier()
-    return final
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-def _write_manifest(draft: Path) -> None:
-    files = sorted(path for path in draft.iterdir() if path.is_file())
-    with ThreadPoolExecutor() as pool:
-        hashes = pool.map(sha256_of, files)
-    manifest = {f.name: {"size": f.stat().st_size, "sha256": h} for f, h in zip(files, hashes, strict=True)}
-    (draft / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": manifest}, indent=1))
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -123,7 +99,7 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def _remove(checkpoint: Path) -> None:
+def remove(checkpoint: Path) -> None:
     """Renamed first, so that a deletion that is cut off leaves no half checkpoint under a good name."""
     doomed = checkpoint.with_name(f"{DRAFT}old-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
@@ -135,38 +111,53 @@ def remove_drafts(folder: Path) -> None:
     """Removes what saves or deletions that were cut off have left."""
     for draft in folder.glob(f"{DRAFT}*"):
         log.warning("removing %s: a save that never finished", draft)
-        shutil.rmtree(draft)
+        if draft.is_dir():
+            shutil.rmtree(draft)
+        else:
+            draft.unlink()
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None: every file is read and compared with the manifest."""
+def damage(checkpoint: Path, check: Check = "full", share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with a checkpoint's files, or None.
+
+    Args:
+        check: "full" reads every file and compares its hash with the manifest's, "size" its size alone.
+        share: (k, n) looks at every n-th file from the k-th on.
+    """
     try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        listed = manifest["files"]
+        manifest = json.loads((checkpoint / MANIFEST).read_text())
         if manifest["format"] != FORMAT:
             return f"{checkpoint}: format {manifest['format']}, this version reads {FORMAT}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"{checkpoint / 'manifest.json'}: {error!r}"
+        listed = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{checkpoint / MANIFEST}: {error!r}"
+    if STATE not in listed:
+        return f"{checkpoint / MANIFEST}: it does not list {STATE}"
 
     def problem(name: str) -> str | None:
-        path, expected = checkpoint / name, listed[name]
-        if not path.is_file():
+        path, (size, sha256) = checkpoint / name, listed[name]
+        try:
+            found = path.stat().st_size
+            if found != size:
+                return f"{path}: {found} bytes instead of {size}"
+            same = check == "size" or sha256_of(path) == sha256
+        except FileNotFoundError:
             return f"{path}: missing"
-        if path.stat().st_size != expected["size"]:
-            return f"{path}: {path.stat().st_size} bytes instead of {expected['size']}"
-        return None if sha256_of(path) == expected["sha256"] else f"{path}: its SHA-256 is not the manifest's"
+        except OSError as error:
+            return f"{path}: {error}"
+        return None if same else f"{path}: its SHA-256 is not the manifest's"
 
     with ThreadPoolExecutor() as pool:
-        return next((found for found in pool.map(problem, listed) if found), None)
+        return next((found for found in pool.map(problem, sorted(listed)[share[0] :: share[1]]) if found), None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())
+    return json.loads((checkpoint / STATE).read_text())
 
 
-def find(folder: Path, resume: str) -> Path | None:
+def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "full") -> Path | None:
     """The checkpoint to go on from: the newest whole one of the run for `auto`, that of a given path, None for a
-    fresh start.
+    fresh start. With `ranks`, all of them call it and share the reading.
 
     Raises:
         ConfigError: there are checkpoints but none is whole; `never` in a folder that has some; a path that is no
@@ -178,47 +169,102 @@ def find(folder: Path, resume: str) -> Path | None:
             if candidates:
                 raise ConfigError(
                     f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest "
-                    f"{candidates[-1].name}. "
-                    "Use resume=auto to go on from it, or another run folder (run=...) to start afresh."
+                    f"{candidates[-1].name}. Use resume=auto to go on from it, or another run folder (run=...) to "
+                    "start afresh."
                 )
             return None
         if not candidates:
             return None
     else:
         path = Path(resume)
-        candidates = [path] if (path / "manifest.json").exists() else checkpoints(path / "checkpoints")
+        candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / "checkpoints")
         if not candidates:
             raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
+    share = (ranks.rank, ranks.world) if ranks else (0, 1)
+    wrong = None
     for path in reversed(candidates):
-        wrong = damage(path)
+        told = [damage(path, check, share)]
+        if ranks and ranks.world > 1:
+            told = ranks.gather(told[0])
+        wrong = next((one for one in told if one), None)
         if wrong is None:
+            if path != candidates[-1]:
+                log.warning("going on from %s: what was trained after it is lost, and trained again", path.name)
             return path
         log.warning("not going on from %s: %s", path.name, wrong)
     raise ConfigError(
-        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the newest: {wrong}. Restore "
-        f"it, or start "
-        "afresh in another run folder (run=...). Nothing was changed."
+        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore one, or "
+        "start afresh in another run folder (run=...). Nothing was changed."
     )
 
 
-def check_identity(checkpoint: Path, who: Mapping[str, Any]) -> None:
-    """Raises ConfigError if the run's fixed settings, data or tokenizer are not the checkpoint's."""
-    saved = read_state(checkpoint)["identity"]
-    differing = [k for k in {**saved, **who} if saved.get(k) != who.get(k)]
-    if differing:
-        told = "; ".join(f"{k} was {saved.get(k)!r} and is {who.get(k)!r}" for k in differing)
+def find_given(path: Path, ranks: Ranks | None = None) -> tuple[Path, Path]:
+    """A run folder's newest whole checkpoint, or the checkpoint that `path` is; and its run folder.
+
+    Raises:
+        ConfigError: `path` is neither, or no checkpoint is whole.
+    """
+    run = path.parent.parent if (path / MANIFEST).exists() else path
+    if not (run / "config.yaml").exists():
+        raise ConfigError(f"{path}: neither a run folder nor a checkpoint of one (there is no {run / 'config.yaml'})")
+    found = find(run / "checkpoints", "auto" if path == run else str(path), ranks)
+    if found is None:
+        raise ConfigError(f"{path}: there is no checkpoint in it yet; train it first")
+    return found, run
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as it was when a checkpoint was written."""
+
+    key: str
+    was: Any
+    now: Any
+    verdict: str  # harmless, allowed, or refused
+
+
+def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]) -> list[Difference]:
+    """What differs between a checkpoint's state and the run that wants to go on from it, refusals first.
+
+    `now` has the same `identity`, `config`, `layout` and `versions` as the state. Settings that do not touch the
+    weights, the layout and versions are harmless; what is left of the identity is refused, unless `allow` names it (or
+    a section above it).
+    """
+    found = []
+    for key, was, is_now in _differing(state["identity"], now["identity"]):
+        allowed = any(key == one or key.startswith(one + ".") for one in allow)
+        found.append(Difference(key, was, is_now, "allowed" if allowed else "refused"))
+    known = {one.key for one in found}
+    for part in ("config", "layout", "versions"):
+        for key, was, is_now in _differing(_flat(state.get(part, {})), _flat(now.get(part, {}))):
+            if key not in known:
+                found.append(Difference(key if part == "config" else f"{part}: {key}", was, is_now, "harmless"))
+    return sorted(found, key=lambda one: ["refused", "allowed", "harmless"].index(one.verdict))
+
+
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
+
+
+def check_audit(checkpoint: Path, found: Sequence[Difference]) -> None:
+    """Raises ConfigError if a difference is refused; says the others."""
+    refused = [one for one in found if one.verdict == "refused"]
+    if refused:
+        told = "; ".join(f"{one.key} was {one.was!r} and is {one.now!r}" for one in refused)
+        keys = ", ".join(one.key for one in refused)
         raise ConfigError(
-            f"{checkpoint} cannot be resumed with this configuration: {told}. Set back what changed, or start "
-            f"afresh in "
-            "another run folder (run=...). Nothing was changed."
+            f"{checkpoint} cannot be resumed with this configuration: {told}. Set back what changed, allow it "
+            f"(resume_allow: [{keys}]), or start afresh in another run folder (run=...). Nothing was changed."
         )
+    for one in found:
+        log.info("resume: %s was %r and is %r (%s)", one.key, one.was, one.now, one.verdict)
 
 
 def load(checkpoint: Path, fragments: Mapping[str, Fragment]) -> Progress:
     """Fills the fragments of all ranks from a checkpoint of any layout."""
     dcp.load(dict(fragments), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     state = read_state(checkpoint)
-    return Progress(**{key: state[key] for key in asdict(Progress())})
+    return Progress(**{key: state.get(key, default) for key, default in asdict(Progress()).items()})
 
 
 def load_weights(checkpoint: Path, decoder: Decoder, head: HarmonicHead) -> None:

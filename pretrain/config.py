@@ -19,6 +19,7 @@ from model.config import DecoderConfig, HeadConfig
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3  # too many non-finite steps in a row
+EXIT_NOT_SAVED = 4  # a checkpoint could not be written
 EXIT_PREEMPTED = 75  # stopped by a signal after a save: start again to go on
 EXIT_RECORD = "exit.json"  # how the run ended, in its folder
 
@@ -115,6 +116,10 @@ class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     every: int | None = Field(default=None, gt=0)  # steps; None: only at the end and when told to stop
     keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
+    keep_every: int | None = Field(default=None, gt=0)  # steps: these stay for ever
+    keep_best: bool = False  # the best on held-out data is saved, and stays
+    on_failure: Literal["stop", "go on"] = "stop"  # when one cannot be written: exit 4, or train and try the next
+    grace_s: float = Field(default=30.0, gt=0)  # from a signal to the end of a preempted job
 
 
 class LoggingConfig(BaseModel, extra="forbid", frozen=True):
@@ -125,6 +130,8 @@ class LoggingConfig(BaseModel, extra="forbid", frozen=True):
 class RunConfig(BaseModel, extra="forbid", frozen=True):
     run: Path  # the run folder
     resume: str = "auto"  # auto, never, or the path of a checkpoint or run folder
+    resume_check: Literal["full", "size"] = "full"  # hash every file, or only compare sizes
+    resume_allow: tuple[str, ...] = ()  # settings (or sections) that may differ from the checkpoint's
     data: DataConfig
     model: DecoderConfig
     head: HeadConfig = HeadConfig()

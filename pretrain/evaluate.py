@@ -24,7 +24,7 @@ from data.loader import evaluation_count, evaluation_windows
 from data.settings import ConfigError
 from data.shards import Split, open_split
 from pretrain import ranks as process
-from pretrain.checkpoint import find, load_weights, read_state
+from pretrain.checkpoint import find_given, load_weights, read_state
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 from pretrain.modules import build_modules, compute_dtype
 from pretrain.ranks import Ranks
@@ -95,14 +95,9 @@ def unigram_bits_per_byte(train: Split, held_out: Split) -> float:
 
 def evaluate_run(path: Path, split_name: str, ranks: Ranks) -> tuple[Evaluation, RunConfig, Path]:
     """Loads a run's (or checkpoint's) weights into this world's layout and scores a split of its data."""
-    run = path.parent.parent if (path / "manifest.json").exists() else path
-    if not (run / "config.yaml").exists():
-        raise ConfigError(f"{path}: neither a run folder nor a checkpoint of one (there is no {run / 'config.yaml'})")
+    checkpoint, run = find_given(path, ranks)
     cfg = load(run / "config.yaml")
     split = open_split(cfg.data.path, split_name)
-    checkpoint = find(run / "checkpoints", "auto" if path == run else str(path))
-    if checkpoint is None:
-        raise ConfigError(f"{path}: there is no checkpoint in it yet; train it first")
     ranks = process.with_groups(ranks, ranks.world)
     decoder, head = build_modules(cfg, ranks)
     load_weights(checkpoint, decoder, head)

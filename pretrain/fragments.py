@@ -90,8 +90,11 @@ def head_fragment(head: HarmonicHead, name: str, values: Tensor, writes: bool = 
     return Fragment(flat[: shard.real * width], shard.start * width, shard.size * width, writes)
 
 
-def trunk_fragments(engine: Any, first_rank: bool) -> dict[str, Fragment]:
-    """The trunk's masters and moments, read from wherever the engine's optimiser class keeps them."""
+def trunk_fragments(engine: Any, part: tuple[int, int] | None = None) -> dict[str, Fragment]:
+    """The trunk's masters and moments, read from wherever the engine's optimiser class keeps them.
+
+    Of what every rank has whole, `part` = (rank, world) takes this rank's share, to write it; None: all, to read it.
+    """
     inner, masters = _stepped(engine)
     _make_adam_state(inner, masters)
     optimizer = engine.optimizer
@@ -100,17 +103,23 @@ def trunk_fragments(engine: Any, first_rank: bool) -> dict[str, Fragment]:
         optimizer._lazy_init_hp_params_optimizer_state()
     found = {}
     for name, parameter in engine.module.named_parameters():
-        start, size, writes, read = _place(engine, inner, parameter, first_rank)
+        start, size, writes, read = _place(engine, inner, parameter)
+        shared = writes and part is not None and _replicated(engine, parameter)
         for what in ("fp32", *MOMENTS):
             local = read(None if what == "fp32" else what).detach().reshape(-1)
-            found[f"trunk.{name}.{what}"] = Fragment(local, start, size, writes)
+            first, end = start, start + local.numel()
+            if shared and part is not None:
+                first, end = (size * k // part[1] for k in (part[0], part[0] + 1))
+            found[f"trunk.{name}.{what}"] = Fragment(
+                local[first - start : end - start], first, size, writes and end > first
+            )
     return found
 
 
 def _place(
-    engine: Any, inner: torch.optim.Optimizer, parameter: Any, first_rank: bool
+    engine: Any, inner: torch.optim.Optimizer, parameter: Any
 ) -> tuple[int, int, bool, Callable[[str | None], Tensor]]:
-    """Where this rank's part of a parameter starts, the whole's size, who writes it, and how to read it."""
+    """Where this rank's part of a parameter starts, the whole's size, whether it has any, and how to read it."""
     optimizer = engine.optimizer
     if type(optimizer).__name__ == "DeepSpeedZeroOptimizer_Stage3":
         stored = parameter.ds_tensor.numel()
@@ -127,7 +136,12 @@ def _place(
         if mapping is None:  # none of it is in this rank's partition
             return 0, parameter.numel(), False, lambda key: torch.empty(0)
         return mapping.lp_fragment_address.start, parameter.numel(), True, mapping.get_hp_fragment
-    return 0, parameter.numel(), first_rank, lambda key: parameter if key is None else inner.state[parameter][key]
+    return 0, parameter.numel(), True, lambda key: parameter if key is None else inner.state[parameter][key]
+
+
+def _replicated(engine: Any, parameter: Any) -> bool:
+    """Whether every rank has all of it: at stage 0."""
+    return engine.optimizer is engine.basic_optimizer
 
 
 def _stepped(engine: Any) -> tuple[torch.optim.Optimizer, list[Tensor]]:

@@ -18,13 +18,14 @@ from data.shards import open_split
 from pretrain import checkpoint
 from pretrain.batches import Batches
 from pretrain.checkpoint import Progress
-from pretrain.config import EXIT_DIVERGED, EXIT_PREEMPTED, RunConfig, dump
+from pretrain.config import EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED, RunConfig, dump
 from pretrain.energy import Meter, Spent, zeus_counter
 from pretrain.engine import Step, Trainer
 from pretrain.evaluate import evaluate
 from pretrain.fragments import Fragment, finish_load, head_fragments, trunk_fragments
 from pretrain.metrics import Recorder, peak_flops, read_records
 from pretrain.ranks import Ranks
+from pretrain.saver import SaveError, Saver, versions
 
 log = logging.getLogger(__name__)
 
@@ -72,15 +73,18 @@ class Run:
         self.val = open_split(cfg.data.path, "val")
         self.who = checkpoint.identity(cfg, train.fingerprint, train.tokenizer_sha256)
         self.batches = Batches(Windows(train, cfg.model.seq_len, cfg.train.seed), cfg, ranks)
-        found = checkpoint.find(self.folder, cfg.resume)
+        found = checkpoint.find(self.folder, cfg.resume, ranks, cfg.resume_check)
         if found is not None:
-            checkpoint.check_identity(found, self.who)
+            now = {**self._state(), "versions": versions()}
+            differing = checkpoint.audit(checkpoint.read_state(found), now, cfg.resume_allow)
+            checkpoint.check_audit(found, differing)
         ranks.barrier()  # everybody has looked before anything is touched
         if ranks.first:
             checkpoint.remove_drafts(self.folder)
             cfg.run.mkdir(parents=True, exist_ok=True)
             (cfg.run / "config.yaml").write_text(dump(cfg))
         self.trainer = Trainer(cfg, ranks)
+        self.saver = Saver(self.folder, ranks, cfg.checkpoint)
         self.progress = Progress()
         self.meter = Meter(ranks, zeus_counter(ranks))
         if found is not None:
@@ -92,44 +96,60 @@ class Run:
             self.recorder = Recorder(cfg.run, self.progress.step, cfg.train.steps, cfg.logging.tensorboard)
             self.say(f"resumed from {found}" if found else f"started in {cfg.run}")
         self.skipped_in_a_row = 0
-        self._saved_step: int | None = self.progress.step if found else None
+        self._saved_step: int | None = self.progress.step if found and found.parent == self.folder else None
+        self._save_failed: str | None = None
+        self._save_j: float | None = None  # joules while training waited for the save under way
 
     def say(self, text: str) -> None:
         if self.recorder is not None:
             self.recorder.say(text)
 
     def train(self) -> Outcome:
-        """Trains to the last step, or to a signal, or until too many steps in a row were not finite."""
+        """Trains to the last step, or to a signal, or until too many steps in a row were not finite, or no checkpoint
+        can be written.
+        """
         cfg = self.cfg
         with StopSignal() as stop:
             window = _Window(self)
             for step in range(self.progress.step, cfg.train.steps):
-                torch.manual_seed(_dropout_seed(cfg.train.seed, step, self.ranks.rank))
-                self.trainer.head.progress = cfg.head_progress(step)
-                taken = self.trainer.train_step(self.batches.of(step), cfg.lr_at(step))
+                taken = self.step(step)
                 self._advance(taken)
                 window.add(taken)
                 done = step + 1
                 last = done == cfg.train.steps
-                stopping = self.ranks.any(stop.received is not None)
+                stopping, saved = self.ranks.each_any(stop.received is not None, self.saver.done())
+                if saved:
+                    self.finish_save()
                 diverged = self.skipped_in_a_row >= cfg.optim.max_skipped
-                evaluating = not (stopping or diverged) and (last or due(done, cfg.evaluation.every))
+                ending = last or stopping or diverged or self._unsaved()
+                evaluating = not (stopping or diverged or self._unsaved()) and (last or due(done, cfg.evaluation.every))
                 saving = not diverged and (last or stopping or due(done, cfg.checkpoint.every))
-                if last or stopping or diverged or evaluating or saving or due(done, cfg.logging.every):
+                if ending or evaluating or saving or due(done, cfg.logging.every):
                     window.close(done, cfg.lr_at(step))
                     if evaluating:
-                        self.evaluate()
+                        best = self.evaluate()
+                        saving = saving or (best and cfg.checkpoint.keep_best)
                     if saving:
                         self.save()
+                    if ending:
+                        self.finish_save()
                     window = _Window(self)
                 if diverged:
                     return Outcome(EXIT_DIVERGED, f"{self.skipped_in_a_row} steps in a row were not finite", done)
+                if self._unsaved() or (ending and self._save_failed):
+                    return Outcome(EXIT_NOT_SAVED, str(self._save_failed), done)
                 if stopping and not last:
                     return Outcome(EXIT_PREEMPTED, f"stopped by {stop.received or 'a signal to another rank'}", done)
             window.drop()
         if not self.ranks.any(self._evaluated()):  # nothing was left to train, and the last evaluation was cut off
             self.evaluate()
         return Outcome(0, "done", self.progress.step)
+
+    def step(self, step: int) -> Step:
+        """The update `step`: everything in it is a function of the weights, the moments and this number."""
+        torch.manual_seed(_dropout_seed(self.cfg.train.seed, step, self.ranks.rank))
+        self.trainer.head.progress = self.cfg.head_progress(step)
+        return self.trainer.train_step(self.batches.of(step), self.cfg.lr_at(step))
 
     def _evaluated(self) -> bool:
         """Whether this rank, the first, knows of an evaluation of the present step."""
@@ -147,8 +167,8 @@ class Run:
             tokens=self.progress.tokens + self.cfg.train.tokens_per_step,
         )
 
-    def evaluate(self) -> None:
-        """Scores the whole held-out split; its time and energy are accounted apart."""
+    def evaluate(self) -> bool:
+        """Scores the whole held-out split; its time and energy are accounted apart. Returns whether it is the best."""
         cfg, step = self.cfg, self.progress.step
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
@@ -157,30 +177,63 @@ class Run:
             values = {**found.as_dict(), "seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j}
             self.recorder.record("eval", step, values)
             self.say(f"held-out perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits/byte at step {step}")
+        best = self.progress.best_nats is None or found.nats < self.progress.best_nats
+        if best:
+            self.progress = replace(self.progress, best_nats=found.nats, best_step=step)
+        return best
 
     def save(self) -> None:
-        """Writes a checkpoint, unless this step's is there already."""
+        """Begins to write a checkpoint, unless this step's is there already; the save before it ends first."""
         step = self.progress.step
         if self._saved_step == step:
             return
         with self.meter.window("save") as spent:
-            layout = {"world": self.ranks.world, "parallel": self.cfg.parallel.model_dump(mode="json")}
-            path = checkpoint.save(
-                self.folder, self._fragments(), self.progress, self.who, layout, self.ranks, self.cfg.checkpoint.keep
-            )
-        self._saved_step = step
-        if self.recorder is not None:
-            self.recorder.record("save", step, {"seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j})
-            self.say(f"saved {path} in {spent[0].seconds:.1f} s")
+            self.finish_save()
+            if self._unsaved():
+                return
+            self.saver.start(self._fragments((self.ranks.rank, self.ranks.world)), self.progress, self._state())
+        self._saved_step, self._save_j = step, spent[0].gpu_j
 
-    def _fragments(self) -> dict[str, Fragment]:
+    def _unsaved(self) -> bool:
+        """Whether a checkpoint could not be written, and the run is to stop for it."""
+        return self._save_failed is not None and self.cfg.checkpoint.on_failure == "stop"
+
+    def finish_save(self) -> None:
+        """Waits for the save under way, if there is one, and tells how it went."""
+        try:
+            saved = self.saver.wait()
+        except SaveError as error:
+            self._save_failed, self._saved_step = f"no checkpoint could be written: {error}", None
+            log.error("%s; the checkpoints before it are untouched", self._save_failed)
+            return
+        if saved is None:
+            return
+        self._save_failed = None
+        if self.recorder is None:
+            return
+        values = {"stall_s": saved.stall_s, "seconds": saved.seconds, "bytes": saved.size, "gpu_j": self._save_j}
+        self.recorder.record("save", saved.step, values)
+        self.say(f"saved {saved.path} in {saved.seconds:.1f} s; training waited {saved.stall_s:.2f} s")
+        if saved.seconds > self.cfg.checkpoint.grace_s:
+            log.warning(
+                "a save takes %.0f s, but a preempted job has %.0f s (checkpoint.grace_s): it may be cut off",
+                saved.seconds,
+                self.cfg.checkpoint.grace_s,
+            )
+
+    def _state(self) -> dict[str, Any]:
+        layout = {"world": self.ranks.world, "parallel": self.cfg.parallel.model_dump(mode="json")}
+        return {"identity": self.who, "config": self.cfg.model_dump(mode="json"), "layout": layout}
+
+    def _fragments(self, part: tuple[int, int] | None = None) -> dict[str, Fragment]:
         head = head_fragments(self.trainer.head, self.trainer.head_optimizer, writes=self._first_replica())
-        return {**trunk_fragments(self.trainer.engine, self.ranks.first), **head}
+        return {**trunk_fragments(self.trainer.engine, part), **head}
 
     def _first_replica(self) -> bool:
         return self.ranks.replicas is None or torch.distributed.get_rank(self.ranks.replicas) == 0
 
     def close(self) -> None:
+        self.saver.close()
         if self.recorder is not None:
             self.recorder.close()
 
@@ -212,6 +265,7 @@ class _Window:
         before = run.progress
         total = Spent(before.train_seconds, before.train_gpu_j if before.train_seconds else 0.0) + spent
         run.progress = replace(before, train_seconds=total.seconds, train_gpu_j=total.gpu_j)
+        batch = run.batches.fingerprint()
         if run.recorder is None:
             return
         tokens = len(self.losses) * cfg.train.tokens_per_step
@@ -223,6 +277,7 @@ class _Window:
             "loss": loss[-1].item(),
             "loss_mean": loss.mean().item(),
             "tokens": run.progress.tokens,
+            "batch": batch,
             "lr": lr,
             "exponent": torch.as_tensor(head.exponent).item() if head.has_exponent else None,
             "grad_norm": norm if math.isfinite(norm) else None,

@@ -8,6 +8,7 @@ import socket
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,7 +48,18 @@ class Ranks:
 
     def any(self, flag: bool) -> bool:
         """Whether the flag is up on any rank."""
-        return bool(self.sum(torch.tensor(int(flag))).item())
+        return self.each_any(flag)[0]
+
+    def each_any(self, *flags: bool) -> list[bool]:
+        """Whether each flag is up on any rank."""
+        return [bool(count) for count in self.sum(torch.tensor(flags, dtype=torch.int64)).tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """A plain value of every rank, in their order."""
+        found: list[Any] = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(found, value)
+        return found
 
     def barrier(self) -> None:
         self.sum(torch.zeros(()))

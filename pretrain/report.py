@@ -35,7 +35,7 @@ def summarise(run: Path) -> dict[str, Any]:
     joules = {kind: _total([r["gpu_j"] for r in records if r["kind"] == kind]) for kind in ("train", "eval", "save")}
     return {
         "head": cfg.head.distance,
-        "step": records[-1]["step"] if records else 0,
+        "step": max((record["step"] for record in records), default=0),
         "steps": cfg.train.steps,
         "tokens": tokens,
         "loss": train[-1]["loss_mean"] if train else None,

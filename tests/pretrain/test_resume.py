@@ -159,17 +159,24 @@ def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) ->
     def who(**changes: Any) -> dict[str, Any]:
         return checkpoint.identity(config(finished, "run", **changes), fingerprint, tokenizer)
 
-    checkpoint.check_identity(path, who())
-    checkpoint.check_identity(path, who(parallel__zero=3, train__micro_batch=1, checkpoint__keep=9))
+    def check(identity: dict[str, Any], *allow: str) -> list[checkpoint.Difference]:
+        found = checkpoint.audit(checkpoint.read_state(path), {"identity": identity}, allow)
+        checkpoint.check_audit(path, found)
+        return found
+
+    check(who())
+    check(who(parallel__zero=3, train__micro_batch=1, checkpoint__keep=9))
     for changes, told in (
         ({"optim__lr": 0.5}, "optim.lr was 0.01 and is 0.5"),
         ({"head__distance": "cosine"}, "head.distance was 'euclidean' and is 'cosine'"),
         ({"model__layers": 3}, "model.layers was 2 and is 3"),
     ):
         with pytest.raises(ConfigError, match=told):
-            checkpoint.check_identity(path, who(**changes))
+            check(who(**changes))
     with pytest.raises(ConfigError, match="the data's fingerprint was"):
-        checkpoint.check_identity(path, checkpoint.identity(config(finished, "run"), "other", tokenizer))
+        check(checkpoint.identity(config(finished, "run"), "other", tokenizer))
+    allowed = check(who(optim__lr=0.5, optim__clip=None), "optim")
+    assert {(one.key, one.verdict) for one in allowed} >= {("optim.lr", "allowed"), ("optim.clip", "allowed")}
 
 
 def test_a_checkpoint_holds_no_pickle_and_only_fragments(finished: Path) -> None:
