@@ -134,7 +134,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     resume_allow: tuple[str, ...] = ()  # settings (or sections) that may differ from the checkpoint's
     data: DataConfig
     model: DecoderConfig
-    head: HeadConfig = HeadConfig()
+    head: HeadConfig = Field(default_factory=HeadConfig)  # made late: its check brings torch
     train: TrainConfig
     optim: OptimConfig
     parallel: ParallelConfig = ParallelConfig()

@@ -1,4 +1,4 @@
-"""Saves behind the training loop: one at a time, told when they fail, with retention; and what a reader must not trust."""
+"""Saves behind the training loop: one at a time, told when they fail, kept by rule; what a reader must not trust."""
 
 from __future__ import annotations
 

@@ -1,0 +1,127 @@
+"""`python -m benchmarks.checkpoint`: what a checkpoint costs, against the number of parameters.
+
+For each size, on one process with random tokens: how long training waits for a save (the snapshot), how long until it
+is published (written, hashed, flushed, renamed), and a resume (all files verified, then loaded); beside DeepSpeed's own
+save_checkpoint and load_checkpoint of the same engine, which hold the trunk but not the head, are not flushed and not
+verified. Medians of several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.head import alone, machine
+from pretrain.config import RunConfig, from_tree
+
+SIZES = ((4, 256), (6, 384), (8, 512), (12, 768))  # layers, D
+VOCAB, LENGTH = 8192, 64
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds, and bytes of the checkpoint."""
+
+    parameters: int
+    stall_s: float
+    save_s: float
+    load_s: float
+    size: int
+    deepspeed_save_s: float
+    deepspeed_load_s: float
+
+
+def config(layers: int, dim: int, folder: Path) -> RunConfig:
+    return from_tree(
+        {
+            "run": str(folder),
+            "data": {"path": str(folder), "source": {"kind": "embedded"}, "tokenizer": {"vocab_size": VOCAB}},
+            "model": {"seq_len": LENGTH, "layers": layers, "heads": dim // 64, "dim": dim},
+            "train": {"steps": 1, "tokens_per_step": LENGTH, "micro_batch": 1, "precision": "bf16"},
+            "optim": {"lr": 1e-4},
+            "parallel": {"zero": 1},
+        }
+    )
+
+
+def measure(layers: int, dim: int, repeats: int) -> Cost:
+    """In this process."""
+    from pretrain import checkpoint
+    from pretrain import ranks as process
+    from pretrain.checkpoint import Progress
+    from pretrain.engine import Trainer
+    from pretrain.fragments import finish_load, head_fragments, trunk_fragments
+    from pretrain.saver import Saver
+
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        cfg = config(layers, dim, folder)
+        ranks = process.with_groups(process.start(), 1)
+        trainer = Trainer(cfg, ranks)
+        trainer.train_step([torch.randint(0, VOCAB, (1, LENGTH + 1))], 1e-4)
+
+        def fragments(part: tuple[int, int] | None = None) -> dict:
+            head = head_fragments(trainer.head, trainer.head_optimizer, writes=True)
+            return {**trunk_fragments(trainer.engine, part), **head}
+
+        def load() -> None:
+            found = checkpoint.find(folder, "auto", ranks)
+            assert found is not None
+            checkpoint.load(found, fragments())
+            finish_load(trainer.engine, trainer.head_optimizer, 1)
+
+        saver = Saver(folder, ranks, cfg.checkpoint)
+        stalls, saves, loads, theirs, their_loads = [], [], [], [], []
+        size = 0
+        for step in range(repeats + 1):
+            stalls.append(
+                timed(lambda step=step: saver.start(fragments((0, 1)), Progress(step=step), {"identity": {}}))
+            )
+            saved = saver.wait()
+            assert saved is not None
+            saves.append(saved.seconds)
+            size = saved.size
+            loads.append(timed(load))
+            theirs.append(timed(lambda: trainer.engine.save_checkpoint(str(folder / "deepspeed"), tag="one")))
+            their_loads.append(timed(lambda: trainer.engine.load_checkpoint(str(folder / "deepspeed"), tag="one")))
+        saver.close()
+        count = sum(p.numel() for module in (trainer.engine.module, trainer.head) for p in module.parameters())
+        medians = (statistics.median(times[1:]) for times in (stalls, saves, loads, theirs, their_loads))
+        stall, save, load_, their_save, their_load = medians
+        trainer.engine.destroy()
+        process.stop()
+        return Cost(count, stall, save, load_, size, their_save, their_load)
+
+
+def timed(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description="What a checkpoint costs.")
+    parser.add_argument("--repeats", type=int, default=5, help="medians are over so many (default %(default)s)")
+    given = parser.parse_args(argv)
+    console = Console(width=max(110, Console().width))
+    table = Table("parameters", "bytes", "training waits, s", "saved after, s", "verified and loaded, s",
+                  "DeepSpeed saves, s", "DeepSpeed loads, s")  # fmt: skip
+    for layers, dim in SIZES:
+        cost: Cost = alone(measure, layers, dim, given.repeats)
+        times = (cost.stall_s, cost.save_s, cost.load_s, cost.deepspeed_save_s, cost.deepspeed_load_s)
+        table.add_row(f"{cost.parameters / 1e6:.1f} M", f"{cost.size / 1e6:,.0f} MB", *(f"{t:.2f}" for t in times))
+    console.print(machine("cpu"))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
