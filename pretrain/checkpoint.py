@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +97,7 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(folder: Path) -> list[Path]:
     """The published checkpoints of a `checkpoints/` folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    return sorted(path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name))
 
 
 def remove(checkpoint: Path) -> None:
@@ -133,6 +134,9 @@ def damage(checkpoint: Path, check: Check = "full", share: tuple[int, int] = (0,
         return f"{checkpoint / MANIFEST}: {error!r}"
     if STATE not in listed:
         return f"{checkpoint / MANIFEST}: it does not list {STATE}"
+    strange = sorted(path.name for path in checkpoint.glob("*.safetensors") if path.name not in listed)
+    if strange:  # the reader of tensors would take them too
+        return f"{checkpoint / strange[0]}: the manifest does not list it"
 
     def problem(name: str) -> str | None:
         path, (size, sha256) = checkpoint / name, listed[name]
@@ -204,6 +208,7 @@ def find_given(path: Path, ranks: Ranks | None = None) -> tuple[Path, Path]:
     Raises:
         ConfigError: `path` is neither, or no checkpoint is whole.
     """
+    path = path.resolve()
     run = path.parent.parent if (path / MANIFEST).exists() else path
     if not (run / "config.yaml").exists():
         raise ConfigError(f"{path}: neither a run folder nor a checkpoint of one (there is no {run / 'config.yaml'})")

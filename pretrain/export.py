@@ -1,7 +1,8 @@
 """`python -m pretrain.export RUN|CHECKPOINT --out FOLDER`: a checkpoint's float32 weights as plain safetensors.
 
 From any layout, without DeepSpeed and without a process group: `decoder.*` and `head.*` in files of at most --max-gb,
-with the index that Hugging Face's loaders read, beside the run's config.yaml. One file's tensors are in memory at a time.
+with the index that Hugging Face's loaders read (its metadata has the step, which an exponent's ramp needs), beside the
+run's config.yaml. One file's tensors are in memory at a time.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from data.files import publish
 from data.settings import ConfigError
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.checkpoint import find_given
+from pretrain.checkpoint import DRAFT, find_given, step_of
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 from pretrain.fragments import Fragment
 
@@ -32,9 +34,10 @@ INDEX = "model.safetensors.index.json"
 
 def shapes(cfg: RunConfig) -> dict[str, torch.Size]:
     """Every weight's name in the exported files, and its shape: of the whole vocabulary."""
-    decoder: nn.Module = Decoder(cfg.model).to("meta")
-    head: nn.Module = HarmonicHead(cfg.model.vocab_size, cfg.model.dim, seed=0, device="meta", **cfg.head.arguments())
-    parts = {"decoder": decoder, "head": head}
+    with torch.device("meta"):
+        decoder = Decoder(cfg.model)
+        head = HarmonicHead(cfg.model.vocab_size, cfg.model.dim, seed=0, **cfg.head.arguments())
+    parts: dict[str, nn.Module] = {"decoder": decoder, "head": head}
     return {f"{part}.{name}": p.shape for part, module in parts.items() for name, p in module.named_parameters()}
 
 
@@ -44,7 +47,7 @@ def stored_name(name: str) -> str:
     return f"{'trunk' if part == 'decoder' else part}.{rest}.fp32"
 
 
-def groups(sizes: dict[str, torch.Size], most: int) -> Iterator[list[str]]:
+def groups(sizes: Mapping[str, torch.Size], most: float) -> Iterator[list[str]]:
     """Names in order, as many at a time as fit `most` bytes of float32; one at least."""
     chosen: list[str] = []
     held = 0
@@ -58,28 +61,49 @@ def groups(sizes: dict[str, torch.Size], most: int) -> Iterator[list[str]]:
         yield chosen
 
 
-def export(checkpoint: Path, cfg: RunConfig, out: Path, max_bytes: int) -> int:
-    """Writes the folder `out`, whole or not at all; returns the bytes of the weights. Raises ConfigError if it exists."""
+def export(checkpoint: Path, run: Path, out: Path, max_bytes: float) -> int:
+    """Writes the folder `out`, whole or not at all; returns the bytes of the weights.
+
+    Raises:
+        ConfigError: `out` exists or cannot be made, or `max_bytes` is not positive.
+    """
+    if not max_bytes > 0:
+        raise ConfigError(f"--max-gb {max_bytes / 1e9}: must be positive")
     if out.exists():
         raise ConfigError(f"--out {out}: exists already; give a new folder")
-    draft = out.with_name(f"draft-{out.name}")
+    cfg = load(run / "config.yaml")
+    draft = out.with_name(f"{DRAFT}{out.name}")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    sizes = shapes(cfg)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error}") from None
+    try:
+        total = _write(checkpoint, shapes(cfg), draft, max_bytes)
+        shutil.copy(run / "config.yaml", draft / "config.yaml")
+        publish(draft, out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+    return total
+
+
+def _write(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Path, max_bytes: float) -> int:
     parts = list(groups(sizes, max_bytes))
     where = {}
     for number, names in enumerate(parts, 1):
         file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        save_file(_read(checkpoint, {name: sizes[name] for name in names}), draft / file, metadata={"format": "pt"})
+        save_file(_read(checkpoint, {name: sizes[name] for name in names}), folder / file, metadata={"format": "pt"})
         where.update(dict.fromkeys(names, file))
     total = sum(4 * shape.numel() for shape in sizes.values())
-    (draft / INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": where}, indent=1))
-    shutil.copy(checkpoint.parent.parent / "config.yaml", draft / "config.yaml")
-    publish(draft, out)
+    about = {"total_size": total, "step": step_of(checkpoint)}
+    (folder / INDEX).write_text(json.dumps({"metadata": about, "weight_map": where}, indent=1))
+    for file in set(where.values()):  # safetensors lets only their owner read them
+        shutil.copymode(folder / INDEX, folder / file)
     return total
 
 
-def _read(checkpoint: Path, wanted: dict[str, torch.Size]) -> dict[str, Tensor]:
+def _read(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
     found = {name: torch.empty(shape) for name, shape in wanted.items()}
     fragments = {stored_name(name): Fragment(t.view(-1), 0, t.numel()) for name, t in found.items()}
     dcp.load(fragments, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
@@ -90,15 +114,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.export", description="Weights as plain safetensors.")
     parser.add_argument("run", type=Path, help="a run folder (its newest whole checkpoint), or one checkpoint's folder")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--max-gb", type=float, default=5.0, help="of one file, 10^9 bytes (default %(default)s)")
+    parser.add_argument("--max-gb", type=float, default=5.0, help="of one file's weights (default %(default)s)")
     args = parser.parse_args(argv)
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # that one process reads it, on purpose
     try:
-        checkpoint, run = find_given(args.run)
-        total = export(checkpoint, load(run / "config.yaml"), args.out, int(args.max_gb * 1e9))
+        checkpoint, run = find_given(args.run.resolve())  # a checkpoint's run folder is two above it
+        total = export(checkpoint, run, args.out, args.max_gb * 1e9)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    print(f"{args.out}: {total / 1e9:.2f} GB of weights of {checkpoint}")
+    print(f"{args.out}: {total / 1e9:.3g} GB of weights of {checkpoint}")
     return 0
 
 

@@ -1,16 +1,22 @@
 """`python -m pretrain.verify RUN [key=value ...]`: is a run folder whole, and does its training repeat?
 
-Every checkpoint's files are compared with its manifest. Then the last logged steps are trained again, from the checkpoint
-before them, in a folder of their own: batch fingerprints must be those of metrics.jsonl, and losses too, bit for bit on
-the same layout and machine, to rounding elsewhere. Prints PASS (exit code 0) or the first difference (1).
+Every checkpoint's files are compared with its manifest, and `latest` with them. Then the first logged steps after a
+checkpoint, the newest one that has enough of them, are trained again in a folder of their own: batch fingerprints must
+be those of metrics.jsonl, and losses too, bit for bit on the same layout and machine, to rounding elsewhere. Prints
+PASS and how near the losses are (exit code 0), or FAIL and the first difference (1); 2 for bad input. The run folder is
+only read. `deepspeed --module pretrain.verify RUN` does so on many ranks.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
+import math
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,79 +24,151 @@ from typing import Any
 
 from data.settings import ConfigError
 from pretrain import checkpoint
+from pretrain import ranks as process
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, check_data, check_layout, load
 from pretrain.metrics import read_records
+from pretrain.ranks import Ranks
 
-TOLERANCE = {"float32": 2e-5, "bf16": 2e-2}  # of a loss, on another layout
+TOLERANCE = {"float32": 2e-5, "bf16": 2e-2}  # nats of a loss, on another layout
+
+
+class Differs(Exception):
+    """Something in the run folder is not what it should be; the message says where."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """From which checkpoint, and what metrics.jsonl says of the steps after it."""
+    """From which checkpoint to train again, and what metrics.jsonl says of the logged steps after it."""
 
     start: Path
+    trained: dict[str, Any]  # state of the checkpoint that these steps led to; of `start` if there is none
     records: list[dict[str, Any]]
 
 
-def check_files(folder: Path) -> str | None:
-    """What is wrong with the files of a run's checkpoints, or None."""
+def check_files(folder: Path, ranks: Ranks) -> int:
+    """Reads the files of all of a run's checkpoints, shared among the ranks; returns how many checkpoints there are.
+
+    Raises:
+        Differs: there is none, one is damaged, or `latest` does not name the newest.
+    """
     found = checkpoint.checkpoints(folder)
     if not found:
-        return f"{folder}: there is no checkpoint"
+        raise Differs(f"{folder}: there is no checkpoint")
     for path in found:
-        wrong = checkpoint.damage(path)
-        if wrong:
-            return wrong
+        for wrong in ranks.gather(checkpoint.damage(path, share=(ranks.rank, ranks.world))):
+            if wrong:
+                raise Differs(wrong)
     named = folder / checkpoint.LATEST
     name = named.read_text().strip() if named.exists() else "missing"
-    return None if name == found[-1].name else f"{named}: {name}, but the newest checkpoint is {found[-1].name}"
+    if name != found[-1].name:
+        raise Differs(f"{named}: {name}, but the newest checkpoint is {found[-1].name}")
+    return len(found)
 
 
 def plan(run: Path, steps: int) -> Replay | None:
-    """What to train again: the last `steps` steps that were logged, or as many as follow a checkpoint."""
+    """The first `steps` logged steps after the newest checkpoint that has so many, else after the one that has most;
+    None if no step was logged after a checkpoint.
+    """
     records = [record for record in read_records(run) if record["kind"] == "train"]
-    last = records[-1]["step"] if records else 0
-    before = [path for path in checkpoint.checkpoints(run / "checkpoints") if checkpoint.step_of(path) < last]
-    if not before:
+    found = checkpoint.checkpoints(run / "checkpoints")
+
+    def after(path: Path) -> list[dict[str, Any]]:
+        return [record for record in records if record["step"] > checkpoint.step_of(path)][:steps]
+
+    start = max(found, key=lambda path: (len(after(path)), path.name))
+    if not after(start):
         return None
-    start = next((p for p in reversed(before) if checkpoint.step_of(p) <= last - steps), before[0])
-    first = checkpoint.step_of(start)
-    return Replay(start, [record for record in records if record["step"] > first])
+    led_to = next((path for path in found if path > start), start)
+    return Replay(start, checkpoint.read_state(led_to), after(start))
 
 
-def replay(cfg: RunConfig, planned: Replay) -> str | None:
-    """Trains the planned steps again on the ranks of this process group; the first difference, or None."""
-    from pretrain import ranks as process
+def replay(cfg: RunConfig, planned: Replay, ranks: Ranks) -> float:
+    """Trains the planned steps again; returns the largest difference of a loss, in nats. Collective.
 
-    ranks = process.start()
-    from pretrain.loop import Run
+    Raises:
+        Differs: another batch than the logged one, or a loss further from the logged one than rounding explains.
+        ConfigError: these ranks cannot repeat the run.
+    """
+    from pretrain.loop import Run  # DeepSpeed: after it was told the device
 
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
-        shared = ranks.gather(folder)[0]
-        aside = {"run": Path(shared) / "run", "resume": str(planned.start)}
-        run = Run(cfg.model_copy(update=aside), ranks)
-        try:
-            return _compared(run, cfg, planned)
-        finally:
-            run.close()
-            ranks.barrier()
+        aside = {
+            "run": Path(folder),
+            "resume": str(planned.start),
+            "resume_check": "size",  # its hashes have just been compared
+            "logging": cfg.logging.model_copy(update={"tensorboard": False}),
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # a run tells its progress there
+            run = Run(cfg.model_copy(update=aside), ranks)
+            try:
+                _check_noise(run, planned.trained)
+                return _largest_difference(run, planned.records)
+            finally:
+                run.close()
 
 
-def _compared(run: Any, cfg: RunConfig, planned: Replay) -> str | None:
-    wanted = {record["step"]: record for record in planned.records}
-    for step in range(run.progress.step, max(wanted)):
+def _check_noise(run: Any, trained: dict[str, Any]) -> None:
+    """Raises ConfigError if the run draws random numbers while it trains, and these ranks would draw others."""
+    run.trainer.head.train()
+    distance = run.trainer.head.score_function
+    noisy = run.cfg.model.dropout > 0 or distance.evaluated() is not distance
+    world, before = trained["layout"]["world"], trained["config"]
+    vocab, micro_batch = before["parallel"]["vocab"], before["train"]["micro_batch"]
+    now = (run.ranks.world, run.cfg.parallel.vocab, run.cfg.train.micro_batch)
+    if noisy and now != (world, vocab, micro_batch):
+        raise ConfigError(
+            "dropout and noise are drawn by rank and pass, so this run repeats only on the layout that trained it: "
+            f"{world} ranks, parallel.vocab={vocab}, train.micro_batch={micro_batch}"
+        )
+
+
+def _largest_difference(run: Any, records: list[dict[str, Any]]) -> float:
+    logged = {record["step"]: record for record in records}
+    largest = 0.0
+    for step in range(run.progress.step, max(logged)):
         taken = run.step(step)
         batch = run.batches.fingerprint()
-        loss = (run.ranks.sum(taken.loss.double().clone()) / run.ranks.world).item()
-        record = wanted.get(step + 1)
+        loss = (run.ranks.sum(taken.loss.double()) / run.ranks.world).item()
+        record = logged.get(step + 1)
         if record is None:
             continue
-        if batch != record["batch"]:
-            return f"step {step + 1}: the batch {batch} is not the logged {record['batch']}"
-        if abs(loss - record["loss"]) > TOLERANCE[cfg.train.precision]:
-            return f"step {step + 1}: the loss {loss!r} is not the logged {record['loss']!r}"
-    return None
+        if batch != record.get("batch"):
+            raise Differs(f"step {step + 1}: the batch {batch} is not the logged {record.get('batch')}")
+        difference = _distance(loss, record["loss"])
+        if difference > TOLERANCE[run.cfg.train.precision]:
+            raise Differs(f"step {step + 1}: the loss {loss!r} is not the logged {record['loss']!r}")
+        largest = max(largest, difference)
+    return largest
+
+
+def _distance(loss: float, logged: float) -> float:
+    """Between two losses, which need not be finite: 0 for equals, infinite for a number and what is none."""
+    if loss == logged or (math.isnan(loss) and math.isnan(logged)):
+        return 0.0
+    difference = abs(loss - logged)
+    return difference if math.isfinite(difference) else math.inf
+
+
+def verify(folder: Path, overrides: Sequence[str], steps: int, ranks: Ranks) -> str:
+    """What was found to be right, in words. Collective. Raises Differs and ConfigError."""
+    if steps < 1:
+        raise ConfigError(f"--steps {steps}: must be 1 or more")
+    if not (folder / "config.yaml").exists() or not (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"{folder}: not a run folder (no config.yaml and metrics.jsonl in it)")
+    cfg = load(folder / "config.yaml", overrides)
+    check_layout(cfg, ranks.world, ranks.local_world)
+    count = check_files(folder / "checkpoints", ranks)
+    whole = f"{count} checkpoint{'s are' if count > 1 else ' is'} whole"
+    planned = plan(folder, steps)
+    if planned is None:
+        return f"{whole}; no step was logged after one, so none was trained again"
+    check_data(cfg)
+    largest = replay(cfg, planned, ranks)
+    near = "bit for bit" if largest == 0 else f"to {largest:.1e} nats"
+    first, last = planned.records[0]["step"], planned.records[-1]["step"]
+    again = f"{f'steps {first} to {last}' if last > first else f'step {first}'} again from {planned.start.name}"
+    return f"{whole}; {again}: the logged batches, and the logged losses {near}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,43 +177,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the layout, such as train.micro_batch=4")
     parser.add_argument("--steps", type=int, default=5, help="logged steps to train again (default %(default)s)")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds this one
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for kind in (UserWarning, FutureWarning):  # as in training
+        warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
+    ranks = process.start()
     try:
-        if not (args.run / "config.yaml").exists() or not (args.run / "metrics.jsonl").exists():
-            raise ConfigError(f"{args.run}: not a run folder (no config.yaml and metrics.jsonl in it)")
-        cfg = load(args.run / "config.yaml", args.overrides)
-        return _told(args.run, cfg, args.steps)
+        code, told = 0, f"PASS: {verify(args.run, args.overrides, args.steps, ranks)}"
+    except Differs as wrong:
+        code, told = 1, f"FAIL: {wrong}"
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-
-
-def _told(folder: Path, cfg: RunConfig, steps: int) -> int:
-    import os
-
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    first = os.environ.get("RANK", "0") == "0"
-    wrong = check_files(folder / "checkpoints")
-    planned = None if wrong else plan(folder, steps)
-    if planned is not None:
-        check_layout(cfg, world, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world))
-        check_data(cfg)
-        wrong = replay(cfg, planned)
-    if first:
-        count = len(checkpoint.checkpoints(folder / "checkpoints"))
-        if wrong:
-            print(f"FAIL: {wrong}")
-        elif planned is None:
-            print(f"PASS: {count} checkpoints are whole; no step was logged after one, so none was trained again")
-        else:
-            span = f"{planned.records[0]['step']} to {planned.records[-1]['step']}"
-            print(f"PASS: {count} checkpoints are whole; steps {span}, trained again from {planned.start.name}, agree")
-    if planned is not None:
-        from pretrain import ranks as process
-
-        process.stop()
-    return 1 if wrong else 0
+        code, told = EXIT_BAD_INPUT, f"error: {error}"
+    if ranks.first:
+        print(told, file=sys.stderr if code == EXIT_BAD_INPUT else sys.stdout)
+    process.stop()
+    return code
 
 
 if __name__ == "__main__":

@@ -82,6 +82,11 @@ def test_quickstart_at_reduced_size(base: Path) -> None:
     held_out = call("pretrain.evaluate", str(run), "--json")
     assert json.loads(held_out.stdout)["loss"] == pytest.approx(records(run, "eval")[-1]["loss"], rel=2e-3)
 
+    verified = call("pretrain.verify", str(run))
+    assert verified.returncode == 0 and verified.stdout.startswith("PASS: 2 checkpoints are whole; "), verified.stdout
+    exported = call("pretrain.export", str(run), "--out", str(base / "weights"))
+    assert exported.returncode == 0 and (base / "weights" / "model.safetensors").exists(), exported.stderr
+
     changed = call("pretrain", "configs/quickstart.yaml", *settings(base, "train.steps=20", "model.layers=3"))
     assert changed.returncode == 2 and "model.layers was 2 and is 3" in changed.stderr
     assert "Traceback" not in changed.stderr

@@ -180,6 +180,11 @@ def test_no_pickle_is_ever_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         (newest / name).write_bytes(pickle.dumps(_Bomb()))
     run_ranks(check_loads, 1, tmp_path, base=tmp_path)
     assert not list(tmp_path.rglob("bombed"))
+    (newest / "more.safetensors").write_bytes(b"x")
+    assert "more.safetensors: the manifest does not list it" in str(checkpoint.damage(newest))
+    (newest / "more.safetensors").unlink()
+    (newest.parent / f"{newest.name}-copy").mkdir()
+    assert checkpoint.checkpoints(newest.parent)[-1] == newest, "a folder of the user's is none"
     (newest / "state.json").write_bytes(pickle.dumps(_Bomb()))
     wrong = checkpoint.damage(newest)
     assert wrong is not None and "state.json" in wrong
