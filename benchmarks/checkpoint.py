@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -80,6 +81,10 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
             finish_load(trainer.engine, trainer.head_optimizer, 1)
 
         saver = Saver(folder, ranks, cfg.checkpoint)
+
+        def save(step: int) -> None:
+            saver.start(fragments((0, 1)), Progress(step=step), {"identity": {}})
+
         stalls, saves, loads, theirs, their_loads = [], [], [], [], []
         size = 0
         for step in range(repeats + 1):
@@ -96,10 +101,10 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
         saver.close()
         count = sum(p.numel() for module in (trainer.engine.module, trainer.head) for p in module.parameters())
         medians = (statistics.median(times[1:]) for times in (stalls, saves, loads, theirs, their_loads))
-        stall, save, load_, their_save, their_load = medians
+        stall_s, save_s, load_s, their_save_s, their_load_s = medians
         trainer.engine.destroy()
         process.stop()
-        return Cost(count, stall, save, load_, size, their_save, their_load)
+        return Cost(count, stall_s, save_s, load_s, size, their_save_s, their_load_s)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import math
 import signal
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from data.loader import Windows
+from data.settings import ConfigError
 from data.shards import open_split
 from pretrain import checkpoint
 from pretrain.batches import Batches
@@ -79,9 +82,9 @@ class Run:
             differing = checkpoint.audit(checkpoint.read_state(found), now, cfg.resume_allow)
             checkpoint.check_audit(found, differing)
         ranks.barrier()  # everybody has looked before anything is touched
+        self._lock = _alone_in(cfg.run, ranks)
         if ranks.first:
             checkpoint.remove_drafts(self.folder)
-            cfg.run.mkdir(parents=True, exist_ok=True)
             (cfg.run / "config.yaml").write_text(dump(cfg))
         self.trainer = Trainer(cfg, ranks)
         self.saver = Saver(self.folder, ranks, cfg.checkpoint)
@@ -234,6 +237,8 @@ class Run:
 
     def close(self) -> None:
         self.saver.close()
+        if self._lock is not None:
+            self._lock.close()
         if self.recorder is not None:
             self.recorder.close()
 
@@ -293,6 +298,29 @@ class _Window:
         run.recorder.record("train", step, values)
         left = (cfg.train.steps - step) * spent.seconds / len(self.losses)
         run.recorder.progress(step, values, left)
+
+
+def _alone_in(run: Path, ranks: Ranks) -> TextIO | None:
+    """Takes the run folder's lock on the first rank; the system frees it when that process ends, however it ends.
+
+    Raises:
+        ConfigError: another job trains in this folder, or the ranks of one whose launcher was killed still do.
+    """
+    file, problem = None, None
+    if ranks.first:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / "lock").open("w")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            problem = (
+                f"{run}: another job trains in this folder (or ranks whose launcher was killed still do). Wait for it, "
+                "end its processes, or give another folder (run=...)"
+            )
+    told = ranks.gather(problem)[0]
+    if told:
+        raise ConfigError(told)
+    return file
 
 
 def due(step: int, every: int | None) -> bool:

@@ -175,8 +175,19 @@ class Saver:
             remove(final)
         publish(draft, final)
         point(self.folder / LATEST, final.name)
+        for later in checkpoints(self.folder):
+            if step_of(later) > step_of(final):
+                abandon(later)
         for old in superfluous(checkpoints(self.folder), self.cfg, best):
             remove(old)
+
+
+def abandon(later: Path) -> None:
+    """Sets aside a checkpoint of steps that this run, resumed from before them, trains anew: `auto` must not take it."""
+    names = (f"abandoned-{later.name}{end}" for end in ("", *(f"-{k}" for k in range(2, 1000))))
+    aside = next(later.with_name(name) for name in names if not later.with_name(name).exists())
+    log.warning("%s is of an earlier run beyond this one's resume: kept as %s", later.name, aside.name)
+    os.replace(later, aside)
 
 
 def superfluous(found: list[Path], cfg: CheckpointConfig, best: int | None) -> list[Path]:

@@ -30,6 +30,7 @@ HEADER = Path(__file__).with_name("cpu.h")
 LANES = 16  # float32 lanes of a vector register: rows of scores start on a multiple
 INSTRUCTIONS = ("fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 BFLOAT16 = "avx512_bf16"
+BUILT = "built"  # a file beside the library, once it was whole and loaded
 HUGE = 4 * 2**20  # tensors of so many bytes are worth huge pages
 
 
@@ -76,11 +77,14 @@ def build_folder() -> Path:
 @functools.cache
 def _load() -> str | None:
     """Builds and loads the kernels, once; returns what stood in the way, and the remedy."""
-    from torch.utils import cpp_extension
-
     folder = build_folder()
     try:
         with _alone(folder), _ninja_found():
+            if (folder / BUILT).exists():  # ninja would build anew for another checkout: its commands hold paths
+                torch.ops.load_library(folder / f"{folder.name}.so")
+                return None
+            from torch.utils import cpp_extension
+
             cpp_extension.load(
                 folder.name,
                 [str(source) for source in SOURCES],
@@ -89,6 +93,7 @@ def _load() -> str | None:
                 build_directory=str(folder),
                 is_python_module=False,
             )
+            (folder / BUILT).touch()
     except (RuntimeError, OSError) as error:
         lines = [line.strip() for line in str(error).splitlines()] or ["no reason given"]
         reason = next((line for line in lines if "error:" in line or "not found" in line), lines[0])

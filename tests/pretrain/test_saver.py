@@ -124,6 +124,52 @@ def test_a_full_disk_and_the_run_goes_on(tmp_path: Path) -> None:
     assert kept(tmp_path) == [1, 2, 4, 5, 6]
 
 
+def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path: Path) -> None:
+    """Else `auto` would later find them, and retention would count them."""
+    make_data(tmp_path / "data")
+    run_ranks(check_earlier, 1, tmp_path, base=tmp_path)
+    folder = tmp_path / "run" / "checkpoints"
+    assert kept(tmp_path) == [3, 4]
+    aside = {path.name for path in folder.glob("abandoned-*")}
+    assert aside == {f"abandoned-step-0000000{step}" for step in (4, 5, 6)}
+    assert (folder / "latest").read_text() == "step-00000004\n"
+
+
+def check_earlier(base: Path) -> None:
+    """Six steps; then back to the second, and on to the fourth."""
+    from pretrain import ranks as process
+    from pretrain.loop import Run
+
+    assert outcome_of(config(base, checkpoint__keep=9)).code == 0
+    back = str(base / "run" / "checkpoints" / "step-00000002")
+    run = Run(config(base, checkpoint__keep=2, resume=back), process.start())
+    for step in (2, 3):
+        run._advance(run.step(step))
+        run.save()
+    run.finish_save()
+    run.close()
+    run.trainer.engine.destroy()
+
+
+def check_locked(base: Path) -> str:
+    import fcntl
+
+    (base / "run").mkdir()
+    with (base / "run" / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        try:
+            outcome_of(config(base))
+        except ConfigError as error:
+            return str(error)
+    return ""
+
+
+def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path) -> None:
+    make_data(tmp_path / "data")
+    assert "another job trains in this folder" in run_ranks(check_locked, 1, tmp_path, base=tmp_path)[0]
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
 def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next save waits for the one before; what is written is what was there when it began; buffers are reused."""
     from pretrain import ranks as process
