@@ -88,9 +88,7 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
         stalls, saves, loads, theirs, their_loads = [], [], [], [], []
         size = 0
         for step in range(repeats + 1):
-            stalls.append(
-                timed(lambda step=step: saver.start(fragments((0, 1)), Progress(step=step), {"identity": {}}))
-            )
+            stalls.append(timed(partial(save, step)))
             saved = saver.wait()
             assert saved is not None
             saves.append(saved.seconds)

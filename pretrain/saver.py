@@ -183,7 +183,7 @@ class Saver:
 
 
 def abandon(later: Path) -> None:
-    """Sets aside a checkpoint of steps that this run, resumed from before them, trains anew: `auto` must not take it."""
+    """Sets aside a checkpoint of steps that this run trains anew, so that `auto` does not find it."""
     names = (f"abandoned-{later.name}{end}" for end in ("", *(f"-{k}" for k in range(2, 1000))))
     aside = next(later.with_name(name) for name in names if not later.with_name(name).exists())
     log.warning("%s is of an earlier run beyond this one's resume: kept as %s", later.name, aside.name)
