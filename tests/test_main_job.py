@@ -66,7 +66,7 @@ def test_quickstart_at_reduced_size(base: Path) -> None:
     run = base / "run"
     losses = [record["loss"] for record in records(run, "train")]
     assert len(losses) == 20 and losses[-1] < losses[0] - 0.3
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-00000015", "step-00000020"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step-00000015", "step-00000020"}
     assert len(list((run / "checkpoints" / "step-00000020").glob("*.safetensors"))) == 2, "each rank wrote its part"
     assert list(run.glob("events.out.tfevents.*"))
     assert json.loads((run / "exit.json").read_text())["code"] == 0
