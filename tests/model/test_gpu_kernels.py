@@ -367,6 +367,14 @@ def test_without_triton_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog:
     assert "The head runs in plain PyTorch on this GPU" in caplog.text and "triton" in caplog.text
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_on_an_older_gpu_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    choose._say.cache_clear()
+    assert choose._for_gpu.__wrapped__(torch.device("cuda", 0)) is eager
+    assert "on this GPU, exact but slower: compute capability 7.5; 8.0 or newer would be faster." in caplog.text
+
+
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests run as they are here")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_under_the_interpreter() -> None:
