@@ -217,7 +217,7 @@ class Ratio(DirectDistance):
         sizes = x.abs().sum(1)
         least = self.relative * sizes + self.absolute
         if self.separable:
-            below = torch.add(sizes[:, None], rows.rows.abs().sum(1), out=torch.empty_like(values))
+            below = torch.add(sizes[:, None], rows.sizes, out=torch.empty_like(values))
         else:
             below = ops.contract(self.below, x, rows)
         torch.maximum(below, least[:, None], out=below)

@@ -133,7 +133,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return out
 
 
-class Rows:
+class Rows(eager.Rows):
     """The prototypes of one call (V, D), and memory for the scores of the last `chunks` chunks: `products` writes over
     the one before those.
     """

@@ -8,6 +8,7 @@ themselves. Operands of products have the compute dtype (bfloat16, float32 or fl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,11 @@ class Rows:
     def __init__(self, rows: Tensor, chunks: int = 1) -> None:
         self.rows = rows
         self.squares = square_norms(rows)  # (V,)
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """(V,) sums of the absolute entries, made when one asks for them."""
+        return self.rows.abs().sum(1)
 
 
 def square_norms(rows: Tensor) -> Tensor:
