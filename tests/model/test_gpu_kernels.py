@@ -28,6 +28,7 @@ from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.kernels import choose, eager
 from model.kernels.eager import Squares, Terms
 from model.reference import harmonic_loss_reference
+from tests.model.checks import assert_no_worse
 from tests.model.variants import VARIANTS, loss_and_gradients
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -65,14 +66,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of this test's device run through gpu.py, wherever they ask for their kernels."""
     if INTERPRETED:
         monkeypatch.setattr(choose, "_for_cpu", lambda dtype: gpu)
-
-
-def assert_no_worse(fast: Tensor, plain: Tensor, truth: Tensor, slack: float = 1e-6) -> None:
-    """Not further from float64 than plain PyTorch, but for `slack` of the largest entry."""
-    assert fast.shape == truth.shape and fast.isfinite().all()
-    scale = truth.abs().max().clamp_min(1e-30)
-    worst = [((near.double() - truth).abs().max() / scale).item() for near in (fast, plain)]
-    assert worst[0] <= worst[1] + slack, f"{worst[0]:.2e} from float64, plain PyTorch {worst[1]:.2e}"
 
 
 def draw(size: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
