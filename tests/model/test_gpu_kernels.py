@@ -29,7 +29,7 @@ from model.kernels import choose, eager
 from model.kernels.eager import Squares, Terms
 from model.reference import harmonic_loss_reference
 from tests.model.checks import assert_no_worse
-from tests.model.variants import VARIANTS, loss_and_gradients
+from tests.model.variants import VARIANTS, loss_and_gradients, params_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -312,7 +312,8 @@ def test_harmonic_loss(variant: str, served: None, monkeypatch: pytest.MonkeyPat
     y[2] = -100
 
     def run(loss: Any, x: Tensor, w: Tensor) -> list[Tensor]:
-        on_device = {} if "factor" not in VARIANTS[variant] else {"factor": factor(variant, d)}
+        tensors = {name: value for name, value in params_of(variant, d).items() if isinstance(value, Tensor)}
+        on_device = {name: value.detach().to(DEVICE).requires_grad_() for name, value in tensors.items()}
         return loss_and_gradients(lambda x, w, **p: loss(x, w, y, **p), x, w, variant, 6.0, **on_device)
 
     def fast_loss(*given: Any, **params: Any) -> Tensor:
@@ -325,12 +326,6 @@ def test_harmonic_loss(variant: str, served: None, monkeypatch: pytest.MonkeyPat
     plain = run(fast_loss, x, w)
     for triple in zip(fast, plain, truth, strict=True):
         assert_no_worse(*triple, slack=1e-5)
-
-
-def factor(variant: str, d: int) -> Tensor:
-    shape = (d,) if VARIANTS[variant]["factor"] == "diagonal" else (d, d)
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.3
-    return (drawn if len(shape) == 1 else drawn + torch.eye(d)).to(DEVICE).requires_grad_()
 
 
 @runs
