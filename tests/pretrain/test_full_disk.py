@@ -26,11 +26,11 @@ def mount(*arguments: str) -> None:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 1 MiB."""
+    """A disk of 16 MiB."""
     folder = tmp_path / "disk"
     folder.mkdir()
     try:
-        mount("-t", "tmpfs", "-o", f"size={MIB}", "none", str(folder))
+        mount("-t", "tmpfs", "-o", f"size={16 * MIB}", "none", str(folder))
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"a small disk is a mount, which needs root: {error}")
     yield folder
