@@ -36,7 +36,9 @@ def test_is_the_argmax_and_the_loss_for_every_distance(variant: str, dtype: torc
     assert torch.equal(losses, harmonic_loss(x, w, y, reduction="none", **given)) and not losses.requires_grad
     scores = scores_reference(x, w.to(dtype), given.pop("distance"), given.pop("exponent"), **given)
     short = scores.max(1).values - scores.gather(1, predictions[:, None])[:, 0]
-    assert (short <= 1e-5 if dtype == torch.float32 else short <= 1e-12 if dtype == torch.float64 else short < 0.2).all()
+    assert (
+        short <= 1e-5 if dtype == torch.float32 else short <= 1e-12 if dtype == torch.float64 else short < 0.2
+    ).all()
     if dtype != torch.bfloat16:
         assert torch.equal(predictions, scores.argmax(1)), "these draws have no near ties"
 
