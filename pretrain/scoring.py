@@ -28,8 +28,8 @@ Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # see pretrai
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What a split came to, by document, (documents,) each. `text_bytes` are those of the UTF-8 text (-1: not known), end
-    marks not counted; an end mark is a token, scored like any other.
+    """What a split came to, by document, (documents,) each. `text_bytes` are those of its UTF-8 text (-1: not known),
+    the end mark not counted; an end mark is a token, scored like any other.
     """
 
     nats: np.ndarray

@@ -27,6 +27,7 @@ from pretrain import ranks as process
 from pretrain.checkpoint import load_weights
 from pretrain.config import RunConfig, load
 from pretrain.inference import Model
+from pretrain.metrics import read_records
 from pretrain.modules import build_modules
 from pretrain.ranks import Ranks
 from pretrain.scoring import Difference, Evaluation, compare, unigram_bits_per_byte
@@ -108,7 +109,7 @@ def test_is_the_reference_on_any_number_of_ranks_and_groups(trained: Path, world
         assert found["accuracy"] == pytest.approx(hits.mean())
         by_document = np.add.reduceat(nats, split.document_starts())
         np.testing.assert_allclose(found["nats"], by_document, rtol=2e-6)
-    alone = json.loads((in_bf16 / "metrics.jsonl").read_text().splitlines()[-1])
+    alone = next(record for record in read_records(in_bf16) if record["kind"] == "eval")
     assert every[0][-1]["loss"] == pytest.approx(alone["loss"], abs=1e-4)
 
 
