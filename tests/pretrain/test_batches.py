@@ -66,7 +66,8 @@ class Watched(Windows):
 
     def __init__(self, windows: Windows, broken: int | None = None) -> None:
         super().__init__(windows.split, windows.seq_len, windows.seed)
-        self.broken, self.read, self.two = broken, [], threading.Event()
+        self.broken, self.two = broken, threading.Event()
+        self.read: list[tuple[int, bool]] = []
 
     def samples(self, numbers: np.ndarray) -> np.ndarray:
         step = int(numbers[0]) // SEQUENCES
