@@ -37,8 +37,8 @@ class Batches:
         began = time.perf_counter()
         asked, reading = self._ahead or (None, None)
         if reading is None or asked != step:
-            reading = self._reader.submit(self._read, step)
-        self._ahead = step + 1, self._reader.submit(self._read, step + 1)
+            reading = self._reader.submit(self.read, step)
+        self._ahead = step + 1, self._reader.submit(self.read, step + 1)
         tokens, self._hashes = reading.result()
         for part in tokens.split(self.cfg.train.micro_batch):
             batch = part.to(self.ranks.device, non_blocking=True)
@@ -46,7 +46,7 @@ class Batches:
             yield batch
             began = time.perf_counter()
 
-    def _read(self, step: int) -> tuple[Tensor, int]:
+    def read(self, step: int) -> tuple[Tensor, int]:
         """This rank's samples of a step, (samples, T+1), pinned for a GPU, and the sum of their hashes."""
         numbers = samples_of(step, self.ranks.rank, self.ranks.world, self.cfg.sequences_per_step())
         tokens = self.windows.samples(numbers)

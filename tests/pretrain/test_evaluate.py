@@ -16,11 +16,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional as F
 
+from data.files import sha256_of
 from data.loader import EvaluationWindows
-from data.shards import open_split
+from data.settings import ConfigError
+from data.shards import fingerprint, open_split
 from model.reference import scores_reference
 from pretrain import evaluate
 from pretrain import ranks as process
@@ -360,7 +363,11 @@ def test_a_split_that_is_missing_or_has_no_window_is_refused(trained: Path, tmp_
     make_data(tmp_path / "short", val_tokens=5)
     told = refused(capsys, trained / "run", "--data", tmp_path / "short")
     assert "the val split has 6 tokens, fewer than one window of 8" in told
-    make_data(tmp_path / "empty", val_tokens=0)
+    make_data(tmp_path / "empty")
+    path = tmp_path / "empty" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["splits"]["val"] |= {"tokens": 0, "documents": 0, "text_bytes": 0, "shards": []}
+    path.write_text(json.dumps({**manifest, "fingerprint": fingerprint(manifest)}))
     assert "the val split has 0 tokens" in refused(capsys, trained / "run", "--data", tmp_path / "empty")
     assert "no prepared data here" in refused(capsys, trained / "run", "--data", tmp_path / "nowhere")
 
@@ -376,9 +383,6 @@ def test_another_models_checkpoint_is_refused(copied: Path, trained: Path, capsy
 def test_another_tokenizers_checkpoint_is_refused(copied: Path, tmp_path: Path, capsys) -> None:
     make_data(tmp_path / "data")
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
-    from data.files import sha256_of
-    from data.shards import fingerprint
-
     (tmp_path / "data" / "tokenizer.model").write_bytes(b"another model of as many pieces")
     manifest["tokenizer_sha256"] = sha256_of(tmp_path / "data" / "tokenizer.model")
     manifest["fingerprint"] = fingerprint(manifest)
@@ -388,12 +392,8 @@ def test_another_tokenizers_checkpoint_is_refused(copied: Path, tmp_path: Path, 
 
 def poison(run: Path, tensor: str) -> None:
     """Puts a NaN into a tensor of the newest checkpoint and makes its manifest agree."""
-    from data.files import sha256_of
-
     folder = run / "checkpoints" / "step-00000004"
     (file,) = folder.glob("*.safetensors")
-    from safetensors import safe_open
-
     with safe_open(file, "numpy") as opened:
         metadata = opened.metadata()
     tensors = {name: values.copy() for name, values in load_file(file).items()}
@@ -413,8 +413,6 @@ def test_weights_that_are_not_finite_are_named(copied: Path, capsys, tensor: str
 
 
 def check_poisoned(run: Path) -> str:
-    from data.settings import ConfigError
-
     ranks = process.start()
     try:
         evaluate.run_task(evaluate.open_task(run), process.with_groups(ranks, 2))

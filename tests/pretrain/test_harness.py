@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 pytest.importorskip("lm_eval", reason="pip install -e '.[eval]'")
 
 from data.settings import ConfigError  # noqa: E402
+from pretrain import ranks as process  # noqa: E402
 from pretrain.harness import Overtone  # noqa: E402
 from tests.pretrain.test_evaluate import english  # noqa: E402, F401
 from tests.pretrain.tiny import T  # noqa: E402
@@ -54,10 +57,10 @@ metric_list: [{metric: exact_match}]
 """,
 }
 ROWS = [
-    {"question": "the model reads", "choices": [" a page", " pages before it"], "answer": 0, "text": "a page of words"},
+    {"question": "the model reads", "choices": [" a", " it"], "answer": 0, "text": "a page of words"},
     {
         "question": "because it",
-        "choices": [" has", " caf\u00e9"],
+        "choices": [" has", " it"],
         "answer": 1,
         "text": "the model says what comes next",
     },
@@ -65,8 +68,9 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def model(english: Path) -> Overtone:  # noqa: F811
-    return Overtone(run=str(english / "small"), batch_size=3)
+def model(english: Path) -> Iterator[Overtone]:  # noqa: F811
+    yield Overtone(run=str(english / "small"), batch_size=3)
+    process.stop()
 
 
 def log_probs(model: Overtone, ids: list[int]) -> torch.Tensor:
@@ -132,19 +136,20 @@ def test_generation_is_greedy_and_stops(model: Overtone) -> None:
         model.generate_until(asked(("the", {"until": [], "beams": 3})))
 
 
-def test_the_command_runs_local_tasks(english: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_runs_local_tasks(model: Overtone, english: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     for name, task in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(task.replace("DATA", str(tmp_path / "rows.jsonl")))
     command = [sys.executable, "-m", "pretrain.harness", "run", "--model", "overtone"]
     command += ["--model_args", f"run={english / 'small'}", "--include_path", str(tmp_path)]
     command += ["--tasks", "choose", "roll", "write", "--output_path", str(tmp_path / "out.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    inherited = {name: value for name, value in os.environ.items() if name != "RANK"}  # this process made a group
+    alone = {**inherited, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
     assert done.returncode == 0, done.stderr[-2000:]
     (report,) = tmp_path.glob("**/out*.json")
     found = json.loads(report.read_text())["results"]
     assert found["choose"]["acc,none"] in (0, 0.5, 1)
-    model = Overtone(run=str(english / "small"))
     nats = -sum(model.loglikelihood_rolling(asked(*((row["text"],) for row in ROWS))))
     text_bytes = sum(len(str(row["text"]).encode()) for row in ROWS)
     assert found["roll"]["bits_per_byte,none"] == pytest.approx(nats / text_bytes / 0.6931471805599453, rel=1e-6)
