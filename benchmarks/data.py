@@ -50,7 +50,7 @@ def loading(cfg: RunConfig, steps: int) -> Loading:
     batches = Batches(Windows(split, cfg.model.seq_len, cfg.train.seed), cfg, ranks)
     tokens = cfg.train.tokens_per_step
     times: list[float] = []
-    while sum(times) < READ_SECONDS:
+    while sum(times) < READ_SECONDS or len(times) <= WARM_UP:
         began = time.perf_counter()
         batches.read(len(times))
         times.append(time.perf_counter() - began)

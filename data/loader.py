@@ -103,7 +103,6 @@ class Scorable(Protocol):
     name: str
     tokens: int
     documents: int
-    text_bytes: int
     eos_id: int
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -113,7 +112,7 @@ class Scorable(Protocol):
         """Position in the stream at which each document starts, int64 (documents,)."""
 
     def document_bytes(self) -> np.ndarray:
-        """Bytes of each document's UTF-8 text, int64 (documents,)."""
+        """Bytes of each document's UTF-8 text, int64 (documents,); -1 where they are not known."""
 
 
 class EvaluationWindows:

@@ -229,10 +229,13 @@ def _count(value: int | None) -> str:
 
 
 def _difference(found: dict[str, Any]) -> str:
+    from pretrain.scoring import INTERVAL
+
     told = f"first less second: {found['bits_per_byte_difference']:+.5f}{_error(found['standard_error'])} bits/byte"
     if found["low"] is None:
         return f"{told}; one document gives no interval"
-    return f"{told}, 95% interval {found['low']:+.5f} to {found['high']:+.5f} by paired bootstrap over documents"
+    bounds = f"{found['low']:+.5f} to {found['high']:+.5f}"
+    return f"{told}, {INTERVAL:.0%} interval {bounds} by paired bootstrap over documents"
 
 
 if __name__ == "__main__":

@@ -94,10 +94,9 @@ def test_continuations_have_the_heads_likelihood_whatever_the_batch(model: Overt
         expected = logs.gather(1, torch.tensor(ids[-count:])[:, None]).sum().item()
         assert score == pytest.approx(expected, abs=1e-4), (context, continuation)
         assert greedy == (logs.argmax(1).tolist() == ids[-count:])
-    best = model.text.decode([int(log_probs(model, [eos])[-1].argmax())])
-    if model.tok_encode(best):
-        ((_, greedy),) = model.loglikelihood(asked(("", best)), disable_tqdm=True)
-        assert greedy == (len(model.tok_encode(best)) == 1 or greedy)
+    first = int(log_probs(model, [eos])[-1].argmax())
+    pairs_of_ids = [("", [eos], [first]), ("", [eos], [first + 1]), ("", [], [first])]
+    assert [greedy for _, greedy in model._loglikelihood_tokens(pairs_of_ids)] == [True, False, True]
     with pytest.raises(ConfigError, match="but the model has 8 positions"):
         model.loglikelihood(asked(("a", " word" * 30)), disable_tqdm=True)
 
