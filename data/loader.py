@@ -5,6 +5,7 @@ resumed at any sample, reads the same stream.
 """
 
 import hashlib
+from typing import Protocol
 
 import numpy as np
 
@@ -96,25 +97,61 @@ def _keys(seed: int, epoch: int) -> np.ndarray:
     return np.frombuffer(hashlib.sha512(f"{seed}:{epoch}".encode()).digest(), dtype="<u8", count=ROUNDS)
 
 
-def evaluation_count(split: Split, seq_len: int) -> int:
-    """Windows that score every token of the split once."""
-    return -(-split.tokens // seq_len)
+class Scorable(Protocol):
+    """What evaluation reads: a `data.shards.Split`, or `data.texts.Texts`."""
+
+    name: str
+    tokens: int
+    documents: int
+    eos_id: int
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start+count-1 of the stream, int64 (count,)."""
+
+    def document_starts(self) -> np.ndarray:
+        """Position in the stream at which each document starts, int64 (documents,)."""
+
+    def document_bytes(self) -> np.ndarray:
+        """Bytes of each document's UTF-8 text, int64 (documents,); -1 where they are not known."""
 
 
-def evaluation_windows(split: Split, seq_len: int, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Windows first .. first+count-1 for evaluation, in stream order.
+class EvaluationWindows:
+    """Windows that score every token of a split once, in stream order.
 
-    Window k scores tokens k*T .. k*T+T-1, each from the tokens before it in the window; before the first token of the
-    split stands eos. Windows may lie past the end, so that every rank can ask for equally many.
+    Window k scores tokens k*S .. k*S+S-1 (S the stride). It holds the T tokens that end there, or the first T of the
+    split, so a token is scored from at least T - S tokens before it once past the start, from all of them within the
+    first T. Before the first token of the split stands eos. S = T is cheapest; a smaller stride costs T / S times that.
 
-    Returns:
-        inputs (count, T) and targets (count, T), int64; past the end of the split inputs are eos and targets -100.
+    Attributes: `count` of windows.
+
+    Raises:
+        ConfigError: the split is smaller than one window, or the stride is not within 1 .. T.
     """
-    start = first * seq_len - 1  # one before the first target
-    begin, end = max(start, 0), min(start + count * seq_len + 1, split.tokens)
-    stream = np.full(count * seq_len + 1, split.eos_id, dtype=np.int64)
-    if end > begin:
-        stream[begin - start : end - start] = split.read(begin, end - begin)
-    inputs, targets = stream[:-1].copy(), stream[1:].copy()
-    targets[max(split.tokens - first * seq_len, 0) :] = IGNORED  # inputs are eos there, as the split's last token is
-    return inputs.reshape(count, seq_len), targets.reshape(count, seq_len)
+
+    def __init__(self, split: Scorable, seq_len: int, stride: int | None = None) -> None:
+        self.split, self.seq_len, self.stride = split, seq_len, seq_len if stride is None else stride
+        if not 1 <= self.stride <= seq_len:
+            raise ConfigError(f"a stride of {stride}: expected 1 to {seq_len}, the sequence length")
+        if split.tokens < seq_len:
+            raise ConfigError(
+                f"the {split.name} split has {split.tokens} tokens, fewer than one window of {seq_len}; "
+                "give more text or a shorter sequence length"
+            )
+        self.count = -(-split.tokens // self.stride)
+
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Windows first .. first+count-1; they may lie past the end, so that every rank can ask for equally many.
+
+        Returns:
+            inputs (count, T); the positions in them that are scored, (count, S); and their targets (count, S). All are
+            int64; past the end of the split inputs are eos and targets -100.
+        """
+        scored = np.arange(first, first + count)[:, None] * self.stride + np.arange(self.stride)  # (count, S) in stream
+        starts = np.maximum(scored[:, -1:] + 1 - self.seq_len, 0)  # (count, 1) of each window's first target
+        before = int(starts[0, 0]) - 1  # the first input
+        begin, end = max(before, 0), min(int(starts[-1, 0]) + self.seq_len, self.split.tokens)
+        stream = np.full(int(starts[-1, 0]) + self.seq_len - before, self.split.eos_id, dtype=np.int64)
+        if end > begin:
+            stream[begin - before : end - before] = self.split.read(begin, end - begin)
+        targets = np.where(scored < self.split.tokens, stream[scored - before], IGNORED)
+        return stream[starts - 1 - before + np.arange(self.seq_len)], scored - starts, targets

@@ -162,11 +162,49 @@ def harmonic_loss(
     differentiate = torch.is_grad_enabled() and any(
         t.requires_grad for t in (hidden, prototypes, exponent, *tensors.values())
     )
-    budget = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) if chunk_bytes is None else chunk_bytes
     detached = replace(entry, **{name: tensor.detach() for name, tensor in tensors.items()})
-    call = _Call(detached, shard, reduction, ignore_index, budget, differentiate)
+    call = _Call(detached, shard, reduction, ignore_index, _budget(hidden, chunk_bytes), differentiate)
     function = _PerToken if reduction == "none" else _Reduced
     return function.apply(hidden, prototypes, exponent, targets, call, *tensors.values())
+
+
+@_as_given
+@torch.no_grad()
+def harmonic_predictions(
+    hidden: Tensor,
+    prototypes: Tensor,
+    targets: Tensor,
+    *,
+    distance: str | Distance = "euclidean",
+    exponent: float | Tensor = 1.0,
+    ignore_index: int = -100,
+    shard: VocabShard | None = None,
+    chunk_bytes: int | None = None,
+    **params: Any,
+) -> tuple[Tensor, Tensor]:
+    """The losses (n,) of `harmonic_loss(reduction="none")`, and the most probable prototypes (n,) of the whole
+    vocabulary: one pass over the scores, chunk by chunk, without gradient.
+
+    Of prototypes with equal scores it is the first. Scores are those of the loss, so the target's is taken by direct
+    difference: a near tie with the target, within the rounding of a score, may fall otherwise than with an ignored one.
+    Arguments and errors are those of `harmonic_loss`.
+    """
+    shard = shard or VocabShard(0, prototypes.shape[0])
+    entry = resolve(distance, params)
+    exponent = _checked(hidden, prototypes, targets, entry, exponent, "none", ignore_index, shard)
+    entry = entry.prepared(hidden.dtype, lambda: _drawn(hidden.device, shard))
+    call = _Call(entry, shard, "none", ignore_index, _budget(hidden, chunk_bytes), differentiate=False)
+    side = _Prototypes(hidden, prototypes, entry, shard)
+    losses = torch.zeros(hidden.shape[0], dtype=side.wide, device=hidden.device)
+    predictions = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+
+    def use(part: slice, chunk: _Chunk) -> None:
+        chunk.settle()
+        losses[part] = own_rows(chunk.losses, shard)
+        predictions[part] = own_rows(chunk.predictions(), shard)
+
+    call.each(hidden, lambda part: _Chunk(call, side, hidden, targets, exponent, part), use)
+    return losses.masked_fill_(targets == ignore_index, 0), predictions
 
 
 @_as_given
@@ -190,6 +228,10 @@ def harmonic_log_probs(
         stats = entry.contraction.statistics(x, side.rows, side.floor(x), none, exponent)
         scores = entry.contraction.scores(stats, none, exponent)
         return scores - (stats.top + stats.total.log())[:, None]
+
+
+def _budget(hidden: Tensor, chunk_bytes: int | None) -> int:
+    return CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) if chunk_bytes is None else chunk_bytes
 
 
 def _drawn(device: torch.device, shard: VocabShard) -> Tensor:
@@ -369,6 +411,16 @@ class _Chunk:
     def losses(self) -> Tensor:
         """(M,), of ignored tokens too."""
         return self.lse - self.target
+
+    def predictions(self) -> Tensor:
+        """(M,) row of the whole vocabulary with the highest score; of equal ones, the first. Collective."""
+        shard = self.call.shard
+        top, row = self.stats.top, torch.zeros_like(self.local)
+        if shard.real:
+            top, row = self.call.distance.contraction.scores(self.stats, self.local, self.exponent).max(1)
+        highest = max_across(top.clone(), shard.group)
+        row = torch.where(top == highest, shard.start + row, shard.size)
+        return start_reduce(row, shard.group, dist.ReduceOp.MIN).wait()
 
     def exponent_gradient(self, weight: Tensor) -> Tensor:
         if not self.call.distance.has_exponent:

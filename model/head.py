@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.distances import Distance, distance_named, make
-from model.harmonic import harmonic_log_probs, harmonic_loss
+from model.harmonic import harmonic_log_probs, harmonic_loss, harmonic_predictions
 from model.vocab_parallel import VocabShard, full_rows, lookup, rows_of
 
 INIT_BLOCK = 1024  # rows that share a random stream, so that a shard draws its own rows and no others
@@ -120,6 +120,28 @@ class HarmonicHead(nn.Module):
             shard=self.shard,
             chunk_bytes=self.chunk_bytes,
         )
+
+    def score(self, hidden: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+        """hidden (..., D), targets (...) -> losses (N,) and most probable prototypes (N,), in one pass without
+        gradient: see `model.harmonic.harmonic_predictions`. Every rank of the group calls it.
+        """
+        return harmonic_predictions(
+            hidden.reshape(-1, hidden.shape[-1]),
+            self.prototypes,
+            targets.reshape(-1),
+            distance=self.score_function,
+            exponent=self.exponent,
+            ignore_index=ignore_index,
+            shard=self.shard,
+            chunk_bytes=self.chunk_bytes,
+        )
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """(..., D) -> (...) most probable prototypes; of equally probable ones the first. Every rank of the group calls
+        it, with as many.
+        """
+        ignored = torch.full(hidden.shape[:-1], -100, device=hidden.device)
+        return self.score(hidden, ignored)[1].view(hidden.shape[:-1])
 
     def log_probs(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., V) log-probabilities of the whole vocabulary, without gradient. Every rank of the group

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -21,24 +22,37 @@ def samples_of(step: int, rank: int, ranks: int, per_step: int) -> np.ndarray:
 
 
 class Batches:
-    """This rank's passes of a step, (B, T+1) tokens each, and the seconds that reading them took."""
+    """This rank's passes of a step, (B, T+1) tokens each, which a thread reads one step ahead, and the seconds that
+    training waited for them.
+    """
 
     def __init__(self, windows: Windows, cfg: RunConfig, ranks: Ranks) -> None:
         self.windows, self.cfg, self.ranks = windows, cfg, ranks
         self.waited_s = 0.0
         self._hashes = 0  # of this rank's samples of the last step, summed up
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
+        self._ahead: tuple[int, Future[tuple[Tensor, int]]] | None = None  # a step that is being read
 
     def of(self, step: int) -> Iterator[Tensor]:
-        self._hashes = 0
-        numbers = samples_of(step, self.ranks.rank, self.ranks.world, self.cfg.sequences_per_step())
-        for first in range(0, len(numbers), self.cfg.train.micro_batch):
-            began = time.perf_counter()
-            chosen = numbers[first : first + self.cfg.train.micro_batch]
-            tokens = self.windows.samples(chosen)
-            self._hashes += sum(map(_hashed, chosen, tokens))
-            batch = torch.from_numpy(tokens).to(self.ranks.device, non_blocking=True)
+        began = time.perf_counter()
+        asked, reading = self._ahead or (None, None)
+        if reading is None or asked != step:
+            reading = self._reader.submit(self.read, step)
+        self._ahead = step + 1, self._reader.submit(self.read, step + 1)
+        tokens, self._hashes = reading.result()
+        for part in tokens.split(self.cfg.train.micro_batch):
+            batch = part.to(self.ranks.device, non_blocking=True)
             self.waited_s += time.perf_counter() - began
             yield batch
+            began = time.perf_counter()
+
+    def read(self, step: int) -> tuple[Tensor, int]:
+        """This rank's samples of a step, (samples, T+1), pinned for a GPU, and the sum of their hashes."""
+        numbers = samples_of(step, self.ranks.rank, self.ranks.world, self.cfg.sequences_per_step())
+        tokens = self.windows.samples(numbers)
+        hashes = sum(map(_hashed, numbers, tokens))
+        batch = torch.from_numpy(tokens)
+        return batch.pin_memory() if self.ranks.device.type == "cuda" else batch, hashes
 
     def fingerprint(self) -> str:
         """Of the last step's whole batch: which samples it had and what was in them, equal for every layout. Every rank

@@ -73,6 +73,7 @@ class Progress:
     train_gpu_j: float | None = None  # None: not measured
     best_nats: float | None = None  # per held-out token: the least of all evaluations, that of `best_step`
     best_step: int | None = None
+    stale: int = 0  # evaluations in a row since the best one
 
 
 def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str) -> dict[str, Any]:
@@ -205,16 +206,22 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
     )
 
 
+def run_of(path: Path) -> Path:
+    """The run folder that `path` is, or that the checkpoint `path` is of. Raises ConfigError if it is neither."""
+    path = path.resolve()
+    run = path.parent.parent if (path / MANIFEST).exists() else path
+    if not (run / "config.yaml").exists():
+        raise ConfigError(f"{path}: neither a run folder nor a checkpoint of one (there is no {run / 'config.yaml'})")
+    return run
+
+
 def find_given(path: Path, ranks: Ranks | None = None) -> tuple[Path, Path]:
     """A run folder's newest whole checkpoint, or the checkpoint that `path` is; and its run folder.
 
     Raises:
         ConfigError: `path` is neither, or no checkpoint is whole.
     """
-    path = path.resolve()
-    run = path.parent.parent if (path / MANIFEST).exists() else path
-    if not (run / "config.yaml").exists():
-        raise ConfigError(f"{path}: neither a run folder nor a checkpoint of one (there is no {run / 'config.yaml'})")
+    path, run = path.resolve(), run_of(path)
     found = find(run / "checkpoints", "auto" if path == run else str(path), ranks)
     if found is None:
         raise ConfigError(f"{path}: there is no checkpoint in it yet; train it first")

@@ -111,6 +111,13 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
 class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
     every: int | None = Field(default=None, gt=0)  # steps; None: only at the end
     micro_batch: int | None = Field(default=None, gt=0)  # None: train.micro_batch
+    patience: int | None = Field(default=None, gt=0)  # evaluations in a row without a new best that end the run
+
+    @model_validator(mode="after")
+    def _patience_has_evaluations(self) -> EvaluationConfig:
+        if self.patience is not None and self.every is None:
+            raise ValueError(f"patience={self.patience} counts periodic evaluations: set every too")
+        return self
 
 
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
@@ -240,8 +247,8 @@ def check_data(cfg: RunConfig) -> None:
                 f"{cfg.model.vocab_size}. Set data.tokenizer.vocab_size={split.vocab_size}, or prepare into "
                 f"another data.path."
             )
-        if name == "train" and split.tokens <= cfg.model.seq_len:
+        if split.tokens < cfg.model.seq_len + (name == "train"):  # in training, a window's last token is only a target
             raise ConfigError(
-                f"the train split in {cfg.data.path} has {split.tokens} tokens, fewer than one window of "
+                f"the {name} split in {cfg.data.path} has {split.tokens} tokens, fewer than one window of "
                 f"model.seq_len={cfg.model.seq_len}. Prepare more text or use a smaller model.seq_len."
             )

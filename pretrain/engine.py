@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model.vocab_parallel import sum_across
 from pretrain.config import RunConfig
-from pretrain.modules import build_modules, compute_dtype
+from pretrain.modules import build_modules, compute_dtype, score_positions
 from pretrain.optim import adamw
 from pretrain.ranks import Ranks
 
@@ -115,11 +115,11 @@ class Trainer:
         return Step(torch.stack(losses).mean(), norm, applied)
 
     @torch.no_grad()
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """(B, T) each -> (B * T,) negative log-likelihoods in nats, 0 where the target is -100. Collective."""
+    def score(self, inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `pretrain.modules.score_positions`. Collective."""
         self.engine.eval()
         self.head.eval()
-        return self.head(self.hidden(inputs), targets, reduction="none")
+        return score_positions(self.head, self.hidden(inputs), at, targets)
 
     def _average_over_replicas(self) -> None:
         for parameter in self.head.parameters():

@@ -1,144 +1,241 @@
-"""Held-out perplexity and bits per byte over a whole split, every token scored exactly once, the same on any number
-of ranks.
+"""`python -m pretrain.evaluate RUN [--split val] [--stride S] [--json]`: held-out perplexity, nats/token, bits/byte and
+accuracy over a whole split, every token scored exactly once, the same on any number of ranks.
 
-`python -m pretrain.evaluate RUN [--split val] [--json]` scores the newest whole checkpoint of a run folder (or one
-checkpoint's folder); `deepspeed --module pretrain.evaluate RUN` does so on many ranks. The number is the true
-negative log-likelihood: no smoothing, no clamp.
+RUN is a run folder (its newest whole checkpoint) or one checkpoint's folder; `deepspeed --module pretrain.evaluate RUN`
+scores on many ranks. `--data DIR` takes another prepared folder, `--text FILE ...` files that were never prepared.
+`python -m pretrain.evaluate A B --paired` compares two runs on the same documents. The number is the true negative
+log-likelihood: no smoothing, no clamp.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from data.loader import evaluation_count, evaluation_windows
 from data.settings import ConfigError
-from data.shards import Split, open_split
-from pretrain import ranks as process
-from pretrain.checkpoint import find_given, load_weights, read_state
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
-from pretrain.modules import build_modules, compute_dtype
-from pretrain.ranks import Ranks
 
-UNIGRAM_TOKENS = 50_000_000  # enough training tokens for the frequencies of a vocabulary
+if TYPE_CHECKING:  # torch: --help does without
+    from data.loader import EvaluationWindows
+    from data.tokenizer import Tokenizer
+    from pretrain.ranks import Ranks
+    from pretrain.scoring import Evaluation
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """Negative log-likelihood of a split. `text_bytes` are the documents' UTF-8 bytes, end marks not counted."""
+class Task:
+    """What is to be scored with what, opened and found to fit; no weight was read yet."""
 
-    nats: float
-    tokens: int
-    text_bytes: int
-
-    @property
-    def loss(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # e**710 is no float
-
-    @property
-    def bits_per_byte(self) -> float:
-        return self.nats / math.log(2) / self.text_bytes
-
-    def as_dict(self) -> dict[str, float | int]:
-        return {
-            "loss": self.loss,
-            "perplexity": self.perplexity,
-            "bits_per_byte": self.bits_per_byte,
-            "tokens": self.tokens,
-            "text_bytes": self.text_bytes,
-        }
+    path: Path  # of the run or checkpoint
+    cfg: RunConfig
+    folder: Path  # prepared data; their tokenizer reads texts
+    tokenizer_sha256: str
+    windows: EvaluationWindows
 
 
-def evaluate(
-    token_losses: Callable[[Tensor, Tensor], Tensor], split: Split, seq_len: int, micro_batch: int, ranks: Ranks
-) -> Evaluation:
-    """Scores a split in windows of `seq_len`, `micro_batch` at a time on every rank. Collective.
+def open_task(
+    path: Path, split: str = "val", data: Path | None = None, texts: Sequence[Path] = (), stride: int | None = None
+) -> Task:
+    """Opens a run's configuration and a split of its data (or of another folder's, or text files), cheaply.
 
-    Args:
-        token_losses: (B, T) inputs and targets -> (B * T,) nats, 0 where the target is -100.
+    Raises:
+        ConfigError: no such run or data, a vocabulary or tokenizer that does not fit, a split without a window.
     """
-    sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)  # nats, tokens
-    per_round = micro_batch * ranks.world
-    for first in range(0, evaluation_count(split, seq_len), per_round):
-        inputs, targets = (
-            torch.from_numpy(part).to(ranks.device)
-            for part in evaluation_windows(split, seq_len, first + ranks.rank * micro_batch, micro_batch)
+    from data.loader import EvaluationWindows
+    from data.shards import check_tokenizer, open_split, read_manifest
+    from data.texts import Texts
+    from pretrain.checkpoint import run_of
+
+    cfg = load(run_of(path) / "config.yaml")
+    folder = data or cfg.data.path
+    check_tokenizer(folder, read_manifest(folder))
+    opened = Texts(texts, open_tokenizer(folder)) if texts else open_split(folder, split)
+    if opened.vocab_size != cfg.model.vocab_size:
+        raise ConfigError(
+            f"{folder} has a vocabulary of {opened.vocab_size}, {path} one of {cfg.model.vocab_size}; "
+            "give data that were prepared with the run's tokenizer"
         )
-        sums += torch.stack((token_losses(inputs, targets).double().sum(), (targets >= 0).sum().double()))
-    nats, tokens = ranks.sum(sums).tolist()
-    assert tokens == split.tokens, f"scored {tokens} of {split.tokens} tokens"
-    return Evaluation(nats, int(tokens), split.text_bytes)
+    windows = EvaluationWindows(opened, cfg.model.seq_len, stride)
+    return Task(path, cfg, folder, opened.tokenizer_sha256, windows)
 
 
-def unigram_bits_per_byte(train: Split, held_out: Split) -> float:
-    """Bits per byte of the model that knows token frequencies (add one) and nothing else: what any model must beat."""
-    seen = np.bincount(train.read(0, min(train.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size) + 1.0
-    nats = -np.log(seen / seen.sum())
-    counts = np.bincount(held_out.read(0, min(held_out.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size)
-    share = counts.sum() / held_out.tokens
-    return float(counts @ nats) / math.log(2) / (held_out.text_bytes * share)
+def open_tokenizer(folder: Path) -> Tokenizer:
+    """That of a prepared folder. Raises ConfigError if it is not the one that made its shards."""
+    from data.shards import check_tokenizer, read_manifest
+    from data.tokenizer import Tokenizer
+
+    manifest = read_manifest(folder)
+    check_tokenizer(folder, manifest)
+    return Tokenizer(folder / manifest["tokenizer_file"])
 
 
-def evaluate_run(path: Path, split_name: str, ranks: Ranks) -> tuple[Evaluation, RunConfig, Path]:
-    """Loads a run's (or checkpoint's) weights into this world's layout and scores a split of its data."""
-    checkpoint, run = find_given(path, ranks)
-    cfg = load(run / "config.yaml")
-    split = open_split(cfg.data.path, split_name)
-    ranks = process.with_groups(ranks, ranks.world)
-    decoder, head = build_modules(cfg, ranks)
-    load_weights(checkpoint, decoder, head)
-    decoder.to(compute_dtype(cfg)).eval()
-    head.eval().progress = cfg.head_progress(read_state(checkpoint)["step"] - 1)
+def run_task(task: Task, ranks: Ranks) -> tuple[Evaluation, Path]:
+    """Scores a task in the layout that `ranks` describe; returns the checkpoint too. Collective. Raises ConfigError."""
+    from pretrain.checkpoint import find_given
+    from pretrain.inference import load_model
+    from pretrain.scoring import evaluate
 
-    @torch.no_grad()
-    def token_losses(inputs: Tensor, targets: Tensor) -> Tensor:
-        embedded = head.embed(inputs).to(compute_dtype(cfg)) if cfg.model.tied else inputs
-        return head(decoder(embedded), targets, reduction="none")
-
-    micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
-    return evaluate(token_losses, split, cfg.model.seq_len, micro_batch, ranks), cfg, checkpoint
+    checkpoint, _ = find_given(task.path, ranks)
+    model = load_model(checkpoint, task.cfg, task.tokenizer_sha256, ranks)
+    micro_batch = task.cfg.evaluation.micro_batch or task.cfg.train.micro_batch
+    return evaluate(model.score, task.windows, micro_batch, ranks), checkpoint
 
 
-def main(argv: list[str] | None = None) -> int:
+def by_source(task: Task, result: Evaluation) -> dict[str, Evaluation]:
+    """The result of each source, where the data know of several."""
+    split: Any = task.windows.split
+    names = getattr(split, "sources", ())
+    if len(names) < 2:
+        return {}
+    of_document = split.document_sources()
+    found = {name: result.of(of_document == number) for number, name in enumerate(names)}
+    return {name: part for name, part in found.items() if len(part.nats)}
+
+
+def check_same_documents(a: Task, b: Task) -> None:
+    """Raises ConfigError unless both tasks score the same texts, document by document.
+
+    With one tokenizer, tokens are compared; with two, what they decode to, which is the text itself for tokenizers with
+    byte fallback, as all are that this program trains.
+    """
+    one, other = a.windows.split, b.windows.split
+    told = f"{a.path} and {b.path} cannot be compared"
+    if (one.document_bytes() < 0).any():
+        raise ConfigError(f"{told}: the bytes of their documents are not known, so there are no bits/byte")
+    if one.documents != other.documents or (one.document_bytes() != other.document_bytes()).any():
+        raise ConfigError(
+            f"{told}: their data have {one.documents} and {other.documents} documents, or documents of other lengths; "
+            "give the data of one of them (--data), or text files (--text)"
+        )
+    texts = [_contents(task, decoded=a.tokenizer_sha256 != b.tokenizer_sha256) for task in (a, b)]
+    for number, (mine, theirs) in enumerate(zip(*texts, strict=True)):
+        if mine != theirs:
+            raise ConfigError(
+                f"{told}: document {number} is another text in the one than in the other (or a tokenizer without byte "
+                "fallback does not give its text back); give the data of one of them (--data), or text files (--text)"
+            )
+
+
+def _contents(task: Task, decoded: bool) -> Iterator[str | bytes]:
+    """What tells documents apart, one after the other: bytes of their tokens, or their text."""
+    split = task.windows.split
+    tokenizer = open_tokenizer(task.folder) if decoded else None
+    starts = split.document_starts().tolist()
+    for start, end in zip(starts, [*starts[1:], split.tokens], strict=True):
+        ids = split.read(start, end - start)
+        yield tokenizer.decode(ids.tolist()) if tokenizer else ids.tobytes()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description="Held-out perplexity of a run.")
-    parser.add_argument("run", type=Path, help="a run folder (its newest whole checkpoint), or one checkpoint's folder")
-    parser.add_argument("--split", default="val", choices=("val", "train"))
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN",
+                        help="a run folder (its newest whole checkpoint), or one checkpoint's folder")  # fmt: skip
+    text = parser.add_mutually_exclusive_group()
+    text.add_argument("--split", default="val", help="of the prepared data (default %(default)s)")
+    text.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="text files; each is a document")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: the run's own)")
+    parser.add_argument("--stride", type=int, metavar="S",
+                        help="tokens that a window scores, from seq_len - S or more (default: seq_len)")  # fmt: skip
+    parser.add_argument("--paired", action="store_true", help="compare two runs on the same documents")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds this one
     args = parser.parse_args(argv)
+    if len(args.runs) != 1 + args.paired:
+        parser.error(f"{len(args.runs)} RUNs given: expected one, or two with --paired")
+
+    from pretrain import ranks as process
+
     ranks = process.start()
     try:
-        result, cfg, checkpoint = evaluate_run(args.run, args.split, ranks)
+        tasks = [open_task(path, args.split, args.data, args.text, args.stride) for path in args.runs]
+        if args.paired:
+            check_same_documents(*tasks)
+        ranks = process.with_groups(ranks, ranks.world)
+        found = [run_task(task, ranks) for task in tasks]
+        code = 0
     except ConfigError as error:
+        code = EXIT_BAD_INPUT
         if ranks.first:
             print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    if ranks.first:
-        found = {"checkpoint": str(checkpoint), "split": args.split, **result.as_dict()}
-        print(json.dumps(found) if args.json else _told(found))
+    if ranks.first and not code:
+        told = [_figures(task, result, checkpoint) for task, (result, checkpoint) in zip(tasks, found, strict=True)]
+        if args.paired:
+            from pretrain.scoring import compare
+
+            (a, _), (b, _) = found
+            told.append(vars(compare(a, b)))
+        print(json.dumps(told if args.paired else told[0])) if args.json else _tell(told)
     process.stop()
-    return 0
+    return code
 
 
-def _told(found: dict) -> str:
-    return (
-        f"{found['checkpoint']} on {found['split']}: perplexity {found['perplexity']:.3f}, {found['loss']:.5f} "
-        f"nats/token, "
-        f"{found['bits_per_byte']:.4f} bits/byte over {found['tokens']:,} tokens, {found['text_bytes']:,} bytes"
-    )
+def _figures(task: Task, result: Evaluation, checkpoint: Path) -> dict[str, Any]:
+    sources = {name: {**part.as_dict(), **part.standard_errors()} for name, part in by_source(task, result).items()}
+    about = {"checkpoint": str(checkpoint), "split": task.windows.split.name, "stride": task.windows.stride}
+    return {**about, **result.as_dict(), **result.standard_errors(), **({"sources": sources} if sources else {})}
+
+
+def _tell(told: list[dict[str, Any]]) -> None:
+    for found in told:
+        if "checkpoint" not in found:
+            print(_difference(found))
+            continue
+        print(
+            f"{found['checkpoint']} on {found['split']}: perplexity {found['perplexity']:.3f}, "
+            f"{found['loss']:.5f}{_error(found['loss_se'])} nats/token, "
+            f"{_bits(found)} bits/byte, accuracy "
+            f"{found['accuracy']:.2%} over {found['tokens']:,} tokens, {_count(found['text_bytes'])} bytes, "
+            f"{found['documents']:,} documents"
+        )
+        if "sources" in found:
+            _tell_sources(found["sources"])
+
+
+def _tell_sources(sources: dict[str, dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("source", "documents", "tokens", "nats/token", "bits/byte", "perplexity", "accuracy")
+    for name, found in sources.items():
+        table.add_row(
+            name,
+            f"{found['documents']:,}",
+            f"{found['tokens']:,}",
+            f"{found['loss']:.4f}{_error(found['loss_se'])}",
+            _bits(found),
+            f"{found['perplexity']:.2f}",
+            f"{found['accuracy']:.2%}",
+        )
+    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table)
+
+
+def _bits(found: dict[str, Any]) -> str:
+    known = found["bits_per_byte"]
+    return "unknown" if known is None else f"{known:.4f}{_error(found['bits_per_byte_se'])}"
+
+
+def _error(value: float | None) -> str:
+    """A standard error behind its figure."""
+    return "" if value is None else f" ± {value:.4f}"
+
+
+def _count(value: int | None) -> str:
+    return "an unknown number of" if value is None else f"{value:,}"
+
+
+def _difference(found: dict[str, Any]) -> str:
+    from pretrain.scoring import INTERVAL
+
+    told = f"first less second: {found['bits_per_byte_difference']:+.5f}{_error(found['standard_error'])} bits/byte"
+    if found["low"] is None:
+        return f"{told}; one document gives no interval"
+    bounds = f"{found['low']:+.5f} to {found['high']:+.5f}"
+    return f"{told}, {INTERVAL:.0%} interval {bounds} by paired bootstrap over documents"
 
 
 if __name__ == "__main__":

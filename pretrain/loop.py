@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data.files import lock, write_whole
-from data.loader import Windows
+from data.loader import EvaluationWindows, Windows
 from data.settings import ConfigError
 from data.shards import open_split
 from pretrain import checkpoint
@@ -23,11 +23,11 @@ from pretrain.checkpoint import Progress
 from pretrain.config import EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED, RunConfig, dump
 from pretrain.energy import Meter, Spent, zeus_counter
 from pretrain.engine import Step, Trainer
-from pretrain.evaluate import evaluate
 from pretrain.fragments import Fragment, finish_load, head_fragments, trunk_fragments
 from pretrain.metrics import Recorder, peak_flops, read_records
 from pretrain.ranks import Ranks
 from pretrain.saver import SaveError, Saver, versions
+from pretrain.scoring import evaluate
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class Run:
         self.cfg, self.ranks = cfg, ranks
         self.folder = cfg.run / "checkpoints"
         train = open_split(cfg.data.path, "train")
-        self.val = open_split(cfg.data.path, "val")
+        self.val = EvaluationWindows(open_split(cfg.data.path, "val"), cfg.model.seq_len)
         self.who = checkpoint.identity(cfg, train.fingerprint, train.tokenizer_sha256)
         self.batches = Batches(Windows(train, cfg.model.seq_len, cfg.train.seed), cfg, ranks)
         found = checkpoint.find(self.folder, cfg.resume, ranks, cfg.resume_check)
@@ -131,13 +131,13 @@ class Run:
             self.recorder.say(text)
 
     def train(self) -> Outcome:
-        """Trains to the last step, or to a signal, or until too many steps in a row were not finite, or no checkpoint
-        can be written.
+        """Trains to the last step, or to a signal, or until evaluations have not improved for too long, too many steps
+        in a row were not finite, or no checkpoint can be written.
         """
         cfg = self.cfg
         with StopSignal() as stop:
             window = _Window(self)
-            for step in range(self.progress.step, cfg.train.steps):
+            for step in () if self._stopped_early() else range(self.progress.step, cfg.train.steps):
                 taken = self.step(step)
                 self._advance(taken)
                 window.add(taken)
@@ -154,7 +154,8 @@ class Run:
                     window.close(done, cfg.lr_at(step))
                     if evaluating:
                         best = self.evaluate()
-                        saving = saving or (best and cfg.checkpoint.keep_best)
+                        ending = ending or self._stopped_early() is not None
+                        saving = saving or ending or (best and cfg.checkpoint.keep_best)
                     if saving:
                         self.save()
                     if ending:
@@ -166,10 +167,21 @@ class Run:
                     return Outcome(EXIT_NOT_SAVED, str(self._save_failed), done)
                 if stopping and not last:
                     return Outcome(EXIT_PREEMPTED, f"stopped by {stop.received or 'a signal to another rank'}", done)
+                if self._stopped_early():
+                    break
             window.drop()
         if not self.ranks.any(self._evaluated()):  # nothing was left to train, and the last evaluation was cut off
             self.evaluate()
-        return Outcome(0, "done", self.progress.step)
+        if early := self._stopped_early():
+            self.say(early)
+        return Outcome(0, early or "done", self.progress.step)
+
+    def _stopped_early(self) -> str | None:
+        """Why nothing is left to train before the last step: no evaluation has been the best for too long."""
+        done, patience = self.progress, self.cfg.evaluation.patience
+        if patience is None or done.stale < patience or done.step >= self.cfg.train.steps:
+            return None
+        return f"stopped early at step {done.step}: no evaluation was better than that of step {done.best_step} since"
 
     def step(self, step: int) -> Step:
         """The update `step`: everything in it is a function of the weights, the moments and this number."""
@@ -198,15 +210,16 @@ class Run:
         cfg, step = self.cfg, self.progress.step
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
-            found = evaluate(self.trainer.token_losses, self.val, cfg.model.seq_len, micro_batch, self.ranks)
+            found = evaluate(self.trainer.score, self.val, micro_batch, self.ranks)
         if self.recorder is not None:
             values = {**found.as_dict(), "seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j}
             self.recorder.record("eval", step, values)
-            self.say(f"held-out perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits/byte at step {step}")
+            bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits/byte"
+            self.say(f"held-out perplexity {found.perplexity:.2f}{bits} at step {step}")
         least = self.progress.best_nats
         best = math.isfinite(found.loss) and (least is None or found.loss < least)
-        if best:
-            self.progress = replace(self.progress, best_nats=found.loss, best_step=step)
+        changed = {"best_nats": found.loss, "best_step": step, "stale": 0} if best else {"stale": self.progress.stale + 1}
+        self.progress = replace(self.progress, **changed)
         return best
 
     def save(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from model.decoder import Decoder
 from model.head import HarmonicHead
@@ -26,3 +27,17 @@ def build_modules(cfg: RunConfig, ranks: Ranks) -> tuple[Decoder, HarmonicHead]:
 def compute_dtype(cfg: RunConfig) -> torch.dtype:
     """The dtype of activations and products; masters, scores and sums are float32."""
     return torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
+
+
+@torch.no_grad()
+def score_positions(head: HarmonicHead, hidden: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores some positions of each sequence. Every rank of the vocabulary group calls it, with as many.
+
+    Args:
+        hidden: (B, T, D).
+        at: (B, S) positions.
+        targets: (B, S) tokens, or -100.
+    Returns:
+        (B * S,) each: nats of the targets, 0 where they are -100, and the most probable tokens.
+    """
+    return head.score(hidden.gather(1, at[..., None].expand(-1, -1, hidden.shape[-1])), targets)

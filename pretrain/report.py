@@ -13,8 +13,8 @@ from rich.table import Table
 from data.settings import ConfigError
 from data.shards import open_split
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
-from pretrain.evaluate import unigram_bits_per_byte
 from pretrain.metrics import clock, read_records
+from pretrain.scoring import unigram_bits_per_byte
 
 UNMEASURED = "not measured: no energy counter"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.loader import Windows, evaluation_count, evaluation_windows
+from data.loader import EvaluationWindows, Windows
 from data.settings import ConfigError
 from data.shards import Split, open_split
 from tests.data.test_shards import EOS, make_folder
@@ -124,24 +124,44 @@ def test_a_split_smaller_than_a_window_is_refused(tmp_path):
         Windows(split, 24, 0)
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 15, 16, 17, 31, 32, 33, 250])
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_evaluation_scores_every_token_once(tmp_path, tokens, ranks):
+@pytest.mark.parametrize("tokens", [16, 17, 31, 32, 33, 250])
+@pytest.mark.parametrize("stride", [1, 5, 15, 16])
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_evaluation_scores_every_token_once_from_what_stands_before_it(tmp_path, tokens, stride, ranks):
     split, stream = make_split(tmp_path / "data", tokens)
     seq_len, per_call = 16, 3
-    count = evaluation_count(split, seq_len)
-    calls = -(-count // (per_call * ranks))  # every rank makes as many calls, so some windows lie past the end
-    scored: list[tuple[int, int, int]] = []
-    for call in range(calls):
+    windows = EvaluationWindows(split, seq_len, stride)
+    assert windows.count == -(-tokens // stride)
+    before = np.concatenate([[EOS], stream])  # before[i] is read when token i is scored
+    scored = []
+    for first in range(0, windows.count, per_call * ranks):  # every rank makes as many calls, some past the end
         for rank in range(ranks):
-            first = (call * ranks + rank) * per_call
-            inputs, targets = evaluation_windows(split, seq_len, first, per_call)
-            assert inputs.shape == targets.shape == (per_call, seq_len)
-            assert inputs.dtype == targets.dtype == np.int64
-            place = first * seq_len + np.arange(per_call * seq_len).reshape(per_call, seq_len)
-            past = place >= tokens
-            assert (targets[past] == -100).all() and (inputs[past] == EOS).all()
-            scored += zip(place[~past].tolist(), inputs[~past].tolist(), targets[~past].tolist(), strict=True)
-    before = np.concatenate([[EOS], stream[:-1]])
-    assert sorted(scored) == list(zip(range(tokens), before.tolist(), stream.tolist(), strict=True))
-    assert count == -(-tokens // seq_len)
+            mine = first + rank * per_call
+            inputs, at, targets = windows.batch(mine, per_call)
+            assert inputs.shape == (per_call, seq_len) and at.shape == targets.shape == (per_call, stride)
+            assert inputs.dtype == at.dtype == targets.dtype == np.int64
+            place = (mine * stride + np.arange(per_call * stride)).reshape(per_call, stride)
+            assert (targets[place >= tokens] == -100).all() and ((at >= 0) & (at < seq_len)).all()
+            for row, offsets, wanted, places in zip(inputs, at, targets, place, strict=True):
+                for offset, target, k in zip(offsets, wanted, places, strict=True):
+                    if k < tokens:
+                        scored.append(k)
+                        assert target == stream[k]
+                        np.testing.assert_array_equal(row[: offset + 1], before[k - offset : k + 1])
+                        assert offset >= min(k, seq_len - stride), "context"
+    assert scored == list(range(tokens))
+
+
+def test_evaluation_past_the_end_reads_eos_and_scores_nothing(tmp_path):
+    split, _ = make_split(tmp_path / "data", 20)
+    inputs, _, targets = EvaluationWindows(split, 16).batch(7, 2)
+    assert (inputs == EOS).all() and (targets == -100).all()
+
+
+def test_evaluation_refuses_a_split_without_a_window_and_a_stride_that_skips_tokens(tmp_path):
+    split, _ = make_split(tmp_path / "data", 24)
+    with pytest.raises(ConfigError, match="the train split has 24 tokens, fewer than one window of 25"):
+        EvaluationWindows(split, 25)
+    for stride in (0, 17):
+        with pytest.raises(ConfigError, match=f"a stride of {stride}: expected 1 to 16"):
+            EvaluationWindows(split, 16, stride)

@@ -13,14 +13,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.loader import EvaluationWindows
 from data.shards import open_split
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain import export
 from pretrain.config import RunConfig, load
-from pretrain.evaluate import evaluate, evaluate_run
+from pretrain.evaluate import open_task, run_task
+from pretrain.inference import Model
 from pretrain.modules import build_modules
 from pretrain.ranks import Ranks
+from pretrain.scoring import evaluate
 from tests.pretrain.test_resume import flip
 from tests.pretrain.tiny import V, make_data, tiny_config
 from tests.ranks import run_ranks
@@ -92,18 +95,9 @@ def test_weights_are_the_masters_and_score_as_the_run(trained, name: str, tmp_pa
     cfg = load(tmp_path / "out" / "config.yaml")
     decoder, head = build_modules(cfg, ONE_PROCESS)
     strict_load(decoder, head, found)
-    dtype = torch.bfloat16 if cfg.train.precision == "bf16" else torch.float32
-    decoder.to(dtype).eval()
-    head.eval()
-
-    @torch.no_grad()
-    def token_losses(inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        embedded = head.embed(inputs).to(dtype) if cfg.model.tied else inputs
-        return head(decoder(embedded), targets, reduction="none")
-
-    split = open_split(cfg.data.path, "val")
-    scored = evaluate(token_losses, split, cfg.model.seq_len, cfg.train.micro_batch, ONE_PROCESS)
-    assert scored == evaluate_run(base / name, "val", ONE_PROCESS)[0]
+    windows = EvaluationWindows(open_split(cfg.data.path, "val"), cfg.model.seq_len)
+    scored = evaluate(Model(cfg, decoder, head, step=4).score, windows, cfg.train.micro_batch, ONE_PROCESS)
+    assert scored.as_dict() == run_task(open_task(base / name), ONE_PROCESS)[0].as_dict()
 
 
 def strict_load(decoder: Decoder, head: HarmonicHead, found: dict[str, torch.Tensor]) -> None:

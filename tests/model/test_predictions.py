@@ -1,0 +1,88 @@
+"""The most probable prototype: exact for every distance, chunk and sharding, and in one pass with the true loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from model.harmonic import harmonic_loss, harmonic_predictions
+from model.head import HarmonicHead
+from model.reference import scores_reference
+from model.vocab_parallel import rows_of, shard_of
+from tests.model.variants import VARIANTS, distance_of, params_of
+from tests.ranks import run_ranks
+
+N, V, D = 12, 37, 8
+
+
+def draw(v: int = V) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    stream = torch.Generator().manual_seed(v)
+    x, w = torch.randn(N, D, generator=stream), torch.randn(v, D, generator=stream)
+    y = torch.randint(0, v, (N,), generator=stream)
+    y[::5] = -100
+    return x, w, y
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_is_the_argmax_and_the_loss_for_every_distance(variant: str, dtype: torch.dtype) -> None:
+    x, w, y = draw()
+    x = x.to(dtype)
+    given = params_of(variant, D) | {"distance": distance_of(variant), "exponent": 3.0}
+    losses, predictions = harmonic_predictions(x, w, y, **given)
+    assert torch.equal(losses, harmonic_loss(x, w, y, reduction="none", **given)) and not losses.requires_grad
+    scores = scores_reference(x, w.to(dtype), given.pop("distance"), given.pop("exponent"), **given)
+    short = scores.max(1).values - scores.gather(1, predictions[:, None])[:, 0]
+    assert (
+        short <= 1e-5 if dtype == torch.float32 else short <= 1e-12 if dtype == torch.float64 else short < 0.2
+    ).all()
+    if dtype != torch.bfloat16:
+        assert torch.equal(predictions, scores.argmax(1)), "these draws have no near ties"
+
+
+@pytest.mark.parametrize("variant", ["euclidean", "manhattan", "dot"])
+def test_chunks_change_nothing(variant: str) -> None:
+    x, w, y = draw()
+    given = {**params_of(variant, D), "distance": distance_of(variant), "exponent": 3.0}
+    whole = harmonic_predictions(x, w, y, **given)[1]
+    assert torch.equal(harmonic_predictions(x, w, y, chunk_bytes=1, **given)[1], whole)
+
+
+def check_sharded(v: int) -> None:
+    """Every rank's predictions are those of the whole vocabulary, of equal prototypes the first."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    shard = shard_of(v, dist.group.WORLD)
+    x, w, y = draw(v)
+    if v > 1:
+        w[-1] = w[0]
+        x[:4] = w[0]
+    mine = slice(rank * N // world, (rank + 1) * N // world)
+    rows = torch.full((rows_of(v, world), D), torch.nan)  # padding must not count
+    rows[: shard.real] = w[shard.start : shard.stop]
+    for variant in ("euclidean", "cosine", "canberra", "braycurtis abs", "dot"):
+        given = {**params_of(variant, D), "distance": distance_of(variant), "exponent": 3.0}
+        losses, predictions = harmonic_predictions(x, w, y, **given)
+        found = harmonic_predictions(x[mine], rows, y[mine], shard=shard, chunk_bytes=4000, **given)
+        torch.testing.assert_close(found[0], losses[mine], rtol=2e-5, atol=2e-6)
+        assert torch.equal(found[1], predictions[mine]), variant
+        if v > 1 and variant != "dot":
+            assert (predictions[:4] == 0).all(), "the first of equal ones"
+
+
+@pytest.mark.parametrize("v", [1, 2, V])
+@pytest.mark.parametrize("world", [2, 3])
+def test_sharded_equals_whole(world: int, v: int, tmp_path: Path) -> None:
+    run_ranks(check_sharded, world, tmp_path, v=v)
+
+
+def test_the_head_predicts_and_scores() -> None:
+    head = HarmonicHead(V, D, seed=1).eval()
+    x = torch.randn(2, 6, D, generator=torch.Generator().manual_seed(3))
+    expected = head.log_probs(x).argmax(-1)
+    assert torch.equal(head.predict(x), expected)
+    losses, predictions = head.score(x, expected)
+    assert torch.equal(predictions, expected.view(-1)) and torch.equal(losses, head(x, expected, reduction="none"))
+    assert head.predict(x[:, :0]).shape == (2, 0)
