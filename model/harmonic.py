@@ -193,7 +193,8 @@ def harmonic_predictions(
     entry = resolve(distance, params)
     exponent = _checked(hidden, prototypes, targets, entry, exponent, "none", ignore_index, shard)
     entry = entry.prepared(hidden.dtype, lambda: _drawn(hidden.device, shard))
-    call = _Call(entry, shard, "none", ignore_index, _budget(hidden, chunk_bytes), differentiate=False)
+    half = _budget(hidden, chunk_bytes) // 2  # a chunk's scores are made a second time
+    call = _Call(entry, shard, "none", ignore_index, half, differentiate=False)
     side = _Prototypes(hidden, prototypes, entry, shard)
     losses = torch.zeros(hidden.shape[0], dtype=side.wide, device=hidden.device)
     predictions = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)

@@ -12,6 +12,7 @@ from model.harmonic import harmonic_loss, harmonic_predictions
 from model.head import HarmonicHead
 from model.reference import scores_reference
 from model.vocab_parallel import rows_of, shard_of
+from tests.model.test_harmonic import _Largest as Largest
 from tests.model.variants import VARIANTS, distance_of, params_of
 from tests.ranks import run_ranks
 
@@ -51,8 +52,25 @@ def test_chunks_change_nothing(variant: str) -> None:
     assert torch.equal(harmonic_predictions(x, w, y, chunk_bytes=1, **given)[1], whole)
 
 
-def check_sharded(v: int) -> None:
+@pytest.mark.parametrize("variant", ["euclidean", "manhattan", "braycurtis abs", "dot"])
+def test_memory_is_bounded_by_the_budget(variant: str) -> None:
+    """No tensor of any operation is larger than the budget, however many tokens there are."""
+    v, budget = 400, 64_000
+    for n in (50, 800):
+        x, w = torch.randn(n, D), torch.randn(v, D)
+        given = {**params_of(variant, D), "distance": distance_of(variant), "exponent": 3.0}
+        with Largest() as largest:
+            harmonic_predictions(x, w, torch.zeros(n, dtype=torch.int64), chunk_bytes=budget, **given)
+        assert largest.values <= max(budget // 4, v * D, n * D) < n * v, (n, largest.values)
+
+
+def check_sharded() -> None:
     """Every rank's predictions are those of the whole vocabulary, of equal prototypes the first."""
+    for v in (1, 2, V):
+        check_vocabulary(v)
+
+
+def check_vocabulary(v: int) -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
     shard = shard_of(v, dist.group.WORLD)
     x, w, y = draw(v)
@@ -67,15 +85,14 @@ def check_sharded(v: int) -> None:
         losses, predictions = harmonic_predictions(x, w, y, **given)
         found = harmonic_predictions(x[mine], rows, y[mine], shard=shard, chunk_bytes=4000, **given)
         torch.testing.assert_close(found[0], losses[mine], rtol=2e-5, atol=2e-6)
-        assert torch.equal(found[1], predictions[mine]), variant
+        assert torch.equal(found[1], predictions[mine]), (v, variant)
         if v > 1 and variant != "dot":
             assert (predictions[:4] == 0).all(), "the first of equal ones"
 
 
-@pytest.mark.parametrize("v", [1, 2, V])
 @pytest.mark.parametrize("world", [2, 3])
-def test_sharded_equals_whole(world: int, v: int, tmp_path: Path) -> None:
-    run_ranks(check_sharded, world, tmp_path, v=v)
+def test_sharded_equals_whole(world: int, tmp_path: Path) -> None:
+    run_ranks(check_sharded, world, tmp_path)
 
 
 def test_the_head_predicts_and_scores() -> None:

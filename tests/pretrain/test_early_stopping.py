@@ -50,8 +50,8 @@ def outcome_of(cfg: RunConfig) -> Outcome:
             run.trainer.engine.destroy()
 
 
-def kept(base: Path) -> list[int]:
-    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(base / "run" / "checkpoints")]
+def kept(base: Path, run: str = "run") -> list[int]:
+    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(base / run / "checkpoints")]
 
 
 def evaluated(base: Path) -> list[int]:
@@ -78,21 +78,13 @@ def check_stop(base: Path) -> None:
     assert patient == Outcome(0, "done", 8)
     assert kept(base) == [7, 8] and evaluated(base)[-1] == 8, "the best is now the last"
 
+    rarely = config(base, run=str(base / "rarely"), checkpoint__every=100, checkpoint__keep=1)
+    assert outcome_of(rarely).step == 6 and kept(base, "rarely") == [3, 6], "the step that ends the run is saved"
+
 
 def test_a_run_stops_early_and_keeps_the_best_over_resumes(tmp_path: Path) -> None:
     make_data(tmp_path / "data")
     run_ranks(check_stop, 2, tmp_path, base=tmp_path)
-
-
-def check_between(base: Path) -> None:
-    """No step is due to be saved: only the best, and the one that ends the run."""
-    assert outcome_of(config(base, checkpoint__every=100, checkpoint__keep=1)).step == 6
-    assert kept(base) == [3, 6]
-
-
-def test_the_step_that_ends_the_run_is_saved(tmp_path: Path) -> None:
-    make_data(tmp_path / "data")
-    run_ranks(check_between, 1, tmp_path, base=tmp_path)
 
 
 def test_patience_needs_periodic_evaluations() -> None:
