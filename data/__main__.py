@@ -15,6 +15,13 @@ COMMANDS = {
 }
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is no number of processes; give 1 or more")
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns 0, or 2 for input that cannot be used (the reason is on standard error)."""
     parser = argparse.ArgumentParser(prog="python -m data", description="Prepare and check training data.")
@@ -25,6 +32,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command.add_argument(
             "overrides", metavar="key=value", nargs="*", help="changes a setting, such as data.val_fraction=0.05"
         )
+    commands.choices["prepare"].add_argument(
+        "--workers",
+        type=_count,
+        metavar="N",
+        help="processes that encode; the result is the same for any number of them (default: one for each core)",
+    )
     asked = parser.parse_args(arguments)
     try:
         tree = read_tree(asked.config, asked.overrides)
@@ -32,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ConfigError(f"{asked.config}: there is no `data:` section; it says which text to prepare and where")
         cfg = validate(DataConfig, tree["data"], "data")
         if asked.command == "prepare":
-            prepare(cfg)
+            prepare(cfg, workers=asked.workers)
         else:
             manifest = verify_folder(cfg.path)
             print(f"{cfg.path}: every file matches its hash; fingerprint {manifest['fingerprint'][:12]}")

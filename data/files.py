@@ -18,6 +18,15 @@ def publish(draft: Path, final: Path) -> None:
     flush(final.parent)
 
 
+def replace_file(path: Path, content: bytes) -> None:
+    """Writes a file that has its old content or its new one at every moment, and the new one durably in the end."""
+    draft = path.with_name(path.name + ".new")
+    draft.write_bytes(content)
+    flush(draft)
+    os.replace(draft, path)
+    flush(path.parent)
+
+
 def flush(path: Path) -> None:
     """Waits until a file's bytes, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)

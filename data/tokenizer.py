@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -128,9 +127,9 @@ class Tokenizer:
         first, *others = (self._model.encode(part) for part in text.split(BLANK))
         return first + [i for part in others for i in self._blank_bytes + part]
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """`encode` for many texts on all cores; each array is int32 (tokens,)."""
-        encoded = self._model.encode(texts, out_type="numpy", num_threads=len(os.sched_getaffinity(0)))
+    def encode_batch(self, texts: list[str], threads: int = 1) -> list[np.ndarray]:
+        """`encode` for many texts; each array is int32 (tokens,)."""
+        encoded = self._model.encode(texts, out_type="numpy", num_threads=threads)
         for index, text in enumerate(texts):
             if BLANK in text:
                 encoded[index] = np.array(self.encode(text), dtype=np.int32)
@@ -139,6 +138,14 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special ids are left out, bytes that are no UTF-8 become U+FFFD."""
         return self._model.decode([int(i) for i in ids])
+
+    def piece(self, index: int) -> str:
+        """How an id is written, with U+2581 for a blank and <0x..> for a byte."""
+        return self._model.id_to_piece(index)
+
+    def byte_ids(self) -> np.ndarray:
+        """Ids of the single bytes that stand for what no other piece covers, int64; empty without byte fallback."""
+        return np.array([i for i in range(self.vocab_size) if self._model.is_byte(i)], dtype=np.int64)
 
 
 def _id_or_none(index: int) -> int | None:
