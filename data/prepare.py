@@ -525,10 +525,11 @@ def _reuse(cfg: DataConfig, log: Log) -> dict[str, Any]:
         differences.append(f"its vocabulary is {manifest['vocab_size']}: set data.tokenizer.vocab_size to that")
     if not imported:
         differences = list(_differences(manifest["settings"], _settings(cfg)))
-        inputs = _local_inputs(cfg)
-        changed = [file for source, files in inputs.items() for file in files if file not in manifest["inputs"][source]]
-        if changed or any(inputs[source] != manifest["inputs"][source] for source in inputs):
-            differences.append(f"the source's files ({changed[0][0] if changed else 'one is gone'})")
+        for source, files in _local_inputs(cfg).items():
+            before = manifest["inputs"].get(source, [])
+            if files != before:
+                changed = [name for name, size in files if [name, size] not in before]
+                differences.append(f"the source's files ({changed[0] if changed else 'one is gone'})")
     given = cfg.tokenizer.model
     if given is not None and given.is_file() and sha256_of(given) != manifest["tokenizer_sha256"]:
         differences.append(f"the content of {given}")

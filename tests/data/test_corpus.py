@@ -15,7 +15,7 @@ from pyarrow import parquet  # type: ignore[import-untyped]
 
 from data import corpus
 from data.config import EmbeddedSource, FilesSource, HubSource
-from data.corpus import check_columns, documents, parts_of, read
+from data.corpus import Part, check_columns, documents, parts_of, read
 from data.settings import ConfigError
 
 TEXTS = ["first", "second\nwith a line", "dritte, größer 🎉", "a\tb\r\n"]
@@ -195,6 +195,60 @@ def test_paths_that_match_nothing(tmp_path):
         list(documents(files(tmp_path)))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_reading_begins_at_any_document(tmp_path, name):
+    texts = [f"text {number}" for number in range(7)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if name == "a.txt":
+        (tmp_path / name).write_text("|".join(texts))
+    elif name == "a.parquet":
+        write_parquet(tmp_path / name, text=texts)
+    elif name.endswith("zst"):
+        write_zst(tmp_path / name, lines)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    (tmp_path / "b.jsonl").write_bytes(lines)
+    parts = parts_of(files(tmp_path / name, tmp_path / "b.jsonl", separator="|"))
+    whole = list(read(parts))
+    assert [document.text for document in whole] == texts * 2
+    shares = [document.share for document in whole]
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1
+    for place, document in enumerate(whole):
+        assert list(read(parts, document.part, document.next_row)) == whole[place + 1 :]
+
+
+def test_files_of_different_schemas_are_noticed_before_reading(tmp_path):
+    write_parquet(tmp_path / "a.parquet", text=TEXTS)
+    write_parquet(tmp_path / "b.parquet", text=TEXTS)
+    check_columns(parts_of(files(tmp_path / "*.parquet")))
+    write_parquet(tmp_path / "b.parquet", text=[1, 2])
+    with pytest.raises(ConfigError, match=r"b\.parquet: 'text' is int64, not a string"):
+        check_columns(parts_of(files(tmp_path / "*.parquet")))
+    write_parquet(tmp_path / "b.parquet", content=TEXTS)
+    with pytest.raises(ConfigError, match=r"b\.parquet: no column 'text'; .* content"):
+        check_columns(parts_of(files(tmp_path / "*.parquet")))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_files_of_another_file_system(tmp_path, name):
+    import fsspec
+
+    if name == "a.parquet":
+        write_parquet(tmp_path / name, text=TEXTS)
+    elif name.endswith("zst"):
+        write_zst(tmp_path / name, LINES)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(LINES) if name.endswith("gz") else LINES)
+    content = (tmp_path / name).read_bytes()
+    with fsspec.open(f"memory://{name}", "wb") as stream:
+        stream.write(content)
+    parts = [Part(f"memory://{name}", len(content))]
+    check_columns(parts)
+    assert [document.text for document in read(parts)] == TEXTS
+    with pytest.raises(ConfigError, match="memory://none.parquet: unreadable after row 0 .* check the network"):
+        list(read([Part("memory://none.parquet", 1)]))
+
+
 # ---- hub, on a local folder of parquet files in the layout of a dataset
 
 
@@ -239,6 +293,24 @@ def test_hub_runs_no_script(dataset):
     with pytest.raises(ConfigError, match="cannot be read"):
         list(documents(hub(dataset)))
     assert not (dataset / "ran").exists()
+
+
+def test_hub_with_files_of_another_type(tmp_path):
+    (tmp_path / "train.csv").write_text("text\na\n")
+    with pytest.raises(ConfigError, match=r"train\.csv: cannot read this type .* revision=refs/convert/parquet"):
+        list(documents(hub(tmp_path)))
+
+
+def test_hub_with_subsets(tmp_path):
+    for subset in ("plain", "other"):
+        (tmp_path / subset).mkdir()
+        write_parquet(tmp_path / subset / "train-00000.parquet", text=[f"of {subset}"])
+    names = "".join(f"- config_name: {s}\n  data_files: {s}/train-*.parquet\n" for s in ("plain", "other"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{names}---\n")
+    assert list(documents(hub(tmp_path, subset="plain"))) == ["of plain"]
+    assert list(documents(hub(tmp_path, subset="other"))) == ["of other"]
+    with pytest.raises(ConfigError, match="check name, subset and network"):
+        list(documents(hub(tmp_path)))
 
 
 def test_hub_folder_that_is_missing(tmp_path):
