@@ -18,7 +18,9 @@ from data.settings import ConfigError
 from data.shards import MANIFEST
 
 JOURNAL = "journal.json"
-SCRATCH = (JOURNAL, "seen.bin", "val-runs.npy")  # what the finished folder does not need
+SEEN = "seen.bin"  # hashes of the documents so far
+HELD_OUT = "held-out.npy"  # runs of words of held-out documents
+SCRATCH = (JOURNAL, SEEN, HELD_OUT)  # what the finished folder does not need
 
 
 class Draft:

@@ -102,7 +102,9 @@ def _show(split: Split, found: Statistics, vocabulary: Vocabulary | None, consol
         table.add_row(escape(name), f"{counts['documents']:,}", f"{counts['tokens']:,}", size_told, ratio)
     console.print(table)
 
-    console.print("tokens per document: " + ", ".join(f"{q:.0%} {n:,}" for q, n in found.quantiles().items()), soft_wrap=True)
+    console.print(
+        "tokens per document: " + ", ".join(f"{q:.0%} {n:,}" for q, n in found.quantiles().items()), soft_wrap=True
+    )
     histogram = found.histogram()
     most = max(count for _, _, count in histogram)
     for low, high, count in histogram:

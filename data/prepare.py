@@ -33,7 +33,7 @@ from data.corpus import (
     parts_of,
     read,
 )
-from data.draft import Draft, draft_of
+from data.draft import HELD_OUT, SEEN, Draft, draft_of
 from data.encode import EMPTY, SHORT, Encoded, Encoder, HeldOutRuns, digest_of, held_out
 from data.files import flush, sha256_of
 from data.overlap import union
@@ -102,7 +102,7 @@ def _build(cfg: DataConfig, parts: dict[str, list[Part]], draft: Draft, log: Log
     tokenizer = Tokenizer(draft.path / TOKENIZER)
     val_runs = None
     if cfg.val_overlap is not None:
-        val_runs = _find_val_runs(cfg, parts, draft.path / "val-runs.npy", log, workers)
+        val_runs = _find_val_runs(cfg, parts, draft.path / HELD_OUT, log, workers)
     encoder = Encoder(draft.path / TOKENIZER, cfg.dtype, cfg.min_chars, cfg.val_fraction, cfg.val_overlap, val_runs)
     writing = _Writing(cfg, tokenizer.eos_id, draft)
     try:
@@ -232,7 +232,7 @@ class _Writing:
 
     def __init__(self, cfg: DataConfig, eos_id: int, draft: Draft) -> None:
         self._draft, self._cfg = draft, cfg
-        self._seen_file = draft.path / "seen.bin"
+        self._seen_file = draft.path / SEEN
         saved = draft.progress or {}
         self._numbers = {name: number for number, name in enumerate(cfg.sources())}
         self.cursors: dict[str, list[int]] = saved.get("cursors", {name: [0, 0] for name in self._numbers})

@@ -86,7 +86,7 @@ class ShardWriter:
             if not file.is_file() or file.stat().st_size < size:
                 raise ConfigError(f"{file}: shorter than the {size} bytes that were written; {REMAKE}")
             os.truncate(file, size)
-        for file in self._folder.glob(f"{self._split}-*"):
+        for file in self._folder.glob(f"{self._split}-[0-9]*"):
             if file.stem > path.stem:
                 file.unlink()
         self._documents = np.fromfile(self._index, dtype=INDEX).tolist()
