@@ -63,10 +63,10 @@ class Encoder:
         assert self.val_runs is not None
         return np.load(self.val_runs, mmap_mode="r")
 
-    def __call__(self, texts: list[str], threads: int) -> Encoded:
+    def __call__(self, texts: list[str]) -> Encoded:
         verdicts = np.array([verdict(text, self.min_chars) for text in texts], dtype=np.uint8)
         fine = [text for text, found in zip(texts, verdicts, strict=True) if found == FINE]
-        tokens = self._tokenizer.encode_batch(fine, threads)
+        tokens = [self._tokenizer.encode_array(text) for text in fine]
         digests, text_bytes, lengths = (np.zeros(len(texts), dtype=kind) for kind in (np.uint64, np.int64, np.int64))
         near = np.zeros(len(texts), dtype=bool)
         for place, text, ids in zip(np.flatnonzero(verdicts == FINE), fine, tokens, strict=True):
@@ -86,7 +86,7 @@ class HeldOutRuns:
     min_chars: int
     val_fraction: float
 
-    def __call__(self, texts: list[str], threads: int) -> np.ndarray:
+    def __call__(self, texts: list[str]) -> np.ndarray:
         fine = (text for text in texts if verdict(text, self.min_chars) == FINE)
         return union(runs_of(text) for text in fine if held_out(digest_of(text), self.val_fraction))
 

@@ -57,7 +57,7 @@ from data.workers import Workers, cores
 
 SAMPLE_SPAN = 20  # the tokenizer's sample is drawn from the first 20 * train_bytes bytes of the source
 BATCH_CHARS = 1 << 20  # text that is sent to a process at once
-COMMIT_SECONDS = 30  # a killed run loses less work than this
+COMMIT_SECONDS = 15  # a killed run loses little more than so much work
 SPLITS = ("train", "val")
 
 

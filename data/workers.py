@@ -27,12 +27,12 @@ def cores() -> int:
 
 
 class Workers(Generic[Item, Result]):
-    """Calls `work(item, threads)` in `count` processes; with one, in this process.
+    """Calls `work(item)` in `count` processes; with one, in this process.
 
-    `work` must be picklable; it is told how many threads it may use. Processes end with this one, however it ends.
+    `work` must be picklable. The processes end with this one, however it ends.
     """
 
-    def __init__(self, work: Callable[[Item, int], Result], count: int) -> None:
+    def __init__(self, work: Callable[[Item], Result], count: int) -> None:
         self.count = count
         self._work = work
         self._asked = 0
@@ -53,7 +53,7 @@ class Workers(Generic[Item, Result]):
                 self._pool = ProcessPoolExecutor(self.count, spawn, initializer=_begin, initargs=(self._work,))
             return self._pool.submit(_apply, item)
         done: Future[Result] = Future()
-        done.set_result(self._work(item, self.count))
+        done.set_result(self._work(item))
         return done
 
     def result(self, asked: Future[Result]) -> Result:
@@ -70,7 +70,7 @@ class Workers(Generic[Item, Result]):
 _here: Any = None  # the work of this worker process
 
 
-def _begin(work: Callable[[Any, int], Any]) -> None:
+def _begin(work: Callable[[Any], Any]) -> None:
     global _here
     _here = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent handles it
@@ -85,4 +85,4 @@ def _begin(work: Callable[[Any, int], Any]) -> None:
 
 
 def _apply(item: Any) -> Any:
-    return _here(item, 1)
+    return _here(item)

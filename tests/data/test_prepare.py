@@ -493,9 +493,9 @@ def test_a_draft_without_documents_is_begun_anew(corpus, prepared, monkeypatch):
 
 def test_workers_end_with_a_run_that_is_killed(corpus):
     code = (
-        "import os, sys, time; from data.workers import Workers; from operator import floordiv\n"
+        "import os; from data.workers import Workers; from operator import neg\n"
         "if __name__ == '__main__':\n"
-        "    pool = Workers(floordiv, 2)\n"
+        "    pool = Workers(neg, 2)\n"
         "    for n in range(6): print(pool.result(pool.submit(n)))\n"
         "    print(*pool._pool._processes, flush=True); os.kill(os.getpid(), 9)\n"
     )
@@ -503,7 +503,7 @@ def test_workers_end_with_a_run_that_is_killed(corpus):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     found = subprocess.run([sys.executable, corpus / "killed.py"], env=environment, capture_output=True, text=True)
     *results, processes = found.stdout.splitlines()
-    assert results == ["0", "0", "1", "1", "4", "5"]  # four of them in the process itself, with two threads
+    assert results == ["0", "-1", "-2", "-3", "-4", "-5"]
     for _ in range(100):
         if not any(Path(f"/proc/{process}").exists() for process in processes.split()):
             break
@@ -515,11 +515,11 @@ def test_workers_end_with_a_run_that_is_killed(corpus):
 def test_a_worker_that_dies_is_told(corpus):
     with Workers(_die, 2) as pool, pytest.raises(ConfigError, match="a worker process was killed"):
         for _ in range(6):
-            pool.result(pool.submit(None))
+            pool.result(pool.submit(os.getpid()))
 
 
-def _die(_: object, threads: int) -> None:
-    if threads == 1:  # in a process of its own
+def _die(parent: int) -> None:
+    if os.getpid() != parent:  # the first items are done there
         os.kill(os.getpid(), signal.SIGKILL)
 
 
