@@ -65,6 +65,13 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True):
     vocab_size: int = Field(gt=0)
     model: Path | None = None  # a trained SentencePiece model; null: train one on the corpus
     train_bytes: int = Field(50_000_000, gt=0)  # most bytes of text that training sees
+    nfkc: bool = False  # brings text to Unicode's form NFKC before it is encoded, so that it does not come back exactly
+
+    @model_validator(mode="after")
+    def _given_as_it_is(self) -> "TokenizerConfig":
+        if self.nfkc and self.model is not None:
+            raise ValueError("nfkc: a given model normalises as it was trained to; leave nfkc or model out")
+        return self
 
 
 class DataConfig(BaseModel, extra="forbid", frozen=True):

@@ -156,7 +156,7 @@ def _make_tokenizer(cfg: DataConfig, path: Path, log: Log) -> None:
         sample = _sample(cfg)
         size = sum(len(text.encode()) for text in sample)
         log(f"training a tokenizer: {cfg.tokenizer.vocab_size:,} pieces from {size / 1e6:.2f} MB of text")
-        train(sample, cfg.tokenizer.vocab_size, path)
+        train(sample, cfg.tokenizer.vocab_size, path, cfg.tokenizer.nfkc)
         return
     tokenizer = Tokenizer(given)
     if tokenizer.vocab_size != cfg.tokenizer.vocab_size:

@@ -24,12 +24,13 @@ WORD = re.compile(" *[^ ]+| +")
 KNOWN_CHARS = 1 << 23  # words with so many characters in all are remembered
 
 
-def train(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
+def train(texts: Iterable[str], vocab_size: int, model_path: Path, nfkc: bool = False) -> None:
     """Trains a model on texts and writes it to `model_path`. The same texts give the same bytes.
 
     Args:
         texts: the sample; it is held in memory by the library, about ten times over.
         vocab_size: number of ids, with the 5 special ones and the 256 bytes.
+        nfkc: encode text in Unicode's form NFKC; text that is not in that form does not come back exactly.
     Raises:
         ConfigError: the vocabulary is too large or too small for the sample.
     """
@@ -48,7 +49,7 @@ def train(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
             eos_id=EOS,
             pad_id=PAD,
             control_symbols=["<mask>"],  # takes the next id, MASK; control symbols are never found in text
-            normalization_rule_name="identity",
+            normalization_rule_name="nfkc" if nfkc else "identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,

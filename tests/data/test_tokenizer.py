@@ -1,5 +1,6 @@
 """Tokenizer: any text comes back byte for byte; no text makes a special id; training is deterministic."""
 
+import unicodedata
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -55,6 +56,21 @@ def test_any_text_round_trips(tokenizer, text):
     assert tokenizer.encode(text) == ids  # as remembered
 
 
+def test_text_stays_as_it_is_unless_a_normal_form_is_asked_for(tokenizer, tmp_path):
+    text = "ﬁ Ⅳ  ｆｕｌｌ ①"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    train(TEXTS, VOCAB, tmp_path / "m", nfkc=True)
+    normal = Tokenizer(tmp_path / "m")
+    assert not normal._by_words
+    assert normal.decode(normal.encode(text)) == unicodedata.normalize("NFKC", text) == "fi IV  full 1"
+
+
+def test_what_no_piece_covers_becomes_bytes(tokenizer):
+    ids = tokenizer.encode("☃")
+    assert [tokenizer.piece(i) for i in ids[-3:]] == ["<0xE2>", "<0x98>", "<0x83>"]
+    assert set(ids) <= set(tokenizer.byte_ids().tolist()) and len(tokenizer.byte_ids()) == 256
+
+
 def test_names_of_specials_are_plain_text(tokenizer):
     for text in ("<mask>", "<s></s>", "<unk>", "<pad>", "a <mask> b", "<0x0A>", "</s>\n</s>"):
         ids = tokenizer.encode(text)
@@ -96,7 +112,7 @@ def test_few_words_are_remembered(model_path, monkeypatch):
 def test_models_of_others_are_asked_for_whole_texts(tmp_path):
     import sentencepiece
 
-    for number, given in enumerate(
+    for number, settings_of_others in enumerate(
         (
             {"add_dummy_prefix": True, "byte_fallback": True},
             {"split_by_whitespace": False, "byte_fallback": True, "normalization_rule_name": "identity"},
@@ -106,7 +122,7 @@ def test_models_of_others_are_asked_for_whole_texts(tmp_path):
         prefix = tmp_path / str(number)
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["to be or not to be"] * 200 + TEXTS[:3]), model_prefix=str(prefix), vocab_size=400,
-            model_type="bpe", hard_vocab_limit=False, minloglevel=2, **given,
+            model_type="bpe", hard_vocab_limit=False, minloglevel=2, **settings_of_others,
         )  # fmt: skip
         raw = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
         tokenizer = Tokenizer(f"{prefix}.model")
