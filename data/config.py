@@ -22,25 +22,56 @@ class FilesSource(BaseModel, extra="forbid", frozen=True):
 
 
 class HubSource(BaseModel, extra="forbid", frozen=True):
-    """A dataset of the Hugging Face Hub, or a local folder of parquet files in the same layout, streamed.
+    """A dataset of the Hugging Face Hub, or a local folder in the same layout: its data files, streamed.
 
     `openwebtext` is `hub` under a name that says what the default is.
     """
 
     kind: Literal["hub", "openwebtext"]
     name: str = "Skylion007/openwebtext"
+    subset: str | None = None  # the dataset's configuration, where it has several
     revision: str | None = None
     split: str = "train"
     text_field: str = "text"
 
 
-Source = Annotated[EmbeddedSource | FilesSource | HubSource, Field(discriminator="kind")]
+class PreparedSource(BaseModel, extra="forbid", frozen=True):
+    """No text: `data.path` holds tokens that were imported, such as by `python -m data import-nanogpt`."""
+
+    kind: Literal["prepared"]
+
+
+PlainSource = Annotated[EmbeddedSource | FilesSource | HubSource, Field(discriminator="kind")]
+
+
+class Weighted(BaseModel, extra="forbid", frozen=True):
+    weight: float = Field(gt=0, allow_inf_nan=False)
+    source: PlainSource
+
+
+class MixtureSource(BaseModel, extra="forbid", frozen=True):
+    """Several sources by name, with shares of the tokens as their weights. It ends with the first that runs out."""
+
+    kind: Literal["mixture"]
+    sources: dict[str, Weighted] = Field(min_length=1, max_length=1 << 16)
+
+
+Source = Annotated[
+    EmbeddedSource | FilesSource | HubSource | MixtureSource | PreparedSource, Field(discriminator="kind")
+]
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True):
     vocab_size: int = Field(gt=0)
     model: Path | None = None  # a trained SentencePiece model; null: train one on the corpus
     train_bytes: int = Field(50_000_000, gt=0)  # most bytes of text that training sees
+    nfkc: bool = False  # brings text to Unicode's form NFKC before it is encoded, so that it does not come back exactly
+
+    @model_validator(mode="after")
+    def _given_as_it_is(self) -> "TokenizerConfig":
+        if self.nfkc and self.model is not None:
+            raise ValueError("nfkc: a given model normalises as it was trained to; leave nfkc or model out")
+        return self
 
 
 class DataConfig(BaseModel, extra="forbid", frozen=True):
@@ -50,7 +81,19 @@ class DataConfig(BaseModel, extra="forbid", frozen=True):
     dtype: Literal["uint16", "uint32"] = "uint16"
     shard_tokens: int = Field(100_000_000, gt=0)  # a shard is closed before the document that would pass this
     val_fraction: float = Field(0.01, gt=0, lt=1)  # of documents, chosen by their hash
-    limit_documents: int | None = Field(None, gt=0)  # null: the whole source
+    limit_documents: int | None = Field(None, gt=0)  # of those with text in them; null: the whole source
+    deduplicate: bool = True  # a document whose very text came before is dropped
+    min_chars: int = Field(0, ge=0)  # shorter documents are dropped
+    # A train document is dropped if at least this share of its runs of 13 words occurs in val; null: none is.
+    val_overlap: float | None = Field(None, gt=0, le=1)
+
+    def sources(self) -> dict[str, Weighted]:
+        """The sources by name. One that stands alone has its kind for a name; imported tokens have none."""
+        if isinstance(self.source, PreparedSource):
+            return {}
+        if isinstance(self.source, MixtureSource):
+            return self.source.sources
+        return {self.source.kind: Weighted(weight=1.0, source=self.source)}
 
     @model_validator(mode="after")
     def _ids_fit(self) -> "DataConfig":
@@ -58,5 +101,15 @@ class DataConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError(
                 f"tokenizer.vocab_size={self.tokenizer.vocab_size} does not fit dtype uint16, which holds 65,536 ids; "
                 "set dtype: uint32 or take a smaller vocabulary"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _imported_as_they_are(self) -> "DataConfig":
+        given = self.model_fields_set - {"path", "source", "tokenizer"}
+        changed = sorted(name for name in given if getattr(self, name) != type(self).model_fields[name].default)
+        if isinstance(self.source, PreparedSource) and (changed or self.tokenizer.model is not None):
+            raise ValueError(
+                f"{(changed or ['tokenizer.model'])[0]}: imported data are taken as they are; leave this setting out"
             )
         return self

@@ -1,4 +1,7 @@
-"""Sources of text: every source is a stream of documents, each a non-empty str, always in the same order."""
+"""Sources of text: each is a list of parts (files), and each part a stream of documents, always in the same order.
+
+A document is known by its part and its row there, so that reading can begin at any of them.
+"""
 
 import ast
 import glob
@@ -11,9 +14,11 @@ import re
 import sysconfig
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,34 +26,106 @@ from data.config import EmbeddedSource, FilesSource, HubSource
 from data.settings import ConfigError
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+EMBEDDED = "embedded"
+EMBEDDED_BYTES = 2_400_000  # about, on any Python
+
+Plain = EmbeddedSource | FilesSource | HubSource
 
 
-def documents(source: EmbeddedSource | FilesSource | HubSource, counts: Counter[str] | None = None) -> Iterator[str]:
-    """Streams the documents of a source.
+@dataclass(frozen=True)
+class Part:
+    """A file of a source, or the embedded corpus."""
 
-    Args:
-        source: where the text is.
-        counts: `counts["empty"]` grows by one for each document without any visible character, which is skipped.
+    name: str  # path, or an address such as hf://datasets/...
+    size: int  # bytes, as stored
+    field: str = "text"
+    separator: str | None = None
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text, or an empty string, and what stands behind it in its source."""
+
+    text: str
+    part: int
+    next_row: int
+    share: float  # of the source's bytes that were read up to here, about
+
+
+def parts_of(source: Plain) -> list[Part]:
+    """The parts of a source, in order.
+
+    Raises:
+        ConfigError: a path matches nothing, a file's type is not known, or the Hub's dataset cannot be found.
+    """
+    if isinstance(source, EmbeddedSource):
+        return [Part(EMBEDDED, EMBEDDED_BYTES)]
+    if isinstance(source, FilesSource):
+        return [Part(str(f), f.stat().st_size, source.text_field, source.separator) for f in files_of(source)]
+    return _hub_parts(source)
+
+
+def is_remote(source: Plain) -> bool:
+    """Whether the source must be asked for over the network."""
+    return isinstance(source, HubSource) and folder_of(source) is None
+
+
+def read(parts: list[Part], first_part: int = 0, first_row: int = 0) -> Iterator[Document]:
+    """Streams the documents of a source's parts, from one of them on; rows count from 0 in each part.
+
+    Raises:
+        ConfigError: a file is missing or damaged; file and line or row are named.
+    """
+    before, total = sum(part.size for part in parts[:first_part]), max(1, sum(part.size for part in parts))
+    for number in range(first_part, len(parts)):
+        part = parts[number]
+        first = first_row if number == first_part else 0
+        for row, (text, share) in enumerate(_read(part, first), start=first):
+            yield Document(text, number, row + 1, (before + share * part.size) / total)
+        before += part.size
+
+
+def documents(source: Plain, limit: int | None = None) -> Iterator[str]:
+    """Streams the texts of a source that are not empty, at most `limit` of them.
+
     Raises:
         ConfigError: a file is missing or damaged (file and line or row are named), or there is no text at all.
     """
-    counts = Counter() if counts is None else counts
-    texts: Iterator[str]
-    if isinstance(source, EmbeddedSource):
-        texts = iter(_embedded())
-    elif isinstance(source, FilesSource):
-        texts = (text for file in files_of(source) for text in _read(file, source))
-    else:
-        texts = _hub(source)
-    empty = True
-    for text in texts:
-        if not text or text.isspace():
-            counts["empty"] += 1
-            continue
-        empty = False
+    nothing = True
+    for text in islice((d.text for d in read(parts_of(source)) if not is_empty(d.text)), limit):
+        nothing = False
         yield text
-    if empty:
-        raise ConfigError(f"data.source ({source.kind}): no document holds any text; give a source with text in it")
+    if nothing:
+        raise no_text(source)
+
+
+def is_empty(text: str) -> bool:
+    """Whether a text has no visible character."""
+    return not text or text.isspace()
+
+
+def no_text(source: Plain) -> ConfigError:
+    return ConfigError(f"data.source ({source.kind}): no document holds any text; give a source with text in it")
+
+
+def check_columns(parts: list[Part]) -> None:
+    """Raises ConfigError unless every parquet file among the parts can be opened and has the column, of strings."""
+    for part in parts:
+        if part.name.endswith(".parquet"):
+            with _parquet_file(part, lambda: "row 0"):
+                pass
+
+
+def _read(part: Part, first: int) -> Iterator[tuple[str, float]]:
+    """Texts from row `first` on, each with the share of the part that was read by then."""
+    if part.name == EMBEDDED:
+        texts = _embedded()
+        return ((text, number / len(texts)) for number, text in enumerate(texts[first:], start=first + 1))
+    if part.name.endswith(".parquet"):
+        return _parquet(part, first)
+    if part.name.endswith(".txt"):
+        return islice(_text(part), first, None)
+    return islice(_json_lines(part), first, None)
 
 
 # ---- embedded
@@ -165,89 +242,87 @@ def files_of(source: FilesSource) -> list[Path]:
     return list(files)
 
 
-def _read(file: Path, source: FilesSource) -> Iterator[str]:
-    if file.name.endswith(".txt"):
-        return _text(file, source.separator)
-    if file.name.endswith(".parquet"):
-        return _parquet(file, source.text_field)
-    return _json_lines(file, source.text_field)
+@contextmanager
+def _damage_named(name: str, place: Callable[[], str]) -> Iterator[None]:
+    """Turns what readers raise into a ConfigError that names the file and the place."""
+    import pyarrow  # type: ignore[import-untyped]
 
-
-def _open(file: Path) -> IO[bytes]:
-    if file.suffix == ".gz":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    if file.suffix == ".zst":
-        import pyarrow  # type: ignore[import-untyped]
-
-        return io.BufferedReader(pyarrow.input_stream(str(file), compression="zstd"))
-    return file.open("rb")
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, with their ends. A UTF-8 sequence never holds the newline byte, so lines decode one by one."""
-    number = 0
     try:
-        with _open(file) as stream:
-            for number, line in enumerate(stream, start=1):
-                yield number, line.decode("utf-8")
+        yield
+    except ConfigError:
+        raise
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}, line {number}: invalid UTF-8 ({error.reason}); convert the file to UTF-8") from None
-    except (OSError, EOFError, zlib.error) as error:
+        raise ConfigError(f"{name}, {place()}: invalid UTF-8 ({error.reason}); convert the file to UTF-8") from None
+    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
         raise ConfigError(
-            f"{file}: unreadable after line {number} ({error}); replace the file by a whole copy"
+            f"{name}: unreadable after {place()} ({error}); "
+            + ("check the network" if "://" in name else "replace the file by a whole copy")
+            + ", then run this again: it goes on from what is finished"
+        ) from None
+    except Exception as error:
+        if "://" not in name:
+            raise
+        # Clients of remote file systems have classes of their own for a connection that breaks.
+        raise ConfigError(
+            f"{name}: unreadable after {place()} ({error!r}); check the network, then run this again: it goes on from "
+            "what is finished"
         ) from None
 
 
-def _text(file: Path, separator: str | None) -> Iterator[str]:
-    if separator is None:
-        yield "".join(line for _, line in _lines(file))
+def _open(name: str) -> IO[bytes]:
+    if "://" in name:
+        import fsspec
+
+        return fsspec.open(name, "rb").open()
+    return open(name, "rb")
+
+
+def _unpacked(stored: IO[bytes], name: str) -> IO[bytes]:
+    if name.endswith(".gz"):
+        return gzip.GzipFile(fileobj=stored, mode="rb")  # type: ignore[return-value]
+    if name.endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, mode="r"), "zstd"))
+    return stored
+
+
+def _lines(part: Part) -> Iterator[tuple[int, str, float]]:
+    """Numbered lines, with their ends. A UTF-8 sequence never holds the newline byte, so lines decode one by one."""
+    number = 0
+    with _damage_named(part.name, lambda: f"line {number}"), _open(part.name) as stored:
+        for number, line in enumerate(_unpacked(stored, part.name), start=1):
+            yield number, line.decode("utf-8"), stored.tell() / part.size
+
+
+def _text(part: Part) -> Iterator[tuple[str, float]]:
+    if part.separator is None:
+        yield "".join(line for _, line, _ in _lines(part)), 1.0
         return
     pending: list[str] = []  # lines are joined by the MB: looking for the separator line by line would be quadratic
-    size = 0
-    for _, line in _lines(file):
+    size, share = 0, 1.0
+    for _, line, share in _lines(part):
         pending.append(line)
         size += len(line)
         if size >= 1 << 20:
-            *whole, rest = "".join(pending).split(separator)
-            yield from whole
+            *whole, rest = "".join(pending).split(part.separator)
+            yield from ((text, share) for text in whole)
             pending, size = [rest], 0
-    yield from "".join(pending).split(separator)
+    yield from ((text, share) for text in "".join(pending).split(part.separator))
 
 
-def _json_lines(file: Path, field: str) -> Iterator[str]:
-    for number, line in _lines(file):
+def _json_lines(part: Part) -> Iterator[tuple[str, float]]:
+    for number, line, share in _lines(part):
         if line.isspace():
             continue
-        place = f"{file}, line {number}"
+        place = f"{part.name}, line {number}"
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise ConfigError(f"{place}: not valid JSON ({error}); each line must be one JSON object") from None
         if not isinstance(row, dict):
-            raise ConfigError(f"{place}: the line is no JSON object; expected {{{json.dumps(field)}: ...}}")
-        yield _field(row, field, place)
-
-
-def _parquet(file: Path, field: str) -> Iterator[str]:
-    import pyarrow
-    from pyarrow import parquet  # type: ignore[import-untyped]
-
-    row = 0
-    try:
-        with parquet.ParquetFile(file) as table:
-            names = table.schema_arrow.names
-            if field not in names:
-                raise ConfigError(
-                    f"{file}: no column {field!r}; set data.source.text_field to one of {', '.join(names)}"
-                )
-            for batch in table.iter_batches(batch_size=256, columns=[field]):
-                for value in batch.column(0):
-                    yield _field({field: value.as_py()}, field, f"{file}, row {row}")
-                    row += 1
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}, row {row}: invalid UTF-8 ({error.reason}); repair the file") from None
-    except (OSError, pyarrow.ArrowException) as error:
-        raise ConfigError(f"{file}: unreadable after row {row} ({error}); replace the file by a whole copy") from None
+            raise ConfigError(f"{place}: the line is no JSON object; expected {{{json.dumps(part.field)}: ...}}")
+        yield _field(row, part.field, place), share
 
 
 def _field(row: dict[str, Any], field: str, place: str) -> str:
@@ -270,6 +345,40 @@ def _field(row: dict[str, Any], field: str, place: str) -> str:
     return value
 
 
+@contextmanager
+def _parquet_file(part: Part, place: Callable[[], str]) -> Iterator[Any]:
+    """The open file, once its schema was checked."""
+    import pyarrow
+    from pyarrow import parquet  # type: ignore[import-untyped]
+
+    with _damage_named(part.name, place), _open(part.name) as stored, parquet.ParquetFile(stored) as table:
+        names = table.schema_arrow.names
+        if part.field not in names:
+            raise ConfigError(
+                f"{part.name}: no column {part.field!r}; set data.source.text_field to one of {', '.join(names)}"
+            )
+        kind = table.schema_arrow.field(part.field).type
+        if kind not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view(), pyarrow.null()):
+            raise ConfigError(f"{part.name}: {part.field!r} is {kind}, not a string; choose a column that holds text")
+        yield table
+
+
+def _parquet(part: Part, first: int) -> Iterator[tuple[str, float]]:
+    row = group = 0
+    with _parquet_file(part, lambda: f"row {row} (row group {group})") as table:
+        rows = table.metadata.num_rows
+        for group in range(table.num_row_groups):
+            after = row + table.metadata.row_group(group).num_rows
+            if after <= first:
+                row = after
+                continue
+            for batch in table.iter_batches(batch_size=256, row_groups=[group], columns=[part.field]):
+                for text in batch.column(0).to_pylist():
+                    row += 1
+                    if row > first:
+                        yield text or "", row / rows
+
+
 # ---- hub
 
 
@@ -279,23 +388,41 @@ def folder_of(source: HubSource) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _hub(source: HubSource) -> Iterator[str]:
-    """Streams through `datasets`, which reads data files and (since its version 4) never runs a dataset's script."""
+def _hub_parts(source: HubSource) -> list[Part]:
+    """The data files of a split, as `datasets` finds them. Since its version 4 it never runs a dataset's script."""
     folder = folder_of(source)
     if folder is None and (source.name.startswith((".", "/", "~")) or source.name.count("/") > 1):
         raise ConfigError(f"data.source.name: {source.name} is not a folder; give a dataset's name or a local folder")
-    name = source.name if folder is None else str(folder)
     import datasets  # type: ignore[import-untyped]
 
-    row = 0
     try:
-        stream = datasets.load_dataset(name, revision=source.revision, split=source.split, streaming=True)
-        for row, record in enumerate(stream):
-            yield _field(record, source.text_field, f"{source.name} ({source.split}), row {row}")
-    except ConfigError:
-        raise
+        builder = datasets.load_dataset_builder(str(folder or source.name), source.subset, revision=source.revision)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise ConfigError(
-            f"{source.name} ({source.split}): cannot be read after row {row}: {error}; check name, split and network, "
-            "or give a local folder of its parquet files as data.source.name"
+            f"{source.name}: the dataset cannot be read: {error}; check name, subset and network, set "
+            "data.source.revision=refs/convert/parquet for the Hub's own copy in parquet files, or give a local folder "
+            "of its files as data.source.name"
         ) from None
+    found = {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
+    if source.split not in found:
+        raise ConfigError(
+            f"{source.name}: no split {source.split!r}; set data.source.split to one of {', '.join(found)}"
+        )
+    names = found[source.split]
+    for name in names:
+        if not name.endswith(SUFFIXES):
+            raise ConfigError(
+                f"{name}: cannot read this type of file; expected one of {', '.join(SUFFIXES)}. The Hub's own copy in "
+                "parquet files is data.source.revision=refs/convert/parquet"
+            )
+    return [Part(name, _size(name), source.text_field) for name in names]
+
+
+def _size(name: str) -> int:
+    if "://" not in name:
+        return Path(name).stat().st_size
+    import fsspec
+
+    system, path = fsspec.core.url_to_fs(name)
+    with _damage_named(name, lambda: "nothing"):
+        return system.size(path)

@@ -21,10 +21,10 @@ def publish(draft: Path, final: Path) -> None:
     flush(final.parent)
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Replaces a file's text at once and durably."""
+def replace_file(file: Path, text: str) -> None:
+    """Replaces a file's text at once and durably: it has the old one or the new one at every moment."""
     draft = file.with_name(f"draft-{file.name}")
-    draft.write_text(text)
+    draft.write_text(text, encoding="utf-8")
     flush(draft)
     os.replace(draft, file)
     flush(file.parent)

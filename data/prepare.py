@@ -1,26 +1,43 @@
-"""From text to a prepared folder: train the tokenizer, split, drop duplicates, encode, write shards.
+"""From text to a prepared folder: train the tokenizer, split, clean, encode, write shards.
 
-Everything is written into `PATH.draft` and gets its name when it is whole, so `data.path` is complete or absent.
+One process reads the documents in order; others hash and encode them; the first takes the results in order, drops
+duplicates and writes. So the bytes do not depend on how many processes there are. From time to time everything is
+brought to the disk and noted in the draft's journal: a run that is killed goes on from there.
 """
 
-import errno
-import hashlib
 import heapq
 import os
 import shutil
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from itertools import islice
+from array import array
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.config import DataConfig, FilesSource, HubSource
-from data.corpus import documents, files_of, folder_of
-from data.files import lock, publish, sha256_of
+from data.config import DataConfig, MixtureSource, PreparedSource
+from data.corpus import (
+    EMBEDDED,
+    Document,
+    Part,
+    check_columns,
+    documents,
+    is_empty,
+    is_remote,
+    no_text,
+    parts_of,
+    read,
+)
+from data.draft import HELD_OUT, SEEN, Draft, draft_of
+from data.encode import EMPTY, SHORT, Encoded, Encoder, HeldOutRuns, digest_of, held_out
+from data.files import flush, sha256_of
+from data.overlap import union
+from data.progress import Log, progress
 from data.settings import ConfigError
 from data.shards import (
     DTYPES,
@@ -36,41 +53,69 @@ from data.shards import (
     write_manifest,
 )
 from data.tokenizer import Tokenizer, train
+from data.workers import Workers, cores
 
 SAMPLE_SPAN = 20  # the tokenizer's sample is drawn from the first 20 * train_bytes bytes of the source
-BATCH_BYTES = 8 << 20  # text that is encoded at once
-REPORT_SECONDS = 30
+BATCH_CHARS = 1 << 20  # text that is sent to a process at once
+COMMIT_SECONDS = 15  # a killed run loses little more than so much work
+SPLITS = ("train", "val")
 
-Log = Callable[[str], Any]
 
-
-def prepare(cfg: DataConfig, log: Log = print) -> dict[str, Any]:
+def prepare(cfg: DataConfig, log: Log = print, workers: int | None = None) -> dict[str, Any]:
     """Makes the folder `cfg.path`, or finds it made from the same settings.
 
+    Args:
+        cfg: the settings.
+        log: takes lines of text.
+        workers: processes that encode; None: one for each core. The result does not depend on it.
     Returns:
         The manifest.
     Raises:
         ConfigError: the source or tokenizer cannot be used, a split would be empty, the disk is full, or the folder
-            holds something else; nothing that existed is touched then.
+            holds something else; nothing that existed is touched then, and finished work is kept for the next run.
     """
     if os.path.exists(cfg.path / MANIFEST):  # false for a folder that may not be entered: writing will name that
         return _reuse(cfg, log)
-    _check_disk(cfg)
-    with _draft(cfg.path) as draft:
-        manifest = _build(cfg, draft, log)
+    if isinstance(cfg.source, PreparedSource):
+        raise ConfigError(
+            f"{cfg.path}: no imported data here; run `python -m data import-nanogpt FOLDER --out {cfg.path}` first"
+        )
+    parts = {name: parts_of(entry.source) for name, entry in cfg.sources().items()}
+    with draft_of(cfg.path, _job(cfg, parts)) as draft:
+        made_before = draft.whole  # and the run was killed before it could name it
+        if not made_before:
+            resumed = _resume(draft, log)
+            _check_disk(cfg, parts, draft.path)
+            if not resumed:
+                for found in parts.values():
+                    check_columns(found)
+            _build(cfg, parts, draft, log, workers or cores())
+    manifest = _reuse(cfg, log) if made_before else read_manifest(cfg.path)
     log(f"prepared {cfg.path}: fingerprint {manifest['fingerprint'][:12]}")
     return manifest
 
 
-def _build(cfg: DataConfig, draft: Path, log: Log) -> dict[str, Any]:
-    tokenizer = _tokenizer(cfg, draft / TOKENIZER, log)
-    counts: Counter[str] = Counter()
-    texts = islice(documents(cfg.source, counts), cfg.limit_documents)
-    shards = _write(cfg, tokenizer, texts, draft, counts, log)
+def _build(cfg: DataConfig, parts: dict[str, list[Part]], draft: Draft, log: Log, workers: int) -> None:
+    if draft.progress is None:
+        _make_tokenizer(cfg, draft.path / TOKENIZER, log)
+        draft.commit({})
+    tokenizer = Tokenizer(draft.path / TOKENIZER)
+    val_runs = None
+    if cfg.val_overlap is not None:
+        val_runs = _find_val_runs(cfg, parts, draft.path / HELD_OUT, log, workers)
+    encoder = Encoder(draft.path / TOKENIZER, cfg.dtype, cfg.min_chars, cfg.val_fraction, cfg.val_overlap, val_runs)
+    writing = _Writing(cfg, tokenizer.eos_id, draft)
+    try:
+        _write(cfg, parts, encoder, writing, log, workers)
+        shards = {split: writer.close() for split, writer in writing.writers.items()}
+    finally:
+        writing.abandon()
     for split, remedy in (("train", "a smaller data.val_fraction"), ("val", "a larger data.val_fraction")):
         if not shards[split]:
             total = sum(shard["documents"] for entries in shards.values() for shard in entries)
+            draft.discard()
             raise ConfigError(f"the {split} split is empty: {total} documents in all; take {remedy} or more documents")
+    sources = list(parts)
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "dtype": cfg.dtype,
@@ -78,34 +123,41 @@ def _build(cfg: DataConfig, draft: Path, log: Log) -> dict[str, Any]:
         "tokenizer_file": TOKENIZER,
         "tokenizer_sha256": tokenizer.sha256,
         "eos_id": tokenizer.eos_id,
-        "splits": {split: split_entry(entries) for split, entries in shards.items()},
-        "dropped": {"empty": counts["empty"], "duplicates": counts["duplicates"]},
-        "settings": _settings(cfg),
-        "inputs": _inputs(cfg),
+        "sources": sources,
+        "splits": {split: split_entry(entries, sources) for split, entries in shards.items()},
+        "dropped": {reason: writing.counts[reason] for reason in ("empty", "short", "duplicates", "overlapping")},
+        "settings": draft.job["settings"],
+        "inputs": draft.job["inputs"],
     }
     manifest["fingerprint"] = fingerprint(manifest)
-    write_manifest(draft, manifest)
+    write_manifest(draft.path, manifest)
+    tell_splits(manifest, log)
+
+
+def tell_splits(manifest: dict[str, Any], log: Log) -> None:
+    """What a manifest's splits hold and what was dropped, a line each."""
     for split, entry in manifest["splits"].items():
-        log(
-            f"{split}: {entry['documents']:,} documents, {entry['text_bytes'] / 1e6:.2f} MB of text, "
-            f"{entry['tokens']:,} tokens, {entry['text_bytes'] / entry['tokens']:.3f} bytes/token"
-        )
-    log(f"dropped: {counts['duplicates']:,} duplicates, {counts['empty']:,} empty documents")
-    return manifest
+        by_source = entry["sources"] if len(entry["sources"]) > 1 else {}
+        for name, found in {split: entry, **{f"  of {name}": found for name, found in by_source.items()}}.items():
+            known = found["text_bytes"] and found["tokens"]  # an empty source has no ratio
+            size = f", {found['text_bytes'] / 1e6:.2f} MB of text" if known else ""
+            ratio = f", {found['text_bytes'] / found['tokens']:.3f} bytes/token" if known else ""
+            log(f"{name}: {found['documents']:,} documents{size}, {found['tokens']:,} tokens{ratio}")
+    log("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items()))
 
 
 # ---- tokenizer
 
 
-def _tokenizer(cfg: DataConfig, path: Path, log: Log) -> Tokenizer:
+def _make_tokenizer(cfg: DataConfig, path: Path, log: Log) -> None:
     """Puts the tokenizer at `path`: a copy of the given one, or one trained on a sample of the train split."""
     given = cfg.tokenizer.model
     if given is None:
         sample = _sample(cfg)
         size = sum(len(text.encode()) for text in sample)
         log(f"training a tokenizer: {cfg.tokenizer.vocab_size:,} pieces from {size / 1e6:.2f} MB of text")
-        train(sample, cfg.tokenizer.vocab_size, path)
-        return Tokenizer(path)
+        train(sample, cfg.tokenizer.vocab_size, path, cfg.tokenizer.nfkc)
+        return
     tokenizer = Tokenizer(given)
     if tokenizer.vocab_size != cfg.tokenizer.vocab_size:
         raise ConfigError(
@@ -113,114 +165,296 @@ def _tokenizer(cfg: DataConfig, path: Path, log: Log) -> Tokenizer:
             f"set it to {tokenizer.vocab_size}"
         )
     shutil.copyfile(given, path)
-    return tokenizer
 
 
 def _sample(cfg: DataConfig) -> list[str]:
-    """At most `train_bytes` of the train split: the documents of lowest hash, an even and reproducible sample."""
-    cap = cfg.tokenizer.train_bytes
-    kept: list[tuple[int, str]] = []  # a heap, highest hash first
+    """At most `train_bytes` of the train split: the documents of lowest hash, an even and reproducible sample.
+
+    Each source of a mixture has a share of it as its weight.
+    """
+    weights = sum(entry.weight for entry in cfg.sources().values())
     chosen: set[int] = set()  # hashes: a document that occurs twice counts once
-    kept_bytes = seen_bytes = 0
-    for text in islice(documents(cfg.source), cfg.limit_documents):
-        size = len(text.encode())
-        digest = _hash(text)
-        seen_bytes += size
-        if digest not in chosen and not _held_out(digest, cfg.val_fraction):
-            chosen.add(digest)
-            heapq.heappush(kept, (-digest, text))
-            kept_bytes += size
-            while kept_bytes > cap and len(kept) > 1:
-                kept_bytes -= len(heapq.heappop(kept)[1].encode())
-        if seen_bytes >= SAMPLE_SPAN * cap:
-            break
-    return [text for _, text in sorted(kept, reverse=True)]
+    sample = []
+    for entry in cfg.sources().values():
+        cap = cfg.tokenizer.train_bytes * entry.weight / weights
+        kept: list[tuple[int, str]] = []  # a heap, highest hash first
+        kept_bytes = seen_bytes = 0
+        for text in documents(entry.source, cfg.limit_documents):
+            size = len(text.encode())
+            digest = digest_of(text)
+            seen_bytes += size
+            if digest not in chosen and not held_out(digest, cfg.val_fraction):
+                chosen.add(digest)
+                heapq.heappush(kept, (-digest, text))
+                kept_bytes += size
+                while kept_bytes > cap and len(kept) > 1:
+                    kept_bytes -= len(heapq.heappop(kept)[1].encode())
+            if seen_bytes >= SAMPLE_SPAN * cap:
+                break
+        sample += [text for _, text in sorted(kept, reverse=True)]
+    return sample
 
 
 # ---- documents
 
 
-def _hash(text: str) -> int:
-    """First 8 bytes of a document's SHA-256, as a number below 2**64."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
-
-
-def _held_out(digest: int, val_fraction: float) -> bool:
-    return digest / 2**64 < val_fraction
-
-
-class _Seen:
-    """The hashes of all documents so far, at 8 bytes each.
-
-    Two different documents among 8 million share 64 bits with a probability of 2 in a million.
-    """
+class Seen:
+    """A set of 64-bit hashes, in 16 to 32 bytes for each (a Python set takes 80): open addressing, no removal."""
 
     def __init__(self) -> None:
-        self._runs: list[np.ndarray] = []  # sorted; each at least twice as long as the next
+        self._slots = array("Q", bytes(8 << 10))  # 0: free
+        self._count = 0
 
-    def new(self, digests: np.ndarray) -> np.ndarray:
-        """Adds uint64 digests (N,); returns which of them had not been seen, bool (N,)."""
-        values, first = np.unique(digests, return_index=True)
-        fresh = np.ones(len(values), dtype=bool)
-        for run in self._runs:
-            at = np.minimum(np.searchsorted(run, values), len(run) - 1)
-            fresh &= run[at] != values
-        run = values[fresh]
-        while self._runs and len(self._runs[-1]) < 2 * len(run):
-            run = np.sort(np.concatenate([self._runs.pop(), run]))
-        if len(run):
-            self._runs.append(run)
-        out = np.zeros(len(digests), dtype=bool)
-        out[first[fresh]] = True
-        return out
+    def __len__(self) -> int:
+        return self._count
+
+    def add(self, digest: int) -> bool:
+        """Returns whether it was new."""
+        digest = digest or 1
+        slots, last = self._slots, len(self._slots) - 1
+        at = digest & last
+        while slots[at]:
+            if slots[at] == digest:
+                return False
+            at = at + 1 & last
+        slots[at] = digest
+        self._count += 1
+        if 2 * self._count > len(slots):
+            self._slots, self._count = array("Q", bytes(16 * len(slots))), 0
+            for known in slots:
+                if known:
+                    self.add(known)
+        return True
 
 
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Lists of consecutive texts with about `size` characters each."""
-    batch: list[str] = []
+class _Writing:
+    """The shards being written, and all that a run must know to go on with them."""
+
+    def __init__(self, cfg: DataConfig, eos_id: int, draft: Draft) -> None:
+        self._draft, self._cfg = draft, cfg
+        self._seen_file = draft.path / SEEN
+        saved = draft.progress or {}
+        self._numbers = {name: number for number, name in enumerate(cfg.sources())}
+        self.cursors: dict[str, list[int]] = saved.get("cursors", {name: [0, 0] for name in self._numbers})
+        self.tokens: dict[str, int] = saved.get("tokens", dict.fromkeys(self._numbers, 0))
+        self.counts: Counter[str] = Counter(saved.get("counts", {}))
+        self.seen = Seen()
+        self._fresh = array("Q")  # hashes since the last commit
+        self._restore_seen(saved.get("seen", 0))
+        self.writers = {
+            split: ShardWriter(
+                draft.path, split, cfg.dtype, eos_id, cfg.shard_tokens, saved.get("splits", {}).get(split)
+            )
+            for split in SPLITS
+        }
+
+    def _restore_seen(self, count: int) -> None:
+        self._seen_file.touch()
+        os.truncate(self._seen_file, 8 * count)
+        for digest in np.fromfile(self._seen_file, dtype=np.uint64).tolist():
+            self.seen.add(digest)
+
+    def take(self, source: str, document: "_Encoded") -> None:
+        """Drops or writes the next document of a source."""
+        self.cursors[source] = [document.part, document.next_row]
+        if document.verdict == EMPTY:
+            self.counts["empty"] += 1
+            return
+        self.counts["documents"] += 1
+        self.counts[f"documents of {source}"] += 1
+        if document.verdict == SHORT:
+            self.counts["short"] += 1
+        elif self._cfg.deduplicate and not self._is_new(document.digest):
+            self.counts["duplicates"] += 1
+        elif document.near:
+            self.counts["overlapping"] += 1
+        else:
+            split = "val" if held_out(document.digest, self._cfg.val_fraction) else "train"
+            self.writers[split].add(document.ids, document.text_bytes, self._numbers[source])
+            self.tokens[source] += len(document.ids) + 1
+            self.counts["text_bytes"] += document.text_bytes
+
+    def _is_new(self, digest: int) -> bool:
+        new = self.seen.add(digest)
+        if new:
+            self._fresh.append(digest)
+        return new
+
+    def commit(self) -> None:
+        """Brings all of it to the disk and notes in the journal how far it is."""
+        with self._seen_file.open("ab") as stream:
+            self._fresh.tofile(stream)
+        self._fresh = array("Q")
+        flush(self._seen_file)
+        splits = {split: writer.save() for split, writer in self.writers.items()}
+        self._draft.commit(
+            {
+                "cursors": self.cursors,
+                "tokens": self.tokens,
+                "counts": dict(self.counts),
+                "seen": len(self.seen),
+                "splits": splits,
+            }
+        )
+
+    def abandon(self) -> None:
+        for writer in self.writers.values():
+            writer.abandon()
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """One document, as it comes back from a worker."""
+
+    part: int
+    next_row: int
+    share: float  # as in Document
+    verdict: int
+    digest: int
+    text_bytes: int
+    near: bool
+    ids: np.ndarray
+
+
+def _write(
+    cfg: DataConfig, parts: dict[str, list[Part]], encoder: Encoder, writing: _Writing, log: Log, workers: int
+) -> None:
+    """Writes the documents of all sources, from where `writing` stands.
+
+    The next document is always of the source with the fewest tokens for its weight, until that one has none left.
+    """
+    weights = {name: entry.weight for name, entry in cfg.sources().items()}
+    with Workers(encoder, workers) as pool, progress("encoding", log) as tell:
+        streams = {
+            name: _encoded(
+                _first(read(found, *writing.cursors[name]), _left(cfg, writing)),
+                pool,
+                ahead=max(1, round(2 * workers * weights[name] / sum(weights.values()))),
+            )
+            for name, found in parts.items()
+        }
+        committed = told = began = time.monotonic()
+        before = writing.counts["text_bytes"]
+        shares = dict.fromkeys(parts, 0.0)
+        while _left(cfg, writing) != 0:
+            name = min(parts, key=lambda name: writing.tokens[name] / weights[name])
+            try:
+                document = next(streams[name], None)
+            except ConfigError:
+                writing.commit()  # all that came before the damage
+                raise
+            if document is None:
+                break
+            writing.take(name, document)
+            shares[name] = document.share
+            now = time.monotonic()
+            if now - committed >= COMMIT_SECONDS:
+                writing.commit()
+                committed = time.monotonic()
+            if now - told >= 0.2:
+                told = now
+                text_bytes = writing.counts["text_bytes"]
+                share = max(shares.values())
+                if cfg.limit_documents is not None:
+                    share = max(share, writing.counts["documents"] / cfg.limit_documents)
+                rate = (text_bytes - before) / 1e6 / (now - began)
+                tell(share, f"{text_bytes / 1e6:,.0f} MB of text, {rate:.1f} MB/s")
+    if not writing.counts[f"documents of {name}"]:
+        raise no_text(cfg.sources()[name].source)
+    if isinstance(cfg.source, MixtureSource):
+        log(
+            f"the mixture ends with {name}, which has no more documents" if document is None else "the limit is reached"
+        )
+
+
+def _left(cfg: DataConfig, writing: _Writing) -> int | None:
+    """Documents to the limit, or None if there is no limit."""
+    return None if cfg.limit_documents is None else cfg.limit_documents - writing.counts["documents"]
+
+
+def _first(found: Iterable[Document], limit: int | None) -> Iterator[Document]:
+    """Documents until `limit` with text in them were given."""
+    left = limit
+    for document in found:
+        yield document
+        if left is not None and not is_empty(document.text):
+            left -= 1
+            if left == 0:
+                return
+
+
+def _encoded(found: Iterable[Document], pool: Workers[list[str], Encoded], ahead: int) -> Iterator[_Encoded]:
+    """Encodes documents in order, with `ahead` batches under way. An error of the reader comes after what it read."""
+    for places, batch in _ahead(found, pool, ahead):
+        ends = np.cumsum(batch.lengths)
+        starts = ends - batch.lengths
+        columns = (batch.verdicts, batch.digests, batch.text_bytes, batch.near, starts, ends)
+        rows = zip(places, *(column.tolist() for column in columns), strict=True)
+        for (part, row, share), verdict, digest, text_bytes, near, start, end in rows:
+            yield _Encoded(part, row, share, verdict, digest, text_bytes, near, batch.ids[start:end])
+
+
+def _ahead(found: Iterable[Document], pool: Workers, ahead: int) -> Iterator[tuple[list[tuple[int, int, float]], Any]]:
+    """Sends batches of documents to the pool; gives the place behind each document, and the results, in order."""
+    batches = _batches(found)
+    pending: deque[tuple[list[tuple[int, int, float]], Future]] = deque()
+    error: ConfigError | None = None
+    ended = False
+    while pending or not ended:
+        while not ended and len(pending) < ahead:
+            try:
+                batch = next(batches)
+            except (StopIteration, ConfigError) as stopped:
+                ended, error = True, stopped if isinstance(stopped, ConfigError) else None
+                break
+            places = [(document.part, document.next_row, document.share) for document in batch]
+            pending.append((places, pool.submit([document.text for document in batch])))
+        if pending:
+            places, asked = pending.popleft()
+            yield places, pool.result(asked)
+    if error is not None:
+        raise error
+
+
+def _batches(found: Iterable[Document]) -> Iterator[list[Document]]:
+    """Lists of consecutive documents with about `BATCH_CHARS` characters each."""
+    batch: list[Document] = []
     chars = 0
-    for text in texts:
-        batch.append(text)
-        chars += len(text)
-        if chars >= size:
+    try:
+        for document in found:
+            batch.append(document)
+            chars += len(document.text)
+            if chars >= BATCH_CHARS:
+                yield batch
+                batch, chars = [], 0
+    except ConfigError:
+        if batch:
             yield batch
-            batch, chars = [], 0
+        raise
     if batch:
         yield batch
 
 
-def _write(
-    cfg: DataConfig, tokenizer: Tokenizer, texts: Iterable[str], draft: Path, counts: Counter[str], log: Log
-) -> dict[str, list[dict[str, Any]]]:
-    """Encodes the documents into shards of `train` and `val`; returns the shards' entries of the manifest."""
-    writers = {
-        split: ShardWriter(draft, split, cfg.dtype, tokenizer.eos_id, cfg.shard_tokens) for split in ("train", "val")
-    }
-    seen = _Seen()
-    began = reported = time.monotonic()
-    read_documents = read_bytes = 0
-    try:
-        for batch in _batches(texts, BATCH_BYTES):
-            digests = [_hash(text) for text in batch]
-            fresh = seen.new(np.array(digests, dtype=np.uint64))
-            counts["duplicates"] += int((~fresh).sum())
-            kept = [(text, digest) for text, digest, new in zip(batch, digests, fresh, strict=True) if new]
-            encoded = tokenizer.encode_batch([text for text, _ in kept])
-            for (text, digest), ids in zip(kept, encoded, strict=True):
-                split = "val" if _held_out(digest, cfg.val_fraction) else "train"
-                size = len(text.encode())
-                writers[split].add(ids, size)
-                read_bytes += size
-            read_documents += len(batch)
-            now = time.monotonic()
-            if now - reported >= REPORT_SECONDS:
-                reported = now
-                rate = read_bytes / 1e6 / (now - began)
-                log(f"encoding: {read_documents:,} documents, {read_bytes / 1e6:,.0f} MB of text, {rate:.1f} MB/s")
-        return {split: writer.close() for split, writer in writers.items()}
-    finally:
-        for writer in writers.values():
-            writer.abandon()
+def _find_val_runs(cfg: DataConfig, parts: dict[str, list[Part]], path: Path, log: Log, workers: int) -> Path:
+    """Writes the runs of words of all documents that would be of the val split to `path`, unless they are there."""
+    if path.exists():
+        return path
+    finder = HeldOutRuns(cfg.min_chars, cfg.val_fraction)
+    with Workers(finder, workers) as pool, progress("looking for held-out documents", log) as tell:
+
+        def found(source: list[Part]) -> Iterator[np.ndarray]:
+            for places, runs in _ahead(_first(read(source), cfg.limit_documents), pool, 2 * workers):
+                tell(places[-1][2], "read")
+                yield runs
+
+        runs = union(chain.from_iterable(found(source) for source in parts.values()))
+    draft = path.with_name(f"draft-{path.name}")
+    with draft.open("wb") as stream:
+        np.save(stream, runs)
+    flush(draft)
+    os.replace(draft, path)
+    log(f"held-out documents have {len(runs):,} runs of words")
+    return path
 
 
 # ---- the folder
@@ -231,28 +465,71 @@ def _settings(cfg: DataConfig) -> dict[str, Any]:
     return cfg.model_dump(mode="json", exclude={"path"})
 
 
-def _inputs(cfg: DataConfig) -> list[list[Any]]:
-    """[path, bytes] of each local file that is read."""
-    if isinstance(cfg.source, FilesSource):
-        files = files_of(cfg.source)
-    elif isinstance(cfg.source, HubSource) and (folder := folder_of(cfg.source)):
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
-    else:
-        files = []
-    return [[str(file.absolute()), file.stat().st_size] for file in files]
+def _inputs(parts: dict[str, list[Part]]) -> dict[str, list[list[Any]]]:
+    """[name, bytes] of each file of each source."""
+    return {
+        source: [[p.name if "://" in p.name else os.path.abspath(p.name), p.size] for p in found if p.name != EMBEDDED]
+        for source, found in parts.items()
+    }
+
+
+def _job(cfg: DataConfig, parts: dict[str, list[Part]]) -> dict[str, Any]:
+    """What a draft must have been made from for this run to go on with it."""
+    given = cfg.tokenizer.model
+    return {
+        "format": FORMAT,
+        "settings": _settings(cfg),
+        "tokenizer": sha256_of(given) if given is not None and given.is_file() else None,
+        "inputs": _inputs(parts),
+    }
+
+
+def _resume(draft: Draft, log: Log) -> bool:
+    """Takes up an earlier run's progress, or empties the draft; returns which."""
+    earlier = draft.read()
+    if earlier is None:
+        draft.clear()
+        return False
+    done = earlier["progress"]
+    job, now = earlier["job"], draft.job
+    differences = [f"the program's format was {job['format']}"] if job["format"] != now["format"] else []
+    differences += _differences(job["settings"], now["settings"])
+    if job["tokenizer"] != now["tokenizer"]:
+        differences.append("the content of data.tokenizer.model")
+    for source, files in now["inputs"].items():
+        before = job["inputs"].get(source, [])
+        # A damaged file is replaced by a whole one: what was not read to its end may have another size.
+        settled = done["cursors"][source][0] if done else len(before)
+        if [name for name, _ in files] != [name for name, _ in before] or files[:settled] != before[:settled]:
+            differences.append(f"the files of {source}")
+    if not differences:
+        draft.progress = done
+        log(f"going on with {draft.path}: {done.get('counts', {}).get('documents', 0):,} documents were done")
+        return True
+    if done:
+        raise ConfigError(
+            f"{draft.path} holds an unfinished preparation that was begun differently: {'; '.join(differences)}. "
+            "Give what was given then to go on with it, set data.path to another folder, or delete the draft"
+        )
+    log(f"starting anew: {draft.path} was begun differently ({'; '.join(differences)})")
+    draft.clear()
+    return False
 
 
 def _reuse(cfg: DataConfig, log: Log) -> dict[str, Any]:
     """Checks that the folder was made from these settings, from files of these sizes, and is whole."""
     manifest = read_manifest(cfg.path)
-    differences = list(_differences(manifest["settings"], _settings(cfg)))
-    try:
-        inputs = _inputs(cfg)
-    except ConfigError:  # prepared data outlives its source
-        inputs = []
-    if inputs and inputs != manifest["inputs"]:
-        changed = [file for file, size in inputs if [file, size] not in manifest["inputs"]]
-        differences.append(f"the source's files ({changed[0] if changed else 'one is gone'})")
+    imported = isinstance(cfg.source, PreparedSource)
+    differences = list(_differences(manifest["settings"]["source"]["kind"], cfg.source.kind, "data.source.kind"))
+    if imported and manifest["vocab_size"] != cfg.tokenizer.vocab_size:
+        differences.append(f"its vocabulary is {manifest['vocab_size']}: set data.tokenizer.vocab_size to that")
+    if not imported:
+        differences = list(_differences(manifest["settings"], _settings(cfg)))
+        for source, files in _local_inputs(cfg).items():
+            before = manifest["inputs"].get(source, [])
+            if files != before:
+                changed = [name for name, size in files if [name, size] not in before]
+                differences.append(f"the source's files ({changed[0] if changed else 'one is gone'})")
     given = cfg.tokenizer.model
     if given is not None and given.is_file() and sha256_of(given) != manifest["tokenizer_sha256"]:
         differences.append(f"the content of {given}")
@@ -268,6 +545,18 @@ def _reuse(cfg: DataConfig, log: Log) -> dict[str, Any]:
     return manifest
 
 
+def _local_inputs(cfg: DataConfig) -> dict[str, list[list[Any]]]:
+    """The sources' files, of those sources that are still on this machine: prepared data outlives its text."""
+    found = {}
+    for name, entry in cfg.sources().items():
+        if not is_remote(entry.source):
+            try:
+                found[name] = parts_of(entry.source)
+            except ConfigError:
+                continue
+    return _inputs(found)
+
+
 def _differences(made: Any, asked: Any, path: str = "data") -> Iterator[str]:
     if isinstance(made, dict) and isinstance(asked, dict):
         for key in {**made, **asked}:
@@ -276,52 +565,16 @@ def _differences(made: Any, asked: Any, path: str = "data") -> Iterator[str]:
         yield f"{path} was {made!r} and is now {asked!r}"
 
 
-def _check_disk(cfg: DataConfig) -> None:
+def _check_disk(cfg: DataConfig, parts: dict[str, list[Part]], draft: Path) -> None:
     """Stops before a long run that cannot end well. Compressed text is taken to grow threefold, a token for 4 bytes."""
-    inputs = _inputs(cfg)
-    if cfg.limit_documents is not None:
-        return  # no telling how much of the source that is
-    text_bytes = sum(size * (1 if file.endswith((".txt", ".jsonl")) else 3) for file, size in inputs)
-    needed = text_bytes // 4 * DTYPES[cfg.dtype].itemsize
-    path = cfg.path.absolute()
-    folder = next(folder for folder in (path, *path.parents) if folder.is_dir())
-    free = shutil.disk_usage(folder).free
+    if cfg.limit_documents is not None or isinstance(cfg.source, MixtureSource):
+        return  # no telling how much of the sources that is
+    files = [part for part in chain.from_iterable(parts.values()) if part.name != EMBEDDED]
+    text_bytes = sum(part.size * (1 if part.name.endswith((".txt", ".jsonl")) else 3) for part in files)
+    needed = text_bytes // 4 * DTYPES[cfg.dtype].itemsize - sum(f.stat().st_size for f in draft.iterdir())
+    free = shutil.disk_usage(draft).free
     if needed > free:
         raise ConfigError(
-            f"{cfg.path}: the shards need about {needed / 1e9:.1f} GB, but {folder} has {free / 1e9:.1f} GB free; "
-            "free some space or set data.path to another disk"
+            f"{cfg.path}: the shards need about {needed / 1e9:.1f} GB, but {draft.parent} has {free / 1e9:.1f} GB "
+            "free; free some space or set data.path to another disk"
         )
-
-
-@contextmanager
-def _draft(final: Path) -> Iterator[Path]:
-    """An empty folder beside `final` that takes its place if the block succeeds, and is gone if it does not.
-
-    What a killed run left is removed; a run that is alive holds a lock and is left alone.
-    """
-    final = final.resolve()
-    draft = final.parent / (final.name + ".draft")
-    locked = final.parent / (final.name + ".draft.lock")
-    try:
-        if final.exists() and not (final.is_dir() and not any(final.iterdir())):
-            raise ConfigError(
-                f"{final}: exists, but holds no prepared data ({MANIFEST} is missing); set data.path to a new folder"
-            )
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with locked.open("w") as handle:
-            if not lock(handle):
-                raise ConfigError(f"{final}: another process is preparing it; wait for it, then run this again")
-            shutil.rmtree(draft, ignore_errors=True)
-            try:
-                draft.mkdir()
-                yield draft
-                publish(draft, final)
-            finally:
-                shutil.rmtree(draft, ignore_errors=True)
-                locked.unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConfigError(
-                f"{final}: the disk is full; nothing was kept. Free some space or set data.path to another disk"
-            ) from None
-        raise ConfigError(f"{final}: cannot be written ({error}); set data.path to a folder you may write") from None

@@ -2,9 +2,9 @@
 
 import hashlib
 import io
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,18 @@ BLANK = "\u2581"
 RESERVED = re.compile("[\0\u2581\u2585]")
 # Its trainer skips longer sentences, so documents come in pieces; the cut spoils one word in some thousands.
 PIECE_CHARS = 16_000
+# To look a word up is many times faster than to ask the library for its ids, and most words come again.
+WORD = re.compile(" *[^ ]+| +")
+KNOWN_CHARS = 1 << 23  # words with so many characters in all are remembered
 
 
-def train(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
+def train(texts: Iterable[str], vocab_size: int, model_path: Path, nfkc: bool = False) -> None:
     """Trains a model on texts and writes it to `model_path`. The same texts give the same bytes.
 
     Args:
         texts: the sample; it is held in memory by the library, about ten times over.
         vocab_size: number of ids, with the 5 special ones and the 256 bytes.
+        nfkc: encode text in Unicode's form NFKC; text that is not in that form does not come back exactly.
     Raises:
         ConfigError: the vocabulary is too large or too small for the sample.
     """
@@ -45,7 +49,7 @@ def train(texts: Iterable[str], vocab_size: int, model_path: Path) -> None:
             eos_id=EOS,
             pad_id=PAD,
             control_symbols=["<mask>"],  # takes the next id, MASK; control symbols are never found in text
-            normalization_rule_name="identity",
+            normalization_rule_name="nfkc" if nfkc else "identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
@@ -73,6 +77,23 @@ def _why_untrained(message: str, vocab_size: int) -> str:
     if too_low := re.search(r"required_chars\. \d+ vs (\d+)", message):
         return f"{given}: too small for 256 bytes, 5 specials and this text's characters; set {too_low[1]} or more"
     return f"{given}: SentencePiece cannot train a model on this text: {message.strip()}"
+
+
+class _Words(dict[str, bytes]):
+    """Ids of words, as int32, each asked of the library once."""
+
+    def __init__(self, encode: Callable[[str], list[int]]) -> None:
+        super().__init__()
+        self._encode, self.chars = encode, 0
+
+    def __missing__(self, word: str) -> bytes:
+        self.chars += len(word)
+        self[word] = found = array("i", self._encode(word)).tobytes()
+        return found
+
+    def clear(self) -> None:
+        super().clear()
+        self.chars = 0
 
 
 class Tokenizer:
@@ -115,7 +136,13 @@ class Tokenizer:
             )
         self.eos_id: int = eos_id
         blank_bytes = [self._model.piece_to_id(f"<0x{byte:02X}>") for byte in BLANK.encode()]
-        self._blank_bytes = None if self.unk_id in blank_bytes else blank_bytes  # None: a model without byte fallback
+        self._blank_bytes = b""  # none: a model without byte fallback
+        if self.unk_id not in blank_bytes:
+            self._blank_bytes = array("i", blank_bytes).tobytes()
+        # No piece has a blank behind another character, so text cut in front of blanks gives the same ids.
+        whole = all(BLANK not in self.piece(i).lstrip(BLANK) for i in range(self.vocab_size))
+        self._by_words = whole and bool(self._blank_bytes) and self._model.normalize("  ﬁ  a ") == "▁▁ﬁ▁▁a▁"
+        self._words = _Words(self._model.encode)
 
     def _special(self, piece: str) -> int:
         index = self._model.piece_to_id(piece)
@@ -123,22 +150,31 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, without bos or eos; no text can produce a special id."""
-        if self._blank_bytes is None or BLANK not in text:
-            return self._model.encode(text)
-        first, *others = (self._model.encode(part) for part in text.split(BLANK))
-        return first + [i for part in others for i in self._blank_bytes + part]
+        return self.encode_array(text).tolist()
 
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """`encode` for many texts on all cores; each array is int32 (tokens,)."""
-        encoded = self._model.encode(texts, out_type="numpy", num_threads=len(os.sched_getaffinity(0)))
-        for index, text in enumerate(texts):
-            if BLANK in text:
-                encoded[index] = np.array(self.encode(text), dtype=np.int32)
-        return encoded
+    def encode_array(self, text: str) -> np.ndarray:
+        """`encode` without a Python object for each id: int32 (tokens,)."""
+        parts = text.split(BLANK) if self._blank_bytes else [text]
+        found = self._blank_bytes.join(self._encode(part) for part in parts)
+        if self._words.chars > KNOWN_CHARS:
+            self._words.clear()
+        return np.frombuffer(found, dtype=np.int32)
+
+    def _encode(self, text: str) -> bytes:
+        words = WORD.findall(text) if self._by_words else [text]
+        return b"".join(map(self._words.__getitem__, words))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids; special ids are left out, bytes that are no UTF-8 become U+FFFD."""
         return self._model.decode([int(i) for i in ids])
+
+    def piece(self, index: int) -> str:
+        """How an id is written, with U+2581 for a blank and <0x..> for a byte."""
+        return self._model.id_to_piece(index)
+
+    def byte_ids(self) -> np.ndarray:
+        """Ids of the single bytes that stand for what no other piece covers, int64; empty without byte fallback."""
+        return np.array([i for i in range(self.vocab_size) if self._model.is_byte(i)], dtype=np.int64)
 
 
 def _id_or_none(index: int) -> int | None:

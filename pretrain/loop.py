@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import lock, write_whole
+from data.files import lock, replace_file
 from data.loader import EvaluationWindows, Windows
 from data.settings import ConfigError
 from data.shards import open_split
@@ -113,7 +113,7 @@ class Run:
                 file = (run / "lock").open("w")
                 if lock(file):
                     checkpoint.remove_drafts(self.folder)
-                    write_whole(run / "config.yaml", dump(self.cfg))
+                    replace_file(run / "config.yaml", dump(self.cfg))
                 else:
                     problem = (
                         f"{run}: another job trains in this folder (or ranks whose launcher was killed still do). Wait "
@@ -218,7 +218,9 @@ class Run:
             self.say(f"held-out perplexity {found.perplexity:.2f}{bits} at step {step}")
         least = self.progress.best_nats
         best = math.isfinite(found.loss) and (least is None or found.loss < least)
-        changed = {"best_nats": found.loss, "best_step": step, "stale": 0} if best else {"stale": self.progress.stale + 1}
+        changed = (
+            {"best_nats": found.loss, "best_step": step, "stale": 0} if best else {"stale": self.progress.stale + 1}
+        )
         self.progress = replace(self.progress, **changed)
         return best
 
@@ -251,7 +253,7 @@ class Run:
         self._save_failed = None
         if self.recorder is None:
             return
-        values = {"seconds": saved.seconds, "bytes": saved.size}
+        values: dict[str, float | None] = {"seconds": saved.seconds, "bytes": saved.size}
         values |= {"stall_s": self._stall.seconds, "gpu_j": self._stall.gpu_j}
         self.recorder.record("save", saved.step, values)
         self.say(f"saved {saved.path} in {saved.seconds:.1f} s; training waited {self._stall.seconds:.2f} s")

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from data.files import flush, publish, sha256_of, write_whole
+from data.files import flush, publish, replace_file, sha256_of
 from pretrain.checkpoint import DRAFT, FORMAT, LATEST, MANIFEST, STATE, Progress, checkpoints, name_of, remove, step_of
 from pretrain.config import CheckpointConfig
 from pretrain.fragments import Fragment
@@ -175,7 +175,7 @@ class Saver:
             if step_of(later) >= step_of(final):
                 abandon(later)
         publish(draft, final)
-        write_whole(self.folder / LATEST, f"{final.name}\n")
+        replace_file(self.folder / LATEST, f"{final.name}\n")
         for old in superfluous(checkpoints(self.folder), self.cfg, best):
             remove(old)
 

@@ -30,5 +30,5 @@ def test_loading_is_measured_against_training(tmp_path: Path) -> None:
 
 
 def test_data_that_are_not_prepared_are_refused(tmp_path: Path, capsys) -> None:
-    assert benchmark.main(["configs/quickstart.yaml", f"data.path={tmp_path}"]) == 2
+    assert benchmark.main(["load", "configs/quickstart.yaml", f"data.path={tmp_path}"]) == 2
     assert "no prepared data here" in capsys.readouterr().err

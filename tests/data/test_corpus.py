@@ -15,7 +15,7 @@ from pyarrow import parquet  # type: ignore[import-untyped]
 
 from data import corpus
 from data.config import EmbeddedSource, FilesSource, HubSource
-from data.corpus import documents
+from data.corpus import Part, check_columns, documents, parts_of, read
 from data.settings import ConfigError
 
 TEXTS = ["first", "second\nwith a line", "dritte, größer 🎉", "a\tb\r\n"]
@@ -98,9 +98,7 @@ def test_text_file_is_split_at_a_separator(tmp_path):
     (tmp_path / "a.txt").write_text("<|end|>".join(texts))  # more than a megabyte: several reads
     assert list(documents(files(tmp_path / "a.txt", separator="<|end|>"))) == texts
     (tmp_path / "b.txt").write_text("a\n\nb\n\n\n\n")
-    counts: Counter[str] = Counter()
-    assert list(documents(files(tmp_path / "b.txt", separator="\n\n"), counts)) == ["a", "b"]
-    assert counts["empty"] == 2
+    assert list(documents(files(tmp_path / "b.txt", separator="\n\n"))) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
@@ -126,11 +124,10 @@ def test_globs_are_sorted_and_files_read_once(tmp_path):
     assert list(documents(source)) == ["c", "a", "b", "d"]
 
 
-def test_empty_documents_are_skipped_and_counted(tmp_path):
+def test_empty_documents_are_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": ""}\n{"text": "x"}\n{"text": " \\n"}\n{"text": null}\n')
-    counts: Counter[str] = Counter()
-    assert list(documents(files(tmp_path / "a.jsonl"), counts)) == ["x"]
-    assert counts["empty"] == 3
+    assert list(documents(files(tmp_path / "a.jsonl"))) == ["x"]
+    assert [document.text for document in read(parts_of(files(tmp_path / "a.jsonl")))] == ["", "x", " \n", ""]
 
 
 @pytest.mark.parametrize(
@@ -153,7 +150,7 @@ def test_empty_documents_are_skipped_and_counted(tmp_path):
         ("a.jsonl.gz", gzip.compress(LINES)[:-20], "a.jsonl.gz: unreadable after line"),
         ("a.jsonl.gz", LINES, "a.jsonl.gz: unreadable after line 0"),
         ("a.jsonl.zst", LINES, "a.jsonl.zst: unreadable after line 0"),
-        ("a.parquet", LINES, "a.parquet: unreadable after row 0"),
+        ("a.parquet", LINES, "a.parquet: unreadable after row 0 (row group 0)"),
         ("a.csv", LINES, "a.csv: cannot read this type of file"),
     ],
 )
@@ -177,7 +174,7 @@ def test_parquet_without_the_column_or_with_another_type(tmp_path):
     ):
         list(documents(files(tmp_path / "a.parquet")))
     assert list(documents(files(tmp_path / "a.parquet", text_field="body"))) == TEXTS
-    with pytest.raises(ConfigError, match=r"a\.parquet, row 0: 'n' is a int"):
+    with pytest.raises(ConfigError, match=r"a\.parquet: 'n' is int64, not a string"):
         list(documents(files(tmp_path / "a.parquet", text_field="n")))
 
 
@@ -187,7 +184,7 @@ def test_parquet_damaged_in_its_pages(tmp_path):
     content = bytearray(file.read_bytes())
     content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
     file.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"a\.parquet(: unreadable after|, row)"):
+    with pytest.raises(ConfigError, match=r"a\.parquet(: unreadable after|,) row \d \(row group \d\)"):
         list(documents(files(file)))
 
 
@@ -196,6 +193,60 @@ def test_paths_that_match_nothing(tmp_path):
         list(documents(files(tmp_path / "nothing-*.txt")))
     with pytest.raises(ConfigError, match="is a folder"):
         list(documents(files(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_reading_begins_at_any_document(tmp_path, name):
+    texts = [f"text {number}" for number in range(7)]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    if name == "a.txt":
+        (tmp_path / name).write_text("|".join(texts))
+    elif name == "a.parquet":
+        write_parquet(tmp_path / name, text=texts)
+    elif name.endswith("zst"):
+        write_zst(tmp_path / name, lines)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    (tmp_path / "b.jsonl").write_bytes(lines)
+    parts = parts_of(files(tmp_path / name, tmp_path / "b.jsonl", separator="|"))
+    whole = list(read(parts))
+    assert [document.text for document in whole] == texts * 2
+    shares = [document.share for document in whole]
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] == 1
+    for place, document in enumerate(whole):
+        assert list(read(parts, document.part, document.next_row)) == whole[place + 1 :]
+
+
+def test_files_of_different_schemas_are_noticed_before_reading(tmp_path):
+    write_parquet(tmp_path / "a.parquet", text=TEXTS)
+    write_parquet(tmp_path / "b.parquet", text=TEXTS)
+    check_columns(parts_of(files(tmp_path / "*.parquet")))
+    write_parquet(tmp_path / "b.parquet", text=[1, 2])
+    with pytest.raises(ConfigError, match=r"b\.parquet: 'text' is int64, not a string"):
+        check_columns(parts_of(files(tmp_path / "*.parquet")))
+    write_parquet(tmp_path / "b.parquet", content=TEXTS)
+    with pytest.raises(ConfigError, match=r"b\.parquet: no column 'text'; .* content"):
+        check_columns(parts_of(files(tmp_path / "*.parquet")))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_files_of_another_file_system(tmp_path, name):
+    import fsspec
+
+    if name == "a.parquet":
+        write_parquet(tmp_path / name, text=TEXTS)
+    elif name.endswith("zst"):
+        write_zst(tmp_path / name, LINES)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(LINES) if name.endswith("gz") else LINES)
+    content = (tmp_path / name).read_bytes()
+    with fsspec.open(f"memory://{name}", "wb") as stream:
+        stream.write(content)
+    parts = [Part(f"memory://{name}", len(content))]
+    check_columns(parts)
+    assert [document.text for document in read(parts)] == TEXTS
+    with pytest.raises(ConfigError, match="memory://none.parquet: unreadable after row 0 .* check the network"):
+        list(read([Part("memory://none.parquet", 1)]))
 
 
 # ---- hub, on a local folder of parquet files in the layout of a dataset
@@ -222,8 +273,8 @@ def test_hub_streams_in_order(dataset):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"split": "test"}, "cannot be read after row 0: Bad split: test"),
-        ({"text_field": "body"}, "row 0: no field 'body'"),
+        ({"split": "test"}, "no split 'test'; set data.source.split to one of train"),
+        ({"text_field": "body"}, "no column 'body'; set data.source.text_field to one of text"),
     ],
 )
 def test_hub_with_wrong_names(dataset, settings, message):
@@ -233,7 +284,7 @@ def test_hub_with_wrong_names(dataset, settings, message):
 
 def test_hub_with_a_damaged_file(dataset):
     (dataset / "train-00001-of-00002.parquet").write_bytes(b"garbage")
-    with pytest.raises(ConfigError, match="cannot be read after row"):
+    with pytest.raises(ConfigError, match="train-00001-of-00002.parquet: unreadable after row 0"):
         list(documents(hub(dataset)))
 
 
@@ -242,6 +293,24 @@ def test_hub_runs_no_script(dataset):
     with pytest.raises(ConfigError, match="cannot be read"):
         list(documents(hub(dataset)))
     assert not (dataset / "ran").exists()
+
+
+def test_hub_with_files_of_another_type(tmp_path):
+    (tmp_path / "train.csv").write_text("text\na\n")
+    with pytest.raises(ConfigError, match=r"train\.csv: cannot read this type .* revision=refs/convert/parquet"):
+        list(documents(hub(tmp_path)))
+
+
+def test_hub_with_subsets(tmp_path):
+    for subset in ("plain", "other"):
+        (tmp_path / subset).mkdir()
+        write_parquet(tmp_path / subset / "train-00000.parquet", text=[f"of {subset}"])
+    names = "".join(f"- config_name: {s}\n  data_files: {s}/train-*.parquet\n" for s in ("plain", "other"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{names}---\n")
+    assert list(documents(hub(tmp_path, subset="plain"))) == ["of plain"]
+    assert list(documents(hub(tmp_path, subset="other"))) == ["of other"]
+    with pytest.raises(ConfigError, match="check name, subset and network"):
+        list(documents(hub(tmp_path)))
 
 
 def test_hub_folder_that_is_missing(tmp_path):

@@ -9,8 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter, namedtuple
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +27,7 @@ from data.prepare import prepare
 from data.settings import ConfigError, validate
 from data.shards import open_split, read_manifest, verify_folder
 from data.tokenizer import Tokenizer
+from data.workers import Workers
 
 ROOT = Path(__file__).parents[2]
 WORDS = "harmonic loss measures the distance between a hidden state and every prototype of vocabulary"
@@ -88,6 +92,21 @@ def decoded(folder: Path, split: str) -> list[str]:
     ]
 
 
+def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that shows a second more for each document, so that there are many commits."""
+    ticks = count()
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """All files but the manifest are equal to the byte, and the manifest but for where the text was."""
+    assert names(one) == names(other)
+    for name in set(names(one)) - {"manifest.json"}:
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+    manifests = [{**read_manifest(folder), "inputs": None, "settings": None} for folder in (one, other)]
+    assert manifests[0] == manifests[1]
+
+
 def held_out(text: str, fraction: float) -> bool:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 < fraction
 
@@ -105,17 +124,19 @@ def test_every_document_is_there_once_in_order(prepared):
     assert all(data.read(end - 1, 1) == data.eos_id for end in ends)
     manifest = verify_folder(folder)
     assert len(manifest["splits"]["train"]["shards"]) > 3
-    assert manifest["dropped"] == {"empty": 0, "duplicates": 0}
+    assert manifest["dropped"] == {"empty": 0, "short": 0, "duplicates": 0, "overlapping": 0}
     assert names(prepared) == ["corpus.jsonl", "prepared"]
 
 
 def test_preparation_is_deterministic(corpus, prepared, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_BYTES", 1000)  # nor do batches matter
-    manifest = prepare(config(corpus), quiet)
-    assert manifest["fingerprint"] == read_manifest(prepared / "prepared")["fingerprint"]
-    for name in names(corpus / "prepared"):
-        if name != "manifest.json":
-            assert (corpus / "prepared" / name).read_bytes() == (prepared / "prepared" / name).read_bytes()
+    """Neither the number of processes, nor batches, nor commits matter."""
+    monkeypatch.setattr(module, "BATCH_CHARS", 4000)
+    hurry(monkeypatch)
+    for workers in (1, 2, 3):
+        manifest = prepare(config(corpus, path=str(corpus / f"by-{workers}")), quiet, workers)
+        assert manifest["fingerprint"] == read_manifest(prepared / "prepared")["fingerprint"]
+        assert_same(corpus / f"by-{workers}", prepared / "prepared")
+    assert not [name for name in names(corpus) if "draft" in name]
 
 
 def test_the_split_of_a_document_depends_on_nothing_but_its_text(corpus):
@@ -130,10 +151,10 @@ def test_the_split_of_a_document_depends_on_nothing_but_its_text(corpus):
 
 
 def test_duplicates_and_empty_documents_are_dropped_and_counted(corpus, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_BYTES", 3000)  # duplicates within a batch and across batches
+    monkeypatch.setattr(module, "BATCH_CHARS", 3000)  # duplicates within a batch and across batches
     write_corpus(corpus / "corpus.jsonl", [*TEXTS, TEXTS[3], TEXTS[3], "", " ", *TEXTS[:50], "one more"])
     manifest = prepare(config(corpus), quiet)
-    assert manifest["dropped"] == {"empty": 2, "duplicates": 52}
+    assert manifest["dropped"] == {"empty": 2, "short": 0, "duplicates": 52, "overlapping": 0}
     assert sorted(decoded(corpus / "prepared", "train") + decoded(corpus / "prepared", "val")) == sorted(
         [*TEXTS, "one more"]
     )
@@ -141,15 +162,12 @@ def test_duplicates_and_empty_documents_are_dropped_and_counted(corpus, monkeypa
 
 def test_seen_hashes_are_a_set():
     random = np.random.default_rng(0)
-    seen, known = module._Seen(), set()
-    for size in random.integers(0, 60, size=200):
-        digests = random.integers(0, 5000, size=size).astype(np.uint64)
-        expected = []
-        for digest in digests.tolist():
-            expected.append(digest not in known)
-            known.add(digest)
-        assert seen.new(digests).tolist() == expected
-    assert sum(map(len, seen._runs)) == len(known) > 3000 and len(seen._runs) < 15
+    seen, known = module.Seen(), set()
+    digests = random.integers(1, 5000, size=10_000).astype(np.uint64) * np.uint64(1 << 6)  # many with equal low bits
+    for digest in [*digests.tolist(), 0, 2**64 - 1, 0]:
+        assert seen.add(digest) == (digest not in known)
+        known.add(digest)
+    assert len(seen) == len(known) > 3000
 
 
 def test_a_limit_takes_the_first_documents(corpus):
@@ -285,20 +303,22 @@ def test_too_little_space_is_noticed_before_any_work(corpus, monkeypatch):
 
 @pytest.mark.parametrize("at", ["add", "publish"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_leaves_nothing(corpus, monkeypatch, at, code):
+def test_after_a_full_disk_the_next_run_goes_on(corpus, prepared, monkeypatch, at, code):
     def full(*arguments: object) -> None:
         raise OSError(code, os.strerror(code))
 
     if at == "add":
         monkeypatch.setattr(module.ShardWriter, "add", full)
     else:
-        monkeypatch.setattr("data.files.os.fsync", full)
-    with pytest.raises(ConfigError, match="the disk is full; nothing was kept"):
+        monkeypatch.setattr("data.draft.publish", full)
+    with pytest.raises(ConfigError, match="the disk is full. Free some space and run this again"):
         prepare(config(corpus), quiet)
-    assert names(corpus) == ["corpus.jsonl"]
+    assert names(corpus) == ["corpus.jsonl", "prepared.draft"]
     monkeypatch.undo()
+    monkeypatch.setattr(module, "train", lambda *_: pytest.fail("a tokenizer was trained again"))
     prepare(config(corpus), quiet)
-    verify_folder(corpus / "prepared")
+    assert_same(corpus / "prepared", prepared / "prepared")
+    assert names(corpus) == ["corpus.jsonl", "prepared"]
 
 
 def test_a_folder_that_cannot_be_written(corpus):
@@ -307,26 +327,200 @@ def test_a_folder_that_cannot_be_written(corpus):
         prepare(config(corpus, path=str(corpus / "file" / "prepared")), quiet)
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_an_interrupted_run_leaves_drafts_that_the_next_removes(corpus, how):
+def killed(corpus: Path, how: int, at: int, workers: int) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process that sends itself a signal before its `at`-th document from now."""
     (corpus / "config.yaml").write_text(yaml.safe_dump({"data": settings(corpus)}))
-    code = (
-        f"import os, sys, data.prepare as p, data.__main__ as m; inner = p.ShardWriter._close_shard\n"
-        f"def stop(self): inner(self); len(self.shards) == 3 and os.kill(os.getpid(), {int(how)})\n"
-        f"p.ShardWriter._close_shard = stop; sys.exit(m.main(['prepare', {str(corpus / 'config.yaml')!r}]))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    left = set(names(corpus)) - {"corpus.jsonl", "config.yaml"}
-    if how == signal.SIGKILL:
-        assert found.returncode == -how
-        assert left == {"prepared.draft", "prepared.draft.lock"}
-        assert "train-00002.bin" in names(corpus / "prepared.draft")
-    else:
-        assert (found.returncode, found.stderr) == (130, "interrupted\n")
-        assert left == set()
-    prepare(config(corpus), quiet)
+    code = f"""
+import os, sys
+from itertools import count
+import data.prepare as p, data.__main__ as m
+
+inner, taken = p._Writing.take, count()
+def take(*given):
+    if next(taken) == {at}:
+        os.kill(os.getpid(), {int(how)})
+    inner(*given)
+
+if __name__ == "__main__":
+    p._Writing.take, p.BATCH_CHARS, p.COMMIT_SECONDS = take, 2000, 0.02
+    sys.exit(m.main(["prepare", {str(corpus / "config.yaml")!r}, "--workers", "{workers}"]))
+"""
+    script = corpus / "killed.py"
+    script.write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, script], cwd=ROOT, env=environment, capture_output=True, text=True)
+    script.unlink()
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_killed_run_is_continued_to_the_same_bytes(corpus, prepared, workers):
+    for at in (0, 150, 90):
+        assert killed(corpus, signal.SIGKILL, at, workers).returncode == -signal.SIGKILL
+        assert {"prepared.draft", "prepared.draft.lock"} <= set(names(corpus))
+        assert "prepared" not in names(corpus)
+    told: list[str] = []
+    prepare(config(corpus), told.append, workers)
+    done = int(told[0].split(": ")[1].split()[0])
+    assert told[0].startswith("going on with") and 100 < done <= 240  # of 150 and 90, but for the last commits
+    assert_same(corpus / "prepared", prepared / "prepared")
     assert set(names(corpus)) == {"corpus.jsonl", "config.yaml", "prepared"}
-    verify_folder(corpus / "prepared")
+
+
+def test_ctrl_c_ends_the_command_and_keeps_what_is_done(corpus, prepared):
+    found = killed(corpus, signal.SIGINT, 200, 2)
+    assert (found.returncode, found.stderr) == (130, "interrupted\n")
+    assert set(names(corpus)) == {"corpus.jsonl", "config.yaml", "prepared.draft"}
+    prepare(config(corpus), quiet)
+    assert_same(corpus / "prepared", prepared / "prepared")
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_run_may_end_at_any_step(corpus, prepared, monkeypatch):
+    """Every write of a file, every commit and every step to the final name may be the last one, again and again."""
+    monkeypatch.setattr(module, "BATCH_CHARS", 4000)
+    hurry(monkeypatch)
+    steps = [(module.ShardWriter, "save"), (module.ShardWriter, "_close_shard"), (module.Draft, "commit")]
+    steps += [(module, "write_manifest"), (module.ShardWriter, "close"), (module, "_make_tokenizer")]
+    left = 0
+    for where, name in steps:
+        inner = getattr(where, name)
+
+        def step(*given: Any, inner: Any = inner) -> Any:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            done = inner(*given)
+            left -= 1
+            if left == 0:
+                raise Killed
+            return done
+
+        monkeypatch.setattr(where, name, step)
+    deaths = 0
+    for turn in range(1000):
+        left = 1 + turn % 9 + turn // 10
+        try:
+            prepare(config(corpus), quiet, 1)
+            break
+        except Killed:
+            deaths += 1
+    assert deaths > 20
+    assert_same(corpus / "prepared", prepared / "prepared")
+    assert names(corpus) == ["corpus.jsonl", "prepared"]
+
+
+def test_a_run_killed_before_its_last_step_is_finished(corpus, prepared, monkeypatch):
+    def died(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr("data.draft.publish", died)
+    with pytest.raises(Killed):
+        prepare(config(corpus), quiet)
+    monkeypatch.undo()
+    assert not (corpus / "prepared.draft" / "journal.json").exists()
+    monkeypatch.setattr(module, "read", lambda *_: pytest.fail("the corpus was read again"))
+    prepare(config(corpus), quiet)
+    assert_same(corpus / "prepared", prepared / "prepared")
+
+
+def test_a_damaged_file_keeps_what_came_before_it(corpus, prepared):
+    given = {"vocab_size": 350, "model": str(prepared / "prepared" / "tokenizer.model")}
+    import pyarrow  # type: ignore[import-untyped]
+    from pyarrow import parquet
+
+    for part in range(2):
+        rows = pyarrow.table({"text": TEXTS[200 * part : 200 * part + 200]})
+        parquet.write_table(rows, corpus / f"{part}.parquet", row_group_size=50, compression="none")
+    whole = (corpus / "1.parquet").read_bytes()
+    at = whole.index(TEXTS[300].encode())  # the first of its third row group
+    (corpus / "1.parquet").write_bytes(whole[: at - 300] + bytes(400) + whole[at + 100 :])
+    cfg = config(corpus, tokenizer=given, source={"kind": "files", "paths": [str(corpus / "*.parquet")]})
+    with pytest.raises(ConfigError, match=r"1\.parquet(,|: unreadable after) row \d+ \(row group [12]\)"):
+        prepare(cfg, quiet)
+    assert names(corpus) == ["0.parquet", "1.parquet", "corpus.jsonl", "prepared.draft"]
+    (corpus / "1.parquet").write_bytes(whole)
+    told: list[str] = []
+    prepare(cfg, told.append)
+    assert told[0].startswith("going on") and 250 <= int(told[0].split(": ")[1].split()[0]) <= 300
+    assert_same(corpus / "prepared", prepared / "prepared")
+
+
+def test_a_draft_of_other_settings_is_not_continued(corpus, monkeypatch):
+    hurry(monkeypatch)
+    inner, taken = module._Writing.take, count()
+
+    def take(*given: Any) -> None:
+        if next(taken) == 100:
+            raise Killed
+        inner(*given)
+
+    monkeypatch.setattr(module._Writing, "take", take)
+    with pytest.raises(Killed):
+        prepare(config(corpus), quiet)
+    before = (corpus / "prepared.draft" / "journal.json").read_bytes()
+    with pytest.raises(ConfigError, match="begun differently: data.dtype was 'uint16' and is now 'uint32'.*delete the"):
+        prepare(config(corpus, dtype="uint32"), quiet)
+    write_corpus(corpus / "corpus.jsonl", TEXTS[:100])
+    assert (corpus / "prepared.draft" / "journal.json").read_bytes() == before
+    (corpus / "corpus.jsonl").rename(corpus / "other.jsonl")
+    with pytest.raises(ConfigError, match="begun differently: .*the files of files"):
+        prepare(config(corpus, source={"kind": "files", "paths": [str(corpus / "other.jsonl")]}), quiet)
+    (corpus / "prepared.draft" / "train-00000.bin").write_bytes(b"")
+    (corpus / "other.jsonl").rename(corpus / "corpus.jsonl")
+    with pytest.raises(ConfigError, match="train-00000.bin: 0 bytes, but the manifest says"):
+        prepare(config(corpus), quiet)
+
+
+def test_a_draft_without_documents_is_begun_anew(corpus, prepared, monkeypatch):
+    def died(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(module, "_write", died)
+    with pytest.raises(Killed):
+        prepare(config(corpus, tokenizer={"vocab_size": 360}), quiet)
+    assert {"journal.json", "tokenizer.model"} <= set(names(corpus / "prepared.draft"))
+    monkeypatch.undo()
+    told: list[str] = []
+    prepare(config(corpus), told.append)
+    assert told[0].startswith("starting anew") and "vocab_size was 360 and is now 350" in told[0]
+    assert_same(corpus / "prepared", prepared / "prepared")
+
+
+def test_workers_end_with_a_run_that_is_killed(corpus):
+    code = (
+        "import os; from data.workers import Workers; from operator import neg\n"
+        "if __name__ == '__main__':\n"
+        "    pool = Workers(neg, 2)\n"
+        "    for n in range(6): print(pool.result(pool.submit(n)))\n"
+        "    print(*pool._pool._processes, flush=True); os.kill(os.getpid(), 9)\n"
+    )
+    (corpus / "killed.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run([sys.executable, corpus / "killed.py"], env=environment, capture_output=True, text=True)
+    *results, processes = found.stdout.splitlines()
+    assert results == ["0", "-1", "-2", "-3", "-4", "-5"]
+    for _ in range(100):
+        if not any(Path(f"/proc/{process}").exists() for process in processes.split()):
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("workers are still there")
+
+
+def test_a_worker_that_dies_is_told(corpus):
+    with Workers(_die, 2) as pool, pytest.raises(ConfigError, match="a worker process was killed"):
+        for _ in range(6):
+            pool.result(pool.submit(os.getpid()))
+
+
+def _die(parent: int) -> None:
+    if os.getpid() != parent:  # the first items are done there
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_two_runs_do_not_meet(corpus):

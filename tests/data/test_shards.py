@@ -8,7 +8,7 @@ import pytest
 
 from data.files import sha256_of
 from data.settings import ConfigError
-from data.shards import ShardWriter, fingerprint, open_split, read_manifest, split_entry, verify_folder
+from data.shards import FORMAT, ShardWriter, fingerprint, open_split, read_manifest, split_entry, verify_folder
 
 EOS = 2
 
@@ -23,15 +23,16 @@ def make_folder(
     for split, documents in splits.items():
         writer = ShardWriter(folder, split, dtype, EOS, shard_tokens)
         for number, ids in enumerate(documents):
-            writer.add(ids, 10 + number)
-        entries[split] = split_entry(writer.close())
+            writer.add(ids, 10 + number, number % 3 % 2)
+        entries[split] = split_entry(writer.close(), ["some", "other"])
     manifest = {
-        "format": 1,
+        "format": FORMAT,
         "dtype": dtype,
         "vocab_size": vocab_size,
         "tokenizer_file": "tokenizer.model",
         "tokenizer_sha256": sha256_of(folder / "tokenizer.model"),
         "eos_id": EOS,
+        "sources": ["some", "other"],
         "splits": entries,
     }
     (folder / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": fingerprint(manifest)}))
@@ -149,8 +150,8 @@ def test_a_damaged_or_foreign_manifest(folder):
     for content, message in [
         (whole[:-10], "cannot be read"),
         (whole.replace('"eos_id": 2', '"eos_id": 3'), "does not match its fingerprint"),
-        (whole.replace('"format": 1', '"format": 9'), "format 9"),
-        ('{"format": 1}', "does not match its fingerprint"),
+        (whole.replace(f'"format": {FORMAT}', '"format": 9'), "format 9"),
+        (f'{{"format": {FORMAT}}}', "does not match its fingerprint"),
         ("[]", "format None"),
     ]:
         path.write_text(content)

@@ -1,5 +1,6 @@
 """Tokenizer: any text comes back byte for byte; no text makes a special id; training is deterministic."""
 
+import unicodedata
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -52,8 +53,22 @@ def test_any_text_round_trips(tokenizer, text):
     assert tokenizer.decode(ids) == text
     assert not SPECIAL & set(ids)
     assert all(0 <= i < VOCAB for i in ids)
-    (batch,) = tokenizer.encode_batch([text])
-    assert batch.tolist() == ids
+    assert tokenizer.encode(text) == ids  # as remembered
+
+
+def test_text_stays_as_it_is_unless_a_normal_form_is_asked_for(tokenizer, tmp_path):
+    text = "ﬁ Ⅳ  ｆｕｌｌ ①"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    train(TEXTS, VOCAB, tmp_path / "m", nfkc=True)
+    normal = Tokenizer(tmp_path / "m")
+    assert not normal._by_words
+    assert normal.decode(normal.encode(text)) == unicodedata.normalize("NFKC", text) == "fi IV  full 1"
+
+
+def test_what_no_piece_covers_becomes_bytes(tokenizer):
+    ids = tokenizer.encode("☃")
+    assert [tokenizer.piece(i) for i in ids[-3:]] == ["<0xE2>", "<0x98>", "<0x83>"]
+    assert set(ids) <= set(tokenizer.byte_ids().tolist()) and len(tokenizer.byte_ids()) == 256
 
 
 def test_names_of_specials_are_plain_text(tokenizer):
@@ -71,12 +86,49 @@ def test_text_that_names_specials_can_be_trained_on(tmp_path):
     assert not SPECIAL & set(tokenizer.encode("<mask> </s> <s> <mask>"))
 
 
-def test_batches_equal_single_texts(tokenizer):
-    texts = [*TEXTS[:5], "", "▁", "a▁b", " "]
-    batch = tokenizer.encode_batch(texts)
-    assert [ids.tolist() for ids in batch] == [tokenizer.encode(text) for text in texts]
-    assert all(ids.dtype == np.int32 for ids in batch)
-    assert tokenizer.encode_batch([]) == []
+@settings(max_examples=200, deadline=None)
+@given(characters.filter(lambda text: "▁" not in text))
+@example("".join(TEXTS[:5]))
+@example("")
+@example(" ")
+@example("a  b   c    \n  d ")
+def test_words_that_are_looked_up_give_the_library_s_ids(model_path, tokenizer, text):
+    import sentencepiece
+
+    assert tokenizer._by_words
+    array = tokenizer.encode_array(text)
+    assert array.dtype == np.int32
+    assert array.tolist() == sentencepiece.SentencePieceProcessor(model_file=str(model_path)).encode(text)
+
+
+def test_few_words_are_remembered(model_path, monkeypatch):
+    monkeypatch.setattr(module, "KNOWN_CHARS", 100)
+    forgetful = Tokenizer(model_path)
+    for text in (*TEXTS[:3], *TEXTS[:3]):
+        assert forgetful.decode(forgetful.encode(text)) == text
+        assert forgetful._words.chars <= 100
+
+
+def test_models_of_others_are_asked_for_whole_texts(tmp_path):
+    import sentencepiece
+
+    for number, settings_of_others in enumerate(
+        (
+            {"add_dummy_prefix": True, "byte_fallback": True},
+            {"split_by_whitespace": False, "byte_fallback": True, "normalization_rule_name": "identity"},
+            {"byte_fallback": False},
+        )
+    ):
+        prefix = tmp_path / str(number)
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["to be or not to be"] * 200 + TEXTS[:3]), model_prefix=str(prefix), vocab_size=400,
+            model_type="bpe", hard_vocab_limit=False, minloglevel=2, **settings_of_others,
+        )  # fmt: skip
+        raw = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+        tokenizer = Tokenizer(f"{prefix}.model")
+        assert not tokenizer._by_words
+        for text in ("to be or  not to be", "", " a b "):
+            assert tokenizer.encode(text) == raw.encode(text)
 
 
 def test_digits_are_split_and_runs_of_blanks_are_not(tokenizer, tmp_path):

@@ -1,0 +1,95 @@
+"""What is done to each document apart from all others, in whatever process: hash, checks and token ids."""
+
+import hashlib
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data.corpus import is_empty
+from data.overlap import overlap, runs_of, union
+from data.shards import DTYPES
+from data.tokenizer import Tokenizer
+
+FINE, EMPTY, SHORT = range(3)
+
+
+def digest_of(text: str) -> int:
+    """First 8 bytes of a document's SHA-256, as a number below 2**64.
+
+    Two different documents among 8 million share it with a probability of 2 in a million.
+    """
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def held_out(digest: int, val_fraction: float) -> bool:
+    """Whether a document is of the val split: that depends on nothing but its text."""
+    return digest / 2**64 < val_fraction
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """N documents, in order."""
+
+    verdicts: np.ndarray  # uint8 (N,): FINE, EMPTY or SHORT; what is not fine has no ids
+    digests: np.ndarray  # uint64 (N,)
+    text_bytes: np.ndarray  # int64 (N,)
+    near: np.ndarray  # bool (N,): a near copy of a held-out document
+    lengths: np.ndarray  # int64 (N,), tokens without eos
+    ids: np.ndarray  # all tokens, one document after the other
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Makes tokens of texts."""
+
+    model: Path
+    dtype: str
+    min_chars: int
+    val_fraction: float
+    val_overlap: float | None
+    val_runs: Path | None  # sorted uint64, as val_runs_of gives them
+
+    def __getstate__(self) -> dict[str, object]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # a process reads the files itself
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.model)
+
+    @cached_property
+    def _known(self) -> np.ndarray:
+        assert self.val_runs is not None
+        return np.load(self.val_runs, mmap_mode="r")
+
+    def __call__(self, texts: list[str]) -> Encoded:
+        verdicts = np.array([verdict(text, self.min_chars) for text in texts], dtype=np.uint8)
+        fine = [text for text, found in zip(texts, verdicts, strict=True) if found == FINE]
+        tokens = [self._tokenizer.encode_array(text) for text in fine]
+        digests, text_bytes, lengths = (np.zeros(len(texts), dtype=kind) for kind in (np.uint64, np.int64, np.int64))
+        near = np.zeros(len(texts), dtype=bool)
+        for place, text, ids in zip(np.flatnonzero(verdicts == FINE), fine, tokens, strict=True):
+            digests[place] = digest = digest_of(text)
+            text_bytes[place] = len(text.encode())
+            lengths[place] = len(ids)
+            if self.val_overlap is not None and not held_out(digest, self.val_fraction):
+                near[place] = overlap(runs_of(text), self._known) >= self.val_overlap
+        ids = np.concatenate([np.empty(0, dtype=np.int32), *tokens]).astype(DTYPES[self.dtype])
+        return Encoded(verdicts, digests, text_bytes, near, lengths, ids)
+
+
+@dataclass(frozen=True)
+class HeldOutRuns:
+    """Finds the runs of words in the held-out documents among texts: hashes, uint64, sorted."""
+
+    min_chars: int
+    val_fraction: float
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        fine = (text for text in texts if verdict(text, self.min_chars) == FINE)
+        return union(runs_of(text) for text in fine if held_out(digest_of(text), self.val_fraction))
+
+
+def verdict(text: str, min_chars: int) -> int:
+    return EMPTY if is_empty(text) else SHORT if len(text) < min_chars else FINE

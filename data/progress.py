@@ -1,0 +1,44 @@
+"""How far a long job is: a bar with the time left on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+REPORT_SECONDS = 30
+
+Log = Callable[[str], Any]
+Tell = Callable[[float, str], None]  # share done, from 0 to 1, and how much that is in words
+
+
+@contextmanager
+def progress(what: str, log: Log) -> Iterator[Tell]:
+    """Gives a function to tell how far the job is, as often as one likes."""
+    if log is print and sys.stdout.isatty():
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[amount]}"))
+        with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
+            task = bar.add_task(what, total=1.0, amount="")
+            yield lambda share, amount: bar.update(task, completed=share, amount=amount)
+        return
+    began = reported = time.monotonic()
+    first: float | None = None  # a job that goes on where it stopped does not start at 0
+
+    def tell(share: float, amount: str) -> None:
+        nonlocal reported, first
+        first = share if first is None else first
+        now = time.monotonic()
+        if now - reported >= REPORT_SECONDS and share > first:
+            reported = now
+            left = (now - began) * (1 - share) / (share - first)
+            log(f"{what}: {share:.1%}, {amount}, {duration(left)} left")
+
+    yield tell
+
+
+def duration(seconds: float) -> str:
+    """Hours and minutes, or minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
