@@ -20,7 +20,7 @@ def kind_of(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
         return {"prototypes": "prototypes", "log_exponent": "exponent"}.get(name, "factor")
     if isinstance(module, nn.Embedding):
         return "embeddings"
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return "norms"
     return "biases" if parameter.dim() == 1 else "matrices"
 
