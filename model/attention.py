@@ -132,13 +132,16 @@ def pattern_of(config: DecoderConfig, x: Tensor, positions: Tensor | None, past:
         everything = t == 1 and (config.window is None or config.window > past)
         seen = None if everything else _visible(config, place[past:, None], place)[None, None]
         return Pattern("sdpa", causal=False, mask=seen, turns=turns)
-    capability = torch.cuda.get_device_capability(x.device)[0] if x.device.type == "cuda" else 0
-    half = x.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(x.device.type)
+    gpu = x.device.type == "cuda"
+    half = x.dtype in (torch.bfloat16, torch.float16) or (gpu and torch.is_autocast_enabled("cuda"))
+    capability = torch.cuda.get_device_capability(x.device)[0] if gpu else 0
     backend = choose_backend(config, x.device.type, capability, half)
     if backend == "flash":
         return Pattern(backend, config.causal, config.window, bounds=_bounds(positions), turns=turns)
     documents = None if positions is None else (positions == 0).cumsum(1)  # (B, T) numbers
     if backend == "flex":
+        if not gpu and torch.is_grad_enabled():
+            raise ValueError("attention=flex: torch's has no backward pass outside GPUs; use attention=auto")
         return Pattern(backend, config.causal, mask=_block_mask(config, documents, t, x.device), turns=turns)
     if documents is None and (config.window is None or config.window >= t):
         return Pattern(backend, config.causal, turns=turns)
@@ -178,7 +181,7 @@ def _block_mask_of_rows(config: DecoderConfig, t: int, device: torch.device) -> 
 
 
 def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """Flex attention fuses only when compiled; on CPUs, where that has no backward pass, it serves as a reference."""
+    """Flex attention fuses only when compiled; elsewhere than on a GPU it is a reference."""
     return _compile_once(function) if device.type == "cuda" and not torch.compiler.is_compiling() else function
 
 
