@@ -115,7 +115,7 @@ def test_every_kernel_is_the_definition(kernel: str, kind: str, with_documents: 
     with torch.set_grad_enabled(differentiable):
         pattern = pattern_of(config, torch.zeros(2, T, 32), positions, 0)
         assert pattern.backend == kernel
-        heads = [one.requires_grad_() for one in some_heads(config)]
+        heads = [one.requires_grad_(differentiable) for one in some_heads(config)]
         upstream = torch.randn(2, T, 4, 8)
         found = attend(*heads, pattern)
         expected = by_hand(*heads, config, documents)

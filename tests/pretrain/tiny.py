@@ -139,3 +139,37 @@ def run_to_end(cfg: RunConfig) -> list[float]:
     ranks.barrier()
     run.trainer.engine.destroy()
     return [record["loss"] for record in read_records(cfg.run) if record["kind"] == "train"]
+
+
+TEXT_V = 300
+
+
+def make_text(folder: Path) -> Path:
+    """A folder prepared from a few documents of text, with a tokenizer of its own, for `text_config`."""
+    from data.config import DataConfig
+    from data.prepare import prepare
+    from data.settings import validate
+
+    words = ["harmonic", "loss", "takes", "the", "café", "apart,", "one", "naïve", "prototype", "at", "time", "🙂"]
+    random = np.random.default_rng(1)
+    text = folder.with_name("text.txt")
+    documents = (" ".join(random.choice(words, 12 + k % 9)) for k in range(400))
+    text.write_text("\n\n".join(documents), encoding="utf-8")
+    prepare(validate(DataConfig, _text_section(folder), "data"))
+    return folder
+
+
+def _text_section(folder: Path) -> dict[str, Any]:
+    source = {"kind": "files", "paths": [str(folder.with_name("text.txt"))], "separator": "\n\n"}
+    return {"path": str(folder), "source": source, "tokenizer": {"vocab_size": TEXT_V}, "val_fraction": 0.05}
+
+
+def text_config(base: Path, **changes: Any) -> RunConfig:
+    """A tiny run on `make_text(base / "data")`, of 32 positions."""
+    usual = {
+        "model__seq_len": 32,
+        "train__tokens_per_step": 8 * 32,
+        "train__steps": 4,
+        "data": _text_section(base / "data"),
+    }
+    return tiny_config(run=str(base / "run"), **{**usual, **changes})
