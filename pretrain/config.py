@@ -223,8 +223,11 @@ def check_layout(cfg: RunConfig, world: int, ranks_per_node: int) -> None:
 def check_data(cfg: RunConfig) -> None:
     """Raises ConfigError unless the prepared data are there and are those of this configuration."""
     from data.files import sha256_of
-    from data.shards import open_split  # numpy: not needed to read a config
+    from data.masking import mask_id  # numpy: not needed to read a config
+    from data.shards import open_split
 
+    if not cfg.model.causal:
+        mask_id(cfg.data.path)
     given = cfg.data.tokenizer.model
     for name in ("train", "val"):
         split = open_split(cfg.data.path, name)

@@ -3,7 +3,7 @@ of ranks.
 
 `python -m pretrain.evaluate RUN [--split val] [--json]` scores the newest whole checkpoint of a run folder (or one
 checkpoint's folder); `deepspeed --module pretrain.evaluate RUN` does so on many ranks. The number is the true
-negative log-likelihood: no smoothing, no clamp.
+negative log-likelihood: no smoothing, no clamp. Of a masked model it is a pseudo-likelihood (`batches.scoring`).
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from data.loader import evaluation_count, evaluation_windows
 from data.settings import ConfigError
 from data.shards import Split, open_split
 from pretrain import ranks as process
+from pretrain.batches import scoring
 from pretrain.checkpoint import find_given, load_weights, read_state
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
-from pretrain.modules import build_modules, compute_dtype
+from pretrain.modules import build_modules, compute_dtype, hidden_states
 from pretrain.ranks import Ranks
 
 UNIGRAM_TOKENS = 50_000_000  # enough training tokens for the frequencies of a vocabulary
@@ -106,11 +107,10 @@ def evaluate_run(path: Path, split_name: str, ranks: Ranks) -> tuple[Evaluation,
 
     @torch.no_grad()
     def token_losses(inputs: Tensor, targets: Tensor) -> Tensor:
-        embedded = head.embed(inputs).to(compute_dtype(cfg)) if cfg.model.tied else inputs
-        return head(decoder(embedded), targets, reduction="none")
+        return head(hidden_states(decoder, head, inputs, cfg, split.eos_id), targets, reduction="none")
 
     micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
-    return evaluate(token_losses, split, cfg.model.seq_len, micro_batch, ranks), cfg, checkpoint
+    return evaluate(scoring(token_losses, cfg), split, cfg.model.seq_len, micro_batch, ranks), cfg, checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:

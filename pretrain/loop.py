@@ -19,7 +19,7 @@ from data.loader import Windows
 from data.settings import ConfigError
 from data.shards import open_split
 from pretrain import checkpoint
-from pretrain.batches import Batches
+from pretrain.batches import Batches, scoring
 from pretrain.checkpoint import Progress
 from pretrain.config import EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED, RunConfig, dump
 from pretrain.energy import Meter, Spent, zeus_counter
@@ -86,7 +86,7 @@ class Run:
         if ranks.first:
             checkpoint.remove_drafts(self.folder)
             (cfg.run / "config.yaml").write_text(dump(cfg))
-        self.trainer = Trainer(cfg, ranks)
+        self.trainer = Trainer(cfg, ranks, train.eos_id)
         self.saver = Saver(self.folder, ranks, cfg.checkpoint)
         self.progress = Progress()
         self.meter = Meter(ranks, zeus_counter(ranks))
@@ -175,11 +175,14 @@ class Run:
         cfg, step = self.cfg, self.progress.step
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
-            found = evaluate(self.trainer.token_losses, self.val, cfg.model.seq_len, micro_batch, self.ranks)
+            found = evaluate(
+                scoring(self.trainer.token_losses, cfg), self.val, cfg.model.seq_len, micro_batch, self.ranks
+            )
         if self.recorder is not None:
             values = {**found.as_dict(), "seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j}
             self.recorder.record("eval", step, values)
-            self.say(f"held-out perplexity {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits/byte at step {step}")
+            kind = "perplexity" if cfg.model.causal else "pseudo-perplexity"
+            self.say(f"held-out {kind} {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits/byte at step {step}")
         best = self.progress.best_nats is None or found.nats < self.progress.best_nats
         if best:
             self.progress = replace(self.progress, best_nats=found.nats, best_step=step)

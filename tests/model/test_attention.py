@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -45,9 +46,12 @@ def by_hand(q: Tensor, k: Tensor, v: Tensor, config: DecoderConfig, documents: T
     return out
 
 
-def some_heads(config: DecoderConfig) -> tuple[Tensor, Tensor, Tensor]:
+def some_heads(
+    config: DecoderConfig, differentiable: bool, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
     torch.manual_seed(1)
-    q, k, v = (torch.randn(2, T, n, config.head_size()) * 2 for n in (config.heads, *[config.key_heads()] * 2))
+    drawn = (torch.randn(2, T, n, config.head_size()) * 2 for n in (config.heads, *[config.key_heads()] * 2))
+    q, k, v = (one.to(dtype).requires_grad_(differentiable) for one in drawn)
     return q, k, v
 
 
@@ -89,7 +93,7 @@ class Slow:
 
 
 @pytest.fixture
-def slow_flash(monkeypatch: pytest.MonkeyPatch) -> None:
+def slow_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A flash-attn 2 that is installed and serves the CPU."""
     module = ModuleType("flash_attn")
     module.flash_attn_func, module.flash_attn_varlen_func = Slow.flash_attn_func, Slow.flash_attn_varlen_func  # type: ignore[attr-defined]
@@ -115,10 +119,10 @@ def test_every_kernel_is_the_definition(kernel: str, kind: str, with_documents: 
     with torch.set_grad_enabled(differentiable):
         pattern = pattern_of(config, torch.zeros(2, T, 32), positions, 0)
         assert pattern.backend == kernel
-        heads = [one.requires_grad_(differentiable) for one in some_heads(config)]
+        heads = q, k, v = some_heads(config, differentiable)
         upstream = torch.randn(2, T, 4, 8)
-        found = attend(*heads, pattern)
-        expected = by_hand(*heads, config, documents)
+        found = attend(q, k, v, pattern)
+        expected = by_hand(q, k, v, config, documents)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
     if not differentiable:
         return
@@ -140,8 +144,8 @@ def test_kernels_of_a_gpu_are_as_near_as_bf16_allows(kernel: str, kind: str, wit
     documents = torch.zeros(2, T) if positions is None else (positions == 0).cumsum(1)
     on_gpu = None if positions is None else positions.cuda()
     pattern = pattern_of(config, torch.zeros(2, T, 32, device="cuda", dtype=torch.bfloat16), on_gpu, 0)
-    heads = [one.bfloat16().requires_grad_() for one in some_heads(config)]
-    found, expected = attend(*(one.cuda() for one in heads), pattern).cpu(), by_hand(*heads, config, documents)
+    heads = q, k, v = some_heads(config, differentiable=True, dtype=torch.bfloat16)
+    found, expected = attend(q.cuda(), k.cuda(), v.cuda(), pattern).cpu(), by_hand(q, k, v, config, documents)
     upstream = torch.randn_like(expected)
     gradients, truths = (torch.autograd.grad(y, heads, upstream.to(y.dtype)) for y in (found, expected))
     for one, truth in zip([found, *gradients], [expected, *truths], strict=True):
