@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,11 @@ def test_a_character_of_four_bytes_comes_when_it_is_whole() -> None:
     assert list(texts("a🙂b".encode(), decoded)) == ["a", "", "", "", "🙂", "b", ""]
     assert list(texts(b"\xf0\x9f", decoded)) == ["", "", "\ufffd\ufffd"]
     assert list(texts([0xA9, 98], decoded, before=b"a\xc3")) == ["", "b", ""], "a character that the prompt began"
+
+
+def test_the_documented_python_runs() -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", Path("docs/models.md").read_text(), re.DOTALL)
+    exec(compile(block, "docs/models.md", "exec"), {})
 
 
 @pytest.fixture(scope="module")
