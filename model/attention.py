@@ -55,7 +55,7 @@ def flash_attention(capability: int) -> FlashAttention | None:
                 module = import_module(name)
                 return FlashAttention(version, module.flash_attn_func, module.flash_attn_varlen_func)
             except (ImportError, AttributeError):
-                continue  # not installed, or (2 without 4) a package of that name without these functions
+                continue  # not installed; a folder flash_attn without the functions is version 4 alone
     return None
 
 
@@ -194,8 +194,8 @@ def rotations(rope: Rope, width: int, positions: Tensor) -> tuple[Tensor, Tensor
     """Cosines and sines of the turns of a head `width` wide, (..., 1, width / 2) float32 each, at positions (...)."""
     rates = rope.theta ** (torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / -width)
     if isinstance(rope.scaling, Llama3Scaling):
-        turns = rope.scaling.original * rates / (2 * math.pi)  # within the positions of the first training
-        kept = ((turns - rope.scaling.low) / (rope.scaling.high - rope.scaling.low)).clamp(0, 1)
+        rounds = rope.scaling.original * rates / (2 * math.pi)  # within the positions of the first training
+        kept = ((rounds - rope.scaling.low) / (rope.scaling.high - rope.scaling.low)).clamp(0, 1)
         rates = rates * (kept + (1 - kept) / rope.scaling.factor)
     else:
         rates = rates / rope.scaling

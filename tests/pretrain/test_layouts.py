@@ -44,7 +44,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "Qwen3, documents, a narrower base": {
         "model__norm": "rmsnorm", "model__mlp": "swiglu", "model__kv_heads": 1, "model__qk_norm": True,
         "model__positions": {"theta": 1000.0}, "model__window": 5, "model__document_mask": True, "model__base_dim": 8,
-        "model__tied": True,
     },
 }  # fmt: skip
 
