@@ -58,7 +58,7 @@ def _continued(asked: argparse.Namespace) -> Iterator[str]:
     tokenizer = Tokenizer(cfg.data.path / TOKENIZER)
     if tokenizer.sha256 != state["identity"]["the tokenizer's hash"]:
         raise ConfigError(f"{cfg.data.path / TOKENIZER} is not the tokenizer that {checkpoint} was trained with")
-    model = cfg.model.model_copy(update={"compile": False, "attention": "auto"})  # one pass per token: nothing to gain
+    model = cfg.model.model_copy(update={"compile": False})  # each pass has another length
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder, head = build_modules(cfg.model_copy(update={"model": model}), Ranks(0, 1, 0, 1, device))
     load_weights(checkpoint, decoder, head)

@@ -61,30 +61,27 @@ def flash_attention(capability: int) -> FlashAttention | None:
 
 @cache
 def choose_backend(config: DecoderConfig, device: str, capability: int, half: bool) -> Backend:
-    """The kernel for a decoder's attention on a device; logs it once.
-
-    Raises:
-        ValueError: `config.attention` asks for flash-attn where it cannot serve.
+    """The kernel for a decoder's attention on a device: the one that `config.attention` asks for where it can serve,
+    else the best. Logs it once.
     """
     flash = flash_attention(capability) if device == "cuda" and half else None
-    if flash is not None and config.dropout and flash.version != 2:
-        flash = None  # later versions have no dropout
-    if config.attention == "flash" and flash is None:
-        raise ValueError(
-            f"attention=flash: needs a GPU, bf16, and flash-attn installed for that GPU (versions after 2 without "
-            f"dropout); this is {device} of capability {capability}, {'bf16' if half else 'not bf16'}. Use "
-            "attention=auto"
-        )
-    chosen: Backend = "sdpa"
-    if config.attention != "auto":
-        chosen = config.attention
-    elif flash is not None:
-        chosen = "flash"
-    elif device == "cuda" and not config.dropout and (config.document_mask or config.window is not None):
-        chosen = "flex"
-    told = {"flash": f"flash-attn {flash.version if flash else ''}", "flex": "flex attention"}
-    log.info("attention on %s: %s", device, told.get(chosen, "torch's scaled_dot_product_attention"))
+    serving: list[Backend] = ["sdpa"]
+    if device == "cuda" and not config.dropout:  # flex attention has no dropout, and no backward pass on CPUs
+        serving.insert(0 if config.document_mask or config.window is not None else 1, "flex")
+    if flash is not None and (flash.version == 2 or not config.dropout):  # later versions have none
+        serving.insert(0, "flash")
+    chosen = serving[0] if config.attention == "auto" else config.attention
+    if chosen not in serving:
+        log.warning("attention=%s cannot serve on this %s with %s", chosen, device, _told(config, half))
+        chosen = serving[0]
+    names = {"flash": f"flash-attn {flash.version if flash else ''}", "flex": "torch's flex attention"}
+    log.info("attention on %s: %s", device, names.get(chosen, "torch's scaled_dot_product_attention"))
     return chosen
+
+
+def _told(config: DecoderConfig, half: bool) -> str:
+    dropout = f"dropout {config.dropout}" if config.dropout else "no dropout"
+    return f"{'bf16' if half else 'more than 16 bits'}, {dropout} and what is installed; going on without it"
 
 
 @dataclass(frozen=True)
@@ -140,8 +137,6 @@ def pattern_of(config: DecoderConfig, x: Tensor, positions: Tensor | None, past:
         return Pattern(backend, config.causal, config.window, bounds=_bounds(positions), turns=turns)
     documents = None if positions is None else (positions == 0).cumsum(1)  # (B, T) numbers
     if backend == "flex":
-        if not gpu and torch.is_grad_enabled():
-            raise ValueError("attention=flex: torch's has no backward pass outside GPUs; use attention=auto")
         return Pattern(backend, config.causal, mask=_block_mask(config, documents, t, x.device), turns=turns)
     if documents is None and (config.window is None or config.window >= t):
         return Pattern(backend, config.causal, turns=turns)

@@ -57,7 +57,7 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
     window: int | None = Field(default=None, gt=0)  # a token sees tokens fewer than this many places away; None: all
     document_mask: bool = False  # a token sees its own document alone, and positions start anew in each
     base_dim: int | None = Field(default=None, gt=0)  # width at which lr was chosen: see `width_scale`; None: this one
-    attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"  # which kernel; equal results
+    attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"  # the kernel, where it can serve; equal results
     dropout: float = Field(default=0.0, ge=0, lt=1)
     tied: bool = False  # the head's prototypes are the token embedding
     activation_checkpointing: bool = False
@@ -77,8 +77,6 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
     def _can_be_served(self) -> DecoderConfig:
         if self.norm == "rmsnorm" and self.bias:
             raise ValueError("bias=true: rmsnorm has none; set bias: false, and qkv_bias: true for that of attention")
-        if self.attention == "flex" and self.dropout:
-            raise ValueError(f"attention=flex has no dropout, but dropout={self.dropout}: use attention=auto")
         if self.objective == "masked" and self.document_mask:
             raise ValueError("document_mask=true needs objective=causal: a masked end of a document would hide it")
         return self

@@ -64,7 +64,7 @@ class Decoder(nn.Module):
         unit variance. seed: of the initial weights; None: torch's global generator as it stands.
 
     Raises:
-        ValueError: more positions than `config.seq_len`, or a kernel that cannot serve (`choose_backend`).
+        ValueError: more positions than `config.seq_len`.
     """
 
     def __init__(self, config: DecoderConfig, hidden_length: float | None = None, seed: int | None = None) -> None:

@@ -35,7 +35,6 @@ from tests.pretrain.tiny import make_data, tiny_config, tiny_tree
         ({"model__positions": {"theta": 0.5}}, "model.positions.*theta.*greater than 1"),
         ({"model__positions": {"scaling": {"factor": 8, "low": 4, "high": 1}}}, "low=4.0 must be below high=1.0"),
         ({"model__norm": "rmsnorm", "model__bias": True}, "rmsnorm has none; set bias: false, and qkv_bias: true"),
-        ({"model__attention": "flex", "model__dropout": 0.1}, "attention=flex has no dropout"),
         ({"model__objective": "masked", "model__document_mask": True}, "document_mask=true needs objective=causal"),
         ({"model__vocab_size": 99}, "model.vocab_size=99 must equal data.tokenizer.vocab_size=67"),
         ({"train__tokens_per_step": 63}, "must be a multiple of model.seq_len=8"),
