@@ -53,6 +53,11 @@ def scoring(token_losses: TokenLosses, cfg: RunConfig) -> TokenLosses:
     return pseudo
 
 
+def figure(cfg: RunConfig) -> str:
+    """What the exponential of a scored loss is called."""
+    return "perplexity" if cfg.model.causal else "pseudo-perplexity"
+
+
 class Batches:
     """This rank's passes of a step, each as `inputs_and_targets` takes it, and the seconds that reading them took."""
 

@@ -226,8 +226,6 @@ def check_data(cfg: RunConfig) -> None:
     from data.masking import mask_id  # numpy: not needed to read a config
     from data.shards import open_split
 
-    if not cfg.model.causal:
-        mask_id(cfg.data.path)
     given = cfg.data.tokenizer.model
     for name in ("train", "val"):
         split = open_split(cfg.data.path, name)
@@ -248,3 +246,5 @@ def check_data(cfg: RunConfig) -> None:
                 f"the train split in {cfg.data.path} has {split.tokens} tokens, fewer than one window of "
                 f"model.seq_len={cfg.model.seq_len}. Prepare more text or use a smaller model.seq_len."
             )
+    if not cfg.model.causal:
+        mask_id(cfg.data.path)

@@ -24,7 +24,7 @@ from data.loader import evaluation_count, evaluation_windows
 from data.settings import ConfigError
 from data.shards import Split, open_split
 from pretrain import ranks as process
-from pretrain.batches import scoring
+from pretrain.batches import figure, scoring
 from pretrain.checkpoint import find_given, load_weights, read_state
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 from pretrain.modules import build_modules, compute_dtype, hidden_states
@@ -128,14 +128,14 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     if ranks.first:
         found = {"checkpoint": str(checkpoint), "split": args.split, **result.as_dict()}
-        print(json.dumps(found) if args.json else _told(found))
+        print(json.dumps(found) if args.json else _told(found, figure(cfg)))
     process.stop()
     return 0
 
 
-def _told(found: dict) -> str:
+def _told(found: dict, figure: str) -> str:
     return (
-        f"{found['checkpoint']} on {found['split']}: perplexity {found['perplexity']:.3f}, {found['loss']:.5f} "
+        f"{found['checkpoint']} on {found['split']}: {figure} {found['perplexity']:.3f}, {found['loss']:.5f} "
         f"nats/token, "
         f"{found['bits_per_byte']:.4f} bits/byte over {found['tokens']:,} tokens, {found['text_bytes']:,} bytes"
     )

@@ -19,7 +19,7 @@ from data.loader import Windows
 from data.settings import ConfigError
 from data.shards import open_split
 from pretrain import checkpoint
-from pretrain.batches import Batches, scoring
+from pretrain.batches import Batches, figure, scoring
 from pretrain.checkpoint import Progress
 from pretrain.config import EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED, RunConfig, dump
 from pretrain.energy import Meter, Spent, zeus_counter
@@ -181,8 +181,9 @@ class Run:
         if self.recorder is not None:
             values = {**found.as_dict(), "seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j}
             self.recorder.record("eval", step, values)
-            kind = "perplexity" if cfg.model.causal else "pseudo-perplexity"
-            self.say(f"held-out {kind} {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits/byte at step {step}")
+            self.say(
+                f"held-out {figure(cfg)} {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits/byte at step {step}"
+            )
         best = self.progress.best_nats is None or found.nats < self.progress.best_nats
         if best:
             self.progress = replace(self.progress, best_nats=found.nats, best_step=step)
