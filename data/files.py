@@ -1,8 +1,11 @@
-"""Files that are whole or absent: hashes, and a folder that gets its final name when it is complete."""
+"""Files that are whole or absent: hashes, locks, and a folder that gets its final name when it is complete."""
 
+import errno
+import fcntl
 import hashlib
 import os
 from pathlib import Path
+from typing import IO
 
 
 def sha256_of(file: Path) -> str:
@@ -18,6 +21,15 @@ def publish(draft: Path, final: Path) -> None:
     flush(final.parent)
 
 
+def write_whole(file: Path, text: str) -> None:
+    """Replaces a file's text at once and durably."""
+    draft = file.with_name(f"draft-{file.name}")
+    draft.write_text(text)
+    flush(draft)
+    os.replace(draft, file)
+    flush(file.parent)
+
+
 def flush(path: Path) -> None:
     """Waits until a file's bytes, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
@@ -25,3 +37,17 @@ def flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def lock(file: IO[str]) -> bool:
+    """Takes an open file's lock, which the system frees when this process ends, however it ends; False: another
+    process has it. A file system without locks gives it to everybody.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+    return True

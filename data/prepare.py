@@ -4,7 +4,6 @@ Everything is written into `PATH.draft` and gets its name when it is whole, so `
 """
 
 import errno
-import fcntl
 import hashlib
 import heapq
 import os
@@ -21,7 +20,7 @@ import numpy as np
 
 from data.config import DataConfig, FilesSource, HubSource
 from data.corpus import documents, files_of, folder_of
-from data.files import publish, sha256_of
+from data.files import lock, publish, sha256_of
 from data.settings import ConfigError
 from data.shards import (
     DTYPES,
@@ -302,15 +301,16 @@ def _draft(final: Path) -> Iterator[Path]:
     """
     final = final.resolve()
     draft = final.parent / (final.name + ".draft")
-    lock = final.parent / (final.name + ".draft.lock")
+    locked = final.parent / (final.name + ".draft.lock")
     try:
         if final.exists() and not (final.is_dir() and not any(final.iterdir())):
             raise ConfigError(
                 f"{final}: exists, but holds no prepared data ({MANIFEST} is missing); set data.path to a new folder"
             )
         final.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as handle:
-            _lock(handle.fileno(), final)
+        with locked.open("w") as handle:
+            if not lock(handle):
+                raise ConfigError(f"{final}: another process is preparing it; wait for it, then run this again")
             shutil.rmtree(draft, ignore_errors=True)
             try:
                 draft.mkdir()
@@ -318,20 +318,10 @@ def _draft(final: Path) -> Iterator[Path]:
                 publish(draft, final)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
-                lock.unlink(missing_ok=True)
+                locked.unlink(missing_ok=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ConfigError(
                 f"{final}: the disk is full; nothing was kept. Free some space or set data.path to another disk"
             ) from None
         raise ConfigError(f"{final}: cannot be written ({error}); set data.path to a folder you may write") from None
-
-
-def _lock(handle: int, final: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(f"{final}: another process is preparing it; wait for it, then run this again") from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
-            raise

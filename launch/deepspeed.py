@@ -98,7 +98,7 @@ def environment(placement: Placement) -> dict[str, str]:
     added = {}
     tools = str(Path(sys.executable).parent)  # ninja, which compiles DeepSpeed's and our C++
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
-        added["PATH"] = tools + os.pathsep + os.environ.get("PATH", os.defpath)
+        added["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + tools  # last: two ninjas in turn rebuild all
     if placement.hostfile is None and not placement.gpus:
         threads = max(1, cores() // placement.world)  # else every rank starts a thread for every core
         added |= {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
@@ -108,7 +108,7 @@ def environment(placement: Placement) -> dict[str, str]:
 def one_line(words: Sequence[str], added: Mapping[str, str]) -> str:
     """The command and its variables as one line that a shell can run."""
     variables = [
-        f"PATH={shlex.quote(value.partition(os.pathsep)[0])}:$PATH"
+        f"PATH=$PATH:{shlex.quote(value.rpartition(os.pathsep)[2])}"
         if name == "PATH"
         else f"{name}={shlex.quote(value)}"
         for name, value in added.items()

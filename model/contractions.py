@@ -6,7 +6,7 @@ Legend: M tokens of a chunk, V prototypes on this rank, D width, n the exponent.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, Self
 
@@ -78,14 +78,17 @@ class Contraction(Protocol):
         """Of sum(weight * loss): that of x (M, D), and what adds that of the prototypes to `into`, which can wait."""
 
     def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
-        """Turns `into.products[block]`, once every chunk was added, into the gradient of those prototypes."""
+        """Turns `into.products[block]`, once every chunk was added, into the gradient of those prototypes; where
+        they are that already, it does nothing.
+        """
+        return
 
 
 def _nothing() -> None:
     pass
 
 
-class SquaredDistance:
+class SquaredDistance(Contraction):
     """q = |x - w|^2 by one matrix product, the target's q by direct difference; d = factor * q ** power."""
 
     wide, kept, temporaries = False, 1, 1
@@ -129,7 +132,7 @@ class SquaredDistance:
         kernels_for(rows.rows).finish_rows(into.products[block], rows.rows[block], into.columns[block])
 
 
-class DotProduct:
+class DotProduct(Contraction):
     """x . w is the score itself (softmax cross-entropy, the baseline): no logarithm, no exponent, no floor."""
 
     wide, kept, temporaries = False, 1, 1
@@ -150,14 +153,33 @@ class DotProduct:
         grads = ops.dot_gradient(stats.kept[0], given.lse, given.weight, given.local, x.dtype)
         return ops.hidden_product(grads, rows), lambda: ops.add_rows_product(into.products, grads, x)
 
-    def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
-        """Nothing is left to do."""
+
+class DirectDistance(Contraction):
+    """c = d itself, of unrounded operands. What is kept starts with log c and the floor."""
+
+    wide = True
+
+    def log_statistics(
+        self, values: Tensor, floor: Tensor, exponent: Tensor, local: Tensor, *more: Tensor
+    ) -> Statistics:
+        """Of c (M, V), which becomes log c; `more` is kept too."""
+        sums = kernels_for(values).log_statistics(values, floor, exponent, local)
+        return Statistics.of(sums, values, floor, *more)
+
+    def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
+        return stats.kept[0] * -exponent
+
+    def log_gradient(self, stats: Statistics, given: Upstream) -> Tensor:
+        """G (M, V); the logarithms are consumed."""
+        logs, floor, *_ = stats.kept
+        ops = kernels_for(logs)
+        return ops.log_gradient(logs, floor, given.exponent, given.lse, given.weight, given.local, logs.dtype)
 
 
-class Elementwise:
+class Elementwise(DirectDistance):
     """c = d, entry by entry (`eager.contract`): exact near a match, so nothing is rounded before it."""
 
-    wide, temporaries = True, 1
+    temporaries = 1
 
     def __init__(self, terms: Terms) -> None:
         self.terms = terms
@@ -165,33 +187,25 @@ class Elementwise:
         self.kept = 2 if self.reads_values else 1
 
     def statistics(self, x: Tensor, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor) -> Statistics:
-        ops = kernels_for(x)
-        values = ops.contract(self.terms, x, rows)
+        values = kernels_for(x).contract(self.terms, x, rows)
         logs = _copy(values) if self.reads_values else values
-        return Statistics.of(ops.log_statistics(logs, floor, exponent, local), logs, values, floor)
-
-    def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
-        return stats.kept[0] * -exponent
+        return self.log_statistics(logs, floor, exponent, local, values)
 
     def gradients(
         self, stats: Statistics, x: Tensor, rows: eager.Rows, given: Upstream, into: RowsGradient
     ) -> tuple[Tensor, Later]:
-        ops = kernels_for(x)
-        logs, values, floor = stats.kept
-        grads = ops.log_gradient(logs, floor, given.exponent, given.lse, given.weight, given.local, x.dtype)
-        return ops.contract_gradient(self.terms, x, rows, values, grads, into.products), _nothing
-
-    def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
-        """Nothing is left to do."""
+        *_, values = stats.kept
+        grads = self.log_gradient(stats, given)
+        return kernels_for(x).contract_gradient(self.terms, x, rows, values, grads, into.products), _nothing
 
 
-class Ratio:
+class Ratio(DirectDistance):
     """c = sum |x - w| / sum |x + w|, or with `separable` / (sum |x| + sum |w|): Bray-Curtis.
 
     The denominator is at least `relative` * sum |x| + `absolute`; there it is a constant.
     """
 
-    wide, kept, temporaries = True, 2, 2
+    kept, temporaries = 2, 2
 
     def __init__(self, separable: bool, relative: float, absolute: float) -> None:
         self.separable, self.relative, self.absolute = separable, relative, absolute
@@ -203,25 +217,21 @@ class Ratio:
         sizes = x.abs().sum(1)
         least = self.relative * sizes + self.absolute
         if self.separable:
-            below = torch.add(sizes[:, None], rows.rows.abs().sum(1), out=torch.empty_like(values))
+            below = torch.add(sizes[:, None], rows.sizes, out=torch.empty_like(values))
         else:
             below = ops.contract(self.below, x, rows)
         torch.maximum(below, least[:, None], out=below)
         values.div_(below)
-        return Statistics.of(ops.log_statistics(values, floor, exponent, local), values, below, floor, least)
-
-    def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
-        return stats.kept[0] * -exponent
+        return self.log_statistics(values, floor, exponent, local, below, least)
 
     def gradients(
         self, stats: Statistics, x: Tensor, rows: eager.Rows, given: Upstream, into: RowsGradient
     ) -> tuple[Tensor, Later]:
         """d(A / B) = dA / B - (A / B) dB / B."""
         ops = kernels_for(x)
-        logs, below, floor, least = stats.kept
+        logs, _, below, least = stats.kept
         of_below = logs.exp().neg_()
-        above = ops.log_gradient(logs, floor, given.exponent, given.lse, given.weight, given.local, x.dtype)
-        above.div_(below)
+        above = self.log_gradient(stats, given).div_(below)
         of_below.mul_(above).masked_fill_(below <= least[:, None], 0)
         hidden = ops.contract_gradient(self.above, x, rows, above, above, into.products)
         if self.separable:
@@ -236,39 +246,29 @@ class Ratio:
             into.products[block].addcmul_(rows.rows[block].sign(), into.columns[block, None])
 
 
-class Broadcast:
+class Broadcast(DirectDistance):
     """c = d from a formula of broadcast rows alone, differentiated by autograd: for distances without kernels.
 
     A few prototypes are taken at a time, (M, v, D) values of them.
     """
 
-    wide, kept, temporaries = True, 1, 1
+    kept, temporaries = 1, 1
 
     def __init__(self, between: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.between = between
 
-    def _blocks(self, x: Tensor, rows: eager.Rows) -> Iterator[slice]:
-        step = max(1, eager.PAIR_VALUES // max(1, x.numel()))
-        for first in range(0, rows.rows.shape[0], step):
-            yield slice(first, first + step)
-
     def statistics(self, x: Tensor, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor) -> Statistics:
         values = x.new_empty(x.shape[0], rows.rows.shape[0])
-        for block in self._blocks(x, rows):
+        for block in eager.blocks(x, rows):
             values[:, block] = self.between(x[:, None], rows.rows[block])
-        sums = kernels_for(x).log_statistics(values, floor, exponent, local)
-        return Statistics.of(sums, values, floor)
-
-    def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
-        return stats.kept[0] * -exponent
+        return self.log_statistics(values, floor, exponent, local)
 
     def gradients(
         self, stats: Statistics, x: Tensor, rows: eager.Rows, given: Upstream, into: RowsGradient
     ) -> tuple[Tensor, Later]:
-        logs, floor = stats.kept
-        grads = kernels_for(x).log_gradient(logs, floor, given.exponent, given.lse, given.weight, given.local, x.dtype)
+        grads = self.log_gradient(stats, given)
         hidden = torch.zeros_like(x)
-        for block in self._blocks(x, rows):
+        for block in eager.blocks(x, rows):
             with torch.enable_grad():
                 sides = x.detach().requires_grad_(), rows.rows[block].detach().requires_grad_()
                 values = self.between(sides[0][:, None], sides[1])
@@ -276,9 +276,6 @@ class Broadcast:
             hidden += over_x
             into.products[block] += over_rows
         return hidden, _nothing
-
-    def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
-        """Nothing is left to do."""
 
 
 def _copy(values: Tensor) -> Tensor:

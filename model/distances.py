@@ -202,9 +202,6 @@ class Minkowski(Distance):
         return _norm_floor(rows) if self.p == 2 else super().floor(rows)
 
 
-SHORTEST = 1e-30  # a row with no larger entry has no direction
-
-
 class _Unit(torch.autograd.Function):
     """Rows (N, D) of length 1 (a row of zeros stays one, with gradient zero)."""
 

@@ -76,8 +76,11 @@ def _train(cfg: RunConfig) -> int:
 
 
 def _leave_record(cfg: RunConfig, outcome: object) -> None:
-    if cfg.run.is_dir():
-        (cfg.run / EXIT_RECORD).write_text(json.dumps(vars(outcome)))
+    try:
+        if cfg.run.is_dir():
+            (cfg.run / EXIT_RECORD).write_text(json.dumps(vars(outcome)))
+    except OSError as error:
+        logging.error("%s: %s", cfg.run / EXIT_RECORD, error)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ Random numbers and the order of samples are functions of (seed, step, rank): the
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch.distributed.checkpoint as dcp
+from rich.console import Console
+from rich.table import Table
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from data.files import sha256_of
@@ -69,7 +72,7 @@ class Progress:
     tokens: int = 0  # seen in training; the cursor of the data is step * sequences per step
     train_seconds: float = 0.0
     train_gpu_j: float | None = None  # None: not measured
-    best_nats: float | None = None  # per held-out token: the least of all evaluations
+    best_nats: float | None = None  # per held-out token: the least of all evaluations, that of `best_step`
     best_step: int | None = None
 
 
@@ -261,7 +264,7 @@ def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str
 
 
 def check_audit(checkpoint: Path, found: Sequence[Difference]) -> None:
-    """Raises ConfigError if a difference is refused; says the others."""
+    """Raises ConfigError if a difference is refused; else says them all, as a table."""
     refused = [one for one in found if one.verdict == "refused"]
     if refused:
         told = "; ".join(f"{one.key} was {one.was!r} and is {one.now!r}" for one in refused)
@@ -270,8 +273,13 @@ def check_audit(checkpoint: Path, found: Sequence[Difference]) -> None:
             f"{checkpoint} cannot be resumed with this configuration: {told}. Set back what changed, allow it "
             f"(resume_allow: [{keys}]), or start afresh in another run folder (run=...). Nothing was changed."
         )
-    for one in found:
-        log.info("resume: %s was %r and is %r (%s)", one.key, one.was, one.now, one.verdict)
+    if found:
+        table = Table("", "was", "is", "verdict", title=f"What differs from {checkpoint.name}", title_justify="left")
+        for one in found:
+            table.add_row(one.key, repr(one.was), repr(one.now), one.verdict)
+        text = io.StringIO()
+        Console(file=text, width=120).print(table)
+        log.info("%s", text.getvalue().rstrip())
 
 
 def load(checkpoint: Path, fragments: Mapping[str, Fragment]) -> Progress:

@@ -118,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # that one process reads it, on purpose
     try:
-        checkpoint, run = find_given(args.run.resolve())  # a checkpoint's run folder is two above it
+        checkpoint, run = find_given(args.run)
         total = export(checkpoint, run, args.out, args.max_gb * 1e9)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -104,12 +104,12 @@ def trunk_fragments(engine: Any, part: tuple[int, int] | None = None) -> dict[st
     found = {}
     for name, parameter in engine.module.named_parameters():
         start, size, writes, read = _place(engine, inner, parameter)
-        shared = writes and part is not None and _replicated(engine, parameter)
+        share = part if engine.optimizer is engine.basic_optimizer else None  # stage 0: every rank has all of it
         for what in ("fp32", *MOMENTS):
             local = read(None if what == "fp32" else what).detach().reshape(-1)
             first, end = start, start + local.numel()
-            if shared and part is not None:
-                first, end = (size * k // part[1] for k in (part[0], part[0] + 1))
+            if share is not None:
+                first, end = (size * k // share[1] for k in (share[0], share[0] + 1))
             found[f"trunk.{name}.{what}"] = Fragment(
                 local[first - start : end - start], first, size, writes and end > first
             )
@@ -137,11 +137,6 @@ def _place(
             return 0, parameter.numel(), False, lambda key: torch.empty(0)
         return mapping.lp_fragment_address.start, parameter.numel(), True, mapping.get_hp_fragment
     return 0, parameter.numel(), True, lambda key: parameter if key is None else inner.state[parameter][key]
-
-
-def _replicated(engine: Any, parameter: Any) -> bool:
-    """Whether every rank has all of it: at stage 0."""
-    return engine.optimizer is engine.basic_optimizer
 
 
 def _stepped(engine: Any) -> tuple[torch.optim.Optimizer, list[Tensor]]:

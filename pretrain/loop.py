@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import signal
 from dataclasses import dataclass, replace
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -15,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.files import lock, write_whole
 from data.loader import Windows
 from data.settings import ConfigError
 from data.shards import open_split
@@ -82,10 +81,7 @@ class Run:
             differing = checkpoint.audit(checkpoint.read_state(found), now, cfg.resume_allow)
             checkpoint.check_audit(found, differing)
         ranks.barrier()  # everybody has looked before anything is touched
-        self._lock = _alone_in(cfg.run, ranks)
-        if ranks.first:
-            checkpoint.remove_drafts(self.folder)
-            (cfg.run / "config.yaml").write_text(dump(cfg))
+        self._lock = self._claim()
         self.trainer = Trainer(cfg, ranks, train.eos_id)
         self.saver = Saver(self.folder, ranks, cfg.checkpoint)
         self.progress = Progress()
@@ -101,7 +97,34 @@ class Run:
         self.skipped_in_a_row = 0
         self._saved_step: int | None = self.progress.step if found and found.parent == self.folder else None
         self._save_failed: str | None = None
-        self._save_j: float | None = None  # joules while training waited for the save under way
+        self._stall = Spent(0.0, None)  # while training waited for the save under way to begin
+
+    def _claim(self) -> TextIO | None:
+        """Takes the run folder: on the first rank its lock, which the system frees when that process ends.
+
+        Raises:
+            ConfigError: another job trains in it, or the ranks of one whose launcher was killed still do; or it cannot
+            be written.
+        """
+        run, file, problem = self.cfg.run, None, None
+        if self.ranks.first:
+            try:
+                run.mkdir(parents=True, exist_ok=True)
+                file = (run / "lock").open("w")
+                if lock(file):
+                    checkpoint.remove_drafts(self.folder)
+                    write_whole(run / "config.yaml", dump(self.cfg))
+                else:
+                    problem = (
+                        f"{run}: another job trains in this folder (or ranks whose launcher was killed still do). Wait "
+                        "for it, end its processes, or give another folder (run=...)"
+                    )
+            except OSError as error:
+                problem = f"{run}: cannot be written ({error}); make room, or give a folder you may write (run=...)"
+        told = self.ranks.gather(problem)[0]
+        if told:
+            raise ConfigError(told)
+        return file
 
     def say(self, text: str) -> None:
         if self.recorder is not None:
@@ -184,9 +207,10 @@ class Run:
             self.say(
                 f"held-out {figure(cfg)} {found.perplexity:.2f}, {found.bits_per_byte:.4f} bits/byte at step {step}"
             )
-        best = self.progress.best_nats is None or found.nats < self.progress.best_nats
+        least = self.progress.best_nats
+        best = math.isfinite(found.loss) and (least is None or found.loss < least)
         if best:
-            self.progress = replace(self.progress, best_nats=found.nats, best_step=step)
+            self.progress = replace(self.progress, best_nats=found.loss, best_step=step)
         return best
 
     def save(self) -> None:
@@ -199,7 +223,7 @@ class Run:
             if self._unsaved():
                 return
             self.saver.start(self._fragments((self.ranks.rank, self.ranks.world)), self.progress, self._state())
-        self._saved_step, self._save_j = step, spent[0].gpu_j
+        self._saved_step, self._stall = step, spent[0]
 
     def _unsaved(self) -> bool:
         """Whether a checkpoint could not be written, and the run is to stop for it."""
@@ -218,9 +242,10 @@ class Run:
         self._save_failed = None
         if self.recorder is None:
             return
-        values = {"stall_s": saved.stall_s, "seconds": saved.seconds, "bytes": saved.size, "gpu_j": self._save_j}
+        values = {"seconds": saved.seconds, "bytes": saved.size}
+        values |= {"stall_s": self._stall.seconds, "gpu_j": self._stall.gpu_j}
         self.recorder.record("save", saved.step, values)
-        self.say(f"saved {saved.path} in {saved.seconds:.1f} s; training waited {saved.stall_s:.2f} s")
+        self.say(f"saved {saved.path} in {saved.seconds:.1f} s; training waited {self._stall.seconds:.2f} s")
         if saved.seconds > self.cfg.checkpoint.grace_s:
             log.warning(
                 "a save takes %.0f s, but a preempted job has %.0f s (checkpoint.grace_s): it may be cut off",
@@ -302,29 +327,6 @@ class _Window:
         run.recorder.record("train", step, values)
         left = (cfg.train.steps - step) * spent.seconds / len(self.losses)
         run.recorder.progress(step, values, left)
-
-
-def _alone_in(run: Path, ranks: Ranks) -> TextIO | None:
-    """Takes the run folder's lock on the first rank; the system frees it when that process ends, however it ends.
-
-    Raises:
-        ConfigError: another job trains in this folder, or the ranks of one whose launcher was killed still do.
-    """
-    file, problem = None, None
-    if ranks.first:
-        run.mkdir(parents=True, exist_ok=True)
-        file = (run / "lock").open("w")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            problem = (
-                f"{run}: another job trains in this folder (or ranks whose launcher was killed still do). Wait for it, "
-                "end its processes, or give another folder (run=...)"
-            )
-    told = ranks.gather(problem)[0]
-    if told:
-        raise ConfigError(told)
-    return file
 
 
 def due(step: int, every: int | None) -> bool:

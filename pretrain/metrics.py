@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,10 @@ def read_records(run: Path) -> list[dict[str, Any]]:
 
 
 class Recorder:
-    """Open with the first step that is still to come: records of later steps, from before a resume, are dropped."""
+    """Open with the first step that is still to come: records of later steps, from before a resume, are dropped.
+
+    A disk that is full does not end the run: records wait in memory for room, TensorBoard's are given up.
+    """
 
     def __init__(
         self, run: Path, first_step: int, steps: int, tensorboard: bool, console: Console | None = None
@@ -63,7 +68,8 @@ class Recorder:
             draft = path.with_suffix(".draft")
             draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
             os.replace(draft, path)
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("ab", buffering=0)
+        self._pending = b""
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -80,11 +86,27 @@ class Recorder:
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Appends one record, and its numbers to TensorBoard."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        if self._writer is not None:
-            for name, value in values.items():
+        waiting = bool(self._pending)
+        self._pending += json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
+        try:
+            while self._pending:
+                self._pending = self._pending[self._file.write(self._pending) :]
+        except OSError as error:
+            if not waiting:
+                log.error("%s: %s; records wait in memory until they can be written", self._file.name, error)
+        with self._giving_up_events():
+            for name, value in values.items() if self._writer is not None else ():
                 if isinstance(value, int | float):
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    @contextmanager
+    def _giving_up_events(self) -> Iterator[None]:
+        """TensorBoard's thread ends when it cannot write, and says so at the next call."""
+        try:
+            yield
+        except OSError as error:
+            log.error("TensorBoard's events cannot be written (%s): metrics.jsonl has the same figures", error)
+            self._writer = None
 
     def progress(self, step: int, values: dict[str, Any], seconds_left: float) -> None:
         """The training line: live on a terminal, a plain line elsewhere."""
@@ -101,8 +123,9 @@ class Recorder:
         if self._live is not None:
             self._live.stop()
         self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        with self._giving_up_events():
+            if self._writer is not None:
+                self._writer.close()
 
 
 def training_line(values: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ One save at a time; a failure is told to the loop and leaves older checkpoints a
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import logging
@@ -25,9 +26,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-from data.files import flush, publish, sha256_of
+from data.files import flush, publish, sha256_of, write_whole
 from pretrain.checkpoint import DRAFT, FORMAT, LATEST, MANIFEST, STATE, Progress, checkpoints, name_of, remove, step_of
 from pretrain.config import CheckpointConfig
 from pretrain.fragments import Fragment
@@ -46,7 +48,6 @@ class Saved:
 
     path: Path
     step: int
-    stall_s: float  # that training waited
     seconds: float  # from the start to the published folder
     size: int  # bytes, of all ranks
 
@@ -76,10 +77,12 @@ class Snapshot:
 
 
 class Saver:
-    """All ranks together: `start` a save, `failure` asked for now and then, `wait` before leaving."""
+    """All ranks together: `start` a save, `wait` for it once it is `done`, before the next one and before leaving."""
 
     def __init__(self, folder: Path, ranks: Ranks, cfg: CheckpointConfig, timeout_s: float = 1800) -> None:
         self.folder, self.ranks, self.cfg = folder, ranks, cfg
+        if ranks.first:
+            folder.mkdir(parents=True, exist_ok=True)  # only now: should it vanish later, a save fails and says so
         self.group = None
         if ranks.world > 1:  # of its own: its collectives run beside those of training
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -87,19 +90,13 @@ class Saver:
         self._snapshot = Snapshot()
         self._running: Future[Saved] | None = None
 
-    def start(self, fragments: Mapping[str, Fragment], progress: Progress, state: Mapping[str, Any]) -> Saved | None:
-        """Begins to write `folder/step-N`, after the save before it ended; returns that one, if it was not yet told.
-
-        Raises:
-            SaveError: the save before this one failed.
-        """
-        before = self.wait()
+    def start(self, fragments: Mapping[str, Fragment], progress: Progress, state: Mapping[str, Any]) -> None:
+        """Takes a snapshot and begins to write `folder/step-N`; the save before it has been waited for."""
+        assert self._running is None, "its buffers are still read"
         began = time.perf_counter()
         snapshot = self._snapshot.of(fragments)
         whole = {"format": FORMAT, **asdict(progress), **state, "versions": versions()}
-        stall_s = time.perf_counter() - began
-        self._running = self._thread.submit(self._save, snapshot, whole, began, stall_s, progress.best_step)
-        return before
+        self._running = self._thread.submit(self._save, snapshot, whole, began, progress.best_step)
 
     def done(self) -> bool:
         """Whether a save has ended, well or not, and waits to be told."""
@@ -118,30 +115,33 @@ class Saver:
         """Leaves the thread; a save under way ends first."""
         self._thread.shutdown(wait=True)
 
-    def _save(
-        self, fragments: dict[str, Fragment], state: dict[str, Any], began: float, stall_s: float, best: int | None
-    ) -> Saved:
+    def _save(self, fragments: dict[str, Fragment], state: dict[str, Any], began: float, best: int | None) -> Saved:
         final = self.folder / name_of(state["step"])
         draft = self.folder / f"{DRAFT}{final.name}"
-        self._together(lambda: self._make(draft))
-        self._together(lambda: self._write(fragments, draft))
-        files = self._together(lambda: self._hashed(draft))
-        self._together(lambda: self._publish(draft, final, state, files, best))
+        try:
+            self._together(lambda: self._make(draft))
+            self._together(lambda: self._write(fragments, draft))
+            files = self._together(lambda: self._hashed(draft))
+            self._together(lambda: self._publish(draft, final, state, files, best))
+        except SaveError:
+            if self.ranks.first:
+                shutil.rmtree(draft, ignore_errors=True)  # if the disk is full, others need the room
+            raise
         size = sum(entry["size"] for part in files for entry in part.values())
-        return Saved(final, state["step"], stall_s, time.perf_counter() - began, size)
+        return Saved(final, state["step"], time.perf_counter() - began, size)
 
     def _together(self, work: Callable[[], Any]) -> list[Any]:
         """Does a part of the save and waits for all ranks: the results by rank, or SaveError on all if one fails."""
         result, error = None, None
         try:
             result = work()
-        except Exception as problem:  # whatever it is, the other ranks must hear of it
-            error = f"rank {self.ranks.rank}: {problem!r}"
+        except BaseException as problem:  # as torch's CheckpointException is: the other ranks must hear of it
+            error = _told(problem, self.ranks.rank)
         found: list[Any] = [(result, error)]
         if self.group is not None:
             found = [None] * self.ranks.world
             dist.all_gather_object(found, (result, error), group=self.group)
-        errors = [told for _, told in found if told]
+        errors = dict.fromkeys(told for _, told in found if told)  # each once
         if errors:
             raise SaveError("; ".join(errors))
         return [value for value, _ in found]
@@ -149,7 +149,7 @@ class Saver:
     def _make(self, draft: Path) -> None:
         if self.ranks.first:
             shutil.rmtree(draft, ignore_errors=True)
-            draft.mkdir(parents=True)
+            draft.mkdir()
 
     def _write(self, fragments: dict[str, Fragment], draft: Path) -> None:
         writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
@@ -171,19 +171,25 @@ class Saver:
         listed = {name: entry for part in files for name, entry in part.items()}
         listed[STATE] = {"size": (draft / STATE).stat().st_size, "sha256": sha256_of(draft / STATE)}
         (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
-        if final.exists():  # the same step, saved again after a resume from before it
-            remove(final)
-        publish(draft, final)
-        point(self.folder / LATEST, final.name)
         for later in checkpoints(self.folder):
-            if step_of(later) > step_of(final):
+            if step_of(later) >= step_of(final):
                 abandon(later)
+        publish(draft, final)
+        write_whole(self.folder / LATEST, f"{final.name}\n")
         for old in superfluous(checkpoints(self.folder), self.cfg, best):
             remove(old)
 
 
+def _told(problem: BaseException, rank: int) -> str:
+    """A problem of this rank, or those of the ranks that torch has collected."""
+    failures = {rank: problem}
+    if isinstance(problem, CheckpointException):
+        failures = {failed: error for failed, (error, _) in problem.failures.items()}
+    return "; ".join(f"rank {failed}: {error!r}" for failed, error in failures.items())
+
+
 def abandon(later: Path) -> None:
-    """Sets aside a checkpoint of steps that this run trains anew, so that `auto` does not find it."""
+    """Sets aside a checkpoint of steps that this run, resumed from before, trains anew: or `auto` would find it."""
     names = (f"abandoned-{later.name}{end}" for end in ("", *(f"-{k}" for k in range(2, 1000))))
     aside = next(later.with_name(name) for name in names if not later.with_name(name).exists())
     log.warning("%s is of an earlier run beyond this one's resume: kept as %s", later.name, aside.name)
@@ -200,15 +206,7 @@ def superfluous(found: list[Path], cfg: CheckpointConfig, best: int | None) -> l
     return [path for path in found if path not in stays]
 
 
-def point(pointer: Path, name: str) -> None:
-    """Replaces a pointer file at once and durably."""
-    draft = pointer.with_name(f"{DRAFT}{pointer.name}")
-    draft.write_text(name + "\n")
-    flush(draft)
-    os.replace(draft, pointer)
-    flush(pointer.parent)
-
-
+@functools.cache
 def versions() -> dict[str, str | None]:
     """What writes this checkpoint; the revision of this checkout is None outside git."""
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]

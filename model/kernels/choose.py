@@ -26,12 +26,7 @@ def kernels_for(x: Tensor) -> ModuleType:
 
 @functools.cache
 def _for_cpu(dtype: torch.dtype) -> ModuleType:
-    try:
-        cpu.require(dtype)
-    except cpu.Unavailable as error:
-        _say("CPU", str(error))
-        return eager
-    return cpu
+    return _if_available("CPU", cpu, dtype)
 
 
 @functools.cache
@@ -41,12 +36,16 @@ def _for_gpu(device: torch.device) -> ModuleType:
     except ImportError as error:
         _say("GPU", f"{error}; pip install triton would help")
         return eager
+    return _if_available("GPU", gpu, device)
+
+
+def _if_available(device: str, kernels: ModuleType, required: torch.dtype | torch.device) -> ModuleType:
     try:
-        gpu.require(device)
-    except gpu.Unavailable as error:
-        _say("GPU", str(error))
+        kernels.require(required)
+    except kernels.Unavailable as error:
+        _say(device, str(error))
         return eager
-    return gpu
+    return kernels
 
 
 @functools.cache

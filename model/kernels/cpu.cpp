@@ -35,7 +35,6 @@ constexpr int64_t BLOCK_ROWS = 512, BLOCK_COLUMNS = 384;  // of the product whos
 constexpr int64_t SCORE_ROWS = 128;  // prototypes whose scores are summed while they are in L2
 constexpr int64_t SCORE_TOKENS = 512;
 constexpr int64_t FLOAT_TERMS = 16;  // terms summed in float32 before they join a sum in float64
-constexpr float FLOOR_MARGIN = 0x1p-18f;
 constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
 // ------------------------------------------------------------------------------------------------------- exp and log

@@ -133,7 +133,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return out
 
 
-class Rows:
+class Rows(eager.Rows):
     """The prototypes of one call (V, D), and memory for the scores of the last `chunks` chunks: `products` writes over
     the one before those.
     """
@@ -257,24 +257,25 @@ def quadratic_gradient(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As eager.quadratic_gradient; G lies in the memory of `kept`."""
-    columns = _columns(kept)
-    log_floor = squares.floor.log() + eager.FLOOR_MARGIN
-    over_rows, over_columns = torch.ops.overtone_cpu.quadratic_gradient(
-        columns, log_floor, float(coefficient), lse, -coefficient * weight, local, dtype == torch.bfloat16
-    )
-    return _gradients(columns, dtype), over_rows, over_columns
+    return _log_gradient_and_sums(kept, squares.floor, coefficient, lse, weight, local, dtype)
 
 
 def log_gradient(
     logs: Tensor, floor: Tensor, coefficient: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """As eager.log_gradient; G lies in the memory of `logs`."""
+    return _log_gradient_and_sums(logs, floor, coefficient, lse, weight, local, dtype)[0]
+
+
+def _log_gradient_and_sums(
+    logs: Tensor, floor: Tensor, coefficient: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     columns = _columns(logs)
     log_floor = floor.log() + eager.FLOOR_MARGIN
-    torch.ops.overtone_cpu.quadratic_gradient(
+    over_rows, over_columns = torch.ops.overtone_cpu.quadratic_gradient(
         columns, log_floor, float(coefficient), lse, -coefficient * weight, local, dtype == torch.bfloat16
     )
-    return _gradients(columns, dtype)
+    return _gradients(columns, dtype), over_rows, over_columns
 
 
 def dot_gradient(scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:

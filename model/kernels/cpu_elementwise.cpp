@@ -15,7 +15,6 @@
 
 #include <cfloat>
 #include <cmath>
-#include <string>
 #include <type_traits>
 #include <vector>
 

@@ -8,6 +8,7 @@ themselves. Operands of products have the compute dtype (bfloat16, float32 or fl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
@@ -36,6 +37,11 @@ class Rows:
     def __init__(self, rows: Tensor, chunks: int = 1) -> None:
         self.rows = rows
         self.squares = square_norms(rows)  # (V,)
+
+    @functools.cached_property
+    def sizes(self) -> Tensor:
+        """(V,) sums of the absolute entries, made when one asks for them."""
+        return self.rows.abs().sum(1)
 
 
 def square_norms(rows: Tensor) -> Tensor:
@@ -217,7 +223,7 @@ def contract(terms: Terms, x: Tensor, rows: Rows) -> Tensor:
     canberra: sum |t| / (|x| + |w|), 0 where |x| + |w| <= SMALLEST.
     """
     out = x.new_empty(x.shape[0], rows.rows.shape[0])
-    for block in _blocks(x, rows):
+    for block in blocks(x, rows):
         difference = x[:, None] - terms.sign * rows.rows[block]  # (M, v, D)
         if terms.kind == "l1":
             out[:, block] = difference.abs_().sum(-1)
@@ -241,7 +247,7 @@ def contract_gradient(terms: Terms, x: Tensor, rows: Rows, values: Tensor, grads
     |t| <= SMALLEST * c.
     """
     out = torch.zeros_like(x)
-    for block in _blocks(x, rows):
+    for block in blocks(x, rows):
         w, c, g = rows.rows[block], values[:, block, None], grads[:, block, None]
         difference = x[:, None] - terms.sign * w
         signs = difference.sign()
@@ -267,7 +273,8 @@ def contract_gradient(terms: Terms, x: Tensor, rows: Rows, values: Tensor, grads
     return out
 
 
-def _blocks(x: Tensor, rows: Rows) -> Iterator[slice]:
+def blocks(x: Tensor, rows: Rows) -> Iterator[slice]:
+    """Slices of the prototypes for which an (M, v, D) temporary has about PAIR_VALUES entries."""
     step = max(1, PAIR_VALUES // max(1, x.numel()))
     for first in range(0, rows.rows.shape[0], step):
         yield slice(first, first + step)

@@ -50,7 +50,6 @@ class Rows(eager.Rows):
 
 empty = eager.empty
 product = eager.product
-square_norms = eager.square_norms
 hidden_product = eager.hidden_product
 unit_rows = eager.unit_rows
 unit_rows_gradient = eager.unit_rows_gradient

@@ -63,7 +63,7 @@ def test_the_environment_spares_cores_and_what_the_user_set(monkeypatch):
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setattr(deepspeed, "cores", lambda: 7)
     tools = str(Path(sys.executable).parent)
-    assert environment(TWO) == {"PATH": f"{tools}:/usr/bin", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
+    assert environment(TWO) == {"PATH": f"/usr/bin:{tools}", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
     assert environment(Placement({"localhost": 9}))["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert "OMP_NUM_THREADS" not in environment(TWO)
@@ -73,7 +73,7 @@ def test_the_environment_spares_cores_and_what_the_user_set(monkeypatch):
 
 def test_the_line_can_be_run_by_a_shell(tmp_path):
     script = "import os, sys; print(os.environ['A'], os.environ['PATH'], sys.argv[1:])"
-    added = {"A": "x y", "PATH": f"{tmp_path}/a b:{os.environ['PATH']}"}
+    added = {"A": "x y", "PATH": f"{os.environ['PATH']}:{tmp_path}/a b"}
     text = one_line([sys.executable, "-c", script, "k={v: $1}"], added)
     assert "\n" not in text
     ran = subprocess.run(text, shell=True, capture_output=True, text=True, check=True)

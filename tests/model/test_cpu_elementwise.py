@@ -6,7 +6,6 @@ Legend: M tokens, V prototypes, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from model.kernels import cpu, eager
 from model.kernels.eager import Terms
+from tests.model.checks import assert_no_worse, needed
 
 SIZES = [(1, 1, 1), (5, 7, 3), (16, 64, 64), (67, 301, 97), (130, 1025, 33)]  # (M, V, D)
 POWERS = [0.5, 1.5, 3.0, 4.0, 7.3, 40.0]
@@ -32,30 +32,11 @@ ULP = 2.0**-23
 @pytest.fixture(autouse=True)
 def kernels() -> None:
     torch.manual_seed(0)
-    try:
-        cpu.require(torch.float32)
-    except cpu.Unavailable as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    needed(torch.float32)
 
 
 def named(terms: Terms) -> str:
     return f"{terms.kind}{f' {terms.p}' if terms.kind == 'lp' else ''}{'' if terms.sign == 1 else ' of sums'}"
-
-
-def assert_no_worse(fast: Tensor, plain: Tensor, truth: Tensor, slack: float) -> None:
-    """Not further from float64 than plain PyTorch, but for `slack` of the largest entry."""
-    assert fast.shape == truth.shape and fast.isfinite().all()
-    scale = truth.abs().max().clamp_min(1e-30)
-    worst = [((near.double() - truth).abs().max() / scale).item() for near in (fast, plain)]
-    assert worst[0] <= worst[1] + slack, f"{worst[0]:.2e} from float64, plain PyTorch {worst[1]:.2e}"
 
 
 def operands(size: tuple[int, int, int], values: str) -> tuple[Tensor, Tensor, Tensor]:

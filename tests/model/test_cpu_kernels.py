@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from model.distances import ABSOLUTE_FLOOR, RELATIVE_FLOOR
 from model.harmonic import harmonic_loss
 from model.kernels import choose, cpu, eager
 from model.reference import harmonic_loss_reference
+from tests.model.checks import assert_no_worse, needed
 
 ROOT = Path(__file__).parents[2]
 SIZES = [(1, 1, 1), (5, 7, 3), (16, 64, 64), (67, 301, 97), (130, 1025, 33), (515, 1030, 517)]  # (M, V, D)
@@ -37,29 +37,6 @@ def seeded() -> None:
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     needed(request.param)
     return request.param
-
-
-@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-def needed(dtype: torch.dtype) -> None:
-    try:
-        cpu.require(dtype)
-    except cpu.Unavailable as error:
-        pytest.skip(str(error))
-
-
-def assert_no_worse(fast: Tensor, plain: Tensor, truth: Tensor, slack: float) -> None:
-    """Not further from float64 than plain PyTorch, but for `slack` of the largest entry."""
-    assert fast.shape == truth.shape and fast.isfinite().all()
-    scale = truth.abs().max().clamp_min(1e-30)
-    worst = [((near.double() - truth).abs().max() / scale).item() for near in (fast, plain)]
-    assert worst[0] <= worst[1] + slack, f"{worst[0]:.2e} from float64, plain PyTorch {worst[1]:.2e}"
 
 
 class Case(NamedTuple):

@@ -28,7 +28,8 @@ from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.kernels import choose, eager
 from model.kernels.eager import Squares, Terms
 from model.reference import harmonic_loss_reference
-from tests.model.variants import VARIANTS, loss_and_gradients
+from tests.model.checks import assert_no_worse
+from tests.model.variants import VARIANTS, loss_and_gradients, params_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
@@ -65,14 +66,6 @@ def served(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors of this test's device run through gpu.py, wherever they ask for their kernels."""
     if INTERPRETED:
         monkeypatch.setattr(choose, "_for_cpu", lambda dtype: gpu)
-
-
-def assert_no_worse(fast: Tensor, plain: Tensor, truth: Tensor, slack: float = 1e-6) -> None:
-    """Not further from float64 than plain PyTorch, but for `slack` of the largest entry."""
-    assert fast.shape == truth.shape and fast.isfinite().all()
-    scale = truth.abs().max().clamp_min(1e-30)
-    worst = [((near.double() - truth).abs().max() / scale).item() for near in (fast, plain)]
-    assert worst[0] <= worst[1] + slack, f"{worst[0]:.2e} from float64, plain PyTorch {worst[1]:.2e}"
 
 
 def draw(size: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
@@ -319,7 +312,8 @@ def test_harmonic_loss(variant: str, served: None, monkeypatch: pytest.MonkeyPat
     y[2] = -100
 
     def run(loss: Any, x: Tensor, w: Tensor) -> list[Tensor]:
-        on_device = {} if "factor" not in VARIANTS[variant] else {"factor": factor(variant, d)}
+        tensors = {name: value for name, value in params_of(variant, d).items() if isinstance(value, Tensor)}
+        on_device = {name: value.detach().to(DEVICE).requires_grad_() for name, value in tensors.items()}
         return loss_and_gradients(lambda x, w, **p: loss(x, w, y, **p), x, w, variant, 6.0, **on_device)
 
     def fast_loss(*given: Any, **params: Any) -> Tensor:
@@ -332,12 +326,6 @@ def test_harmonic_loss(variant: str, served: None, monkeypatch: pytest.MonkeyPat
     plain = run(fast_loss, x, w)
     for triple in zip(fast, plain, truth, strict=True):
         assert_no_worse(*triple, slack=1e-5)
-
-
-def factor(variant: str, d: int) -> Tensor:
-    shape = (d,) if VARIANTS[variant]["factor"] == "diagonal" else (d, d)
-    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 0.3
-    return (drawn if len(shape) == 1 else drawn + torch.eye(d)).to(DEVICE).requires_grad_()
 
 
 @runs
@@ -365,6 +353,14 @@ def test_without_triton_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog:
     choose._say.cache_clear()
     assert choose._for_gpu.__wrapped__(torch.device("cuda", 0)) is eager
     assert "The head runs in plain PyTorch on this GPU" in caplog.text and "triton" in caplog.text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_on_an_older_gpu_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    choose._say.cache_clear()
+    assert choose._for_gpu.__wrapped__(torch.device("cuda", 0)) is eager
+    assert "on this GPU, exact but slower: compute capability 7.5; 8.0 or newer would be faster." in caplog.text
 
 
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="the tests run as they are here")

@@ -22,6 +22,7 @@ from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.head import HarmonicHead
 from model.kernels import choose, eager
 from model.reference import distances_reference, harmonic_loss_reference
+from tests.model.checks import assert_no_worse
 from tests.model.variants import HARMONIC, VARIANTS, distance_of, loss_and_gradients, params_of
 
 WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
@@ -69,13 +70,6 @@ def plain(y: Tensor) -> Any:
         return F.cross_entropy(scores.to(WIDE[x.dtype]), y, reduction="none")
 
     return loss
-
-
-def assert_no_worse(fast: Tensor, plain: Tensor, truth: Tensor, slack: float = 1e-5, least: float = 1e-30) -> None:
-    """The fast path may be as far from float64 as plain torch is, plus `slack` of the largest value (or of `least`)."""
-    assert fast.isfinite().all()
-    excess = ((fast - truth).abs().max() - (plain - truth).abs().max()) / truth.abs().max().clamp_min(least)
-    assert excess <= slack, f"{excess:.2e} further from float64 than plain torch"
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

