@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 # What config.json says on the Hugging Face Hub: openai-community/gpt2, -medium, -large and -xl,
-# google-bert/bert-base-uncased, Qwen/Qwen2-0.5B, Qwen/Qwen3-0.6B, meta-llama/Meta-Llama-3-8B. The papers: Radford et al.
-# 2019, arXiv:1810.04805, arXiv:2407.10671, arXiv:2505.09388, arXiv:2407.21783.
+# google-bert/bert-base-uncased, Qwen/Qwen2-0.5B, Qwen/Qwen3-0.6B, meta-llama/Meta-Llama-3-8B. The papers: Radford et
+# al. 2019, arXiv:1810.04805, arXiv:2407.10671, arXiv:2505.09388, arXiv:2407.21783.
 QWEN = {"vocab_size": 151_936, "rms_norm_eps": 1e-6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
 PUBLISHED: dict[str, tuple[str, dict[str, Any]]] = {  # preset -> family, its configuration
     "gpt2-124m": ("gpt2", {"n_embd": 768, "n_layer": 12, "n_head": 12, "n_positions": 1024, "vocab_size": 50_257}),
