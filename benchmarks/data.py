@@ -181,7 +181,7 @@ def loading(cfg: RunConfig, steps: int) -> Loading:
         times.append(time.perf_counter() - began)
     read = tokens / statistics.median(times[WARM_UP:])
 
-    trainer = Trainer(cfg, ranks)
+    trainer = Trainer(cfg, ranks, split.eos_id)
     times = []
     for step in range(WARM_UP + steps):
         if step == WARM_UP:

@@ -2,20 +2,62 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
 
+class Llama3Scaling(BaseModel, extra="forbid", frozen=True):
+    """Llama 3.1's stretched RoPE (as in Meta's llama-models): wavelengths beyond `original` / `low` positions become
+    `factor` times longer, those below `original` / `high` stay, those between are blended.
+    """
+
+    factor: float = Field(gt=1)
+    low: float = Field(default=1.0, gt=0)
+    high: float = Field(default=4.0, gt=0)
+    original: int = Field(default=8192, gt=0)  # positions that the model was first trained on
+
+    @model_validator(mode="after")
+    def _a_band(self) -> Llama3Scaling:
+        if self.low >= self.high:
+            raise ValueError(f"low={self.low} must be below high={self.high}")
+        return self
+
+
+class Rope(BaseModel, extra="forbid", frozen=True):
+    """Rotary positions (arXiv:2104.09864): entries i and i + d/2 of a head turn by position * theta^(-2i/d).
+
+    A number as `scaling` divides all positions by it (arXiv:2306.15595).
+    """
+
+    theta: float = Field(default=10_000.0, gt=1)
+    scaling: Annotated[float, Field(ge=1)] | Llama3Scaling = 1.0
+
+
 class DecoderConfig(BaseModel, extra="forbid", frozen=True):
-    """A GPT-style pre-norm decoder (learned positions, LayerNorm, GELU)."""
+    """A stack of attention and MLP blocks; as it stands, GPT-2's without biases. docs/models.md has the families."""
 
     vocab_size: int = Field(gt=0)
     seq_len: int = Field(gt=0)
     layers: int = Field(gt=0)
     heads: int = Field(gt=0)
     dim: int = Field(gt=0)
-    bias: bool = False
+    kv_heads: int | None = Field(default=None, gt=0)  # heads of keys and values; None: `heads`
+    head_dim: int | None = Field(default=None, gt=0)  # None: dim / heads
+    mlp_dim: int | None = Field(default=None, gt=0)  # None: 4 dim
+    positions: Literal["learned", "none"] | Rope = "learned"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = Field(default=1e-5, gt=0)
+    post_norm: bool = False  # norms after each sum (BERT), and of the embeddings, instead of before each branch
+    qk_norm: bool = False  # norms of each head's queries and keys
+    mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    bias: bool = False  # of all linear layers and LayerNorms
+    qkv_bias: bool | None = None  # None: `bias`
+    objective: Literal["causal", "masked"] = "causal"  # the next token, seeing what is before; masked ones, seeing all
+    window: int | None = Field(default=None, gt=0)  # a token sees tokens fewer than this many places away; None: all
+    document_mask: bool = False  # a token sees its own document alone, and positions start anew in each
+    base_dim: int | None = Field(default=None, gt=0)  # width at which lr was chosen: see `width_scale`; None: this one
+    attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"  # the kernel, where it can serve; equal results
     dropout: float = Field(default=0.0, ge=0, lt=1)
     tied: bool = False  # the head's prototypes are the token embedding
     activation_checkpointing: bool = False
@@ -23,20 +65,80 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _heads_divide(self) -> DecoderConfig:
-        if self.dim % self.heads:
-            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}")
+        if self.head_dim is None and self.dim % self.heads:
+            raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}, or head_dim be given")
+        if self.heads % self.key_heads():
+            raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if isinstance(self.positions, Rope) and self.head_size() % 2:
+            raise ValueError(f"rotary positions turn pairs: a head's width of {self.head_size()} must be even")
         return self
+
+    @model_validator(mode="after")
+    def _can_be_served(self) -> DecoderConfig:
+        if self.norm == "rmsnorm" and self.bias:
+            raise ValueError("bias=true: rmsnorm has none; set bias: false, and qkv_bias: true for that of attention")
+        if self.objective == "masked" and self.document_mask:
+            raise ValueError("document_mask=true needs objective=causal: a masked end of a document would hide it")
+        return self
+
+    @property
+    def causal(self) -> bool:
+        """Whether a token sees only what is before it."""
+        return self.objective == "causal"
+
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.head_dim or self.dim // self.heads
+
+    def key_heads(self) -> int:
+        """Heads of keys and values; each serves heads / key_heads() heads of queries (arXiv:2305.13245)."""
+        return self.kv_heads or self.heads
+
+    def mlp_width(self) -> int:
+        return self.mlp_dim or 4 * self.dim
+
+    def up_width(self) -> int:
+        """Width of the MLP's first product: SwiGLU's has gates and values."""
+        return self.mlp_width() * (2 if self.mlp == "swiglu" else 1)
+
+    def width_scale(self) -> float:
+        """base_dim / dim. The blocks' matrices start smaller by its root and learn at the rate times it; all else stays
+        (muP for Adam: arXiv:2203.03466, table 8; wider means more heads of the same width, so scores keep 1/sqrt(d)).
+        """
+        return 1.0 if self.base_dim is None else self.base_dim / self.dim
 
     def block_matmul_parameters(self) -> int:
         """Weights of the blocks that meet every token in a matrix product."""
-        return self.layers * 12 * self.dim**2
+        attention = self.dim * (self.qkv_width() + self.heads * self.head_size())
+        mlp = self.dim * (self.up_width() + self.mlp_width())
+        return self.layers * (attention + mlp)
+
+    def parameters(self) -> int:
+        """All weights of the decoder. The prototypes, vocab_size x dim, are the head's: the embedding too when tied."""
+        per_norm = 2 if self.bias else 1
+        vectors = 2 * per_norm * (self.dim + self.head_size() * self.qk_norm)
+        vectors += self.bias * (self.up_width() + 2 * self.dim) + self.has_qkv_bias() * self.qkv_width()
+        tables = self.vocab_size * (not self.tied) + self.seq_len * (self.positions == "learned")
+        return self.block_matmul_parameters() + self.layers * vectors + (tables + per_norm) * self.dim
+
+    def qkv_width(self) -> int:
+        return self.head_size() * (self.heads + 2 * self.key_heads())
+
+    def has_qkv_bias(self) -> bool:
+        return self.bias if self.qkv_bias is None else self.qkv_bias
 
     def flops_per_token(self) -> int:
         """Matrix-product floating-point operations of forward and backward per token, head included (PaLM, appendix
-        B).
+        B). Of attention, every pair that a sequence of one document computes is counted, those after it too.
         """
         products = self.block_matmul_parameters() + self.vocab_size * self.dim
-        return 6 * products + 12 * self.layers * self.dim * self.seq_len
+        return 6 * products + 12 * self.layers * self.heads * self.head_size() * self.span()
+
+    def span(self) -> int:
+        """Keys per query: the sequence's, or a window's."""
+        if self.window is None:
+            return self.seq_len
+        return min(self.seq_len, self.window if self.causal else 2 * self.window - 1)
 
 
 class ExponentRamp(BaseModel, extra="forbid", frozen=True):

@@ -1,4 +1,6 @@
-"""Which samples a rank reads in a step: a function of global sample numbers, the same stream for any layout."""
+"""Which samples a rank reads in a step, and what a model is asked about them: functions of global sample numbers, the
+same stream for any layout.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.loader import Windows
+from data.masking import mask_id, masked
 from pretrain.config import RunConfig
 from pretrain.ranks import Ranks
 
@@ -21,15 +24,24 @@ def samples_of(step: int, rank: int, ranks: int, per_step: int) -> np.ndarray:
     return np.arange(step * per_step + rank, (step + 1) * per_step, ranks)
 
 
+def inputs_and_targets(batch: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
+    """A pass's tensor -> inputs and targets, (B, T) each: two views of (B, T+1) tokens; the halves of (B, 2T)."""
+    if masked:
+        inputs, targets = batch.chunk(2, 1)
+        return inputs, targets
+    return batch[:, :-1], batch[:, 1:]
+
+
 class Batches:
-    """This rank's passes of a step, (B, T+1) tokens each, which a thread reads one step ahead, and the seconds that
-    training waited for them.
+    """This rank's passes of a step, each as `inputs_and_targets` takes it, which a thread reads one step ahead, and the
+    seconds that training waited for them.
     """
 
     def __init__(self, windows: Windows, cfg: RunConfig, ranks: Ranks) -> None:
         self.windows, self.cfg, self.ranks = windows, cfg, ranks
         self.waited_s = 0.0
         self._hashes = 0  # of this rank's samples of the last step, summed up
+        self._mask = None if cfg.model.causal else mask_id(cfg.data.path)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
         self._ahead: tuple[int, Future[tuple[Tensor, int]]] | None = None  # a step that is being read
 
@@ -47,10 +59,14 @@ class Batches:
             began = time.perf_counter()
 
     def read(self, step: int) -> tuple[Tensor, int]:
-        """This rank's samples of a step, (samples, T+1), pinned for a GPU, and the sum of their hashes."""
+        """This rank's samples of a step, pinned for a GPU, and the sum of their hashes."""
         numbers = samples_of(step, self.ranks.rank, self.ranks.world, self.cfg.sequences_per_step())
         tokens = self.windows.samples(numbers)
         hashes = sum(map(_hashed, numbers, tokens))
+        if self._mask is not None:
+            whole, seed, vocab_size = tokens[:, :-1], self.cfg.train.seed, self.cfg.model.vocab_size
+            hidden = masked(whole, numbers, seed, mask_id=self._mask, vocab_size=vocab_size)
+            tokens = np.concatenate(hidden, axis=1)
         batch = torch.from_numpy(tokens)
         return batch.pin_memory() if self.ranks.device.type == "cuda" else batch, hashes
 

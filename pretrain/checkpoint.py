@@ -29,7 +29,7 @@ from data.files import sha256_of
 from data.settings import ConfigError
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.config import RunConfig
+from pretrain.config import RunConfig, from_tree
 from pretrain.fragments import Fragment, head_fragment
 from pretrain.ranks import Ranks
 
@@ -51,6 +51,7 @@ FREE_SETTINGS = (
     "resume_check",
     "data.path",
     "model.activation_checkpointing",
+    "model.attention",
     "model.compile",
     "head.chunk_mib",
     "train.micro_batch",
@@ -245,6 +246,8 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
     weights, the layout and versions are harmless; what is left of the identity is refused, unless `allow` names it (or
     a section above it).
     """
+    if now["identity"].keys() - state["identity"].keys():
+        state = _as_read_today(state)
     found = []
     for key, was, is_now in _differing(state["identity"], now["identity"]):
         allowed = any(key == one or key.startswith(one + ".") for one in allow)
@@ -255,6 +258,12 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
             if key not in known:
                 found.append(Difference(key if part == "config" else f"{part}: {key}", was, is_now, "harmless"))
     return sorted(found, key=lambda one: ["refused", "allowed", "harmless"].index(one.verdict))
+
+
+def _as_read_today(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state with the settings that did not exist when it was written, at their defaults."""
+    cfg = from_tree(state["config"])
+    return {**state, "identity": {**identity(cfg, "", ""), **state["identity"]}, "config": cfg.model_dump(mode="json")}
 
 
 def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:

@@ -230,7 +230,8 @@ def check_layout(cfg: RunConfig, world: int, ranks_per_node: int) -> None:
 def check_data(cfg: RunConfig) -> None:
     """Raises ConfigError unless the prepared data are there and are those of this configuration."""
     from data.files import sha256_of
-    from data.shards import open_split  # numpy: not needed to read a config
+    from data.masking import mask_id  # numpy: not needed to read a config
+    from data.shards import open_split
 
     given = cfg.data.tokenizer.model
     for name in ("train", "val"):
@@ -252,3 +253,5 @@ def check_data(cfg: RunConfig) -> None:
                 f"the {name} split in {cfg.data.path} has {split.tokens} tokens, fewer than one window of "
                 f"model.seq_len={cfg.model.seq_len}. Prepare more text or use a smaller model.seq_len."
             )
+    if not cfg.model.causal:
+        mask_id(cfg.data.path)

@@ -20,8 +20,9 @@ from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
 from model.vocab_parallel import sum_across
+from pretrain.batches import inputs_and_targets
 from pretrain.config import RunConfig
-from pretrain.modules import build_modules, compute_dtype, score_positions
+from pretrain.modules import build_modules, hidden_states, score_positions
 from pretrain.optim import adamw
 from pretrain.ranks import Ranks
 
@@ -74,8 +75,8 @@ class Step:
 class Trainer:
     """Decoder, head and both optimisers of one rank."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks) -> None:
-        self.cfg, self.ranks = cfg, ranks
+    def __init__(self, cfg: RunConfig, ranks: Ranks, eos_id: int | None = None) -> None:
+        self.cfg, self.ranks, self.eos_id = cfg, ranks, eos_id
         if zero_stage(cfg) != cfg.parallel.zero:
             log.info("bf16 at ZeRO stage 0 runs as stage 1: DeepSpeed's own bf16 stage 0 is not exact")
         decoder, self.head = build_modules(cfg, ranks)
@@ -86,22 +87,22 @@ class Trainer:
                 model=decoder, optimizer=adamw(decoder, cfg.optim), config=deepspeed_config(cfg, ranks.world)
             )
         log.debug("%s", chatter.getvalue())
-        self.dtype = compute_dtype(cfg)
         self._guard = _guard_for(self.engine, self._head_norm_squared)
 
     def hidden(self, inputs: Tensor) -> Tensor:
         """Tokens (B, T) -> hidden states (B, T, D)."""
-        return self.engine(self.head.embed(inputs).to(self.dtype) if self.cfg.model.tied else inputs)
+        return hidden_states(self.engine, self.head, inputs, self.cfg, self.eos_id)
 
     def train_step(self, batches: Iterable[Tensor], lr: float) -> Step:
-        """One update over this rank's passes, each (B, T+1) tokens."""
+        """One update over this rank's passes, each as `inputs_and_targets` takes it."""
         for group in (*self.engine.optimizer.param_groups, *self.head_optimizer.param_groups):
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_scale"]
         self.engine.train()
         self.head.train()
         losses = []
         for batch in batches:
-            loss = self.head(self.hidden(batch[:, :-1]), batch[:, 1:])
+            inputs, targets = inputs_and_targets(batch, masked=not self.cfg.model.causal)
+            loss = self.head(self.hidden(inputs), targets)
             self.engine.backward(loss)
             losses.append(loss.detach())
             if self.engine.is_gradient_accumulation_boundary():

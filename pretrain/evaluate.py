@@ -1,5 +1,6 @@
 """`python -m pretrain.evaluate RUN [--split val] [--stride S] [--json]`: held-out perplexity, nats/token, bits/byte and
-accuracy over a whole split, every token scored exactly once, the same on any number of ranks.
+accuracy over a whole split, every token scored exactly once, the same on any number of ranks. Of a masked model it is
+the pseudo-likelihood that `pretrain.scoring.scoring` defines.
 
 RUN is a run folder (its newest whole checkpoint) or one checkpoint's folder; `deepspeed --module pretrain.evaluate RUN`
 scores on many ranks. `--data DIR` takes another prepared folder, `--text FILE ...` files that were never prepared.
@@ -60,6 +61,8 @@ def open_task(
             f"{folder} has a vocabulary of {opened.vocab_size}, {path} one of {cfg.model.vocab_size}; "
             "give data that were prepared with the run's tokenizer"
         )
+    if stride is not None and not cfg.model.causal:
+        raise ConfigError(f"{path} is a masked model, which sees both sides of a token: it takes no stride")
     windows = EvaluationWindows(opened, cfg.model.seq_len, stride)
     return Task(path, cfg, folder, opened.tokenizer_sha256, windows)
 
@@ -78,12 +81,13 @@ def run_task(task: Task, ranks: Ranks) -> tuple[Evaluation, Path]:
     """Scores a task in the layout that `ranks` describe; returns the checkpoint too. Collective. Raises ConfigError."""
     from pretrain.checkpoint import find_given
     from pretrain.inference import load_model
-    from pretrain.scoring import evaluate
+    from pretrain.scoring import evaluate, scoring
 
     checkpoint, _ = find_given(task.path, ranks)
-    model = load_model(checkpoint, task.cfg, task.tokenizer_sha256, ranks)
+    model = load_model(checkpoint, task.cfg, task.tokenizer_sha256, task.windows.split.eos_id, ranks)
     micro_batch = task.cfg.evaluation.micro_batch or task.cfg.train.micro_batch
-    return evaluate(model.score, task.windows, micro_batch, ranks), checkpoint
+    score = scoring(model.score, task.cfg.model, task.folder)
+    return evaluate(score, task.windows, micro_batch, ranks), checkpoint
 
 
 def by_source(task: Task, result: Evaluation) -> dict[str, Evaluation]:
@@ -105,6 +109,8 @@ def check_same_documents(a: Task, b: Task) -> None:
     """
     one, other = a.windows.split, b.windows.split
     told = f"{a.path} and {b.path} cannot be compared"
+    if a.cfg.model.causal != b.cfg.model.causal:
+        raise ConfigError(f"{told}: a masked model's pseudo-likelihood is no likelihood")
     if (one.document_bytes() < 0).any():
         raise ConfigError(f"{told}: the bytes of their documents are not known, so there are no bits/byte")
     if one.documents != other.documents or (one.document_bytes() != other.document_bytes()).any():
@@ -177,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _figures(task: Task, result: Evaluation, checkpoint: Path) -> dict[str, Any]:
     sources = {name: {**part.as_dict(), **part.standard_errors()} for name, part in by_source(task, result).items()}
     about = {"checkpoint": str(checkpoint), "split": task.windows.split.name, "stride": task.windows.stride}
+    about["objective"] = task.cfg.model.objective
     return {**about, **result.as_dict(), **result.standard_errors(), **({"sources": sources} if sources else {})}
 
 
@@ -186,7 +193,8 @@ def _tell(told: list[dict[str, Any]]) -> None:
             print(_difference(found))
             continue
         print(
-            f"{found['checkpoint']} on {found['split']}: perplexity {found['perplexity']:.3f}, "
+            f"{found['checkpoint']} on {found['split']}: {'pseudo-' if found['objective'] == 'masked' else ''}perplexity "
+            f"{found['perplexity']:.3f}, "
             f"{found['loss']:.5f}{_error(found['loss_se'])} nats/token, "
             f"{_bits(found)} bits/byte, accuracy "
             f"{found['accuracy']:.2%} over {found['tokens']:,} tokens, {_count(found['text_bytes'])} bytes, "

@@ -64,7 +64,9 @@ class Overtone(TemplateLM):
         checkpoint, folder = find_given(Path(run), ranks)
         cfg = load(folder / "config.yaml")
         self.text = open_tokenizer(Path(data) if data else cfg.data.path)
-        self.model = load_model(checkpoint, cfg, self.text.sha256, ranks)
+        if not cfg.model.causal:
+            raise ConfigError(f"{run}: a masked model has no next token; lm-eval asks for a causal one")
+        self.model = load_model(checkpoint, cfg, self.text.sha256, self.text.eos_id, ranks)
         self.length = cfg.model.seq_len
         given = str(batch_size).partition(":")[0]
         self.batch = int(given) if given.isdigit() else cfg.evaluation.micro_batch or cfg.train.micro_batch

@@ -12,7 +12,7 @@ from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.checkpoint import identity, load_weights, read_state
 from pretrain.config import RunConfig
-from pretrain.modules import build_modules, compute_dtype, score_positions
+from pretrain.modules import build_modules, compute_dtype, hidden_states, score_positions
 from pretrain.ranks import Ranks
 
 TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
@@ -21,28 +21,29 @@ TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
 class Model:
     """A decoder and a head as they are after `step` updates: no dropout, no noise."""
 
-    def __init__(self, cfg: RunConfig, decoder: Decoder, head: HarmonicHead, step: int) -> None:
-        self.cfg, self.dtype = cfg, compute_dtype(cfg)
-        self.decoder, self.head = decoder.to(self.dtype).eval(), head.eval()
+    def __init__(self, cfg: RunConfig, decoder: Decoder, head: HarmonicHead, step: int, eos_id: int) -> None:
+        self.cfg, self.eos_id = cfg, eos_id
+        self.decoder, self.head = decoder.to(compute_dtype(cfg)).eval(), head.eval()
         self.head.progress = cfg.head_progress(step - 1)
 
     @torch.no_grad()
     def hidden(self, tokens: Tensor) -> Tensor:
         """Tokens (B, T) -> hidden states (B, T, D). Every rank of the vocabulary group calls it, with as many."""
-        return self.decoder(self.head.embed(tokens).to(self.dtype) if self.cfg.model.tied else tokens)
+        return hidden_states(self.decoder, self.head, tokens, self.cfg, self.eos_id)
 
     def score(self, inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """See `pretrain.modules.score_positions`."""
         return score_positions(self.head, self.hidden(inputs), at, targets)
 
 
-def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str, ranks: Ranks) -> Model:
+def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str, eos_id: int, ranks: Ranks) -> Model:
     """Collective.
 
     Args:
         checkpoint: as `pretrain.checkpoint.find_given` found it.
         cfg: of its run.
         tokenizer_sha256: of the tokenizer whose ids the model is to read.
+        eos_id: of that tokenizer.
 
     Raises:
         ConfigError: the checkpoint is of another model or tokenizer, or a weight in it is not finite.
@@ -66,4 +67,4 @@ def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str, ranks: R
             f"{checkpoint}: {found[0]} holds values that are not finite ({len(set(found))} such tensors in all); "
             "give an earlier checkpoint"
         )
-    return Model(cfg, decoder, head, state["step"])
+    return Model(cfg, decoder, head, state["step"], eos_id)

@@ -27,7 +27,7 @@ from pretrain.fragments import Fragment, finish_load, head_fragments, trunk_frag
 from pretrain.metrics import Recorder, peak_flops, read_records
 from pretrain.ranks import Ranks
 from pretrain.saver import SaveError, Saver, versions
-from pretrain.scoring import evaluate
+from pretrain.scoring import evaluate, figure, scoring
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class Run:
             checkpoint.check_audit(found, differing)
         ranks.barrier()  # everybody has looked before anything is touched
         self._lock = self._claim()
-        self.trainer = Trainer(cfg, ranks)
+        self.trainer = Trainer(cfg, ranks, train.eos_id)
         self.saver = Saver(self.folder, ranks, cfg.checkpoint)
         self.progress = Progress()
         self.meter = Meter(ranks, zeus_counter(ranks))
@@ -210,12 +210,12 @@ class Run:
         cfg, step = self.cfg, self.progress.step
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
-            found = evaluate(self.trainer.score, self.val, micro_batch, self.ranks)
+            found = evaluate(scoring(self.trainer.score, cfg.model, cfg.data.path), self.val, micro_batch, self.ranks)
         if self.recorder is not None:
             values = {**found.as_dict(), "seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j}
             self.recorder.record("eval", step, values)
             bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits/byte"
-            self.say(f"held-out perplexity {found.perplexity:.2f}{bits} at step {step}")
+            self.say(f"held-out {figure(cfg.model)} {found.perplexity:.2f}{bits} at step {step}")
         least = self.progress.best_nats
         best = math.isfinite(found.loss) and (least is None or found.loss < least)
         changed = (

@@ -95,8 +95,8 @@ class Recorder:
             if not waiting:
                 log.error("%s: %s; records wait in memory until they can be written", self._file.name, error)
         with self._giving_up_events():
-            for name, value in values.items() if self._writer is not None else ():
-                if isinstance(value, int | float):
+            for name, value in values.items():
+                if self._writer is not None and isinstance(value, int | float):
                     self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     @contextmanager

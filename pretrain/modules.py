@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from model.decoder import Decoder
+from model.decoder import Decoder, document_positions
 from model.head import HarmonicHead
 from pretrain.config import RunConfig
 from pretrain.ranks import Ranks
@@ -22,6 +22,19 @@ def build_modules(cfg: RunConfig, ranks: Ranks) -> tuple[Decoder, HarmonicHead]:
         **cfg.head.arguments(),
     )
     return decoder.to(ranks.device), head.to(ranks.device)
+
+
+def hidden_states(decoder: nn.Module, head: HarmonicHead, inputs: Tensor, cfg: RunConfig, eos_id: int | None) -> Tensor:
+    """Tokens (B, T) -> hidden states (B, T, D) of a decoder, which may be wrapped, in the configuration's dtype.
+
+    Args:
+        eos_id: the token that ends documents, which `model.document_mask` keeps apart.
+    """
+    embedded = head.embed(inputs).to(compute_dtype(cfg)) if cfg.model.tied else inputs
+    if not cfg.model.document_mask:
+        return decoder(embedded)
+    assert eos_id is not None, "a document mask needs the end of text"
+    return decoder(embedded, document_positions(inputs, eos_id))
 
 
 def compute_dtype(cfg: RunConfig) -> torch.dtype:

@@ -20,26 +20,32 @@ def kind_of(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
         return {"prototypes": "prototypes", "log_exponent": "exponent"}.get(name, "factor")
     if isinstance(module, nn.Embedding):
         return "embeddings"
-    if isinstance(module, nn.LayerNorm):
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return "norms"
     return "biases" if parameter.dim() == 1 else "matrices"
 
 
 def parameter_groups(modules: Iterable[nn.Module], cfg: OptimConfig) -> list[Group]:
-    """Every trainable parameter once: those that decay, then those that do not. `names` says which they are."""
-    decay: list[tuple[str, nn.Parameter]] = []
-    rest: list[tuple[str, nn.Parameter]] = []
+    """Every trainable parameter once: those that decay, then those that do not; `names` says which they are. `lr_scale`
+    times the learning rate is theirs: not 1 for the matrices of a decoder with `base_dim`, a group of their own then.
+    """
+    found: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
     for root in modules:
+        width_scale = root.config.width_scale() if isinstance(root, Decoder) else 1.0
         for path, module in root.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 kind = kind_of(module, name, parameter)
-                chosen = decay if kind == "matrices" or kind in cfg.also_decay else rest
-                chosen.append((f"{path}.{name}".lstrip("."), parameter))
-    groups = ((decay, cfg.weight_decay), (rest, 0.0))
+                decays = kind == "matrices" or kind in cfg.also_decay
+                group = (decays, width_scale if kind == "matrices" else 1.0)
+                found.setdefault(group, []).append((f"{path}.{name}".lstrip("."), parameter))
     return [
-        {"params": [p for _, p in chosen], "names": [n for n, _ in chosen], "weight_decay": weight_decay}
-        for chosen, weight_decay in groups
-        if chosen
+        {
+            "params": [p for _, p in chosen],
+            "names": [n for n, _ in chosen],
+            "weight_decay": cfg.weight_decay if decays else 0.0,
+            "lr_scale": scale,
+        }
+        for (decays, scale), chosen in sorted(found.items(), key=lambda item: item[0], reverse=True)
     ]
 
 

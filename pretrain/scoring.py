@@ -9,21 +9,52 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.loader import EvaluationWindows
+from data.loader import IGNORED, EvaluationWindows
+from data.masking import mask_id
 from data.shards import Split
+from model.config import DecoderConfig
 from pretrain.ranks import Ranks
 
 UNIGRAM_TOKENS = 50_000_000  # enough training tokens for the frequencies of a vocabulary
 RESAMPLES = 1000
 SEED = 20_250_203  # of the resampling: the same documents give the same errors
 INTERVAL = 0.95
+MASKINGS = 7  # passes that score a masked model: each hides every seventh token, about as many as training does
 
 Score = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # see pretrain.modules.score_positions
+
+
+def scoring(score: Score, model: DecoderConfig, folder: Path) -> Score:
+    """What evaluation scores with. Of a masked model: each token once, from all but every MASKINGS-th token of its
+    window, itself among these. That is a pseudo-likelihood, which does not compare with a causal model's likelihood.
+
+    Args:
+        folder: prepared data, whose tokenizer has the mask.
+    """
+    if model.causal:
+        return score
+    mask = mask_id(folder)
+
+    def pseudo(inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        assert targets.shape == inputs.shape, "a masked model scores whole windows"
+        tokens = torch.where(targets == IGNORED, inputs, targets)
+        turn = at % MASKINGS
+        passes = [score(tokens.where(turn != k, mask), at, targets.where(turn == k, IGNORED)) for k in range(MASKINGS)]
+        predicted = torch.stack([found for _, found in passes]).gather(0, turn.view(1, -1))[0]
+        return torch.stack([nats for nats, _ in passes]).sum(0), predicted
+
+    return pseudo
+
+
+def figure(model: DecoderConfig) -> str:
+    """What the exponential of a scored loss is called."""
+    return "perplexity" if model.causal else "pseudo-perplexity"
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,18 +15,32 @@ from model.head import HarmonicHead
 from pretrain.config import RunConfig, check_layout, dump, load
 
 CONFIGS = sorted(Path("configs").glob("*.yaml"))
-SIZES = {"gpt2-124m": 124e6, "gpt2-350m": 355e6, "gpt2-1.5b": 1558e6}  # embedding counted once, as GPT-2's are tied
+SIZES = {  # embedding counted once, as most are tied; that of GPT-2 and Llama is the recipe's own
+    "gpt2-124m": 124e6,
+    "gpt2-350m": 355e6,
+    "gpt2-774m": 774e6,
+    "gpt2-1.5b": 1558e6,
+    "qwen2-0.5b": 494e6 - (151_936 - 51_200) * 896,
+    "qwen3-0.6b": 596e6 - (151_936 - 51_200) * 1024,
+    "bert-base": 109.5e6,
+    "llama3-8b": 8.03e9 - 128_256 * 4096,
+}
 WORLDS = {
     "quickstart": (1, 2),
     "benchmark-cpu": (1, 2),
     "gpt2-124m": (1, 8, 16),
     "gpt2-350m": (8, 16),
+    "gpt2-774m": (16, 32),
     "gpt2-1.5b": (16, 64),
+    "qwen2-0.5b": (8, 16),
+    "qwen3-0.6b": (8, 16),
+    "bert-base": (1, 8),
+    "llama3-8b": (64, 128),
 }
 
 
 def test_the_recipes_are_there() -> None:
-    expected = {"quickstart", "gpt2-124m", "gpt2-124m-cosine", "gpt2-124m-softmax", "gpt2-350m", "gpt2-1.5b"}
+    expected = {"quickstart", "gpt2-124m-cosine", "gpt2-124m-softmax", *SIZES}
     assert expected <= {path.stem for path in CONFIGS}
 
 
@@ -45,11 +59,15 @@ def test_recipe(path: Path, tmp_path: Path) -> None:
     with torch.device("meta"):
         decoder = Decoder(cfg.model.model_copy(update={"compile": False}))  # there is nothing to compile for on meta
         head = HarmonicHead(cfg.model.vocab_size, cfg.model.dim, distance=cfg.head.distance, device="meta")
-    hidden = decoder(torch.zeros(2, cfg.model.seq_len, dtype=torch.int64, device="meta"))
+    inputs = torch.zeros(2, cfg.model.seq_len, dtype=torch.int64, device="meta")
+    hidden = decoder(head.embed(inputs) if cfg.model.tied else inputs)
     assert hidden.shape == (2, cfg.model.seq_len, cfg.model.dim)
     assert head.prototypes.shape == (cfg.model.vocab_size, cfg.model.dim)
     if family in SIZES:
-        assert sum(p.numel() for p in decoder.parameters()) == pytest.approx(SIZES[family], rel=0.02)
+        counted = sum(p.numel() for p in decoder.parameters())
+        assert counted == cfg.model.parameters()
+        embedding = cfg.model.vocab_size * cfg.model.dim if cfg.model.tied else 0  # it is the head's
+        assert counted + embedding == pytest.approx(SIZES[family], rel=0.02)
 
 
 def test_124m_recipes_differ_in_the_head_alone() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.attention import CausalSelfAttention
+from model.attention import Pattern, SelfAttention
 from model.config import DecoderConfig, HeadConfig
 from model.decoder import Decoder
 from model.head import HarmonicHead
@@ -43,7 +43,7 @@ def test_short_attention_is_as_near_to_float64_as_torchs_kernel(positions: int) 
     """bf16 on a CPU: output and gradient of both within the same rounding budget."""
     config = DecoderConfig(**{**SIZES, "dim": 96, "seq_len": 64})
     torch.manual_seed(1)
-    module = CausalSelfAttention(config)
+    module = SelfAttention(config)
     with torch.no_grad():
         module.qkv.weight.mul_(30)  # scores that matter
     x, upstream = torch.randn(3, positions, 96).bfloat16(), torch.randn(3, positions, 96).bfloat16()
@@ -52,7 +52,7 @@ def test_short_attention_is_as_near_to_float64_as_torchs_kernel(positions: int) 
     def output_and_gradient(dtype: torch.dtype, short: int) -> list[Tensor]:
         module.to(dtype).short = short
         given = x.to(dtype).requires_grad_()
-        out = module(given)
+        out = module(given, Pattern("sdpa", causal=True))
         (grad,) = torch.autograd.grad(out, given, upstream.to(dtype))
         return [out.detach().double(), grad.double()]
 

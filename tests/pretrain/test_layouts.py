@@ -41,6 +41,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "mahalanobis, full factor": {"head__distance": "mahalanobis", "head__params": {"factor": "full"}},
     "manhattan": {"head__distance": "manhattan"},
     "softmax": {"head__distance": "dot"},
+    "Qwen3, documents, a narrower base": {
+        "model__norm": "rmsnorm", "model__mlp": "swiglu", "model__kv_heads": 1, "model__qk_norm": True,
+        "model__positions": {"theta": 1000.0}, "model__window": 5, "model__document_mask": True, "model__base_dim": 8,
+    },
 }  # fmt: skip
 
 

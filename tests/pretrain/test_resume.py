@@ -209,6 +209,14 @@ def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) ->
         checkpoint.check_audit(path, found)
         return found
 
+    def now(**changes: Any) -> dict[str, Any]:
+        return {"identity": who(**changes), "config": config(finished, "run", **changes).model_dump(mode="json")}
+
+    def without_newer_settings(state: dict[str, Any]) -> dict[str, Any]:
+        for key in ("positions", "norm", "mlp", "kv_heads", "objective", "document_mask"):
+            del state["identity"][f"model.{key}"], state["config"]["model"][key]
+        return {part: state[part] for part in ("identity", "config")}
+
     check(who())
     check(who(parallel__zero=3, train__micro_batch=1, checkpoint__keep=9))
     for changes, told in (
@@ -220,6 +228,11 @@ def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) ->
             check(who(**changes))
     with pytest.raises(ConfigError, match="the data's fingerprint was"):
         check(checkpoint.identity(config(finished, "run"), "other", tokenizer))
+    younger = checkpoint.audit(without_newer_settings(checkpoint.read_state(path)), now(), [])
+    assert younger == [], "settings that came after the checkpoint are at their defaults"
+    with pytest.raises(ConfigError, match="model.norm was 'layernorm' and is 'rmsnorm'"):
+        state = without_newer_settings(checkpoint.read_state(path))
+        checkpoint.check_audit(path, checkpoint.audit(state, now(model__norm="rmsnorm"), []))
     allowed = check(who(optim__lr=0.5, optim__clip=None), "optim")
     assert {(one.key, one.verdict) for one in allowed} >= {("optim.lr", "allowed"), ("optim.clip", "allowed")}
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.config import RunConfig, from_tree
-from tests.data.test_shards import make_folder
+from tests.data.test_shards import EOS, make_folder
 
 V, T, SEQUENCES = 67, 8, 8
 
@@ -58,7 +58,7 @@ def train_layout(cfg: RunConfig, steps: int = 5, poison: int | None = None) -> d
 
     ranks = process.start()
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-    trainer = Trainer(cfg, ranks)
+    trainer = Trainer(cfg, ranks, EOS)
     losses, norms, applied = [], [], []
     for step in range(steps):
         mine = tokens_of(step)[ranks.rank :: ranks.world]
@@ -84,7 +84,7 @@ def train_layout(cfg: RunConfig, steps: int = 5, poison: int | None = None) -> d
 
 def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
     """The same updates with a plain module, torch's cross-entropy over reference scores, one clip and one AdamW."""
-    from model.decoder import Decoder
+    from model.decoder import Decoder, document_positions
     from model.head import HarmonicHead
     from model.reference import scores_reference
     from pretrain.optim import parameter_groups
@@ -92,6 +92,8 @@ def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
     decoder = Decoder(cfg.model, hidden_length=cfg.head.hidden_length(cfg.model.dim), seed=cfg.train.seed)
     head = HarmonicHead(V, cfg.model.dim, seed=cfg.train.seed + 1, **cfg.head.arguments())
     groups = parameter_groups([decoder, head], cfg.optim)
+    for group in groups:
+        group["lr"] = cfg.optim.lr * cast(float, group["lr_scale"])
     optimizer = torch.optim.AdamW(groups, lr=cfg.optim.lr, betas=cfg.optim.betas, eps=cfg.optim.eps)
     everything = [*decoder.parameters(), *head.parameters()]
     losses, norms = [], []
@@ -99,7 +101,8 @@ def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
         tokens = tokens_of(step)
         inputs = tokens[:, :-1]
         embedded = torch.nn.functional.embedding(inputs, head.prototypes) if cfg.model.tied else inputs
-        hidden = decoder(embedded).reshape(-1, cfg.model.dim)
+        positions = document_positions(inputs, EOS) if cfg.model.document_mask else None
+        hidden = decoder(embedded, positions).reshape(-1, cfg.model.dim)
         scores = scores_reference(hidden, head.prototypes, head.score_function, head.exponent)
         loss = torch.nn.functional.cross_entropy(scores, tokens[:, 1:].reshape(-1))
         optimizer.zero_grad()
@@ -139,3 +142,37 @@ def run_to_end(cfg: RunConfig) -> list[float]:
     ranks.barrier()
     run.trainer.engine.destroy()
     return [record["loss"] for record in read_records(cfg.run) if record["kind"] == "train"]
+
+
+TEXT_V = 300
+
+
+def make_text(folder: Path) -> Path:
+    """A folder prepared from a few documents of text, with a tokenizer of its own, for `text_config`."""
+    from data.config import DataConfig
+    from data.prepare import prepare
+    from data.settings import validate
+
+    words = ["harmonic", "loss", "takes", "the", "café", "apart,", "one", "naïve", "prototype", "at", "time", "🙂"]
+    random = np.random.default_rng(1)
+    text = folder.with_name("text.txt")
+    documents = (" ".join(random.choice(words, 12 + k % 9)) for k in range(400))
+    text.write_text("\n\n".join(documents), encoding="utf-8")
+    prepare(validate(DataConfig, _text_section(folder), "data"))
+    return folder
+
+
+def _text_section(folder: Path) -> dict[str, Any]:
+    source = {"kind": "files", "paths": [str(folder.with_name("text.txt"))], "separator": "\n\n"}
+    return {"path": str(folder), "source": source, "tokenizer": {"vocab_size": TEXT_V}, "val_fraction": 0.05}
+
+
+def text_config(base: Path, **changes: Any) -> RunConfig:
+    """A tiny run on `make_text(base / "data")`, of 32 positions."""
+    usual = {
+        "model__seq_len": 32,
+        "train__tokens_per_step": 8 * 32,
+        "train__steps": 4,
+        "data": _text_section(base / "data"),
+    }
+    return tiny_config(**{"run": str(base / "run"), **usual, **changes})
