@@ -2,9 +2,9 @@
 
 `prepare` times all of `python -m data prepare` with a tokenizer that is there (read, hash, drop duplicates, encode,
 write, hash the shards), for one process and for every core; beside it two libraries that encode the same texts from
-memory on as many threads: SentencePiece and tiktoken. tiktoken's own vocabularies have to be fetched from the network, so it is
-given the pieces of the SentencePiece model as its merges, with GPT-2's splitting pattern: the same text, the same
-vocabulary size, nearly the same tokens. Medians of several.
+memory on as many threads: SentencePiece and tiktoken. tiktoken's own vocabularies have to be fetched from the network,
+so it is given the pieces of the SentencePiece model as its merges, with GPT-2's splitting pattern: the same text, the
+same vocabulary size, nearly the same tokens. Medians of several.
 
 `load` reads training batches in one process as a run reads them (shuffled windows over memory-mapped shards, with the
 fingerprint of every batch), with warm files; then trains some steps of the configuration on all cores (or one GPU), the

@@ -193,7 +193,8 @@ def _tell(told: list[dict[str, Any]]) -> None:
             print(_difference(found))
             continue
         print(
-            f"{found['checkpoint']} on {found['split']}: {'pseudo-' if found['objective'] == 'masked' else ''}perplexity "
+            f"{found['checkpoint']} on {found['split']}: "
+            f"{'pseudo-' if found['objective'] == 'masked' else ''}perplexity "
             f"{found['perplexity']:.3f}, "
             f"{found['loss']:.5f}{_error(found['loss_se'])} nats/token, "
             f"{_bits(found)} bits/byte, accuracy "

@@ -225,6 +225,6 @@ def test_the_command_refuses_another_tokenizer(trained: Path, capsys: pytest.Cap
     try:
         model.write_bytes(before + b"\x52\x00")  # an unknown field of the format: still a model, but another one
         assert main(["sample", str(trained / "run")]) == 2
-        assert "is not the tokenizer that" in capsys.readouterr().err
+        assert "but the manifest says" in capsys.readouterr().err
     finally:
         model.write_bytes(before)

@@ -35,6 +35,7 @@ from pretrain.modules import build_modules
 from pretrain.ranks import Ranks
 from pretrain.scoring import Difference, Evaluation, compare, unigram_bits_per_byte
 from pretrain.scoring import evaluate as evaluate_windows
+from tests.data.test_shards import EOS
 from tests.model.variants import VARIANTS
 from tests.pretrain.tiny import T, V, make_data, run_to_end, tiny_config
 from tests.ranks import run_ranks
@@ -121,7 +122,7 @@ def test_is_the_normalised_likelihood_of_every_head(trained: Path, variant: str)
     distance, params = variant.split()[0], {k: v for k, v in VARIANTS[variant].items() if k != "seed"}
     cfg = tiny_config(data__path=str(trained / "data"), head__distance=distance, head__params=params)
     windows = EvaluationWindows(open_split(trained / "data", "val"), T)
-    found = evaluate_windows(Model(cfg, *build_modules(cfg, ALONE), step=1).score, windows, 3, ALONE)
+    found = evaluate_windows(Model(cfg, *build_modules(cfg, ALONE), step=1, eos_id=EOS).score, windows, 3, ALONE)
     decoder, head = build_modules(cfg, ALONE)
     nats, hits = reference(cfg, decoder, head, T)
     assert found.loss == pytest.approx(nats.mean(), rel=1e-6)

@@ -24,6 +24,7 @@ from pretrain.inference import Model
 from pretrain.modules import build_modules
 from pretrain.ranks import Ranks
 from pretrain.scoring import evaluate
+from tests.data.test_shards import EOS
 from tests.pretrain.test_resume import flip
 from tests.pretrain.tiny import V, make_data, tiny_config
 from tests.ranks import run_ranks
@@ -96,7 +97,7 @@ def test_weights_are_the_masters_and_score_as_the_run(trained, name: str, tmp_pa
     decoder, head = build_modules(cfg, ONE_PROCESS)
     strict_load(decoder, head, found)
     windows = EvaluationWindows(open_split(cfg.data.path, "val"), cfg.model.seq_len)
-    scored = evaluate(Model(cfg, decoder, head, step=4).score, windows, cfg.train.micro_batch, ONE_PROCESS)
+    scored = evaluate(Model(cfg, decoder, head, step=4, eos_id=EOS).score, windows, cfg.train.micro_batch, ONE_PROCESS)
     assert scored.as_dict() == run_task(open_task(base / name), ONE_PROCESS)[0].as_dict()
 
 

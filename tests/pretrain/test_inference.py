@@ -9,12 +9,13 @@ from model.sample import generate
 from pretrain.inference import Model
 from pretrain.modules import build_modules
 from pretrain.ranks import Ranks
+from tests.data.test_shards import EOS
 from tests.pretrain.tiny import T, V, tiny_config
 
 
 def model(**changes: object) -> Model:
     cfg = tiny_config(**changes)
-    return Model(cfg, *build_modules(cfg, Ranks(0, 1, 0, 1, torch.device("cpu"))), step=1)
+    return Model(cfg, *build_modules(cfg, Ranks(0, 1, 0, 1, torch.device("cpu"))), step=1, eos_id=EOS)
 
 
 @pytest.mark.parametrize(
