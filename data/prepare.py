@@ -143,7 +143,8 @@ def tell_splits(manifest: dict[str, Any], log: Log) -> None:
             size = f", {found['text_bytes'] / 1e6:.2f} MB of text" if known else ""
             ratio = f", {found['text_bytes'] / found['tokens']:.3f} bytes/token" if known else ""
             log(f"{name}: {found['documents']:,} documents{size}, {found['tokens']:,} tokens{ratio}")
-    log("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items()))
+    if manifest["dropped"]:
+        log("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items()))
 
 
 # ---- tokenizer
