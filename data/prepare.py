@@ -37,7 +37,7 @@ from data.draft import HELD_OUT, SEEN, Draft, draft_of
 from data.encode import EMPTY, SHORT, Encoded, Encoder, HeldOutRuns, digest_of, held_out
 from data.files import flush, sha256_of
 from data.overlap import union
-from data.progress import Log, progress
+from data.progress import Log, progress, say
 from data.settings import ConfigError
 from data.shards import (
     DTYPES,
@@ -61,7 +61,7 @@ COMMIT_SECONDS = 15  # a killed run loses little more than so much work
 SPLITS = ("train", "val")
 
 
-def prepare(cfg: DataConfig, log: Log = print, workers: int | None = None) -> dict[str, Any]:
+def prepare(cfg: DataConfig, log: Log = say, workers: int | None = None) -> dict[str, Any]:
     """Makes the folder `cfg.path`, or finds it made from the same settings.
 
     Args:
