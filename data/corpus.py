@@ -253,19 +253,16 @@ def _damage_named(name: str, place: Callable[[], str]) -> Iterator[None]:
         raise
     except UnicodeDecodeError as error:
         raise ConfigError(f"{name}, {place()}: invalid UTF-8 ({error.reason}); convert the file to UTF-8") from None
-    except (OSError, EOFError, zlib.error, pyarrow.ArrowException) as error:
-        raise ConfigError(
-            f"{name}: unreadable after {place()} ({error}); "
-            + ("check the network" if "://" in name else "replace the file by a whole copy")
-            + ", then run this again: it goes on from what is finished"
-        ) from None
     except Exception as error:
-        if "://" not in name:
+        # Clients of other file systems have classes of their own for a connection that breaks.
+        remote = "://" in name
+        if not remote and not isinstance(error, OSError | EOFError | zlib.error | pyarrow.ArrowException):
             raise
-        # Clients of remote file systems have classes of their own for a connection that breaks.
+        reason = " ".join(str(error).split()) or repr(error)
+        remedy = "check the network" if remote else "replace the file by a whole copy"
         raise ConfigError(
-            f"{name}: unreadable after {place()} ({error!r}); check the network, then run this again: it goes on from "
-            "what is finished"
+            f"{name}: unreadable after {place()} ({reason}); {remedy}, then run this again: it goes on from what is "
+            "finished"
         ) from None
 
 

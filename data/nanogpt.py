@@ -17,7 +17,7 @@ import numpy as np
 from data.draft import draft_of
 from data.files import sha256_of
 from data.prepare import SPLITS, tell_splits
-from data.progress import Log, progress
+from data.progress import Log, progress, say
 from data.settings import ConfigError
 from data.shards import FORMAT, MANIFEST, ShardWriter, fingerprint, read_manifest, split_entry, write_manifest
 
@@ -74,7 +74,7 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
 
 
-def import_nanogpt(folder: Path, out: Path, vocabulary: Path | None = None, log: Log = print) -> dict[str, Any]:
+def import_nanogpt(folder: Path, out: Path, vocabulary: Path | None = None, log: Log = say) -> dict[str, Any]:
     """Makes a prepared folder `out` of nanoGPT's train.bin and val.bin; returns its manifest.
 
     Raises:

@@ -37,7 +37,7 @@ from data.draft import HELD_OUT, SEEN, Draft, draft_of
 from data.encode import EMPTY, SHORT, Encoded, Encoder, HeldOutRuns, digest_of, held_out
 from data.files import flush, sha256_of
 from data.overlap import union
-from data.progress import Log, progress
+from data.progress import Log, progress, say
 from data.settings import ConfigError
 from data.shards import (
     DTYPES,
@@ -61,7 +61,7 @@ COMMIT_SECONDS = 15  # a killed run loses little more than so much work
 SPLITS = ("train", "val")
 
 
-def prepare(cfg: DataConfig, log: Log = print, workers: int | None = None) -> dict[str, Any]:
+def prepare(cfg: DataConfig, log: Log = say, workers: int | None = None) -> dict[str, Any]:
     """Makes the folder `cfg.path`, or finds it made from the same settings.
 
     Args:
@@ -143,7 +143,8 @@ def tell_splits(manifest: dict[str, Any], log: Log) -> None:
             size = f", {found['text_bytes'] / 1e6:.2f} MB of text" if known else ""
             ratio = f", {found['text_bytes'] / found['tokens']:.3f} bytes/token" if known else ""
             log(f"{name}: {found['documents']:,} documents{size}, {found['tokens']:,} tokens{ratio}")
-    log("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items()))
+    if manifest["dropped"]:
+        log("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items()))
 
 
 # ---- tokenizer

@@ -12,10 +12,14 @@ Log = Callable[[str], Any]
 Tell = Callable[[float, str], None]  # share done, from 0 to 1, and how much that is in words
 
 
+def say(line: str) -> None:
+    print(line, flush=True)  # a log file or a pipe shows it at once
+
+
 @contextmanager
 def progress(what: str, log: Log) -> Iterator[Tell]:
     """Gives a function to tell how far the job is, as often as one likes."""
-    if log is print and sys.stdout.isatty():
+    if log is say and sys.stdout.isatty():
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
         columns = (TextColumn(what), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[amount]}"))

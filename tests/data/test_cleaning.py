@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from tests.data.test_prepare import (
     decoded,
     held_out,
     hurry,
+    killed_at,
     quiet,
     text,
     write_corpus,
@@ -127,14 +127,7 @@ def test_a_killed_run_keeps_the_held_out_runs(tmp_path, monkeypatch):
     settings = {"val_overlap": 0.2, "tokenizer": {"vocab_size": 320}}
     prepare(config(tmp_path, path=str(tmp_path / "whole"), **settings), quiet)
     hurry(monkeypatch)
-    taken, inner = count(), module._Writing.take
-
-    def take(*given: object) -> None:
-        if next(taken) in (100, 150):
-            raise Killed
-        inner(*given)
-
-    monkeypatch.setattr(module._Writing, "take", take)
+    killed_at(monkeypatch, 100, 150)
     for _ in range(2):
         with pytest.raises(Killed):
             prepare(config(tmp_path, **settings), quiet)
@@ -220,14 +213,7 @@ def test_a_mixture_is_the_same_for_any_number_of_processes_and_after_kills(tmp_p
     prepare(config(tmp_path, path=str(tmp_path / "two"), **settings), quiet, 2)
     assert_same(tmp_path / "two", tmp_path / "whole")
     hurry(monkeypatch)
-    taken, inner = count(), module._Writing.take
-
-    def take(*given: object) -> None:
-        if next(taken) in (50, 120, 170):
-            raise Killed
-        inner(*given)
-
-    monkeypatch.setattr(module._Writing, "take", take)
+    killed_at(monkeypatch, 50, 120, 170)
     for _ in range(3):
         with pytest.raises(Killed):
             prepare(config(tmp_path, **settings), quiet)

@@ -35,6 +35,19 @@ def write_parquet(path: Path, **columns: list) -> None:
     parquet.write_table(pyarrow.table(columns), path, row_group_size=2)
 
 
+def write_rows(path: Path, texts: list[str]) -> None:
+    """Texts in the format that the name tells; those of a .txt with bars between them."""
+    lines = "".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts).encode()
+    if path.suffix == ".parquet":
+        write_parquet(path, text=texts, n=[1] * len(texts))
+    elif path.suffix == ".zst":
+        write_zst(path, lines)
+    elif path.suffix == ".gz":
+        path.write_bytes(gzip.compress(lines))
+    else:
+        path.write_bytes("|".join(texts).encode() if path.suffix == ".txt" else lines)
+
+
 # ---- embedded
 
 
@@ -103,16 +116,13 @@ def test_text_file_is_split_at_a_separator(tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_rows_of_every_format(tmp_path, name):
-    file = tmp_path / name
-    if name == "a.jsonl":
-        file.write_bytes(LINES.replace(b"\n", b"\n\n", 1))  # a blank line is no document
-    elif name == "a.jsonl.gz":
-        file.write_bytes(gzip.compress(LINES))
-    elif name == "a.jsonl.zst":
-        write_zst(file, LINES)
-    else:
-        write_parquet(file, text=TEXTS, n=[1] * len(TEXTS))
-    assert list(documents(files(file))) == TEXTS
+    write_rows(tmp_path / name, TEXTS)
+    assert list(documents(files(tmp_path / name))) == TEXTS
+
+
+def test_a_blank_line_is_no_document(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(LINES.replace(b"\n", b"\n \n", 1))
+    assert list(documents(files(tmp_path / "a.jsonl"))) == TEXTS
 
 
 def test_globs_are_sorted_and_files_read_once(tmp_path):
@@ -198,16 +208,8 @@ def test_paths_that_match_nothing(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
 def test_reading_begins_at_any_document(tmp_path, name):
     texts = [f"text {number}" for number in range(7)]
-    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
-    if name == "a.txt":
-        (tmp_path / name).write_text("|".join(texts))
-    elif name == "a.parquet":
-        write_parquet(tmp_path / name, text=texts)
-    elif name.endswith("zst"):
-        write_zst(tmp_path / name, lines)
-    else:
-        (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
-    (tmp_path / "b.jsonl").write_bytes(lines)
+    write_rows(tmp_path / name, texts)
+    write_rows(tmp_path / "b.jsonl", texts)
     parts = parts_of(files(tmp_path / name, tmp_path / "b.jsonl", separator="|"))
     whole = list(read(parts))
     assert [document.text for document in whole] == texts * 2
@@ -233,12 +235,7 @@ def test_files_of_different_schemas_are_noticed_before_reading(tmp_path):
 def test_files_of_another_file_system(tmp_path, name):
     import fsspec
 
-    if name == "a.parquet":
-        write_parquet(tmp_path / name, text=TEXTS)
-    elif name.endswith("zst"):
-        write_zst(tmp_path / name, LINES)
-    else:
-        (tmp_path / name).write_bytes(gzip.compress(LINES) if name.endswith("gz") else LINES)
+    write_rows(tmp_path / name, TEXTS)
     content = (tmp_path / name).read_bytes()
     with fsspec.open(f"memory://{name}", "wb") as stream:
         stream.write(content)

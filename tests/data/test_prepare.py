@@ -379,6 +379,18 @@ class Killed(BaseException):
     pass
 
 
+def killed_at(monkeypatch: pytest.MonkeyPatch, *places: int) -> None:
+    """Runs end before they take these documents, counted over all runs."""
+    taken, inner = count(), module._Writing.take
+
+    def take(*given: Any) -> None:
+        if next(taken) in places:
+            raise Killed
+        inner(*given)
+
+    monkeypatch.setattr(module._Writing, "take", take)
+
+
 def test_a_run_may_end_at_any_step(corpus, prepared, monkeypatch):
     """Every write of a file, every commit and every step to the final name may be the last one, again and again."""
     monkeypatch.setattr(module, "BATCH_CHARS", 4000)
@@ -452,14 +464,7 @@ def test_a_damaged_file_keeps_what_came_before_it(corpus, prepared):
 
 def test_a_draft_of_other_settings_is_not_continued(corpus, monkeypatch):
     hurry(monkeypatch)
-    inner, taken = module._Writing.take, count()
-
-    def take(*given: Any) -> None:
-        if next(taken) == 100:
-            raise Killed
-        inner(*given)
-
-    monkeypatch.setattr(module._Writing, "take", take)
+    killed_at(monkeypatch, 100)
     with pytest.raises(Killed):
         prepare(config(corpus), quiet)
     before = (corpus / "prepared.draft" / "journal.json").read_bytes()
