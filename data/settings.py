@@ -132,7 +132,8 @@ def validate(cls: type[Model], tree: Any, where: str = "") -> Model:
 
 def _explain(path: str, found: list[tuple[Any, list[str]]]) -> str:
     """One line for everything pydantic says about one path (for a union it complains once for each member)."""
-    problem, choices = found[0]
+    # in a union, what a member's own check says tells more than that other members are of another type
+    problem, choices = next((one for one in found if one[0]["type"] == "value_error"), found[0])
     kind, message, given = problem["type"], problem["msg"], _show(problem["input"])
     name = path or "the top level"
     if kind == "extra_forbidden":
