@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +85,7 @@ def open_run(run: Path, words: Sequence[str], strict: bool) -> Source:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The figures of a run (plain values, None where there is none), and what other runs are compared with."""
+    """The figures of a run (plain values, None or nan where there is none), and what other runs are compared with."""
 
     figures: dict[str, Any]
     fingerprint: str  # of the data
@@ -106,23 +105,24 @@ def measure(source: Source) -> Measured:
             raise ConfigError(f"{source.checkpoint}: its {what} are not all finite; take an earlier checkpoint")
     distance = head.score_function
     seen_prototypes, seen_hidden = (_seen(distance, rows) for rows in (prototypes, hidden))
-    rows = {"prototypes": seen_prototypes, "embedding": embedding, "hidden": seen_hidden}
+    points = {"prototypes": seen_prototypes, "embedding": embedding}
     figures = {
         "checkpoint": str(source.checkpoint),
         "step": step_of(source.checkpoint),
         "distance": cfg.head.distance,
         "tied": cfg.model.tied,
         "held_out_tokens": len(hidden),
-        "spectra": {name: None if matrix is None else _spectrum(matrix) for name, matrix in rows.items()},
+        "spectra": {
+            name: None if rows is None else _spectrum(rows) for name, rows in {**points, "hidden": seen_hidden}.items()
+        },
         "norms": {str(step_of(one)): _norms(one, cfg) for one in _usable(source)},
         "classes": _classes(seen_prototypes, seen_hidden, targets, distance),
         "parallelograms": {
-            name: None if rows[name] is None else _parallelograms(rows[name], source.tokenizer)
-            for name in ("prototypes", "embedding")
+            name: None if rows is None else _parallelograms(rows, source.tokenizer) for name, rows in points.items()
         },
         "nearest": _nearest(prototypes, distance, source),
     }
-    return Measured(_plain(figures), source.split.fingerprint, seen_hidden, seen_prototypes)
+    return Measured(figures, source.split.fingerprint, seen_hidden, seen_prototypes)
 
 
 def compare(measured: dict[str, Measured]) -> list[dict[str, Any]]:
@@ -134,7 +134,7 @@ def compare(measured: dict[str, Measured]) -> list[dict[str, Any]]:
             "hidden": interpret.linear_cka(one.hidden, other.hidden) if same else None,
             "prototypes": interpret.linear_cka(one.prototypes, other.prototypes) if same else None,
         }
-        found.append({"runs": [a, b], **_plain(figures)})
+        found.append({"runs": [a, b], **figures})
     return found
 
 
@@ -250,25 +250,16 @@ def _parallelograms(rows: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
 
 def _nearest(prototypes: Tensor, distance: Distance, source: Source) -> dict[str, Any]:
     """Word -> the nearest tokens, as text with their distance: under the run's own distance, and under cosine."""
-    by = {"own": distance, "cosine": "cosine"}
+    by: dict[str, Distance | str] = {"own": distance, "cosine": "cosine"}
     chosen = list(source.words.values())
     found = {name: interpret.nearest(prototypes, chosen, NEIGHBOURS, one) for name, one in by.items()}
     return {
         word: {
             name: [
-                [source.tokenizer.decode([index]), distance]
-                for index, distance in zip(one.indices[place].tolist(), one.distances[place].tolist(), strict=True)
+                [source.tokenizer.decode([index]), value]
+                for index, value in zip(one.indices[place].tolist(), one.distances[place].tolist(), strict=True)
             ]
             for name, one in found.items()
         }
         for place, word in enumerate(source.words)
     }
-
-
-def _plain(tree: Any) -> Any:
-    """The same with None for numbers that are not finite: JSON has none."""
-    if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [_plain(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -179,8 +179,8 @@ def classes_of(rows: Tensor, labels: Tensor, least: int = 2) -> Classes:
 def centre_distances(prototypes: Tensor, classes: Classes) -> Tensor:
     """(C,) |w_c - m_c| / s_c: how far the prototype of a class is from the mean m_c of its rows, in spreads s_c.
 
-    0: the prototype is the class's centre; 1: as far from it as a row is. The mean of n rows is itself s_c / sqrt(n) off
-    the true centre (root mean square), so no prototype reads less than about 1 / sqrt(n).
+    0: the prototype is the class's centre; 1: as far from it as a row is. The mean of n rows is itself s_c / sqrt(n)
+    off the true centre (root mean square), so that a true centre that other rows told reads about 1 / sqrt(n).
 
     Args:
         prototypes: (C, D), one for each of `classes.labels`.
@@ -302,12 +302,12 @@ class Circle(NamedTuple):
 
 
 def circle_score(rows: Tensor) -> Circle:
-    """Whether prototypes of 0 .. p-1 (p, D), p >= 3, lie on a circle in cyclic order, as modular addition may have them.
+    """Whether prototypes of 0 .. p-1 (p, D), p >= 3, lie on a circle in cyclic order, as in modular addition.
 
     With z_j the first two principal components as a complex number, the score is the share of sum |z_j|^2 that one
-    rotation c exp(2 pi i k j / p) holds: max over k of |Z_k|^2 / sum |Z|^2, Z the discrete Fourier transform of z. It is
-    1 if and only if the points are on a circle, evenly and in order, k steps apart. Only k without a common divisor with
-    p count, else points would coincide; k and p - k are the same circle.
+    rotation c exp(2 pi i k j / p) holds: max over k of |Z_k|^2 / sum |Z|^2, Z the discrete Fourier transform of z. It
+    is 1 if and only if the points are on a circle, evenly and in order, k steps apart. Only k without a common divisor
+    with p count, else points would coincide; k and p - k are the same circle.
     """
     rows = _matrix(rows, least=3)
     p = len(rows)

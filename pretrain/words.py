@@ -73,7 +73,8 @@ RELATIONS: dict[str, Pairs] = {
         """),
 }
 
-NEAREST = "the not is two three value file good large man year French used".split()  # whose neighbours a report shows
+# Whose nearest prototypes a report shows.
+NEAREST = ("the", "not", "is", "two", "three", "value", "file", "good", "large", "man", "year", "French", "used")
 
 
 def token_of(tokenizer: Tokenizer, word: str) -> int | None:
