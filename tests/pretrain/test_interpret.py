@@ -52,6 +52,7 @@ def with_variances(variances: list[float], rows: int, dim: int) -> Tensor:
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpret, "CHUNK", 7)  # so that sizes do not divide
+    monkeypatch.setattr(interpret, "PAIRS", 13)
 
 
 # ---- spectra
@@ -364,12 +365,18 @@ def reported(capsys: pytest.CaptureFixture, *arguments: str) -> dict[str, Any]:
     return json.loads(capsys.readouterr().out)
 
 
+def single(tokenizer: Tokenizer, word: str) -> int:
+    token = token_of(tokenizer, word)
+    assert token is not None
+    return token
+
+
 def test_words_of_a_tokenizer(trained: Path) -> None:
     tokenizer = Tokenizer(trained / "data" / TOKENIZER)
-    assert all(tokenizer.decode([token_of(tokenizer, word)]) == f" {word}" for word in WORDS)
+    assert all(tokenizer.decode([single(tokenizer, word)]) == f" {word}" for word in WORDS)
     assert token_of(tokenizer, "children") is None
     found = token_pairs(tokenizer, RELATIONS["plural"])
-    assert found == [tuple(token_of(tokenizer, w) for w in (f"{one}", f"{one}s")) for one in ("file", "value", "name")]
+    assert found == [(single(tokenizer, one), single(tokenizer, f"{one}s")) for one in ("file", "value", "name")]
 
 
 def test_no_word_comes_twice_in_a_relation() -> None:
@@ -402,10 +409,11 @@ def test_figures_of_a_run_are_those_of_its_weights(trained: Path, capsys: pytest
     decoder, head = build_modules(source.cfg, Ranks(0, 1, 0, 1, torch.device("cpu")))
     load_weights(source.checkpoint, decoder, head)
     w = head.prototypes.detach().double()
-    seen = {
-        "cosine": w / w.norm(dim=1, keepdim=True),
-        "mahalanobis": w * (head.factor.detach().double() / 2).exp() if name == "mahalanobis" else None,
-    }.get(name, w)
+    seen = w
+    if name == "cosine":
+        seen = w / w.norm(dim=1, keepdim=True)
+    if name == "mahalanobis":
+        seen = w * (dict(head.named_parameters())["factor"].detach().double() / 2).exp()
     spectra = found["spectra"]
     assert spectra["prototypes"]["first_2"] == pytest.approx(interpret.spectrum(seen).explained(2), rel=1e-4)
     rank = interpret.effective_rank(seen - seen.mean(0))
@@ -425,7 +433,7 @@ def test_figures_of_a_run_are_those_of_its_weights(trained: Path, capsys: pytest
     assert set(found["nearest"]) == {word for word in NEAREST if word in WORDS}
     (text, distance), *others = found["nearest"]["file"]["own"]
     assert len(others) == geometry.NEIGHBOURS - 1 and isinstance(text, str)
-    best = interpret.nearest(w, [token_of(source.tokenizer, "file")], 1, head.eval().score_function)
+    best = interpret.nearest(w, [single(source.tokenizer, "file")], 1, head.eval().score_function)
     assert distance == pytest.approx(best.distances.item(), rel=1e-6)
 
 
@@ -434,7 +442,7 @@ def test_runs_are_compared_on_the_same_tokens(trained: Path, capsys: pytest.Capt
     assert report.main([*runs, "--interpret"]) == 0
     told = capsys.readouterr().out
     assert "parallelogram loss, plural" in told and "(3 of 30 pairs)" in told and "linear CKA" in told
-    written = json.loads((trained / "cosine" / "interpret.json").read_text())
+    written = json.loads((trained / "cosine" / report.INTERPRETED).read_text())
     found = reported(capsys, *runs, "--interpret")["geometry"]
     assert {key: value for key, value in written.items() if key != "cka"} == found["runs"][runs[1]]
     assert [pair["runs"] for pair in written["cka"]] == [runs[:2], runs[1:]]
@@ -466,7 +474,7 @@ def test_data_of_another_tokenizer_are_refused(trained: Path, tmp_path: Path, ca
     (data / TOKENIZER).write_bytes(model)
     manifest = {**read_manifest(data), "tokenizer_sha256": hashlib.sha256(model).hexdigest()}
     write_manifest(data, {**manifest, "fingerprint": fingerprint(manifest)})
-    shutil.copytree(trained / "softmax", tmp_path / "run")
+    shutil.copytree(trained / "softmax", tmp_path / "run", ignore=shutil.ignore_patterns(report.INTERPRETED))
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace(str(trained / "data"), str(data)))
     assert report.main([str(tmp_path / "run"), "--interpret"]) == 2
@@ -474,7 +482,7 @@ def test_data_of_another_tokenizer_are_refused(trained: Path, tmp_path: Path, ca
     shutil.rmtree(data)
     assert report.main([str(tmp_path / "run"), "--interpret"]) == 2
     assert "no prepared data here" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "interpret.json").exists()
+    assert not (tmp_path / "run" / report.INTERPRETED).exists()
     assert report.main([str(tmp_path / "run")]) == 0, "the table alone needs no data"
 
 
