@@ -93,7 +93,9 @@ def _write(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Path, max_
     where = {}
     for number, names in enumerate(parts, 1):
         file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
-        save_file(_read(checkpoint, {name: sizes[name] for name in names}), folder / file, metadata={"format": "pt"})
+        save_file(
+            read_weights(checkpoint, {name: sizes[name] for name in names}), folder / file, metadata={"format": "pt"}
+        )
         where.update(dict.fromkeys(names, file))
     total = sum(4 * shape.numel() for shape in sizes.values())
     about = {"total_size": total, "step": step_of(checkpoint)}
@@ -103,7 +105,8 @@ def _write(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Path, max_
     return total
 
 
-def _read(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+def read_weights(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Some float32 weights of a checkpoint, by their exported names."""
     found = {name: torch.empty(shape) for name, shape in wanted.items()}
     fragments = {stored_name(name): Fragment(t.view(-1), 0, t.numel()) for name, t in found.items()}
     dcp.load(fragments, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)

@@ -1,9 +1,19 @@
-"""`python -m pretrain.report RUN [RUN ...]`: what runs came to, side by side, from their metrics.jsonl."""
+"""`python -m pretrain.report RUN [RUN ...]`: what runs came to, side by side, from their metrics.jsonl.
+
+With `--interpret`, also how their prototypes, embeddings and hidden states lie (docs/interpretability.md): measured on
+the newest whole checkpoint and held-out text, and written to interpret.json in each run folder.
+"""
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
+import os
 import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +27,7 @@ from pretrain.metrics import clock, read_records
 from pretrain.scoring import unigram_bits_per_byte
 
 UNMEASURED = "not measured: no energy counter"
+INTERPRETED = "interpret.json"  # in the run folder
 
 
 def summarise(run: Path) -> dict[str, Any]:
@@ -81,9 +92,13 @@ def table_of(found: dict[str, dict[str, Any]]) -> Table:
         "J/token": lambda s: _number(s["gpu_j_per_token"], "{:.3e}", UNMEASURED),
         "steps skipped (not finite)": lambda s: f"{s['skipped']}",
     }
+    return _table(found, rows)
+
+
+def _table(found: dict[str, dict[str, Any]], rows: dict[str, Callable[[dict[str, Any]], str]]) -> Table:
     table = Table("", *found)
     for name, told in rows.items():
-        table.add_row(name, *(told(summary) for summary in found.values()))
+        table.add_row(name, *(told(one) for one in found.values()))
     return table
 
 
@@ -91,16 +106,135 @@ def _number(value: float | None, form: str, missing: str = "-") -> str:
     return missing if value is None else form.format(value)
 
 
+def geometry_of(runs: Sequence[Path], words: Sequence[str] | None) -> dict[str, Any]:
+    """The measures of pretrain/geometry.py: `runs`, by folder, and `cka`, of every two of them. Raises ConfigError."""
+    from pretrain import geometry
+    from pretrain.words import NEAREST
+
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # that one process reads it, on purpose
+    sources = {str(run): geometry.open_run(run, words or NEAREST, strict=words is not None) for run in runs}
+    measured = {name: geometry.measure(source) for name, source in sources.items()}
+    figures = {name: one.figures for name, one in measured.items()}
+    return _plain({"runs": figures, "cka": geometry.compare(measured)})
+
+
+def _plain(tree: Any) -> Any:
+    """The same with None for numbers that are not finite: JSON has none."""
+    if isinstance(tree, dict):
+        return {key: _plain(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_plain(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
+def geometry_tables(found: dict[str, Any]) -> list[Table]:
+    """Figures by run, CKA by pair of runs, and each run's nearest prototypes."""
+    runs = found["runs"]
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "checkpoint's step": lambda f: f"{f['step']:,}",
+        "held-out tokens looked at": lambda f: f"{f['held_out_tokens']:,}",
+    }
+
+    def row(name: str, form: str, *keys: str) -> None:
+        rows[name] = lambda figures: _number(_at(figures, keys), form)
+
+    for what in ("prototypes", "embedding", "hidden"):
+        row(f"{what}: dimensions for 90% of the variance", "{:,}", "spectra", what, "dimensions_90")
+        row(f"{what}: dimensions for 95%", "{:,}", "spectra", what, "dimensions_95")
+        row(f"{what}: variance in the first 2", "{:.1%}", "spectra", what, "first_2")
+        row(f"{what}: variance in the first 5", "{:.1%}", "spectra", what, "first_5")
+        row(f"{what}: effective rank", "{:.1f}", "spectra", what, "effective_rank")
+        row(f"{what}: participation ratio", "{:.1f}", "spectra", what, "participation_ratio")
+    rows["prototypes: median length, by step"] = lambda f: _by_step(f, "median")
+    rows["prototypes: longest over median, by step"] = lambda f: _by_step(f, "max/median")
+    row("classes (tokens) with enough hidden states", "{:,}", "classes", "classes")
+    row("prototype to class mean, in spreads", "{:.3f}", "classes", "centre_distance", "prototype")
+    row("... a true centre would read", "{:.3f}", "classes", "centre_distance", "true_centre")
+    row("... another class's prototype reads", "{:.3f}", "classes", "centre_distance", "other_prototype")
+    row("scatter within / between classes", "{:.3f}", "classes", "scatter")
+    row("NC1", "{:.3g}", "classes", "nc1")
+    for what in ("means", "prototypes"):
+        row(f"NC2, {what}: equinorm", "{:.3f}", "classes", "nc2", what, "equinorm")
+        row(f"NC2, {what}: deviation of cosines", "{:.3f}", "classes", "nc2", what, "deviation")
+        row(f"NC2, {what}: gap to a simplex", "{:.3f}", "classes", "nc2", what, "simplex_gap")
+    row("NC3", "{:.3f}", "classes", "nc3")
+    for relation in next(iter(runs.values()))["parallelograms"]["prototypes"]:
+        rows[f"parallelogram loss, {relation}"] = partial(_loss, relation)
+    tables = [_table(runs, rows)]
+    if found["cka"]:
+        tables.append(Table("linear CKA", "hidden states", "prototypes"))
+        for pair in found["cka"]:
+            told = (_number(pair[what], "{:.3f}", "other data") for what in ("hidden", "prototypes"))
+            tables[-1].add_row(" and ".join(pair["runs"]), *told)
+    for run, figures in runs.items():
+        tables.append(Table(f"{run}: nearest to", f"by its own distance ({figures['distance']})", "by cosine"))
+        for word, nearest in figures["nearest"].items():
+            tables[-1].add_row(word, *(" ".join(repr(text) for text, _ in nearest[by]) for by in ("own", "cosine")))
+    return tables
+
+
+def _at(figures: Any, keys: Sequence[str]) -> Any:
+    """A figure of nested ones; None if a part above it is None."""
+    for key in keys:
+        if figures is None:
+            return None
+        figures = figures[key]
+    return figures
+
+
+def _by_step(figures: dict[str, Any], name: str) -> str:
+    return "  ".join(f"{step}: {_number(norms[name], '{:.3g}')}" for step, norms in figures["norms"].items())
+
+
+def _loss(relation: str, figures: dict[str, Any]) -> str:
+    found = figures["parallelograms"]["prototypes"][relation]
+    pairs = f"{found['pairs']} of {found['pairs'] + found['left_out']} pairs"
+    if found["loss"] is None:
+        return f"- ({pairs})"
+    return f"{found['loss']:.2f}, random {found['random']:.2f}, shuffled {found['shuffled']:.2f} ({pairs})"
+
+
+def _write(run: Path, figures: dict[str, Any], cka: list[dict[str, Any]]) -> Path:
+    """Writes a run's own figures and its comparisons to its folder, whole or not at all."""
+    path = run / INTERPRETED
+    draft = path.with_suffix(".draft")
+    mine = [pair for pair in cka if str(run) in pair["runs"]]
+    draft.write_text(json.dumps({**figures, "cka": mine}, indent=1, allow_nan=False) + "\n")
+    os.replace(draft, path)
+    return path
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.report", description="What runs came to, side by side.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders")
+    parser.add_argument(
+        "--interpret", action="store_true", help=f"measure geometry too, and write {INTERPRETED} to each run folder"
+    )
+    parser.add_argument(
+        "--words", nargs="+", metavar="WORD", help="with --interpret: show the nearest prototypes of these"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables; writes no file")
     args = parser.parse_args(argv)
     try:
+        if args.words and not args.interpret:
+            raise ConfigError("--words: only with --interpret")
         found = {str(run): summarise(run) for run in args.runs}
+        locked = [str(run) for run in args.runs if not os.access(run, os.W_OK)]
+        if args.interpret and locked and not args.json:
+            raise ConfigError(f"{locked[0]}: {INTERPRETED} cannot be written there; use --json, which writes no file")
+        geometry = geometry_of(args.runs, args.words) if args.interpret else None
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
-    Console(width=None if sys.stdout.isatty() else 120, highlight=False).print(table_of(found))
+    if args.json:
+        print(json.dumps(_plain({"runs": found, **({"geometry": geometry} if geometry else {})}), allow_nan=False))
+        return 0
+    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+    console.print(table_of(found))
+    if geometry:
+        console.print(*geometry_tables(geometry), sep="\n")
+        for run in args.runs:
+            console.print(f"written: {_write(run, geometry['runs'][str(run)], geometry['cka'])}", soft_wrap=True)
     return 0
 
 
