@@ -19,19 +19,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.loader import evaluation_count, evaluation_windows
+from data.loader import EvaluationWindows
+from data.masking import mask_id
 from data.settings import ConfigError
 from data.shards import TOKENIZER, Split, open_split
 from data.tokenizer import Tokenizer
-from model.decoder import Decoder
 from model.distances import Distance
-from model.head import HarmonicHead
 from pretrain import interpret
-from pretrain.checkpoint import checkpoints, damage, find_given, load_weights, read_state, step_of
+from pretrain.checkpoint import checkpoints, damage, find_given, read_state, step_of
 from pretrain.config import RunConfig, check_data, load
 from pretrain.export import read_weights
-from pretrain.modules import build_modules
+from pretrain.inference import Model, load_model
 from pretrain.ranks import Ranks
+from pretrain.scoring import maskings
 from pretrain.words import RELATIONS, token_of, token_pairs
 
 TOKENS = 16_384  # of held-out text, its first
@@ -96,14 +96,13 @@ class Measured:
 def measure(source: Source) -> Measured:
     """Raises ConfigError if weights or hidden states are not finite."""
     cfg = source.cfg
-    decoder, head = _modules(source)
-    hidden, targets = hidden_states(decoder, head, source.split)
-    prototypes = head.prototypes.detach()
-    embedding = None if decoder.tokens is None else decoder.tokens.weight.detach()
-    for what, rows in {"prototypes": prototypes, "embedding": embedding, "hidden states": hidden}.items():
-        if rows is not None and not rows.isfinite().all():
-            raise ConfigError(f"{source.checkpoint}: its {what} are not all finite; take an earlier checkpoint")
-    distance = head.score_function
+    model = _model(source)
+    hidden, targets = hidden_states(model, source.split, None if cfg.model.causal else mask_id(cfg.data.path))
+    prototypes = model.head.prototypes.detach()
+    embedding = None if model.decoder.tokens is None else model.decoder.tokens.weight.detach()
+    if not hidden.isfinite().all():
+        raise ConfigError(f"{source.checkpoint}: its hidden states are not all finite; take an earlier checkpoint")
+    distance = model.head.score_function
     seen_prototypes, seen_hidden = (_seen(distance, rows) for rows in (prototypes, hidden))
     points = {"prototypes": seen_prototypes, "embedding": embedding}
     figures = {
@@ -138,31 +137,40 @@ def compare(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     return found
 
 
-def _modules(source: Source) -> tuple[Decoder, HarmonicHead]:
+def _model(source: Source) -> Model:
+    """In float32."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    eager = source.cfg.model.model_copy(update={"compile": False})  # a few passes are not worth it
-    decoder, head = build_modules(source.cfg.model_copy(update={"model": eager}), Ranks(0, 1, 0, 1, device))
-    load_weights(source.checkpoint, decoder, head)
-    return decoder.eval(), head.eval()
+    model = source.cfg.model.model_copy(update={"compile": False})  # a few passes are not worth it
+    train = source.cfg.train.model_copy(update={"precision": "float32"})
+    cfg = source.cfg.model_copy(update={"model": model, "train": train})
+    eos_id = source.split.eos_id
+    return load_model(source.checkpoint, cfg, source.tokenizer.sha256, eos_id, Ranks(0, 1, 0, 1, device))
 
 
-@torch.no_grad()
-def hidden_states(decoder: Decoder, head: HarmonicHead, split: Split, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
+def hidden_states(model: Model, split: Split, mask: int | None, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
     """Final hidden states (N, D) of the first `tokens` tokens of a split, and those tokens (N,), which are what the
     states predict. Windows are those of evaluation.
+
+    Args:
+        mask: the id of [MASK], behind which a masked model predicts.
     """
-    seq_len, at_once = decoder.config.seq_len, 8
-    windows = min(evaluation_count(split, seq_len), -(-tokens // seq_len))
-    hidden, targets = [], []
-    for first in range(0, windows, at_once):
-        inputs, asked = (
-            torch.from_numpy(part).to(head.prototypes.device)
-            for part in evaluation_windows(split, seq_len, first, min(at_once, windows - first))
+    windows, at_once = EvaluationWindows(split, model.cfg.model.seq_len), 8
+    last = min(windows.count, -(-tokens // windows.stride))
+    found, asked = [], []
+    for first in range(0, last, at_once):
+        inputs, _, targets = (
+            torch.from_numpy(part).to(model.head.prototypes.device)
+            for part in windows.batch(first, min(at_once, last - first))
         )
-        states = decoder(head.embed(inputs) if decoder.tokens is None else inputs)
-        hidden.append(states[asked >= 0])
-        targets.append(asked[asked >= 0])
-    return torch.cat(hidden)[:tokens], torch.cat(targets)[:tokens]
+        if mask is None:
+            states = model.hidden(inputs)
+        else:
+            states = torch.zeros(())
+            for masked, hidden in maskings(inputs, targets, mask):
+                states = torch.where(hidden[..., None], model.hidden(masked), states)
+        found.append(states[targets >= 0])
+        asked.append(targets[targets >= 0])
+    return torch.cat(found)[:tokens], torch.cat(asked)[:tokens]
 
 
 @torch.no_grad()

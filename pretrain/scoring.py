@@ -7,7 +7,7 @@ Documents are the units of resampling: tokens of one document are not independen
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,14 +42,25 @@ def scoring(score: Score, model: DecoderConfig, folder: Path) -> Score:
     mask = mask_id(folder)
 
     def pseudo(inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        assert targets.shape == inputs.shape, "a masked model scores whole windows"
-        tokens = torch.where(targets == IGNORED, inputs, targets)
-        turn = at % MASKINGS
-        passes = [score(tokens.where(turn != k, mask), at, targets.where(turn == k, IGNORED)) for k in range(MASKINGS)]
-        predicted = torch.stack([found for _, found in passes]).gather(0, turn.view(1, -1))[0]
-        return torch.stack([nats for nats, _ in passes]).sum(0), predicted
+        nats = predicted = torch.zeros(())
+        for masked, hidden in maskings(inputs, targets, mask):
+            found, likeliest = score(masked, at, targets.where(hidden, IGNORED))
+            nats, predicted = nats + found, torch.where(hidden.view(-1), likeliest, predicted)
+        return nats, predicted
 
     return pseudo
+
+
+def maskings(inputs: Tensor, targets: Tensor, mask: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """A masked model's passes over whole windows, (B, T) inputs and targets as of a causal one: the window's tokens with
+    some behind the mask, and which, bool (B, T). Each is behind it once.
+    """
+    assert targets.shape == inputs.shape, "a masked model scores whole windows"
+    tokens = torch.where(targets == IGNORED, inputs, targets)
+    turn = torch.arange(tokens.shape[1], device=tokens.device) % MASKINGS
+    for k in range(MASKINGS):
+        hidden = (turn == k).expand_as(tokens)
+        yield tokens.where(~hidden, mask), hidden
 
 
 def figure(model: DecoderConfig) -> str:

@@ -25,6 +25,7 @@ from model.head import HarmonicHead
 from model.reference import distances_reference
 from pretrain import geometry, interpret, report
 from pretrain.checkpoint import load_weights
+from pretrain.inference import load_model
 from pretrain.modules import build_modules
 from pretrain.ranks import Ranks
 from pretrain.words import NEAREST, RELATIONS, token_of, token_pairs
@@ -387,17 +388,16 @@ def test_no_word_comes_twice_in_a_relation() -> None:
 
 def test_hidden_states_are_those_of_each_window_alone(trained: Path) -> None:
     source = geometry.open_run(trained / "cosine", (), strict=False)
-    decoder, head = build_modules(source.cfg, Ranks(0, 1, 0, 1, torch.device("cpu")))
-    load_weights(source.checkpoint, decoder, head)
-    decoder.eval()
-    hidden, targets = geometry.hidden_states(decoder, head, source.split, tokens=100)
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    model = load_model(source.checkpoint, source.cfg, source.tokenizer.sha256, source.split.eos_id, ranks)
+    hidden, targets = geometry.hidden_states(model, source.split, None, tokens=100)
     stream = source.split.read(0, 100)
     assert targets.tolist() == stream.tolist()
     before = torch.tensor([source.split.eos_id, *stream[:-1]])
     with torch.no_grad():
-        alone = torch.cat([decoder(head.prototypes[window[None]])[0] for window in before.split(6)])
+        alone = torch.cat([model.decoder(model.head.prototypes[window[None]])[0] for window in before.split(6)])
     assert torch.allclose(hidden, alone, atol=1e-6)
-    assert len(geometry.hidden_states(decoder, head, source.split)[0]) == source.split.tokens, "no more than there are"
+    assert len(geometry.hidden_states(model, source.split, None)[0]) == source.split.tokens, "no more than there are"
 
 
 @pytest.mark.parametrize("name", RUNS)
