@@ -45,15 +45,15 @@ def scoring(score: Score, model: DecoderConfig, folder: Path) -> Score:
         nats = predicted = torch.zeros(())
         for masked, hidden in maskings(inputs, targets, mask):
             found, likeliest = score(masked, at, targets.where(hidden, IGNORED))
-            nats, predicted = nats + found, torch.where(hidden.view(-1), likeliest, predicted)
+            nats, predicted = nats + found, torch.where(hidden.reshape(-1), likeliest, predicted)
         return nats, predicted
 
     return pseudo
 
 
 def maskings(inputs: Tensor, targets: Tensor, mask: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """A masked model's passes over whole windows, (B, T) inputs and targets as of a causal one: the window's tokens with
-    some behind the mask, and which, bool (B, T). Each is behind it once.
+    """A masked model's passes over whole windows, (B, T) inputs and targets as of a causal one: the window's tokens
+    with some behind the mask, and which, bool (B, T). Each is behind it once.
     """
     assert targets.shape == inputs.shape, "a masked model scores whole windows"
     tokens = torch.where(targets == IGNORED, inputs, targets)
