@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,6 +43,13 @@ from tests.pretrain.tiny import T, V, make_data, run_to_end, tiny_config
 from tests.ranks import run_ranks
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """What starts a process group leaves its variables behind; other tests' processes must not inherit them."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 def check_training(base: Path) -> None:
@@ -92,16 +101,19 @@ def of_run(run: Path, stride: int = T) -> tuple[np.ndarray, np.ndarray]:
 def check_evaluation(tasks: list[tuple[Path, int]], vocab: int) -> list[dict[str, Any]]:
     ranks = process.with_groups(process.start(), vocab)
     results = [evaluate.run_task(evaluate.open_task(run, stride=stride), ranks)[0] for run, stride in tasks]
+    if ranks.world == 1:
+        process.stop()
     return [{**found.as_dict(), **found.standard_errors(), "nats": found.nats} for found in results]
 
 
-@pytest.mark.parametrize(("world", "vocab"), [(1, 1), (3, 3), (4, 2)])
+@pytest.mark.parametrize(("world", "vocab"), [(1, 1), (4, 2)])
 def test_is_the_reference_on_any_number_of_ranks_and_groups(trained: Path, world: int, vocab: int) -> None:
     """float32 to 1e-6; in bf16 a row may round otherwise in another batch, no more."""
     split = open_split(trained / "data", "val")
     tasks = [(trained / name, stride) for name in ("run", "tied") for stride in (T, 3)]
     in_bf16 = trained / "bf16"
-    every = run_ranks(check_evaluation, world, trained, tasks=[*tasks, (in_bf16, T)], vocab=vocab)
+    arguments: dict[str, Any] = {"tasks": [*tasks, (in_bf16, T)], "vocab": vocab}
+    every = run_ranks(check_evaluation, world, trained, **arguments) if world > 1 else [check_evaluation(**arguments)]
     assert all(str(results) == str(every[0]) for results in every), "every rank has the whole result, bit for bit"
     for found, (run, stride) in zip(every[0], tasks, strict=False):
         nats, hits = of_run(run, stride)
@@ -144,21 +156,16 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_command(trained: Path) -> None:
-    def call(*arguments: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "pretrain.evaluate", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-    whole, one = call(str(trained / "run"), "--json"), call(str(trained / "run" / "checkpoints" / "step-00000004"))
-    assert whole.returncode == one.returncode == 0, whole.stderr + one.stderr
-    found = json.loads(whole.stdout)
-    assert f"perplexity {found['perplexity']:.3f}" in one.stdout
-    record = [json.loads(line) for line in (trained / "run" / "metrics.jsonl").read_text().splitlines()][-2:]
-    logged = next(r for r in record if r["kind"] == "eval")
+def test_command(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    command = [sys.executable, "-m", "pretrain.evaluate", str(trained / "run" / "checkpoints" / "step-00000004")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = told(capsys, trained / "run")
+    assert f"perplexity {found['perplexity']:.3f}" in done.stdout
+    logged = next(record for record in read_records(trained / "run") if record["kind"] == "eval")
     for name in ("loss", "accuracy", "bits_per_byte"):
         assert found[name] == pytest.approx(logged[name], rel=1e-5), "training's own evaluation says the same"
-    missing = call(str(trained / "nowhere"))
-    assert missing.returncode == 2 and "neither a run folder" in missing.stderr and "Traceback" not in missing.stderr
+    assert "neither a run folder" in refused(capsys, trained / "nowhere")
 
 
 def test_under_the_launcher_it_says_the_same(trained: Path, capsys: pytest.CaptureFixture) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -69,8 +70,9 @@ ROWS = [
 
 @pytest.fixture(scope="module")
 def model(english: Path) -> Iterator[Overtone]:  # noqa: F811
-    yield Overtone(run=str(english / "small"), batch_size=3)
-    process.stop()
+    with mock.patch.dict(os.environ):  # a process group leaves its variables behind
+        yield Overtone(run=str(english / "small"), batch_size=3)
+        process.stop()
 
 
 def log_probs(model: Overtone, ids: list[int]) -> torch.Tensor:
@@ -155,6 +157,6 @@ def test_the_command_runs_local_tasks(model: Overtone, english: Path, tmp_path: 
     assert "exact_match,none" in found["write"]
 
 
-def test_a_missing_run_is_refused(tmp_path: Path) -> None:
+def test_a_missing_run_is_refused(model: Overtone, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a run folder"):
         Overtone(run=str(tmp_path))
