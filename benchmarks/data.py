@@ -22,7 +22,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.head import machine
 from data.config import DataConfig, EmbeddedSource, FilesSource
 from data.corpus import documents
 from data.prepare import prepare
@@ -106,7 +105,7 @@ def preparation(texts: list[str], repeats: int) -> Iterator[Speed]:
 
         ways: dict[str, Callable[[int], int]] = {
             "python -m data prepare": prepared,
-            "the SentencePiece library, encoding alone": sentencepiece_alone,
+            "SentencePiece, encoding alone": sentencepiece_alone,
             TIKTOKEN: tiktoken_alone,
         }
         for count in sorted({1, cores()}):
@@ -146,7 +145,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--megabytes", type=int, default=16, help="so much text, said again (default %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="medians are over so many (default %(default)s)")
     given = parser.parse_args(argv)
-    console = Console(width=max(110, Console().width))
+    from benchmarks.head import machine  # torch: workers, which import this file, need none
+
+    console = Console(width=max(120, Console().width))
     texts = texts_of(given.texts, given.megabytes)
     console.print(machine("cpu"))
     console.print(preparation_table(list(preparation(texts, given.repeats))))
