@@ -114,7 +114,7 @@ def preparation(texts: list[str], repeats: int) -> Iterator[Speed]:
 
         ways: dict[str, Callable[[int], int]] = {
             "python -m data prepare": prepared,
-            "the SentencePiece library, encoding alone": sentencepiece_alone,
+            "SentencePiece, encoding alone": sentencepiece_alone,
             TIKTOKEN: tiktoken_alone,
         }
         for count in sorted({1, cores()}):
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from benchmarks.head import machine  # torch: --help does without
 
-    console = Console(width=max(110, Console().width), highlight=False)
+    console = Console(width=max(120, Console().width), highlight=False)
     if args.command == "load":
         found = loading_table(loading(cfg, args.steps))
         console.print(machine("cuda" if torch.cuda.is_available() else "cpu"))

@@ -294,7 +294,7 @@ def test_hub_runs_no_script(dataset):
 
 def test_hub_with_files_of_another_type(tmp_path):
     (tmp_path / "train.csv").write_text("text\na\n")
-    with pytest.raises(ConfigError, match=r"train\.csv: cannot read this type .* revision=refs/convert/parquet"):
+    with pytest.raises(ConfigError, match=r"train\.csv: cannot read this type .*revision=refs/convert/parquet"):
         list(documents(hub(tmp_path)))
 
 
