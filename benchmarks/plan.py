@@ -37,7 +37,7 @@ COLLECTIVES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_r
 SMALL = 10_000  # bytes of a kind of collective that the plan leaves out: norms, flags, traces' checksums
 
 
-def config(world: int, zero: int, vocab: int, precision: str = "bf16", passes: int = 1, **model: Any) -> RunConfig:
+def config(world: int, zero: int, vocab: int, precision: str = "bf16", passes: int = 1, micro: int = 1, **model: Any) -> RunConfig:
     """A model of 0.9 M parameters in the trunk and 0.5 M in the head: sequences long enough for fused attention."""
     length = 320
     return from_tree(
@@ -46,7 +46,7 @@ def config(world: int, zero: int, vocab: int, precision: str = "bf16", passes: i
             "data": {"path": "unused", "source": {"kind": "embedded"}, "tokenizer": {"vocab_size": 4000}},
             "model": {"seq_len": length, "layers": 2, "heads": 4, "dim": 128, **model},
             "head": {"chunk_mib": 1},
-            "train": {"steps": 1, "tokens_per_step": length * world * passes, "micro_batch": 1, "precision": precision},
+            "train": {"steps": 1, "tokens_per_step": length * world * passes * micro, "micro_batch": micro, "precision": precision},
             "optim": {"lr": 1e-4},
             "parallel": {"zero": zero, "vocab": vocab},
             "deepspeed": {
@@ -68,6 +68,7 @@ def name_of(cfg: RunConfig, world: int) -> str:
     return ", ".join(
         [cfg.train.precision, f"ZeRO {cfg.parallel.zero}", f"vocab {cfg.parallel.vocab} of {world}", *extra]
         + [f"{passes} passes"] * (passes > 1)
+        + [f"micro-batch {cfg.train.micro_batch}"] * (cfg.train.micro_batch > 1)
     )
 
 
@@ -79,7 +80,10 @@ def cases(world: int) -> list[RunConfig]:
         found += [config(world, zero, 2, "float32") for zero in (0, 1, 2, 3)]
         found += [config(world, zero, 2, passes=2) for zero in (1, 2, 3)]
         found += [config(world, zero, 2, activation_checkpointing=True) for zero in (1, 3)]
+        found += [config(world, 1, 2, "float32", passes=2)]
         found += [config(world, 2, 2, tied=True)]
+        found += [config(world, zero, 2, micro=4) for zero in (1, 2, 3)]
+        found += [config(world, 3, 2, micro=8, activation_checkpointing=True), config(world, 2, 2, micro=4, tied=True)]
     return found
 
 
@@ -88,6 +92,8 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
     cluster = Cluster(gpus=world)
     planned = memory(cfg, cluster)
     standing = Counter(planned.standing)
+    if "trunk gradients" not in standing:  # they come and go
+        standing["trunk gradients"] = planned.phases["update"]["trunk gradients"]
     found = {
         "trunk weights": standing["trunk weights"],
         "trunk masters and moments": standing["trunk masters"] + standing["trunk moments"],
@@ -238,18 +244,20 @@ def kept(trainer: Any) -> Iterator[list[float]]:
     hidden = trainer.hidden
 
     def counted(inputs: Tensor) -> Tensor:
-        weights = {p.untyped_storage()._cdata for p in trainer.engine.module.parameters()}
-        found: dict[int, int] = {}
+        found: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, torch.nn.Parameter):
-                found[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            weights = {p.untyped_storage()._cdata for p in trainer.engine.module.parameters()}  # ZeRO 3 moves them
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                found[storage._cdata] = storage
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             out = hidden(inputs)
-        found[out.untyped_storage()._cdata] = out.untyped_storage().nbytes()
-        sizes.append(sum(size for key, size in found.items() if key not in weights))
+        found[out.untyped_storage()._cdata] = out.untyped_storage()
+        sizes.append(sum(storage.nbytes() for storage in found.values()))
+        found.clear()  # the hooks live as long as the graph
         return out
 
     trainer.hidden = counted

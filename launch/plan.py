@@ -400,10 +400,12 @@ def parameters(cfg: RunConfig) -> Parameters:
     )
 
 
-def _optimizer_groups(cfg: RunConfig) -> tuple[int, int]:
+def _optimizer_groups(cfg: RunConfig) -> tuple[list[int], list[int]]:
     """Trunk parameters that decay by default (matrices), and the rest: DeepSpeed flattens them apart."""
-    matrices = cfg.model.block_matmul_parameters()
-    return matrices, parameters(cfg).trunk - matrices
+    d = cfg.model.dim
+    matrices = [3 * d * d, d * d, 4 * d * d, 4 * d * d]
+    others = sum(_block(cfg)) - sum(matrices)
+    return matrices * cfg.model.layers, [*_outer(cfg), *[others] * cfg.model.layers, _final_norm(cfg)]
 
 
 # Memory
@@ -450,7 +452,7 @@ def head_chunks(cfg: RunConfig, vocab_ranks: int) -> tuple[int, int]:
     kept, temporaries, narrow = (1, 1, _width(cfg)) if by_product(cfg) else (2, 2, 0)
     pairs = kept * (2 if vocab_ranks > 1 else 1) + temporaries
     per_token = vocab_ranks * (rows * (pairs * 4 + narrow) + d * 3 * 4)
-    budget = cfg.head.arguments()["chunk_bytes"] or CHUNK_BYTES
+    budget = CHUNK_BYTES if cfg.head.chunk_mib is None else cfg.head.chunk_mib * 2**20
     chunks = -(-n // max(1, budget // per_token))
     return chunks, -(-n // chunks) * per_token
 
@@ -472,17 +474,23 @@ def memory(cfg: RunConfig, cluster: Cluster) -> Memory:
         "gradient of hidden states": hidden,
     }
     backward = {"activations": kept, "gradients of activations": _backward_work(cfg) + hidden}
-    phases = {"head": {**head, **trunk.turn}, "backward": {**backward, **trunk.backward}, "update": trunk.update}
+    phases = {"head": {**head, **trunk.turn}, "backward": {**backward, **trunk.backward}}
+    phases["update"] = {**trunk.update, **({} if trunk.gradients_stay else trunk.gradients)}
     if cfg.model.tied:
         phases["tied embedding"] = {"rows of the group's tokens": 2 * k * n * d * 4, "gradient of rows": 8 * rows}
-    return Memory({**trunk.standing, **head_standing}, phases)
+    standing = {**trunk.standing, **(trunk.gradients if trunk.gradients_stay else {}), **head_standing}
+    return Memory(standing, phases)
 
 
 @dataclass(frozen=True)
 class _TrunkMemory:
-    """Bytes by kind: always there; at the end of the forward pass; in the backward pass; in the update."""
+    """Bytes by kind: always there; the gradients, and whether they stay from pass to pass; at the end of the forward
+    pass; in the backward pass; in the update.
+    """
 
     standing: dict[str, int]
+    gradients: dict[str, int]
+    gradients_stay: bool
     turn: dict[str, int]
     backward: dict[str, int]
     update: dict[str, int]
@@ -490,45 +498,57 @@ class _TrunkMemory:
 
 def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
     """As DeepSpeed 0.19's optimiser classes hold the trunk; which class runs is pretrain.engine's doing."""
-    total, b, stage, zero = parameters(cfg).trunk, _width(cfg), zero_stage(cfg), _zero(cfg)
-    share = -(-total // world)
-    groups = _optimizer_groups(cfg)
-    bucket = int(zero["reduce_bucket_size"])
+    total, b, stage = parameters(cfg).trunk, _width(cfg), zero_stage(cfg)
+    share, bucket = -(-total // world), int(_zero(cfg)["reduce_bucket_size"])
+    matrices, rest = _optimizer_groups(cfg)
+    largest = max(sum(matrices), sum(rest))
+    several = cfg.accumulation(world) > 1
     if stage == 0:
-        flat = min(total, FLAT_BUCKET)
-        standing = {"trunk weights": 4 * total, "trunk moments": 8 * total, "trunk gradients": 4 * total}
-        return _TrunkMemory(standing, {}, {}, {"gradients in one piece": 4 * flat})
-    masters = {"trunk masters": 4 * share, "trunk moments": 8 * share}
+        flat = {"gradients in one piece": 4 * min(total, FLAT_BUCKET)}
+        standing, gradients = {"trunk weights": 4 * total, "trunk moments": 8 * total}, {"trunk gradients": 4 * total}
+        return _TrunkMemory(standing, gradients, several, {}, {}, flat)
+    standing = {"trunk weights": b * total, "trunk masters": 4 * share, "trunk moments": 8 * share}
     if stage == 1 and b == 2:  # BF16_Optimizer: every rank holds all gradients, in both dtypes
-        apart = groups[0] > FLAT_BUCKET
-        copies = 2 * max(groups) if apart else 6 * total
-        standing = {"trunk weights": 2 * total, **masters, "trunk gradients": 6 * total}
-        return _TrunkMemory(standing, {}, {}, {"gradients to be reduced": copies})
-    if stage < 3:  # DeepSpeedZeroOptimizer
-        standing = {"trunk weights": b * total, **masters}
-        own = {"trunk gradients": 4 * share}
-        buffers = {"reduction buffers": b * (bucket + min(bucket, total))}
-        whole = {"gradients before they are reduced": 4 * total} if stage == 1 else {}
-        update = {"gradients in one piece": 4 * -(-max(groups) // world)}
-        return _TrunkMemory({**standing, **own}, {}, {**buffers, **whole}, update)
-    gathered, live = stage3_gathers(cfg)
-    standing = {"trunk weights": b * share, **masters, "trunk gradients": 4 * share, "reduction buffers": b * bucket}
-    turn = {"gathered weights": b * live}
-    return _TrunkMemory(standing, turn, turn, {"gradients in one piece": 4 * share})
+        reduced = {"gradients to be reduced": 2 * largest if sum(matrices) > FLAT_BUCKET else 6 * total}
+        return _TrunkMemory(standing, {"trunk gradients": 6 * total}, True, {}, {}, reduced)
+    if stage < 3:  # DeepSpeedZeroOptimizer: float32 gradients stay views of whole parameters
+        own = share if b == 2 else sum(_most_overlapped(group, world) for group in (matrices, rest))
+        whole = {"gradients before they are reduced": 4 * total} if stage == 1 and several else {}
+        backward = {"reduction buffers": b * (bucket + min(bucket, total)), **whole}
+        update = {"gradients in one piece": 4 * -(-largest // world)}
+        return _TrunkMemory(standing, {"trunk gradients": 4 * own}, several and stage == 2, whole, backward, update)
+    standing = {**standing, "trunk weights": b * share, "reduction buffers": b * bucket}
+    _, live, _ = stage3_gathers(cfg)
+    gathered = {"gathered weights": b * live}
+    update = {"gradients in one piece": 4 * share}
+    return _TrunkMemory(standing, {"trunk gradients": 4 * share}, True, gathered, gathered, update)
 
 
-def stage3_gathers(cfg: RunConfig) -> tuple[int, int]:
-    """Elements that a pass gathers at ZeRO 3, and the most that are there at once.
+def _most_overlapped(sizes: Sequence[int], world: int) -> int:
+    """Elements of the parameters that a rank's share of a flat group reaches into, for the rank with most."""
+    share = max(1, -(-sum(sizes) // world))
+    found = [0] * world
+    first = 0
+    for size in sizes:
+        for rank in range(first // share, (first + size - 1) // share + 1):
+            found[rank] += size
+        first += size
+    return max(found)
+
+
+def stage3_gathers(cfg: RunConfig) -> tuple[int, int, int]:
+    """Elements that a pass gathers at ZeRO 3, the most that are there at once, and those that stay from pass to pass.
 
     DeepSpeed's rules (runtime/zero/partitioned_param_coordinator.py): a module's parameters are gathered when it runs,
     and those of the next modules while `stage3_prefetch_bucket_size` and `stage3_max_live_parameters` allow; they are
     freed behind it unless they are used again within `stage3_max_reuse_distance`, or prefetching has passed over that
-    use. Parameters up to `stage3_param_persistence_threshold` stay from update to update: see `collectives`.
+    use. Parameters up to `stage3_param_persistence_threshold` are gathered once in an update.
     """
     zero = _zero(cfg)
     sizes = [*_outer(cfg), *_block(cfg) * cfg.model.layers, _final_norm(cfg)]
     order = _module_order(cfg)
     persistent = {i for i, size in enumerate(sizes) if size <= zero["stage3_param_persistence_threshold"]}
+    persistent.add(len(_outer(cfg)) - 1)  # the positions, which the decoder reads itself
     walked = [0]  # elements before each step of the order
     for i in order:
         walked.append(walked[-1] + sizes[i])
@@ -559,7 +579,8 @@ def stage3_gathers(cfg: RunConfig) -> tuple[int, int]:
         if i in there and not near and not (again is not None and again < passed):
             there.discard(i)
             live -= sizes[i]
-    return gathered, most + sum(sizes[i] for i in persistent)
+    staying = sum(sizes[i] for i in persistent)
+    return gathered, most + staying, staying
 
 
 def _module_order(cfg: RunConfig) -> list[int]:
@@ -572,7 +593,7 @@ def _module_order(cfg: RunConfig) -> list[int]:
     forward = [*outer, *(i for block in blocks for i in block), norm]
     if not cfg.model.activation_checkpointing:
         return forward + forward[::-1]
-    backward = [i for block in reversed(blocks) for i in (*block, *block[-2::-1])]  # recomputing ends at the last one
+    backward = [i for block in reversed(blocks) for i in (block[-1], *block, *block[-2::-1])]
     return [*forward, norm, *backward, *reversed(outer)]
 
 
@@ -603,14 +624,12 @@ def _trunk_collectives(cfg: RunConfig, world: int, near: int, passes: int) -> li
 
     if stage == 3:
         behind = "nothing" if zero["overlap_comm"] is False else "trunk"
-        gathered, _ = stage3_gathers(cfg)
+        gathered, _, staying = stage3_gathers(cfg)
         modules = len(_module_order(cfg))
         per_pass = min(modules, -(-gathered // max(1, min(zero["stage3_prefetch_bucket_size"], gathered))))
-        threshold = zero["stage3_param_persistence_threshold"]
-        persistent = sum(size for size in (*_outer(cfg), *_block(cfg) * cfg.model.layers) if size <= threshold)
         buckets = -(-total // int(zero["reduce_bucket_size"]))
         return [
-            one("trunk weights", "all-gather", gathered * passes + persistent, per_pass * passes, behind),
+            one("trunk weights", "all-gather", gathered * passes + staying, per_pass * passes, behind),
             one("trunk gradients", "reduce-scatter", total * passes, buckets * passes, behind),
         ]
     reductions = passes if stage == 2 else 1
