@@ -92,12 +92,12 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
     cluster = Cluster(gpus=world)
     planned = memory(cfg, cluster)
     standing = Counter(planned.standing)
-    if "trunk gradients" not in standing:  # they come and go
-        standing["trunk gradients"] = planned.phases["update"]["trunk gradients"]
+    gradients = standing["trunk gradients in float32"] + standing["trunk gradients"]
+    gradients += planned.phases["update"].get("trunk gradients", 0)  # where they come and go
     found = {
         "trunk weights": standing["trunk weights"],
         "trunk masters and moments": standing["trunk masters"] + standing["trunk moments"],
-        "trunk gradients": standing["trunk gradients"] + standing["reduction buffers"],
+        "trunk gradients": gradients + standing["reduction buffers"],
         "head": standing["head masters"] + standing["head moments"] + standing["head gradients"],
         "activations": activations(cfg),
         "peak": planned.peak,

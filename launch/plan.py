@@ -420,8 +420,12 @@ def activations(cfg: RunConfig) -> int:
     """
     model, b = cfg.model, _width(cfg)
     kept = model.dim * b if model.activation_checkpointing else _block_activations(cfg)
-    final = 2 * model.dim * b  # the last block's output, and the hidden states
-    return _tokens(cfg) * (model.layers * kept + final)
+    return _tokens(cfg) * model.layers * kept + _final_activations(cfg)
+
+
+def _final_activations(cfg: RunConfig) -> int:
+    """Bytes of the last block's output and of the hidden states, which are gone when the blocks' gradients are taken."""
+    return 2 * _tokens(cfg) * cfg.model.dim * _width(cfg)
 
 
 def _block_activations(cfg: RunConfig) -> int:
@@ -432,9 +436,11 @@ def _block_activations(cfg: RunConfig) -> int:
 
 
 def _backward_work(cfg: RunConfig) -> int:
-    """Bytes of gradients of activations at the widest place of a block, the MLP's inside, and of a recomputed block."""
+    """Bytes on top at the widest place of a block, GELU's gradient: 9 D of gradients where 4 D are no longer needed; and
+    the block itself where it is recomputed.
+    """
     again = _block_activations(cfg) if cfg.model.activation_checkpointing else 0
-    return _tokens(cfg) * (9 * cfg.model.dim * _width(cfg) + again)
+    return _tokens(cfg) * (5 * cfg.model.dim * _width(cfg) + again)
 
 
 def by_product(cfg: RunConfig) -> bool:
@@ -473,24 +479,23 @@ def memory(cfg: RunConfig, cluster: Cluster) -> Memory:
         "gradient of this pass's prototypes": 4 * rows if several else 0,
         "gradient of hidden states": hidden,
     }
-    backward = {"activations": kept, "gradients of activations": _backward_work(cfg) + hidden}
-    phases = {"head": {**head, **trunk.turn}, "backward": {**backward, **trunk.backward}}
-    phases["update"] = {**trunk.update, **({} if trunk.gradients_stay else trunk.gradients)}
+    backward = {
+        "activations": kept - _final_activations(cfg),
+        "gradients of activations, recomputed ones": _backward_work(cfg),
+    }
+    phases = {"head": {**head, **trunk.turn}, "backward": {**backward, **trunk.backward}, "update": trunk.update}
     if cfg.model.tied:
         phases["tied embedding"] = {"rows of the group's tokens": 2 * k * n * d * 4, "gradient of rows": 8 * rows}
-    standing = {**trunk.standing, **(trunk.gradients if trunk.gradients_stay else {}), **head_standing}
-    return Memory(standing, phases)
+    return Memory({**trunk.standing, **head_standing}, phases)
 
 
 @dataclass(frozen=True)
 class _TrunkMemory:
-    """Bytes by kind: always there; the gradients, and whether they stay from pass to pass; at the end of the forward
-    pass; in the backward pass; in the update.
+    """Bytes by kind: always there; at the end of the forward pass; in the backward pass; in the update. Gradients that
+    the update frees stand only where several passes add to them.
     """
 
     standing: dict[str, int]
-    gradients: dict[str, int]
-    gradients_stay: bool
     turn: dict[str, int]
     backward: dict[str, int]
     update: dict[str, int]
@@ -503,25 +508,32 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
     matrices, rest = _optimizer_groups(cfg)
     largest = max(sum(matrices), sum(rest))
     several = cfg.accumulation(world) > 1
+
+    def made(standing: dict[str, int], gradients: int, update: dict[str, int], **phases: dict[str, int]) -> _TrunkMemory:
+        last = {"trunk gradients": gradients}
+        stays, comes = (last, {}) if several else ({}, last)
+        return _TrunkMemory(
+            {**standing, **stays}, phases.get("turn", {}), phases.get("backward", {}), {**update, **comes}
+        )
+
     if stage == 0:
-        flat = {"gradients in one piece": 4 * min(total, FLAT_BUCKET)}
-        standing, gradients = {"trunk weights": 4 * total, "trunk moments": 8 * total}, {"trunk gradients": 4 * total}
-        return _TrunkMemory(standing, gradients, several, {}, {}, flat)
+        standing = {"trunk weights": 4 * total, "trunk moments": 8 * total}
+        return made(standing, 4 * total, {"gradients in one piece": 4 * min(total, FLAT_BUCKET)})
     standing = {"trunk weights": b * total, "trunk masters": 4 * share, "trunk moments": 8 * share}
-    if stage == 1 and b == 2:  # BF16_Optimizer: every rank holds all gradients, in both dtypes
+    if stage == 1 and b == 2:  # BF16_Optimizer: every rank adds all gradients up in float32
         reduced = {"gradients to be reduced": 2 * largest if sum(matrices) > FLAT_BUCKET else 6 * total}
-        return _TrunkMemory(standing, {"trunk gradients": 6 * total}, True, {}, {}, reduced)
+        return made({**standing, "trunk gradients in float32": 4 * total}, 2 * total, reduced)
     if stage < 3:  # DeepSpeedZeroOptimizer: float32 gradients stay views of whole parameters
         own = share if b == 2 else sum(_most_overlapped(group, world) for group in (matrices, rest))
         whole = {"gradients before they are reduced": 4 * total} if stage == 1 and several else {}
-        backward = {"reduction buffers": b * (bucket + min(bucket, total)), **whole}
-        update = {"gradients in one piece": 4 * -(-largest // world)}
-        return _TrunkMemory(standing, {"trunk gradients": 4 * own}, several and stage == 2, whole, backward, update)
-    standing = {**standing, "trunk weights": b * share, "reduction buffers": b * bucket}
+        buffers = {"reduction buffers": b * (bucket + min(bucket, total))}
+        flat = {"gradients in one piece": 4 * -(-largest // world)}
+        return made(standing, 4 * own, flat, turn=whole, backward={**buffers, **whole})
+    standing = {**standing, "trunk weights": b * share, "trunk gradients in float32": 4 * share}
     _, live, _ = stage3_gathers(cfg)
     gathered = {"gathered weights": b * live}
     update = {"gradients in one piece": 4 * share}
-    return _TrunkMemory(standing, {"trunk gradients": 4 * share}, True, gathered, gathered, update)
+    return _TrunkMemory({**standing, "reduction buffers": b * bucket}, gathered, gathered, update)
 
 
 def _most_overlapped(sizes: Sequence[int], world: int) -> int:
