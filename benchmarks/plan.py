@@ -4,8 +4,6 @@ Small models are trained for a few steps over gloo at every ZeRO stage and with 
 counted on rank 0: the bytes of what stands, by kind, at the end of its last backward pass; those that the forward pass
 keeps; the most that was there at once; and the bytes that collectives were called with, by kind and group. Time is not
 compared: a CPU says nothing of a GPU's.
-
-`python -m benchmarks.plan --scaling` prints docs/scaling.md: plans up to 1,024 GPUs, not measurements.
 """
 
 from __future__ import annotations
@@ -28,7 +26,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launch.plan import Cluster, activations, collectives, memory, parameters
+from launch.cluster import Cluster
+from launch.footprint import activations, memory
+from launch.traffic import collectives
 from pretrain.config import RunConfig, from_tree
 from tests.ranks import run_ranks
 
@@ -37,7 +37,9 @@ COLLECTIVES = {"allreduce_": "all-reduce", "_allgather_base_": "all-gather", "_r
 SMALL = 10_000  # bytes of a kind of collective that the plan leaves out: norms, flags, traces' checksums
 
 
-def config(world: int, zero: int, vocab: int, precision: str = "bf16", passes: int = 1, micro: int = 1, **model: Any) -> RunConfig:
+def config(
+    world: int, zero: int, vocab: int, precision: str = "bf16", passes: int = 1, micro: int = 1, **model: Any
+) -> RunConfig:
     """A model of 0.9 M parameters in the trunk and 0.5 M in the head: sequences long enough for fused attention."""
     length = 320
     return from_tree(
@@ -46,7 +48,12 @@ def config(world: int, zero: int, vocab: int, precision: str = "bf16", passes: i
             "data": {"path": "unused", "source": {"kind": "embedded"}, "tokenizer": {"vocab_size": 4000}},
             "model": {"seq_len": length, "layers": 2, "heads": 4, "dim": 128, **model},
             "head": {"chunk_mib": 1},
-            "train": {"steps": 1, "tokens_per_step": length * world * passes * micro, "micro_batch": micro, "precision": precision},
+            "train": {
+                "steps": 1,
+                "tokens_per_step": length * world * passes * micro,
+                "micro_batch": micro,
+                "precision": precision,
+            },
             "optim": {"lr": 1e-4},
             "parallel": {"zero": zero, "vocab": vocab},
             "deepspeed": {
@@ -169,7 +176,7 @@ class Watch(TorchDispatchMode):
     def _count(self, func: Any, args: Any) -> None:
         name = func._schema.name.removeprefix("c10d::")
         tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
-        group = next((dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a)))
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
         self.sent[COLLECTIVES.get(name, name), group.size()] += max((t.nbytes for t in tensors), default=0)
 
 
