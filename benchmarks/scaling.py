@@ -15,7 +15,7 @@ from launch.footprint import Memory, memory, prototype_elements
 from launch.plan import StepTime, altered, assumptions, step_time
 from launch.traffic import collectives
 from pretrain.config import RunConfig, from_tree
-from pretrain.gpus import GIB
+from pretrain.gpus import GIB, GPUS
 
 GPU = "h100-80gb"
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -140,12 +140,28 @@ def winners(found: dict[int, dict[str, Point]]) -> Iterator[str]:
     """Where vocabulary-parallel heads win over replicated ones, in words."""
     for name in list(GROUPS)[1:]:
         both = {gpus: points for gpus, points in found.items() if "1" in points and name in points}
-        alone = [gpus for gpus, points in found.items() if "1" not in points and name in points]
         gains = {gpus: points["1"].time.total_s / points[name].time.total_s - 1 for gpus, points in both.items()}
-        told = ", ".join(f"{gain:+.1%} at {gpus:,}" for gpus, gain in gains.items())
-        yield f"- `parallel.vocab: {name}` against replicated prototypes, in tokens/s by GPUs: {told}." + (
-            f" Replicated prototypes do not fit at {', '.join(map(str, alone))}." if alone else ""
+        won = [f"{gpus:,}" for gpus, gain in gains.items() if gain >= 0.0005]
+        saved = [(points["1"].head_bytes - points[name].head_bytes) / GIB for points in both.values()]
+        yield (
+            f"- `parallel.vocab: {name}` against replicated prototypes: {min(saved):.1f} to {max(saved):.1f} GiB less on a "
+            f"GPU, and more tokens/s at {', '.join(won) or 'none of these'} GPUs ("
+            + ", ".join(f"{gain:+.1%} at {gpus:,}" for gpus, gain in gains.items())
+            + ")."
         )
+
+
+def fewest(base: RunConfig) -> Iterator[str]:
+    """The fewest GPUs of each kind that hold a run, by vocabulary group."""
+    yield "| GPU | " + " | ".join(f"group {name}" for name in GROUPS) + " |"
+    yield "| --- " + "| ---: " * len(GROUPS) + "|"
+    for gpu in GPUS:
+        clusters = [Cluster(gpu=gpu, gpus=gpus) for gpus in (1, 2, 4, *WORLDS)]
+        held = [
+            next((f"{one.gpus:,}" for one in clusters if next(candidates(base, one, group), None)), "none")
+            for group in GROUPS.values()
+        ]
+        yield f"| {gpu} | {' | '.join(held)} |"
 
 
 INTRODUCTION = """\
@@ -158,6 +174,7 @@ small runs on a CPU allocate and send (`python -m benchmarks.plan`); time was co
 A row is the fastest plan that fits for its number of GPUs and its vocabulary group: 1 (every GPU holds all prototypes),
 node or world. The layout is the ZeRO stage of the trunk, the micro-batch, and whether blocks are recomputed. Waiting is
 for communication that nothing hides. The decoder is this one in every case, whatever the model that lends its size.
+Differences of a percent are less than such a plan can tell.
 
 Assumed:
 """
@@ -177,6 +194,10 @@ def document() -> Iterator[str]:
         yield from figure(found)
         yield ""
         yield from winners(found)
+        yield ""
+        yield f"The fewest GPUs that hold it, of {', '.join(map(str, (1, 2, 4)))} and those above:"
+        yield ""
+        yield from fewest(base)
 
 
 def main() -> None:
