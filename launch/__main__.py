@@ -1,4 +1,6 @@
-"""python -m launch run CONFIG [key=value ...]: checks a training job, then runs it with deepspeed."""
+"""python -m launch run CONFIG [key=value ...]: checks a training job, then runs it with deepspeed.
+python -m launch plan CONFIG [key=value ...]: tells what it will take.
+"""
 
 import argparse
 import sys
@@ -6,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.settings import ConfigError
+from launch import plan
 from launch.deepspeed import check, check_tools, command, environment, one_line, run
 from launch.hosts import place
 from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, load
@@ -30,13 +33,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--num-gpus", type=int, metavar="N", help="ranks on each host (default: every GPU; 2 where none is)"
     )
     job.add_argument("--dry-run", action="store_true", help="check everything, print the deepspeed command, and stop")
+    plan.add_arguments(commands)
     asked, rest = parser.parse_known_args(arguments)  # argparse takes no positional after an option
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown:
-        job.error(f"unknown: {' '.join(unknown)}; expected key=value or one of the options")
+        commands.choices[asked.command].error(f"unknown: {' '.join(unknown)}; expected key=value or one of the options")
     overrides = [*asked.overrides, *rest]
     try:
         cfg = load(asked.config, overrides)
+        if asked.command == "plan":
+            return plan.tell(asked, cfg)
         placement = place(asked.hostfile, asked.num_gpus)
         check(cfg, placement)
         if not asked.dry_run:

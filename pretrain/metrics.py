@@ -17,21 +17,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-log = logging.getLogger(__name__)
+from pretrain.gpus import PEAK_FLOPS
 
-# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets, by a part of the device's name; the first match
-# counts.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "V100": 125e12,
-}
+log = logging.getLogger(__name__)
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -12,7 +12,7 @@ ALLOWED_WITHIN = {  # folder -> folders of the house that it may import
     "data": {"data"},
     "model": {"model"},
     "pretrain": {"pretrain", "model", "data"},
-    "launch": {"launch", "pretrain.config", "data.settings"},
+    "launch": {"launch", "pretrain.config", "pretrain.gpus", "data.settings"},
 }
 COMMANDS = {"model/__main__.py": {"model", "pretrain", "data"}}  # reads runs and text; nothing imports it
 OUTSIDERS = {  # package -> files that may import it; elsewhere in the four folders it is an error

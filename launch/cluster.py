@@ -1,0 +1,62 @@
+"""The GPUs that a run is planned for, and what a plan assumes of them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from data.settings import ConfigError
+from pretrain.gpus import GPUS, Gpu
+
+# Assumptions, printed with every plan.
+USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation
+MFU = 0.4  # of the peak, reached by the matrix products, recomputed ones included
+LINK_EFFICIENCY = 0.8  # of a link's data sheet bandwidth
+HOP_S = 5e-6  # from one rank to the next
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The GPUs that a run is planned for; None takes the data sheet's figure.
+
+    Raises:
+        ConfigError: an unknown GPU, or numbers that no cluster has.
+    """
+
+    gpu: str = "h100-80gb"
+    gpus: int = 8
+    per_node: int = 8
+    network_bytes_s: float | None = None  # between nodes, per GPU and direction
+    mfu: float = MFU
+    watts: float | None = None  # drawn by each GPU
+
+    def __post_init__(self) -> None:
+        if self.gpu not in GPUS:
+            raise ConfigError(f"--gpu {self.gpu}: expected one of {', '.join(GPUS)}")
+        if self.gpus < 1 or self.per_node < 1:
+            raise ConfigError(f"--gpus {self.gpus} --gpus-per-node {self.per_node}: expected 1 or more of both")
+        if self.gpus > self.per_node and self.gpus % self.per_node:
+            below = self.gpus // self.per_node * self.per_node
+            raise ConfigError(
+                f"--gpus {self.gpus}: expected whole nodes of {self.per_node}, such as {below} or "
+                f"{below + self.per_node}; or give another --gpus-per-node"
+            )
+        if not 0 < self.mfu <= 1:
+            raise ConfigError(f"--mfu {self.mfu}: expected a fraction of the peak, above 0 and at most 1")
+        for name, value in (("--link", self.network_bytes_s), ("--watts", self.watts)):
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"{name}: expected a number above 0")
+
+    @property
+    def hardware(self) -> Gpu:
+        sheet = GPUS[self.gpu]
+        network, watts = self.network_bytes_s or sheet.network_bytes_s, self.watts or sheet.watts
+        return replace(sheet, network_bytes_s=network, watts=watts)
+
+    @property
+    def ranks_per_node(self) -> int:
+        return min(self.per_node, self.gpus)
+
+    @property
+    def usable_bytes(self) -> int:
+        return int(self.hardware.memory * USABLE)

@@ -1,0 +1,437 @@
+"""What a run will take, before it is queued: parameters, memory of a GPU, traffic, time and energy. Arithmetic only:
+no GPU, no data and no process is touched, and nothing here was measured.
+
+Memory and traffic follow from what the code allocates and sends (launch/footprint.py, launch/traffic.py). Time and
+energy rest on assumptions, all of which are printed with the plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from data.settings import ConfigError
+from launch.cluster import HOP_S, LINK_EFFICIENCY, USABLE, Cluster
+from launch.footprint import (
+    ZERO_DEFAULTS,
+    Memory,
+    Parameters,
+    activations,
+    by_product,
+    memory,
+    parameters,
+    prototype_elements,
+    vocab_ranks,
+    zero_stage,
+)
+from launch.traffic import Collective, collectives
+from pretrain.config import RunConfig, check_layout
+from pretrain.gpus import GIB, GPUS
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one update."""
+
+    compute_s: float
+    exposed_s: float  # communication that no computation hides
+    update_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + self.exposed_s + self.update_s
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found. Bytes, seconds and joules; None where the plan has no say."""
+
+    cluster: Cluster
+    parameters: Parameters
+    zero: int  # as it runs
+    vocab_ranks: int
+    accumulation: int
+    memory: Memory
+    usable_bytes: int
+    memory_by_stage: Mapping[int, Memory]  # the same run at each ZeRO stage
+    activation_bytes: Mapping[str, int]  # kept and recomputed
+    collectives: tuple[Collective, ...]
+    time: StepTime
+    tokens_per_step: int
+    budget_tokens: int
+    largest_micro_batch: int | None  # that fits; None: not even one sequence
+    changes: tuple[str, ...] | None  # the cheapest that make it fit; None: none was found
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.usable_bytes
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_per_step / self.time.total_s
+
+    @property
+    def seconds(self) -> float:
+        return self.budget_tokens / self.tokens_per_s
+
+    @property
+    def gpu_j(self) -> float:
+        return self.seconds * self.cluster.gpus * self.cluster.hardware.watts
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, derived ones included, in the units of their names."""
+        return {
+            "cluster": {**asdict(self.cluster), "hardware": asdict(self.cluster.hardware)},
+            "parameters": {**asdict(self.parameters), "total": self.parameters.total},
+            "zero": self.zero,
+            "vocab_ranks": self.vocab_ranks,
+            "accumulation": self.accumulation,
+            "memory": _told(self.memory),
+            "usable_bytes": self.usable_bytes,
+            "fits": self.fits,
+            "memory_by_stage": {str(stage): _told(memory) for stage, memory in self.memory_by_stage.items()},
+            "activation_bytes": dict(self.activation_bytes),
+            "collectives": [
+                {
+                    **asdict(one),
+                    "sent_bytes": one.wire,
+                    "between_nodes_bytes": one.between_nodes,
+                    "seconds": one.seconds(self.cluster.hardware),
+                }
+                for one in self.collectives
+            ],
+            "time": {**asdict(self.time), "total_s": self.time.total_s},
+            "tokens_per_s": self.tokens_per_s,
+            "budget_tokens": self.budget_tokens,
+            "days": self.seconds / 86400,
+            "gpu_kwh": self.gpu_j / 3.6e6,
+            "largest_micro_batch": self.largest_micro_batch,
+            "changes": self.changes,
+            "assumed": assumptions(self.cluster),
+            "notes": self.notes,
+        }
+
+
+def _told(memory: Memory) -> dict[str, Any]:
+    phases = {name: dict(items) for name, items in memory.phases.items()}
+    return {"standing": dict(memory.standing), "phases": phases, "fullest": memory.fullest, "peak": memory.peak}
+
+
+def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -> Plan:
+    """What a run of `cfg` takes on `cluster`.
+
+    Args:
+        budget_tokens: of the whole run; None: the configuration's steps.
+    Raises:
+        ConfigError: the cluster's ranks cannot share the batch or the prototypes.
+    """
+    _check(cfg, cluster)
+    if budget_tokens is not None and not 1 <= budget_tokens < math.inf:
+        raise ConfigError(f"--budget-tokens {budget_tokens}: expected 1 or more")
+    return Plan(
+        cluster=cluster,
+        parameters=parameters(cfg),
+        zero=zero_stage(cfg),
+        vocab_ranks=vocab_ranks(cfg, cluster),
+        accumulation=cfg.accumulation(cluster.gpus),
+        memory=memory(cfg, cluster),
+        usable_bytes=cluster.usable_bytes,
+        memory_by_stage={stage: memory(altered(cfg, parallel={"zero": stage}), cluster) for stage in range(4)},
+        activation_bytes={
+            "kept": activations(altered(cfg, model={"activation_checkpointing": False})),
+            "recomputed": activations(altered(cfg, model={"activation_checkpointing": True})),
+        },
+        collectives=tuple(collectives(cfg, cluster)),
+        time=step_time(cfg, cluster),
+        tokens_per_step=cfg.train.tokens_per_step,
+        budget_tokens=int(budget_tokens or 0) or cfg.train.steps * cfg.train.tokens_per_step,
+        largest_micro_batch=largest_micro_batch(cfg, cluster),
+        changes=cheapest_changes(cfg, cluster),
+        notes=tuple(_notes(cfg, cluster)),
+    )
+
+
+def _check(cfg: RunConfig, cluster: Cluster) -> None:
+    sequences = cfg.sequences_per_step()
+    if sequences % cluster.gpus:
+        possible = [n for n in divisors(sequences) if n <= cluster.per_node or n % cluster.per_node == 0]
+        raise ConfigError(
+            f"--gpus {cluster.gpus}: train.tokens_per_step={cfg.train.tokens_per_step} is {sequences} sequences, which "
+            f"{cluster.gpus} GPUs cannot share. Possible: {', '.join(map(str, possible))}."
+        )
+    check_layout(cfg, cluster.gpus, cluster.ranks_per_node)
+    zero = cfg.deepspeed.get("zero_optimization", {})
+    for name in ZERO_DEFAULTS:
+        value = zero.get(name, 1) if isinstance(zero, dict) else zero
+        if name != "overlap_comm" and not (isinstance(value, int | float) and value > 0):
+            raise ConfigError(f"deepspeed.zero_optimization.{name}: given {value}; a plan needs a number above 0")
+
+
+def altered(cfg: RunConfig, **sections: dict[str, Any]) -> RunConfig:
+    """The same configuration with some values of its sections changed."""
+    return cfg.model_copy(
+        update={name: getattr(cfg, name).model_copy(update=values) for name, values in sections.items()}
+    )
+
+
+def divisors(number: int) -> list[int]:
+    return [k for k in range(1, number + 1) if number % k == 0]
+
+
+def step_time(cfg: RunConfig, cluster: Cluster) -> StepTime:
+    """Of one update.
+
+    Matrix products run at a fraction of the peak, attention as if it were not causal; where blocks are recomputed the
+    trunk takes one more forward pass. AdamW reads a master, two moments and a gradient and writes the first three: 28
+    bytes for each parameter of a rank.
+    """
+    model, gpu = cfg.model, cluster.hardware
+    head = 6 * model.vocab_size * model.dim
+    trunk = (model.flops_per_token() - head) * (4 / 3 if model.activation_checkpointing else 1)
+    peak = gpu.bf16_flops if cfg.train.precision == "bf16" else gpu.float32_flops
+    rate = cluster.gpus * cluster.mfu * peak
+    work = {"trunk": cfg.train.tokens_per_step * trunk / rate, "head": cfg.train.tokens_per_step * head / rate}
+    hidden = {"nothing": 0.0, **work}
+    exposed = {name: -room for name, room in hidden.items()}
+    for one in collectives(cfg, cluster):
+        exposed[one.behind] += one.seconds(gpu)
+    own = parameters(cfg).trunk if zero_stage(cfg) == 0 else -(-parameters(cfg).trunk // cluster.gpus)
+    return StepTime(
+        compute_s=sum(work.values()),
+        exposed_s=sum(max(0.0, seconds) for seconds in exposed.values()),
+        update_s=28 * (own + prototype_elements(cfg, cluster)) / gpu.memory_bytes_s,
+    )
+
+
+def _fits(cfg: RunConfig, cluster: Cluster) -> bool:
+    return memory(cfg, cluster).peak <= cluster.usable_bytes
+
+
+def largest_micro_batch(cfg: RunConfig, cluster: Cluster) -> int | None:
+    """The largest that shares the batch evenly and fits; None: not even one sequence does."""
+    sizes = divisors(cfg.sequences_per_step() // cluster.gpus)
+    return next((size for size in reversed(sizes) if _fits(altered(cfg, train={"micro_batch": size}), cluster)), None)
+
+
+def cheapest_changes(cfg: RunConfig, cluster: Cluster) -> tuple[str, ...] | None:
+    """What makes a run fit that does not: the first of activation checkpointing, a higher ZeRO stage, a larger
+    vocabulary group, a smaller micro-batch and more GPUs that is enough alone; else they are added up in this order.
+    Empty: it fits. None: nothing helps.
+    """
+    if _fits(cfg, cluster):
+        return ()
+    rungs = (_checkpointed, _higher_stage, _larger_group, _smaller_batch, _more_gpus)
+    for rung in rungs:
+        for told, changed, where in rung(cfg, cluster):
+            if _fits(changed, where):
+                return (told,)
+    done: tuple[str, ...] = ()
+    for rung in rungs:
+        last = None
+        for told, changed, where in rung(cfg, cluster):
+            if _fits(changed, where):
+                return (*done, told)
+            last = told, changed, where
+        if last is not None:
+            told, cfg, cluster = last
+            done = (*done, told)
+    return None
+
+
+Change = tuple[str, RunConfig, Cluster]
+
+
+def _checkpointed(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
+    if not cfg.model.activation_checkpointing:
+        changed = altered(cfg, model={"activation_checkpointing": True})
+        yield "model.activation_checkpointing=true", changed, cluster
+
+
+def _higher_stage(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
+    for stage in range(zero_stage(cfg) + 1, 4):
+        yield f"parallel.zero={stage}", altered(cfg, parallel={"zero": stage}), cluster
+
+
+def _larger_group(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
+    for size in divisors(cluster.gpus):
+        if size > vocab_ranks(cfg, cluster):
+            yield f"parallel.vocab={size}", altered(cfg, parallel={"vocab": size}), cluster
+
+
+def _smaller_batch(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
+    for size in reversed(divisors(cfg.sequences_per_step() // cluster.gpus)):
+        if size < cfg.train.micro_batch:
+            yield f"train.micro_batch={size}", altered(cfg, train={"micro_batch": size}), cluster
+
+
+def _more_gpus(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
+    sequences = cfg.sequences_per_step()
+    for gpus in divisors(sequences):
+        if (
+            gpus > cluster.gpus
+            and gpus % cluster.gpus == 0
+            and (gpus <= cluster.per_node or not gpus % cluster.per_node)
+        ):
+            size = max(k for k in divisors(sequences // gpus) if k <= cfg.train.micro_batch)
+            told = f"--gpus {gpus}" + (f" train.micro_batch={size}" if size != cfg.train.micro_batch else "")
+            yield told, altered(cfg, train={"micro_batch": size}), replace(cluster, gpus=gpus)
+
+
+def assumptions(cluster: Cluster) -> list[str]:
+    """Everything that the figures of time and energy, and the room for memory, rest on."""
+    gpu = cluster.hardware
+    return [
+        f"{USABLE:.0%} of {gpu.memory / GIB:.0f} GiB can be used: the rest is CUDA, NCCL and fragmentation",
+        f"matrix products reach {cluster.mfu:.0%} of the peak of {gpu.bf16_flops / 1e12:.0f} TFLOP/s in bf16, "
+        f"{gpu.float32_flops / 1e12:.0f} in float32; attention is counted whole, and nothing else costs time",
+        f"{gpu.link_bytes_s / 1e9:.0f} GB/s inside a node and {gpu.network_bytes_s / 1e9:.4g} GB/s between nodes, per "
+        f"GPU and direction, of which {LINK_EFFICIENCY:.0%} is reached; {HOP_S * 1e6:.0f} us from rank to rank",
+        "every collective is a ring over all links at once; an all-reduce has the latency of a tree",
+        "at ZeRO 3 communication of the trunk hides behind all of its computation, at 0 to 2 nothing does (without "
+        "overlap_comm); the head's maxima, sums and scattered gradients hide behind its own, gathered hidden states "
+        "do not; nor do prototype gradients",
+        f"every GPU draws {gpu.watts:.0f} W, the most that its board takes; hosts, network and cooling are not counted",
+    ]
+
+
+def _notes(cfg: RunConfig, cluster: Cluster) -> Iterator[str]:
+    """What the reader of this plan in particular should know."""
+    if zero_stage(cfg) != cfg.parallel.zero:
+        yield "bf16 at ZeRO stage 0 runs as stage 1"
+    if not by_product(cfg):
+        yield f"head.distance={cfg.head.distance} goes entry by entry: the time is a lower bound"
+    if cfg.train.precision == "bf16" and not cluster.hardware.has_bf16:
+        yield f"{cluster.gpu} has no bf16 units: its peak is that of float16, which bf16 will not reach"
+    if cfg.model.compile:
+        yield "model.compile: compiled blocks may keep less for the backward pass than is planned"
+    known = {f"zero_optimization.{name}" for name in ZERO_DEFAULTS}
+    given = {
+        f"{name}.{inner}" if isinstance(value, dict) else name
+        for name, value in cfg.deepspeed.items()
+        for inner in (value if isinstance(value, dict) else ("",))
+    }
+    unknown = sorted(given - known)
+    if unknown:
+        yield f"not counted: deepspeed.{', deepspeed.'.join(unknown)}"
+
+
+def add_arguments(commands: Any) -> argparse.ArgumentParser:
+    """The `plan` command."""
+    parser = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        help="what a config will take: memory of a GPU, traffic, time and energy, without running anything",
+        description="Plan a run: parameters, memory of a GPU, traffic, time and energy. Arithmetic on stated "
+        "assumptions: needs no GPU and no data, and measures nothing. Exit code 2: bad input.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/gpt2-1.5b.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as parallel.zero=3")
+    default = Cluster()
+    parser.add_argument("--gpus", type=int, metavar="N", default=default.gpus, help="of all nodes (%(default)s)")
+    parser.add_argument("--gpu", metavar="NAME", default=default.gpu, help=f"{', '.join(GPUS)} (%(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", default=default.per_node, help="(%(default)s)")
+    parser.add_argument(
+        "--link", type=float, metavar="GB/S", help="between nodes, per GPU and direction (default: reference system's)"
+    )
+    parser.add_argument(
+        "--mfu", type=float, metavar="F", default=default.mfu, help="fraction of the peak that is reached (%(default)s)"
+    )
+    parser.add_argument("--watts", type=float, metavar="W", help="drawn by a GPU (default: the most that it takes)")
+    parser.add_argument("--budget-tokens", type=float, metavar="N", help="of the whole run (default: of train.steps)")
+    parser.add_argument("--json", action="store_true", help="plain values instead of tables")
+    return parser
+
+
+def tell(asked: argparse.Namespace, cfg: RunConfig) -> int:
+    """Prints the plan that the command line asks for. Raises ConfigError."""
+    cluster = Cluster(
+        gpu=asked.gpu,
+        gpus=asked.gpus,
+        per_node=asked.gpus_per_node,
+        network_bytes_s=None if asked.link is None else asked.link * 1e9,
+        mfu=asked.mfu,
+        watts=asked.watts,
+    )
+    found = plan(cfg, cluster, asked.budget_tokens)
+    if asked.json:
+        print(json.dumps(found.as_dict(), indent=1))
+    else:
+        _print(found)
+    return 0
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f}"
+
+
+def _print(found: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=max(120, Console().width), highlight=False)
+    own, cluster, time = found.parameters, found.cluster, found.time
+    console.print(
+        f"{own.total / 1e6:,.1f} M parameters: trunk {own.trunk / 1e6:,.1f} M "
+        f"({'tied embedding' if not own.token_embedding else f'token embedding {own.token_embedding / 1e6:,.1f} M'}, "
+        f"positions {own.positions / 1e6:,.1f} M), head {own.head / 1e6:,.1f} M"
+    )
+    console.print(
+        f"{cluster.gpus} x {cluster.gpu}, {cluster.ranks_per_node} in a node; ZeRO {found.zero}, vocabulary groups of "
+        f"{found.vocab_ranks}, {found.accumulation} passes per step. Planned, not measured."
+    )
+    console.print(_memory_table(found, Table(title="memory of a GPU, GiB", title_justify="left")))
+    for name, size in found.activation_bytes.items():
+        console.print(f"activations {name}: {_gib(size)} GiB")
+    verdict = "fits" if found.fits else "does not fit"
+    console.print(
+        f"{verdict}: {_gib(found.memory.peak)} of {_gib(found.usable_bytes)} GiB, in the phase `{found.memory.fullest}`"
+    )
+    if found.changes is None:
+        console.print("no change of checkpointing, ZeRO stage, vocabulary group, micro-batch or GPUs makes it fit")
+    elif found.changes:
+        console.print(f"it would with {' '.join(found.changes)}")
+    console.print(f"largest micro-batch that fits: {found.largest_micro_batch or 'none'}")
+    table = Table(
+        "", "", "ranks", "calls", "sent in its node, MB", "between nodes, MB", "ms", "hidden behind",
+        title="what a GPU sends in a step", title_justify="left",
+    )  # fmt: skip
+    for one in found.collectives:
+        sent = (one.wire - one.between_nodes, one.between_nodes)
+        table.add_row(
+            one.what, one.kind, str(one.ranks), f"{one.calls:,}", *(f"{size / 1e6:,.1f}" for size in sent),
+            f"{one.seconds(cluster.hardware) * 1e3:,.2f}", one.behind,
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"a step takes {time.total_s * 1e3:,.1f} ms: {time.compute_s * 1e3:,.1f} computing, "
+        f"{time.exposed_s * 1e3:,.1f} waiting for communication, {time.update_s * 1e3:,.1f} updating; "
+        f"{found.tokens_per_s:,.0f} tokens/s"
+    )
+    console.print(
+        f"{found.budget_tokens:,} tokens take {found.seconds / 86400:,.2f} days and {found.gpu_j / 3.6e6:,.0f} kWh"
+    )
+    for note in found.notes:
+        console.print(f"note: {note}")
+    console.print("assumed:")
+    for line in assumptions(cluster):
+        console.print(f"- {line}")
+
+
+def _memory_table(found: Plan, table: Any) -> Any:
+    """Kinds of memory by ZeRO stage, standing ones and those of the fullest phase."""
+    table.add_column("")
+    rows: dict[str, dict[int, int]] = {}
+    for stage, one in found.memory_by_stage.items():
+        table.add_column(f"ZeRO {stage}", justify="right")
+        for name, size in (*one.standing.items(), *one.phases[one.fullest].items()):
+            rows.setdefault(name, {})[stage] = size
+    for name, sizes in rows.items():
+        table.add_row(name, *(_gib(sizes[stage]) if stage in sizes else "" for stage in found.memory_by_stage))
+    table.add_row("peak", *(_gib(one.peak) for one in found.memory_by_stage.values()))
+    table.add_row("in the phase", *(one.fullest for one in found.memory_by_stage.values()))
+    return table

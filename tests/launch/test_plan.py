@@ -1,0 +1,238 @@
+"""`python -m launch plan`: counted against what the code allocates and sends, and what it says of bad input."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from benchmarks import scaling
+from benchmarks.plan import compare, config
+from data.settings import ConfigError
+from launch import footprint
+from launch.__main__ import main
+from launch.cluster import Cluster
+from launch.footprint import ZERO_DEFAULTS, by_product, head_chunks, memory, optimizer_groups, parameters, zero_stage
+from launch.plan import altered, plan, step_time
+from launch.traffic import Collective, collectives
+from pretrain.gpus import GPUS
+from tests.pretrain.tiny import tiny_config
+
+RECIPE = "configs/gpt2-1.5b.yaml"
+HEADS: list[dict[str, Any]] = [
+    {"distance": name} for name in ("euclidean", "manhattan", "chebyshev", "cosine", "canberra", "braycurtis", "dot")
+] + [
+    {"distance": "hamming", "params": {"kind": kind}} for kind in ("soft", "hard", "gumbel")
+] + [
+    {"distance": "minkowski", "params": {"p": 2.0}},
+    {"distance": "minkowski", "params": {"p": 3.0}},
+    {"distance": "mahalanobis"},
+    {"distance": "mahalanobis", "params": {"factor": "full"}, "exponent": "learned"},
+]  # fmt: skip
+
+
+def test_what_two_ranks_allocate_and_send_is_as_planned(tmp_path: Path) -> None:
+    configs = [config(2, zero, vocab) for zero, vocab in ((1, 1), (2, 2), (3, 2))]
+    compared = compare(2, configs, tmp_path)
+    assert {"peak", "trunk gradients", "activations", "all-gather of 2"} <= {one.kind for one in compared}
+    assert not [one for one in compared if not one.agrees]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_parameters_are_those_of_decoder_and_head(head: dict[str, Any], tied: bool) -> None:
+    from model.decoder import Decoder
+    from model.head import HarmonicHead
+    from pretrain.optim import parameter_groups
+
+    cfg = tiny_config(head=head, model__tied=tied, model__bias=tied)
+    with torch.device("meta"):
+        decoder = Decoder(cfg.model)
+        own = HarmonicHead(cfg.model.vocab_size, cfg.model.dim, seed=0, **cfg.head.arguments())
+    planned = parameters(cfg)
+    assert planned.trunk == sum(p.numel() for p in decoder.parameters())
+    assert planned.head == sum(p.numel() for p in own.parameters())
+    assert planned.total == planned.trunk + planned.head
+    made = [[p.numel() for p in group["params"]] for group in parameter_groups([decoder], cfg.optim)]  # type: ignore
+    assert [sum(group) for group in optimizer_groups(cfg)] == [sum(group) for group in made]
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+@pytest.mark.parametrize("head", HEADS, ids=str)
+def test_chunks_are_those_of_the_head(head: dict[str, Any], ranks: int) -> None:
+    from model.harmonic import CHUNK_BYTES, _Call
+    from model.head import HarmonicHead
+
+    cfg = tiny_config(head=head, train__micro_batch=2, train__precision="bf16")
+    contraction = HarmonicHead(1, 32, seed=0, **cfg.head.arguments()).score_function.contraction
+    assert by_product(cfg) == (not contraction.wide)
+    assert CHUNK_BYTES["cuda"] == footprint.CHUNK_BYTES
+    shard = SimpleNamespace(size=cfg.model.vocab_size, ranks=ranks, group=None if ranks == 1 else "one")
+    for budget in (1, 2, 4):
+        small = altered(cfg, head={"chunk_mib": budget}, model={"seq_len": 8192})
+        call = _Call(SimpleNamespace(contraction=contraction), shard, "mean", -100, budget * 2**20, True)
+        hidden = torch.empty(2 * 8192, 32, dtype=torch.bfloat16, device="meta")
+        made, (planned, size) = len(list(call.chunks(hidden))), head_chunks(small, ranks)
+        assert planned == made if by_product(cfg) else planned >= made
+        assert size <= budget * 2**20
+
+
+@pytest.mark.parametrize("precision", ["bf16", "float32"])
+def test_deepspeed_is_as_the_plan_takes_it(precision: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    from pretrain import engine
+
+    for zero in range(4):
+        cfg = tiny_config(parallel__zero=zero, train__precision=precision)
+        assert zero_stage(cfg) == engine.zero_stage(cfg)
+    fields = DeepSpeedZeroConfig.model_fields
+    theirs = {field.alias or name: field.default for name, field in fields.items()}
+    assert {name: theirs[name] for name in ZERO_DEFAULTS} == ZERO_DEFAULTS
+
+
+def test_a_ring_sends_what_a_ring_sends() -> None:
+    sums = Collective("x", "all-reduce", 16, 8, 1600, 1, "nothing")
+    assert (sums.wire, sums.between_nodes) == (2 * 1500, 2 * 1500 / 8)
+    assert Collective("x", "all-gather", 8, 8, 800, 1, "nothing").between_nodes == 0
+    gpu = GPUS["h100-80gb"]
+    assert sums.seconds(gpu) < Collective("x", "all-reduce", 16, 1, 1600, 1, "nothing").seconds(gpu)
+
+
+def test_one_gpu_sends_nothing() -> None:
+    assert collectives(tiny_config(), Cluster(gpus=1)) == []
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    zero=st.integers(0, 3),
+    gpus=st.sampled_from([1, 2, 4, 8]),
+    vocab=st.sampled_from([1, "node", "world"]),
+    again=st.booleans(),
+    tied=st.booleans(),
+    precision=st.sampled_from(["bf16", "float32"]),
+)
+def test_more_of_what_saves_memory_never_costs_memory(
+    zero: int, gpus: int, vocab: Any, again: bool, tied: bool, precision: str
+) -> None:
+    cfg = tiny_config(
+        parallel__zero=zero, parallel__vocab=vocab, model__activation_checkpointing=again, model__tied=tied,
+        train__precision=precision, train__micro_batch=1, train__tokens_per_step=64 * 8 * 8,
+    )  # fmt: skip
+    found = memory(cfg, Cluster(gpus=gpus))
+    assert found.peak >= sum(found.standing.values()) > 0
+    assert memory(altered(cfg, train={"micro_batch": 2}), Cluster(gpus=gpus)).peak >= found.peak
+    higher = memory(altered(cfg, parallel={"zero": min(3, zero + 1)}), Cluster(gpus=gpus))
+    assert higher.standing["trunk weights"] <= found.standing["trunk weights"]
+    whole = memory(altered(cfg, parallel={"vocab": 1}), Cluster(gpus=gpus))
+    assert found.standing["head masters"] <= whole.standing["head masters"]
+    made = plan(cfg, Cluster(gpus=gpus))
+    assert made.tokens_per_s > 0 and made.gpu_j > 0
+    assert json.loads(json.dumps(made.as_dict()))["memory"]["peak"] == found.peak
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [["train.micro_batch=32"], ["parallel.zero=1", "train.micro_batch=64"], ["model.dim=12800", "model.heads=100"]],
+    ids=str,
+)
+@pytest.mark.parametrize("gpu", ["h100-80gb", "v100-32gb"])
+def test_the_cheapest_changes_make_it_fit(changes: list[str], gpu: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", RECIPE, *changes, "model.activation_checkpointing=false", "--json", "--gpu", gpu, "--gpus", "16"]
+    assert main(words) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert not found["fits"]
+    if found["changes"] is None:
+        assert "model.dim=12800" in changes
+        return
+    assert found["changes"], "a run that does not fit is told what to change"
+    assert main([*words, *shlex.split(" ".join(found["changes"]))]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
+    cfg = scaling.SHAPES["GPT-2 1.5B: 48 layers, D 1600, V 51,200, T 1,024"]
+    cluster = Cluster(gpus=8)
+    largest = plan(cfg, cluster).largest_micro_batch
+    assert largest is not None and memory(altered(cfg, train={"micro_batch": largest}), cluster).peak <= (
+        cluster.usable_bytes
+    )
+    assert memory(altered(cfg, train={"micro_batch": 2 * largest}), cluster).peak > cluster.usable_bytes
+
+
+def test_tables_say_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["plan", RECIPE, "--gpus", "64", "--gpu", "a100-40gb", "--link", "12.5", "--budget-tokens", "3e11"]) == 0
+    )
+    told = capsys.readouterr().out
+    for words in ("Planned, not measured", "assumed:", "12.5 GB/s between nodes", "300,000,000,000 tokens", "fits"):
+        assert words in told
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["--gpu", "h1000"], "--gpu h1000: expected one of h100-80gb, h200-141gb, a100-80gb"),
+        (["--gpus", "24"], "1024 sequences, which 24 GPUs cannot share. Possible: 1, 2, 4, 8, 16, 32, 64, 128"),
+        (["--gpus", "12"], "whole nodes of 8, such as 8 or 16"),
+        (["--gpus", "8", "parallel.vocab=3"], "a vocabulary group of 3 ranks does not divide the world of 8"),
+        (["--gpus", "0"], "expected 1 or more"),
+        (["--gpus", "1024"], "micro_batch can be 1"),
+        (["--mfu", "40"], "--mfu 40.0: expected a fraction of the peak"),
+        (["--link", "nan"], "--link: expected a number above 0"),
+        (["--budget-tokens", "inf"], "--budget-tokens inf: expected 1 or more"),
+        (["deepspeed.zero_optimization={reduce_bucket_size: 0}"], "reduce_bucket_size: given 0"),
+        (["model.dmi=3"], "did you mean model.dim?"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_told_in_a_line(words: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", RECIPE, *words]) == 2
+    told = capsys.readouterr()
+    assert expected in told.err and told.out == ""
+
+
+def test_what_a_plan_does_not_count_is_told() -> None:
+    cfg = tiny_config(
+        head__distance="manhattan", train__precision="bf16", deepspeed={"zero_optimization": {"offload_optimizer": {}}}
+    )
+    told = " ".join(plan(cfg, Cluster(gpu="v100-32gb", gpus=1)).notes)
+    for words in ("runs as stage 1", "lower bound", "no bf16 units", "deepspeed.zero_optimization.offload_optimizer"):
+        assert words in told
+
+
+def test_overlapped_reduction_hides_at_stage_2() -> None:
+    cfg = scaling.SHAPES["GPT-2 1.5B: 48 layers, D 1600, V 51,200, T 1,024"]
+    cluster = Cluster(gpus=64)
+
+    def exposed(**zero: Any) -> float:
+        return step_time(
+            cfg.model_copy(update={"deepspeed": {"zero_optimization": zero}, "parallel": stage_2}), cluster
+        ).exposed_s
+
+    stage_2 = altered(cfg, parallel={"zero": 2}).parallel
+    assert exposed(overlap_comm=True) < exposed()
+
+
+def test_an_unknown_cluster_is_an_error_of_the_api_too() -> None:
+    with pytest.raises(ConfigError, match="h100-80gb"):
+        Cluster(gpu="tpu")
+
+
+def test_planning_needs_no_torch() -> None:
+    script = "import sys, launch.plan; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
+
+
+def test_the_page_on_scaling_is_what_its_command_prints() -> None:
+    made = "\n".join(scaling.document()) + "\n"
+    assert Path("docs/scaling.md").read_text() == made, "python -m benchmarks.scaling > docs/scaling.md"
