@@ -144,8 +144,8 @@ def winners(found: dict[int, dict[str, Point]]) -> Iterator[str]:
         won = [f"{gpus:,}" for gpus, gain in gains.items() if gain >= 0.0005]
         saved = [(points["1"].head_bytes - points[name].head_bytes) / GIB for points in both.values()]
         yield (
-            f"- `parallel.vocab: {name}` against replicated prototypes: {min(saved):.1f} to {max(saved):.1f} GiB less on a "
-            f"GPU, and more tokens/s at {', '.join(won) or 'none of these'} GPUs ("
+            f"- `parallel.vocab: {name}` against replicated prototypes: {min(saved):.1f} to {max(saved):.1f} GiB less on "
+            f"a GPU, and more tokens/s at {', '.join(won) or 'none of these'} GPUs ("
             + ", ".join(f"{gain:+.1%} at {gpus:,}" for gpus, gain in gains.items())
             + ")."
         )
