@@ -4,7 +4,9 @@
 write, hash the shards), for one process and for every core; beside it two libraries that encode the same texts from
 memory on as many threads: SentencePiece and tiktoken. tiktoken's own vocabularies have to be fetched from the network,
 so it is given the pieces of the SentencePiece model as its merges, with GPT-2's splitting pattern: the same text, the
-same vocabulary size, nearly the same tokens. Medians of several.
+same vocabulary size, nearly the same tokens. Medians of several. The
+embedded corpus is small and is said again, which flatters preparation: it remembers words. Give text files for a figure
+to rely on.
 
 `load` reads training batches in one process as a run reads them (shuffled windows over memory-mapped shards, with the
 fingerprint of every batch), with warm files; then trains some steps of the configuration on all cores (or one GPU), the

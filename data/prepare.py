@@ -98,6 +98,7 @@ def prepare(cfg: DataConfig, log: Log = say, workers: int | None = None) -> dict
 def _build(cfg: DataConfig, parts: dict[str, list[Part]], draft: Draft, log: Log, workers: int) -> None:
     if draft.progress is None:
         _make_tokenizer(cfg, draft.path / TOKENIZER, log)
+        flush(draft.path / TOKENIZER)
         draft.commit({})
     tokenizer = Tokenizer(draft.path / TOKENIZER)
     val_runs = None
@@ -345,6 +346,10 @@ def _write(
                 writing.commit()  # all that came before the damage
                 raise
             if document is None:
+                if not writing.counts[f"documents of {name}"]:
+                    raise no_text(cfg.sources()[name].source)
+                if isinstance(cfg.source, MixtureSource):
+                    log(f"the mixture ends with {name}, which has no more documents")
                 break
             writing.take(name, document)
             shares[name] = document.share
@@ -360,12 +365,6 @@ def _write(
                     share = max(share, writing.counts["documents"] / cfg.limit_documents)
                 rate = (text_bytes - before) / 1e6 / (now - began)
                 tell(share, f"{text_bytes / 1e6:,.0f} MB of text, {rate:.1f} MB/s")
-    if not writing.counts[f"documents of {name}"]:
-        raise no_text(cfg.sources()[name].source)
-    if isinstance(cfg.source, MixtureSource):
-        log(
-            f"the mixture ends with {name}, which has no more documents" if document is None else "the limit is reached"
-        )
 
 
 def _left(cfg: DataConfig, writing: _Writing) -> int | None:

@@ -462,6 +462,19 @@ def test_a_damaged_file_keeps_what_came_before_it(corpus, prepared):
     assert_same(corpus / "prepared", prepared / "prepared")
 
 
+def test_a_run_killed_at_its_limit_is_finished(corpus, monkeypatch):
+    def died(*_: object) -> None:
+        raise Killed
+
+    monkeypatch.setattr(module, "COMMIT_SECONDS", 0)
+    monkeypatch.setattr(module, "split_entry", died)
+    with pytest.raises(Killed):
+        prepare(config(corpus, limit_documents=20, val_fraction=0.5), quiet)
+    monkeypatch.undo()
+    manifest = prepare(config(corpus, limit_documents=20, val_fraction=0.5), quiet)
+    assert sum(entry["documents"] for entry in manifest["splits"].values()) == 20
+
+
 def test_a_draft_of_other_settings_is_not_continued(corpus, monkeypatch):
     hurry(monkeypatch)
     killed_at(monkeypatch, 100)
