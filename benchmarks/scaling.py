@@ -143,11 +143,10 @@ def winners(found: dict[int, dict[str, Point]]) -> Iterator[str]:
         gains = {gpus: points["1"].time.total_s / points[name].time.total_s - 1 for gpus, points in both.items()}
         won = [f"{gpus:,}" for gpus, gain in gains.items() if gain >= 0.0005]
         saved = [(points["1"].head_bytes - points[name].head_bytes) / GIB for points in both.values()]
+        by_gpus = ", ".join(f"{gain:+.1%} at {gpus:,}" for gpus, gain in gains.items())
         yield (
-            f"- `parallel.vocab: {name}` against replicated prototypes: {min(saved):.1f} to {max(saved):.1f} GiB less on "
-            f"a GPU, and more tokens/s at {', '.join(won) or 'none of these'} GPUs ("
-            + ", ".join(f"{gain:+.1%} at {gpus:,}" for gpus, gain in gains.items())
-            + ")."
+            f"- `parallel.vocab: {name}` against replicated prototypes: {min(saved):.1f} to {max(saved):.1f} GiB less "
+            f"on a GPU, and more tokens/s at {', '.join(won) or 'none of these'} GPUs ({by_gpus})."
         )
 
 

@@ -35,7 +35,7 @@ class Cluster:
             raise ConfigError(f"--gpu {self.gpu}: expected one of {', '.join(GPUS)}")
         if self.gpus < 1 or self.per_node < 1:
             raise ConfigError(f"--gpus {self.gpus} --gpus-per-node {self.per_node}: expected 1 or more of both")
-        if self.gpus > self.per_node and self.gpus % self.per_node:
+        if not self.could_be(self.gpus):
             below = self.gpus // self.per_node * self.per_node
             raise ConfigError(
                 f"--gpus {self.gpus}: expected whole nodes of {self.per_node}, such as {below} or "
@@ -52,6 +52,10 @@ class Cluster:
         sheet = GPUS[self.gpu]
         network, watts = self.network_bytes_s or sheet.network_bytes_s, self.watts or sheet.watts
         return replace(sheet, network_bytes_s=network, watts=watts)
+
+    def could_be(self, gpus: int) -> bool:
+        """Whether so many GPUs are a part of one node or whole nodes."""
+        return gpus <= self.per_node or gpus % self.per_node == 0
 
     @property
     def ranks_per_node(self) -> int:

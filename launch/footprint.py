@@ -248,7 +248,8 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
     if stage < 3:  # DeepSpeedZeroOptimizer: float32 gradients stay views of whole parameters
         own = share if b == 2 else sum(_most_overlapped(group, world) for group in (matrices, rest))
         whole = {"gradients before they are reduced": 4 * total} if stage == 1 and several else {}
-        buffers = {"reduction buffers": b * (bucket + min(bucket, total))}
+        buckets = 2 if zero_settings(cfg)["overlap_comm"] else 1  # and a copy while one is reduced
+        buffers = {"reduction buffers": b * (buckets * bucket + min(bucket, total))}
         flat = {"gradients in one piece": 4 * -(-largest // world)}
         return made(standing, 4 * own, flat, turn=whole, backward={**buffers, **whole})
     standing = {**standing, "trunk weights": b * share, "trunk gradients in float32": 4 * share}

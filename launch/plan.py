@@ -48,7 +48,7 @@ class StepTime:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `plan` found. Bytes, seconds and joules; None where the plan has no say."""
+    """What `plan` found, in bytes, seconds, tokens and joules."""
 
     cluster: Cluster
     parameters: Parameters
@@ -91,10 +91,10 @@ class Plan:
             "zero": self.zero,
             "vocab_ranks": self.vocab_ranks,
             "accumulation": self.accumulation,
-            "memory": _told(self.memory),
+            "memory": _plain(self.memory),
             "usable_bytes": self.usable_bytes,
             "fits": self.fits,
-            "memory_by_stage": {str(stage): _told(memory) for stage, memory in self.memory_by_stage.items()},
+            "memory_by_stage": {str(stage): _plain(memory) for stage, memory in self.memory_by_stage.items()},
             "activation_bytes": dict(self.activation_bytes),
             "collectives": [
                 {
@@ -117,7 +117,7 @@ class Plan:
         }
 
 
-def _told(memory: Memory) -> dict[str, Any]:
+def _plain(memory: Memory) -> dict[str, Any]:
     phases = {name: dict(items) for name, items in memory.phases.items()}
     return {"standing": dict(memory.standing), "phases": phases, "fullest": memory.fullest, "peak": memory.peak}
 
@@ -159,7 +159,7 @@ def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -
 def _check(cfg: RunConfig, cluster: Cluster) -> None:
     sequences = cfg.sequences_per_step()
     if sequences % cluster.gpus:
-        possible = [n for n in divisors(sequences) if n <= cluster.per_node or n % cluster.per_node == 0]
+        possible = [gpus for gpus in divisors(sequences) if cluster.could_be(gpus)]
         raise ConfigError(
             f"--gpus {cluster.gpus}: train.tokens_per_step={cfg.train.tokens_per_step} is {sequences} sequences, which "
             f"{cluster.gpus} GPUs cannot share. Possible: {', '.join(map(str, possible))}."
@@ -272,11 +272,7 @@ def _smaller_batch(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
 def _more_gpus(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
     sequences = cfg.sequences_per_step()
     for gpus in divisors(sequences):
-        if (
-            gpus > cluster.gpus
-            and gpus % cluster.gpus == 0
-            and (gpus <= cluster.per_node or not gpus % cluster.per_node)
-        ):
+        if gpus > cluster.gpus and gpus % cluster.gpus == 0 and cluster.could_be(gpus):
             size = max(k for k in divisors(sequences // gpus) if k <= cfg.train.micro_batch)
             told = f"--gpus {gpus}" + (f" train.micro_batch={size}" if size != cfg.train.micro_batch else "")
             yield told, altered(cfg, train={"micro_batch": size}), replace(cluster, gpus=gpus)
@@ -295,7 +291,8 @@ def assumptions(cluster: Cluster) -> list[str]:
         "at ZeRO 3 communication of the trunk hides behind all of its computation, at 0 to 2 nothing does (without "
         "overlap_comm); the head's maxima, sums and scattered gradients hide behind its own, gathered hidden states "
         "do not; nor do prototype gradients",
-        f"every GPU draws {gpu.watts:.0f} W, the most that its board takes; hosts, network and cooling are not counted",
+        f"every GPU draws {gpu.watts:.0f} W" + ("" if cluster.watts else ", the most that its board takes"),
+        "hosts, network and cooling take no energy",
     ]
 
 

@@ -60,7 +60,7 @@ class Collective:
         return self.wire / self.ranks_in_node if self.ranks > self.ranks_in_node else 0.0
 
     def seconds(self, gpu: Gpu) -> float:
-        """In a ring over all links of the group at once; an all-reduce that is small climbs a tree instead."""
+        """In a ring over all links of the group at once; an all-reduce has the latency of a tree."""
         bandwidth = gpu.link_bytes_s
         if self.ranks > self.ranks_in_node:
             bandwidth = min(bandwidth, self.ranks_in_node * gpu.network_bytes_s)
