@@ -379,7 +379,7 @@ def _print(found: Plan) -> None:
     )
     console.print(
         f"{cluster.gpus} x {cluster.gpu}, {cluster.ranks_per_node} in a node; ZeRO {found.zero}, vocabulary groups of "
-        f"{found.vocab_ranks}, {found.accumulation} passes per step. Planned, not measured."
+        f"{found.vocab_ranks}, {found.accumulation} pass{'es' * (found.accumulation > 1)} per step. Planned, not measured."
     )
     console.print(_memory_table(found, Table(title="memory of a GPU, GiB", title_justify="left")))
     for name, size in found.activation_bytes.items():
@@ -426,7 +426,8 @@ def _memory_table(found: Plan, table: Any) -> Any:
     for stage, one in found.memory_by_stage.items():
         table.add_column(f"ZeRO {stage}", justify="right")
         for name, size in (*one.standing.items(), *one.phases[one.fullest].items()):
-            rows.setdefault(name, {})[stage] = size
+            if size:
+                rows.setdefault(name, {})[stage] = size
     for name, sizes in rows.items():
         table.add_row(name, *(_gib(sizes[stage]) if stage in sizes else "" for stage in found.memory_by_stage))
     table.add_row("peak", *(_gib(one.peak) for one in found.memory_by_stage.values()))
