@@ -377,9 +377,10 @@ def _print(found: Plan) -> None:
         f"({'tied embedding' if not own.token_embedding else f'token embedding {own.token_embedding / 1e6:,.1f} M'}, "
         f"positions {own.positions / 1e6:,.1f} M), head {own.head / 1e6:,.1f} M"
     )
+    passes = f"{found.accumulation} pass{'es' * (found.accumulation > 1)}"
     console.print(
         f"{cluster.gpus} x {cluster.gpu}, {cluster.ranks_per_node} in a node; ZeRO {found.zero}, vocabulary groups of "
-        f"{found.vocab_ranks}, {found.accumulation} pass{'es' * (found.accumulation > 1)} per step. Planned, not measured."
+        f"{found.vocab_ranks}, {passes} per step. Planned, not measured."
     )
     console.print(_memory_table(found, Table(title="memory of a GPU, GiB", title_justify="left")))
     for name, size in found.activation_bytes.items():
