@@ -118,9 +118,10 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
 def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
     """The same, counted on this rank."""
     from pretrain import ranks as process
-    from pretrain.engine import Trainer
 
     ranks = process.start()
+    from pretrain.engine import Trainer  # DeepSpeed asks which accelerator there is: start() has said
+
     found = []
     for cfg in configs:
         own = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
@@ -318,7 +319,9 @@ def validate(console: Console, worlds: list[int]) -> None:
         last = one.case
     console.print(table)
     off = [one for one in compared if not one.agrees]
-    console.print(f"{len(compared) - len(off)} of {len(compared)} within {TOLERANCE:.0%}; the others are marked *")
+    console.print(
+        f"{len(compared) - len(off)} of {len(compared)} within {TOLERANCE:.0%}" + "; * marks the others" * bool(off)
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -16,7 +16,7 @@ from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, load
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns the job's exit code, 2 for input that cannot be used (standard error tells why)."""
-    parser = argparse.ArgumentParser(prog="python -m launch", description="Run training jobs.")
+    parser = argparse.ArgumentParser(prog="python -m launch", description="Plan and run training jobs.")
     commands = parser.add_subparsers(dest="command", required=True)
     job = commands.add_parser(
         "run",

@@ -377,9 +377,10 @@ def _print(found: Plan) -> None:
         f"({'tied embedding' if not own.token_embedding else f'token embedding {own.token_embedding / 1e6:,.1f} M'}, "
         f"positions {own.positions / 1e6:,.1f} M), head {own.head / 1e6:,.1f} M"
     )
+    passes = f"{found.accumulation} pass{'es' * (found.accumulation > 1)}"
     console.print(
         f"{cluster.gpus} x {cluster.gpu}, {cluster.ranks_per_node} in a node; ZeRO {found.zero}, vocabulary groups of "
-        f"{found.vocab_ranks}, {found.accumulation} passes per step. Planned, not measured."
+        f"{found.vocab_ranks}, {passes} per step. Planned, not measured."
     )
     console.print(_memory_table(found, Table(title="memory of a GPU, GiB", title_justify="left")))
     for name, size in found.activation_bytes.items():
@@ -426,7 +427,8 @@ def _memory_table(found: Plan, table: Any) -> Any:
     for stage, one in found.memory_by_stage.items():
         table.add_column(f"ZeRO {stage}", justify="right")
         for name, size in (*one.standing.items(), *one.phases[one.fullest].items()):
-            rows.setdefault(name, {})[stage] = size
+            if size:
+                rows.setdefault(name, {})[stage] = size
     for name, sizes in rows.items():
         table.add_row(name, *(_gib(sizes[stage]) if stage in sizes else "" for stage in found.memory_by_stage))
     table.add_row("peak", *(_gib(one.peak) for one in found.memory_by_stage.values()))
