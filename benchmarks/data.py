@@ -187,7 +187,7 @@ def loading(cfg: RunConfig, steps: int) -> Loading:
     times = []
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
-            batches.waited_s = 0.0
+            batches.restart()
         began = time.perf_counter()
         trainer.train_step(batches.of(step), cfg.lr_at(step)).loss.item()
         times.append(time.perf_counter() - began)

@@ -170,7 +170,7 @@ def measure(cfg: RunConfig, steps: int, plain: PlainProcess | None = None) -> di
             time.sleep(0.1)  # until our threads have stopped to spin
             theirs.append(plain.step(step))
             time.sleep(0.1)
-    batches.waited_s = 0.0
+    batches.restart()
     with phases(trainer, device) as spent:
         whole = sum(
             timed(lambda s=step: trainer.train_step(batches.of(s), LEARNING_RATE), device)  # type: ignore[misc]

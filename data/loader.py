@@ -48,6 +48,15 @@ class Windows:
             row[:] = self.split.read(window * self.seq_len, self.seq_len + 1)
         return out
 
+    def tokens_by_source(self, numbers: np.ndarray) -> np.ndarray:
+        """Input tokens of these samples in each source of the split, int64 (sources,)."""
+        sources = len(self.split.sources)
+        if sources == 1:
+            return np.array([len(numbers) * self.seq_len])
+        starts = self.order(np.asarray(numbers, dtype=np.int64))[:, None] * self.seq_len
+        found = self.split.token_sources(starts + np.arange(self.seq_len))
+        return np.bincount(found.ravel(), minlength=sources)
+
     def batch(self, first: int, count: int) -> np.ndarray:
         """Tokens of samples first .. first+count-1, int64 (count, T+1)."""
         return self.samples(np.arange(first, first + count))
@@ -104,6 +113,7 @@ class Scorable(Protocol):
     tokens: int
     documents: int
     eos_id: int
+    sources: tuple[str, ...]
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start+count-1 of the stream, int64 (count,)."""
@@ -113,6 +123,9 @@ class Scorable(Protocol):
 
     def document_bytes(self) -> np.ndarray:
         """Bytes of each document's UTF-8 text, int64 (documents,); -1 where they are not known."""
+
+    def document_sources(self) -> np.ndarray:
+        """Place in `sources` of each document's source, integers (documents,)."""
 
 
 class EvaluationWindows:

@@ -8,6 +8,7 @@ import hashlib
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -32,18 +33,31 @@ def inputs_and_targets(batch: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
     return batch[:, :-1], batch[:, 1:]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """This rank's samples of a step."""
+
+    tokens: Tensor  # pinned for a GPU
+    hashes: int  # of the samples, summed up
+    by_source: np.ndarray  # tokens of each source of the data, int64 (sources,)
+
+
 class Batches:
-    """This rank's passes of a step, each as `inputs_and_targets` takes it, which a thread reads one step ahead, and the
-    seconds that training waited for them.
+    """This rank's passes of a step, each as `inputs_and_targets` takes it, which a thread reads one step ahead; and
+    since `restart`, the seconds that training waited for them and the tokens of each source in them.
     """
 
     def __init__(self, windows: Windows, cfg: RunConfig, ranks: Ranks) -> None:
         self.windows, self.cfg, self.ranks = windows, cfg, ranks
-        self.waited_s = 0.0
-        self._hashes = 0  # of this rank's samples of the last step, summed up
+        self.restart()
+        self._hashes = 0  # of the last step
         self._mask = None if cfg.model.causal else mask_id(cfg.data.path)
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="reader")
-        self._ahead: tuple[int, Future[tuple[Tensor, int]]] | None = None  # a step that is being read
+        self._ahead: tuple[int, Future[Reading]] | None = None  # a step that is being read
+
+    def restart(self) -> None:
+        self.waited_s = 0.0
+        self._by_source = np.zeros(len(self.windows.split.sources), dtype=np.int64)
 
     def of(self, step: int) -> Iterator[Tensor]:
         began = time.perf_counter()
@@ -51,15 +65,17 @@ class Batches:
         if reading is None or asked != step:
             reading = self._reader.submit(self.read, step)
         self._ahead = step + 1, self._reader.submit(self.read, step + 1)
-        tokens, self._hashes = reading.result()
-        for part in tokens.split(self.cfg.train.micro_batch):
+        read = reading.result()
+        self._hashes = read.hashes
+        self._by_source += read.by_source
+        for part in read.tokens.split(self.cfg.train.micro_batch):
             batch = part.to(self.ranks.device, non_blocking=True)
             self.waited_s += time.perf_counter() - began
             yield batch
             began = time.perf_counter()
 
-    def read(self, step: int) -> tuple[Tensor, int]:
-        """This rank's samples of a step, pinned for a GPU, and the sum of their hashes."""
+    def read(self, step: int) -> Reading:
+        """This rank's samples of a step."""
         numbers = samples_of(step, self.ranks.rank, self.ranks.world, self.cfg.sequences_per_step())
         tokens = self.windows.samples(numbers)
         hashes = sum(map(_hashed, numbers, tokens))
@@ -68,7 +84,13 @@ class Batches:
             hidden = masked(whole, numbers, seed, mask_id=self._mask, vocab_size=vocab_size)
             tokens = np.concatenate(hidden, axis=1)
         batch = torch.from_numpy(tokens)
-        return batch.pin_memory() if self.ranks.device.type == "cuda" else batch, hashes
+        pinned = batch.pin_memory() if self.ranks.device.type == "cuda" else batch
+        return Reading(pinned, hashes, self.windows.tokens_by_source(numbers))
+
+    def tokens_by_source(self) -> dict[str, int]:
+        """Of the whole batches since `restart`, by the source's name. Every rank calls it."""
+        total = self.ranks.sum(torch.from_numpy(self._by_source.copy())).tolist()
+        return dict(zip(self.windows.split.sources, total, strict=True))
 
     def fingerprint(self) -> str:
         """Of the last step's whole batch: which samples it had and what was in them, equal for every layout. Every rank

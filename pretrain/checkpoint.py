@@ -77,7 +77,7 @@ class Progress:
     stale: int = 0  # evaluations in a row since the best one
 
 
-def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str) -> dict[str, Any]:
+def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str | None) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint."""
     settings = _flat(cfg.model_dump(mode="json"))
     fixed = {k: v for k, v in settings.items() if not any(k == f or k.startswith(f + ".") for f in FREE_SETTINGS)}

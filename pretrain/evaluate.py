@@ -35,7 +35,7 @@ class Task:
     path: Path  # of the run or checkpoint
     cfg: RunConfig
     folder: Path  # prepared data; their tokenizer reads texts
-    tokenizer_sha256: str
+    tokenizer_sha256: str | None  # None: imported tokens
     windows: EvaluationWindows
 
 
@@ -68,13 +68,15 @@ def open_task(
 
 
 def open_tokenizer(folder: Path) -> Tokenizer:
-    """That of a prepared folder. Raises ConfigError if it is not the one that made its shards."""
-    from data.shards import check_tokenizer, read_manifest
+    """That of a prepared folder. Raises ConfigError if it is not the one that made its shards, or cannot read text."""
+    from data.shards import TOKENIZER, check_tokenizer, read_manifest
     from data.tokenizer import Tokenizer
 
     manifest = read_manifest(folder)
+    if manifest["tokenizer_file"] != TOKENIZER:
+        raise ConfigError(f"{folder} was imported as tokens: there is no SentencePiece model in it to read text with")
     check_tokenizer(folder, manifest)
-    return Tokenizer(folder / manifest["tokenizer_file"])
+    return Tokenizer(folder / TOKENIZER)
 
 
 def run_task(task: Task, ranks: Ranks) -> tuple[Evaluation, Path]:
@@ -92,12 +94,11 @@ def run_task(task: Task, ranks: Ranks) -> tuple[Evaluation, Path]:
 
 def by_source(task: Task, result: Evaluation) -> dict[str, Evaluation]:
     """The result of each source, where the data know of several."""
-    split: Any = task.windows.split
-    names = getattr(split, "sources", ())
-    if len(names) < 2:
+    split = task.windows.split
+    if len(split.sources) < 2:
         return {}
     of_document = split.document_sources()
-    found = {name: result.of(of_document == number) for number, name in enumerate(names)}
+    found = {name: result.of(of_document == number) for number, name in enumerate(split.sources)}
     return {name: part for name, part in found.items() if len(part.nats)}
 
 

@@ -36,7 +36,7 @@ class Model:
         return score_positions(self.head, self.hidden(inputs), at, targets)
 
 
-def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str, eos_id: int, ranks: Ranks) -> Model:
+def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str | None, eos_id: int, ranks: Ranks) -> Model:
     """Collective.
 
     Args:

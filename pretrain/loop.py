@@ -291,7 +291,7 @@ class _Window:
         self.losses: list[Tensor] = []
         self.norm = torch.zeros(())
         self.skipped = 0
-        run.batches.waited_s = 0.0
+        run.batches.restart()
         run.meter.begin("train")
 
     def add(self, taken: Step) -> None:
@@ -311,6 +311,7 @@ class _Window:
         total = Spent(before.train_seconds, before.train_gpu_j if before.train_seconds else 0.0) + spent
         run.progress = replace(before, train_seconds=total.seconds, train_gpu_j=total.gpu_j)
         batch = run.batches.fingerprint()
+        by_source = run.batches.tokens_by_source()
         if run.recorder is None:
             return
         tokens = len(self.losses) * cfg.train.tokens_per_step
@@ -322,6 +323,7 @@ class _Window:
             "loss": loss[-1].item(),
             "loss_mean": loss.mean().item(),
             "tokens": run.progress.tokens,
+            "tokens_by_source": by_source,
             "batch": batch,
             "lr": lr,
             "exponent": torch.as_tensor(head.exponent).item() if head.has_exponent else None,

@@ -113,3 +113,25 @@ def test_a_gpu_gets_its_batches_from_pinned_memory(windows: Windows) -> None:
     reader = Batches(windows, tiny_config(), replace(ALONE, device=torch.device("cuda", 0)))
     assert reader.read(0)[0].is_pinned()
     assert np.array_equal(torch.cat(list(reader.of(0))).cpu().numpy(), windows.batch(0, SEQUENCES))
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_tokens_are_counted_by_source(windows: Windows, world: int) -> None:
+    readers = [batches(windows, 1, rank, world) for rank in range(world)]
+    expected = {"some": 0, "other": 0}
+    names = np.array(windows.split.sources)[
+        np.repeat(
+            windows.split.document_sources(), np.diff(windows.split.document_starts(), append=windows.split.tokens)
+        )
+    ]
+    for step in (0, 1):
+        for reader in readers:
+            list(reader.of(step))
+        for window in windows.order(np.arange(step * SEQUENCES, (step + 1) * SEQUENCES)).tolist():
+            for name in names[window * T : (window + 1) * T]:
+                expected[name] += 1
+    counts = [reader.tokens_by_source() for reader in readers]
+    assert {name: sum(count[name] for count in counts) for name in expected} == expected
+    assert min(expected.values()) > 0 and sum(expected.values()) == 2 * SEQUENCES * T
+    readers[0].restart()
+    assert set(readers[0].tokens_by_source().values()) == {0}
