@@ -54,6 +54,7 @@ FREE_SETTINGS = (
     "parallel",
     "evaluation",
     "checkpoint",
+    "timeouts",
     "logging",
     "deepspeed",
 )

@@ -6,6 +6,7 @@ import fcntl
 import logging
 import math
 import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -69,8 +70,9 @@ class StopSignal:
 class Run:
     """One rank's run: trainer, data, meter, recorder, and the progress that is saved and resumed."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks) -> None:
-        self.cfg, self.ranks = cfg, ranks
+    def __init__(self, cfg: RunConfig, ranks: Ranks, pulse: Callable[[float | None], None] = lambda limit_s: None):
+        """`pulse` hears that this rank gets on, and in how many seconds again if that is not as before."""
+        self.cfg, self.ranks, self.pulse = cfg, ranks, pulse
         self.folder = cfg.run / "checkpoints"
         train = open_split(cfg.data.path, "train")
         self.val = open_split(cfg.data.path, "val")
@@ -87,7 +89,7 @@ class Run:
             checkpoint.remove_drafts(self.folder)
             (cfg.run / "config.yaml").write_text(dump(cfg))
         self.trainer = Trainer(cfg, ranks)
-        self.saver = Saver(self.folder, ranks, cfg.checkpoint)
+        self.saver = Saver(self.folder, ranks, cfg.checkpoint, cfg.timeouts.save_s)
         self.progress = Progress()
         self.meter = Meter(ranks, zeus_counter(ranks))
         if found is not None:
@@ -127,6 +129,7 @@ class Run:
                 ending = last or stopping or diverged or self._unsaved()
                 evaluating = not (stopping or diverged or self._unsaved()) and (last or due(done, cfg.evaluation.every))
                 saving = not diverged and (last or stopping or due(done, cfg.checkpoint.every))
+                self.pulse(cfg.timeouts.save_s if ending or evaluating or saving else cfg.timeouts.collective_s)
                 if ending or evaluating or saving or due(done, cfg.logging.every):
                     window.close(done, cfg.lr_at(step))
                     if evaluating:
@@ -137,6 +140,7 @@ class Run:
                     if ending:
                         self.finish_save()
                     window = _Window(self)
+                    self.pulse(cfg.timeouts.collective_s)
                 if diverged:
                     return Outcome(EXIT_DIVERGED, f"{self.skipped_in_a_row} steps in a row were not finite", done)
                 if self._unsaved() or (ending and self._save_failed):
@@ -152,7 +156,12 @@ class Run:
         """The update `step`: everything in it is a function of the weights, the moments and this number."""
         torch.manual_seed(_dropout_seed(self.cfg.train.seed, step, self.ranks.rank))
         self.trainer.head.progress = self.cfg.head_progress(step)
-        return self.trainer.train_step(self.batches.of(step), self.cfg.lr_at(step))
+        return self.trainer.train_step(self._pulsing(self.batches.of(step)), self.cfg.lr_at(step))
+
+    def _pulsing(self, passes: Iterator[Tensor]) -> Iterator[Tensor]:
+        for batch in passes:
+            self.pulse(None)
+            yield batch
 
     def _evaluated(self) -> bool:
         """Whether this rank, the first, knows of an evaluation of the present step."""
@@ -175,7 +184,7 @@ class Run:
         cfg, step = self.cfg, self.progress.step
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
-            found = evaluate(self.trainer.token_losses, self.val, cfg.model.seq_len, micro_batch, self.ranks)
+            found = evaluate(self._token_losses, self.val, cfg.model.seq_len, micro_batch, self.ranks)
         if self.recorder is not None:
             values = {**found.as_dict(), "seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j}
             self.recorder.record("eval", step, values)
@@ -184,6 +193,10 @@ class Run:
         if best:
             self.progress = replace(self.progress, best_nats=found.nats, best_step=step)
         return best
+
+    def _token_losses(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        self.pulse(None)
+        return self.trainer.token_losses(inputs, targets)
 
     def save(self) -> None:
         """Begins to write a checkpoint, unless this step's is there already; the save before it ends first."""

@@ -1,5 +1,5 @@
-"""N hosts on one machine: each a network, process, mount and host-name namespace with an address and an sshd of its own,
-joined by a bridge that lives in one more namespace.
+"""N hosts on one machine: each a network, process, mount and host-name namespace with an address and an sshd of its
+own, joined by a bridge that lives in one more namespace.
 
     with Hosts(2, tmp_path) as hosts:
         hosts[0].call("ssh", *hosts.ssh, "node2", "hostname")
@@ -101,7 +101,9 @@ class Host:
 
     def cut(self) -> None:
         """Takes the host's cable out: nothing is told to anybody."""
-        subprocess.run(["nsenter", "--target", str(self._pid), "--net", "ip", "link", "set", "eth0", "down"], check=True)
+        subprocess.run(
+            ["nsenter", "--target", str(self._pid), "--net", "ip", "link", "set", "eth0", "down"], check=True
+        )
 
     def hide(self, path: Path, content: Path) -> None:
         """Has this host see `content` where the others see `path`; both files, or both folders."""
