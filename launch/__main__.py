@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.settings import ConfigError
-from launch.deepspeed import check, check_tools, command, environment, one_line, run
-from launch.hosts import place
-from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, load
+from launch.hosts import Placement, place
+from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,17 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "run",
         allow_abbrev=False,
         help="check a config, its data and the layout, then train it with deepspeed",
-        description="Check a config, its data and the layout, then train it with deepspeed. Exit codes: 0 done; 2 bad "
-        "input; 3 too many non-finite steps; 75 stopped by a signal after a save, the same command goes on; 128 + N: a "
-        "rank was killed by signal N; others: a rank failed.",
+        description="Check a config, its data, the layout and the hosts, then train it with deepspeed. Exit codes: 0 "
+        "done; 2 bad input; 3 too many non-finite steps; 4 a checkpoint could not be written; 75 stopped by a signal "
+        "after a save, the same command goes on; 128 + N: a rank was killed by signal N; others: a rank failed.",
     )
-    job.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
-    job.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as train.steps=100")
-    job.add_argument("--hostfile", type=Path, metavar="H", help="train on its hosts: a line `HOST slots=N` for each")
-    job.add_argument(
-        "--num-gpus", type=int, metavar="N", help="ranks on each host (default: every GPU; 2 where none is)"
-    )
-    job.add_argument("--dry-run", action="store_true", help="check everything, print the deepspeed command, and stop")
+    _add_job(job)
     asked, rest = parser.parse_known_args(arguments)  # argparse takes no positional after an option
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown:
@@ -37,21 +30,77 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = [*asked.overrides, *rest]
     try:
         cfg = load(asked.config, overrides)
-        placement = place(asked.hostfile, asked.num_gpus)
-        check(cfg, placement)
-        if not asked.dry_run:
-            check_tools(placement)
-        words, added = command(asked.config, overrides, placement), environment(placement)
-        print(one_line(words, added), flush=True)
-        if asked.dry_run:
-            return 0
-        return run(words, added, cfg.run / EXIT_RECORD, remote=placement.hostfile is not None)
+        placement = place(
+            asked.hostfile, asked.num_gpus, include=asked.include, exclude=asked.exclude, hosts=asked.num_nodes
+        )
+        return _run(asked, cfg, overrides, placement)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _add_job(job: argparse.ArgumentParser) -> None:
+    job.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+    job.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as train.steps=100")
+    job.add_argument("--hostfile", type=Path, metavar="H", help="train on its hosts: a line `HOST slots=N` for each")
+    job.add_argument("--include", default="", metavar="S", help="only these hosts and slots: node1@node2:0,2")
+    job.add_argument("--exclude", default="", metavar="S", help="all but these hosts and slots")
+    job.add_argument("--num-nodes", type=int, metavar="N", help="only the first N hosts of the hostfile")
+    job.add_argument(
+        "--num-gpus", type=int, metavar="N", help="ranks on each host (default: every GPU; 2 where none is)"
+    )
+    job.add_argument(
+        "--launcher",
+        choices=("pdsh", "openmpi", "slurm", "none"),
+        default="pdsh",
+        help="how the hosts are reached; none: run the same command on each of them (default %(default)s)",
+    )
+    job.add_argument("--node-rank", type=int, metavar="K", help="--launcher none: this is host K of them, from 0")
+    job.add_argument("--master-port", type=int, metavar="P", help="where the ranks meet (default: a free port)")
+    job.add_argument("--dry-run", action="store_true", help="check everything, print the deepspeed command, and stop")
+
+
+def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> int:
+    from launch import deepspeed, job
+    from launch.reach import answers
+
+    launcher, hosts = asked.launcher, placement.hostfile is not None
+    deepspeed.check_launcher(placement, launcher)
+    deepspeed.check(cfg, placement)
+    if not asked.dry_run:
+        deepspeed.check_tools(placement, launcher)
+    by_ssh = hosts and launcher in ("pdsh", "openmpi")
+    facts = answers(placement) if by_ssh else {}
+    node = None
+    if hosts and launcher == "none":
+        node = deepspeed.own_node(placement) if asked.node_rank is None else asked.node_rank
+        if not 0 <= node < len(placement.ranks):
+            raise ConfigError(f"--node-rank {node}: {placement.hostfile} has hosts 0 to {len(placement.ranks) - 1}")
+    lease = job.lease_of(cfg.run, node or 0)
+    added = deepspeed.environment(placement, facts, lease=lease, folder=cfg.run if by_ssh else None)
+    if hosts and launcher == "slurm":
+        words = deepspeed.srun(asked.config, overrides, placement, port=asked.master_port)
+    else:
+        address, port = deepspeed.meeting_point(placement, facts) if hosts else (None, None)
+        options = {"launcher": launcher, "address": address, "port": asked.master_port or port, "folder": cfg.run}
+
+        def words_for(node: int) -> list[str]:
+            return deepspeed.command(asked.config, overrides, placement, node=node, **options)
+
+        words = words_for(node or 0)
+        if node is not None and asked.dry_run:
+            for number, host in enumerate(placement.ranks):
+                print(f"{host}: {deepspeed.one_line(words_for(number), added)}")
+            return 0
+    print(deepspeed.one_line(words, added), flush=True)
+    if asked.dry_run:
+        return 0
+    if by_ssh:
+        deepspeed.write_files(placement, facts, cfg.run, lease)
+    return job.run(words, added, cfg.run, placement, node=node).code
 
 
 if __name__ == "__main__":
