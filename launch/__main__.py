@@ -76,7 +76,9 @@ def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], pl
     facts = answers(placement) if by_ssh else {}
     node = None
     if hosts and launcher == "none":
-        node = deepspeed.own_node(placement) if asked.node_rank is None else asked.node_rank
+        node = asked.node_rank
+        if node is None:
+            node = 0 if asked.dry_run else deepspeed.own_node(placement)
         if not 0 <= node < len(placement.ranks):
             raise ConfigError(f"--node-rank {node}: {placement.hostfile} has hosts 0 to {len(placement.ranks) - 1}")
     lease = job.lease_of(cfg.run, node or 0)

@@ -88,7 +88,7 @@ def place(
         offered = read_hostfile(hostfile)
         return _placed(offered, _chosen(offered, hostfile, per_host, include, exclude, hosts), hostfile)
     for option, given in (("--include", include), ("--exclude", exclude), ("--num-nodes", hosts)):
-        if given:
+        if given not in ("", None):
             raise ConfigError(
                 f"{option} {given}: it chooses among the hosts of a --hostfile, and none is given. On this machine, "
                 "CUDA_VISIBLE_DEVICES=0,2 chooses among the GPUs."

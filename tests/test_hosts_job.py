@@ -1,0 +1,174 @@
+"""The main job between hosts: as on one host, ended in time and with the culprit named, preempted, started again."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.hosts import Host, Hosts, needs_hosts
+from tests.pretrain.tiny import make_data, tiny_tree
+
+pytestmark = [needs_hosts, pytest.mark.timeout(900)]
+IN_TIME_S = 60.0
+LAUNCH = [sys.executable, "-m", "launch", "run"]
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[Hosts]:
+    with Hosts(2, tmp_path) as made:
+        yield made
+
+
+def config(folder: Path, **changes: Any) -> Path:
+    """A tiny run in `folder/run`, its prototypes sharded over all ranks."""
+    if not (folder / "data").exists():
+        make_data(folder / "data")
+    tree = tiny_tree(
+        run=str(folder / "run"), data__path=str(folder / "data"), parallel__vocab="world", parallel__zero=1, **changes
+    )
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def losses(run: Path) -> dict[int, float]:
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records if record["kind"] == "train"}
+
+
+class Job:
+    """`launch run` of an endless job on the first host, past its first steps."""
+
+    def __init__(self, hosts: Hosts, folder: Path, *more: str, **changes: Any) -> None:
+        self.hosts, self.run = hosts, folder / "run"
+        endless = {"train__steps": 10**6, "logging__every": 1, "timeouts__heartbeat_s": 10, "optim__lr": 1e-5}
+        path = config(folder, **{**endless, **changes})
+        self.output = folder / "output"
+        with self.output.open("w") as file:
+            words = [*LAUNCH, str(path), "--hostfile", str(hosts.hostfile()), *more]
+            self.process = hosts[0].start(*words, stdout=file, stderr=subprocess.STDOUT)
+        self.wait_for(lambda: "step 3/" in self.told())
+
+    def told(self) -> str:
+        return self.output.read_text()
+
+    def wait_for(self, happened: Callable[[], bool], seconds: float = 240) -> None:
+        deadline = time.monotonic() + seconds
+        while not happened():
+            assert self.process.poll() is None, self.told()
+            assert time.monotonic() < deadline, self.told()
+            time.sleep(0.1)
+
+    def rank_on(self, host: Host) -> int:
+        """The process id, as this machine counts, of the rank on a host."""
+        return host.running("-u -m pretrain ")[0]
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and output, in time, with no rank left anywhere."""
+        began = time.monotonic()
+        code = self.process.wait(IN_TIME_S)
+        while any(host.running("-m pretrain ") for host in self.hosts):
+            assert time.monotonic() - began < IN_TIME_S, "ranks are left"
+            time.sleep(0.1)
+        return code, self.told()
+
+    def last_lines(self) -> str:
+        return "\n".join(self.told().splitlines()[-30:])
+
+
+def test_two_hosts_train_as_one_host_does(tmp_path: Path, hosts: Hosts) -> None:
+    """Prototypes are shared between the hosts, and what the launcher drops reaches them: overrides with spaces too."""
+    path = config(tmp_path, train__steps=4, logging__every=1)
+    odd = {"HF_HOME": '/tmp/a b$HOME`x`"q" 100%h\\', "https_proxy": "http://nowhere", "HF_TOKEN": "secret"}
+    asked = ["--hostfile", str(hosts.hostfile()), "checkpoint={every: 2, keep: 1}"]
+    dry = hosts[0].call(*LAUNCH, str(path), *asked, "--dry-run")
+    assert dry.returncode == 0 and " --master_addr 10.77.0.1 " in dry.stdout and not (tmp_path / "run").exists()
+    trained = hosts[0].call(*LAUNCH, str(path), *asked, environment=odd)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    text = (tmp_path / "run" / "launch.env").read_text()
+    assert "nowhere" not in text and "secret" not in text
+    assert not list((tmp_path / "run").glob("lease-*"))
+    alone = [sys.executable, "-m", "launch", "run", str(path), "--num-gpus", "2", f"run={tmp_path / 'one'}"]
+    assert subprocess.run(alone, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=240).returncode == 0
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert list(one) == [1, 2, 3, 4] and two == pytest.approx(one, abs=2e-5)
+
+
+def test_a_killed_rank_is_named(tmp_path: Path, hosts: Hosts) -> None:
+    job = Job(hosts, tmp_path)
+    os.kill(job.rank_on(hosts[1]), signal.SIGKILL)
+    code, told = job.end()
+    assert code not in (0, 75)
+    assert "rank 1 on node2 failed first: it left no word" in job.last_lines(), told
+
+
+def test_a_host_that_is_cut_off_is_named(tmp_path: Path, hosts: Hosts) -> None:
+    job = Job(hosts, tmp_path)
+    hosts[1].cut()
+    code, told = job.end()
+    assert code not in (0, 75)
+    assert "rank 1 on node2 failed first" in job.last_lines(), told
+    assert "node2 cannot be reached" in job.last_lines(), told
+    assert (tmp_path / "run" / "failures" / "rank-0.stacks").exists()
+
+
+def test_a_frozen_rank_is_named_and_its_stacks_are_kept(tmp_path: Path, hosts: Hosts) -> None:
+    job = Job(hosts, tmp_path)
+    os.kill(job.rank_on(hosts[1]), signal.SIGSTOP)
+    code, told = job.end()
+    assert code not in (0, 75)
+    assert "rank 1 on node2 failed first" in job.last_lines(), told
+    assert "all_reduce" in (tmp_path / "run" / "failures" / "rank-0.stacks").read_text()
+
+
+def test_a_stop_of_the_launcher_saves_on_all_hosts(tmp_path: Path, hosts: Hosts) -> None:
+    job = Job(hosts, tmp_path)
+    launcher = hosts[0].running("-m launch run ")[0]
+    os.kill(launcher, signal.SIGUSR1)
+    code, told = job.end()
+    assert code == 75, told
+    ended = json.loads((job.run / "exit.json").read_text())
+    assert (job.run / "checkpoints" / f"step-{ended['step']:08d}").is_dir()
+
+
+def test_ranks_on_other_hosts_do_not_outlive_the_launcher(tmp_path: Path, hosts: Hosts) -> None:
+    """They save first: nothing failed but the launcher."""
+    job = Job(hosts, tmp_path)
+    os.kill(hosts[0].running("-m launch run ")[0], signal.SIGKILL)
+    job.process.wait()
+    began = time.monotonic()
+    while any(host.running("-m pretrain ") for host in hosts):
+        assert time.monotonic() - began < IN_TIME_S, "ranks are left"
+        time.sleep(0.1)
+    assert json.loads((job.run / "exit.json").read_text())["code"] == 75
+
+
+def test_a_host_that_does_not_answer_is_named_at_once(tmp_path: Path, hosts: Hosts) -> None:
+    path = config(tmp_path)
+    hosts[1].cut()
+    began = time.monotonic()
+    refused = hosts[0].call(*LAUNCH, str(path), "--hostfile", str(hosts.hostfile()))
+    assert refused.returncode == 2 and "node2: cannot be reached by ssh" in refused.stderr, refused.stderr
+    assert time.monotonic() - began < IN_TIME_S and not (tmp_path / "run").exists()
+
+
+def test_each_host_can_start_its_own_ranks(tmp_path: Path, hosts: Hosts) -> None:
+    """`--launcher none`: the same command on every host, and no ssh."""
+    path = config(tmp_path, train__steps=4, logging__every=1)
+    words = [*LAUNCH, str(path), "--hostfile", str(hosts.hostfile()), "--launcher", "none"]
+    told = hosts[0].call(*words, "--dry-run").stdout.splitlines()
+    assert [line.split(":")[0] for line in told] == ["node1", "node2"] and "--node_rank 1 " in told[1]
+    away = {"PATH": str(Path(sys.executable).parent) + ":/usr/bin:/bin", "PDSH_SSH_ARGS_APPEND": "-i /dev/null"}
+    started = [host.start(*words, environment=away, stdout=subprocess.DEVNULL) for host in hosts]
+    assert [one.wait(240) for one in started] == [0, 0]
+    assert list(losses(tmp_path / "run")) == [1, 2, 3, 4]
