@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.settings import ConfigError
 from launch.hosts import Placement, place
+from launch.job import End
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 
 
@@ -60,18 +61,41 @@ def _add_job(job: argparse.ArgumentParser) -> None:
     )
     job.add_argument("--node-rank", type=int, metavar="K", help="--launcher none: this is host K of them, from 0")
     job.add_argument("--master-port", type=int, metavar="P", help="where the ranks meet (default: a free port)")
+    job.add_argument("--max-restarts", type=int, default=0, metavar="N", help="start a failed job again, up to N times")
+    job.add_argument("--elastic", action="store_true", help="restarts go without hosts that do not answer")
     job.add_argument("--dry-run", action="store_true", help="check everything, print the deepspeed command, and stop")
 
 
 def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> int:
+    from launch import deepspeed
+    from launch.restart import keep_running
+
+    deepspeed.check_launcher(placement, asked.launcher)
+    deepspeed.check(cfg, placement)
+    if asked.max_restarts < 0:
+        raise ConfigError(f"--max-restarts {asked.max_restarts}: expected 0 or more")
+    by_ssh = placement.hostfile is not None and asked.launcher in ("pdsh", "openmpi")
+    if asked.elastic and not by_ssh:
+        raise ConfigError("--elastic: it chooses among the hosts of a --hostfile, which pdsh or OpenMPI reaches")
+    if asked.max_restarts and asked.launcher == "none":
+        raise ConfigError(
+            "--max-restarts: with --launcher none no launcher sees all hosts; whatever starts them restarts"
+        )
+    if not asked.dry_run:
+        deepspeed.check_tools(placement, asked.launcher)
+
+    def start(placement: Placement) -> End:
+        return _start(asked, cfg, overrides, placement)
+
+    return keep_running(start, cfg, placement, restarts=asked.max_restarts, elastic=asked.elastic)
+
+
+def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> End:
+    """Runs the job once, or prints how, for a dry run."""
     from launch import deepspeed, job
     from launch.reach import answers
 
     launcher, hosts = asked.launcher, placement.hostfile is not None
-    deepspeed.check_launcher(placement, launcher)
-    deepspeed.check(cfg, placement)
-    if not asked.dry_run:
-        deepspeed.check_tools(placement, launcher)
     by_ssh = hosts and launcher in ("pdsh", "openmpi")
     facts = answers(placement) if by_ssh else {}
     node = None
@@ -96,13 +120,13 @@ def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], pl
         if node is not None and asked.dry_run:
             for number, host in enumerate(placement.ranks):
                 print(f"{host}: {deepspeed.one_line(words_for(number), added)}")
-            return 0
+            return job.DONE
     print(deepspeed.one_line(words, added), flush=True)
     if asked.dry_run:
-        return 0
+        return job.DONE
     if by_ssh:
         deepspeed.write_files(placement, facts, cfg.run, lease)
-    return job.run(words, added, cfg.run, placement, node=node).code
+    return job.run(words, added, cfg.run, placement, node=node)
 
 
 if __name__ == "__main__":

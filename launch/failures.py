@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +47,7 @@ def read_failures(run: Path) -> list[Failure]:
     return sorted(found, key=lambda failure: failure.time)
 
 
-def first(
-    failures: Sequence[Failure], placement: Placement, unreachable: Callable[[], Set[str]] = frozenset
-) -> Verdict | None:
+def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = frozenset()) -> Verdict | None:
     """The first of the failures; None if there is none.
 
     In this order: a rank's own exception, the earliest; a rank that left no record, so that it was killed or its host
@@ -57,7 +55,7 @@ def first(
     where the others waited for it; who reported first.
 
     Args:
-        unreachable: the hosts that do not answer; asked only where that decides.
+        gone: the hosts that do not answer.
     """
     if not failures:
         return None
@@ -81,7 +79,6 @@ def first(
             1,
         )
     if missed:
-        gone = unreachable()
         by_first = [r for f in failures if f.kind == "lost" and f.rank == 0 for r in f.suspects]  # it keeps the signs
         rank = next((rank for rank in missed if hosts[rank] in gone), (by_first or missed)[0])
         witness = next(failure for failure in failures if rank in failure.suspects)

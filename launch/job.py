@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -32,7 +32,7 @@ from pretrain.config import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RECORD, FAILURE
 
 GRACE_S = 60.0  # for the ranks to save and leave after a signal
 STRAGGLER_S = 3.0  # for what is left when there is nothing to save
-FAILED_S = 35.0  # from the first rank's failure to the end of all: deepspeed's launcher gives a frozen rank 30 s
+FAILED_S = 20.0  # from the first rank's failure to the end of all: those that can end themselves need 15
 UNKILLABLE_S = 10.0  # after which a process that survives SIGKILL is reported
 RECORD_S = 10.0  # for rank 0's record to show up in a run folder that another host writes
 LEASE_S = 1.0  # between two signs of life
@@ -96,6 +96,9 @@ class End:
     told: bool  # this launcher was told to stop
 
 
+DONE = End(0, "done", told=False)
+
+
 def run(
     words: Sequence[str],
     added: Mapping[str, str],
@@ -144,7 +147,8 @@ def run(
     found = _record_of(record, RECORD_S if child == 0 and other_writes else 0)
     code, reason = exit_code(child, found, remote)
     if code not in (0, EXIT_PREEMPTED) or (code == 0 and failures.read_failures(folder)):
-        code, reason = _explained(code, reason, folder, placement, remote and not received)
+        gone = _reap(placement, lease.path) if remote else frozenset()
+        code, reason = _explained(code, reason, folder, placement, gone)
     if left:
         code, reason = code or 1, f"{reason}; processes that cannot be killed: {left}"
     if code:
@@ -168,14 +172,15 @@ def _wait(job: subprocess.Popen[bytes], received: list[int], folder: Path) -> bo
     return True
 
 
-def _explained(code: int, reason: str, folder: Path, placement: Placement, remote: bool) -> tuple[int, str]:
+def _reap(placement: Placement, lease: Path) -> frozenset[str]:
+    """Ends what is left of the job on its hosts; returns the hosts that do not answer, where it ends by itself."""
+    told = ask(list(placement.ranks), ["launch/reap.py", str(lease)])
+    return frozenset(host for host, answer in told.items() if isinstance(answer, str))
+
+
+def _explained(code: int, reason: str, folder: Path, placement: Placement, gone: Set[str]) -> tuple[int, str]:
     """Prints who failed first, with the traceback; returns the job's code and reason with that known."""
-
-    def unreachable() -> set[str]:
-        told = ask(list(placement.ranks)) if remote else {}
-        return {host for host, answer in told.items() if isinstance(answer, str)}
-
-    verdict = failures.first(failures.read_failures(folder), placement, unreachable)
+    verdict = failures.first(failures.read_failures(folder), placement, gone)
     if verdict is None:
         return code, reason
     if verdict.traceback and verdict.code != EXIT_BAD_INPUT:

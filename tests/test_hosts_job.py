@@ -131,6 +131,19 @@ def test_a_frozen_rank_is_named_and_its_stacks_are_kept(tmp_path: Path, hosts: H
     assert "all_reduce" in (tmp_path / "run" / "failures" / "rank-0.stacks").read_text()
 
 
+def test_a_failed_job_finishes_on_the_hosts_that_answer(tmp_path: Path, hosts: Hosts) -> None:
+    more = ["--max-restarts", "2", "--elastic"]
+    job = Job(hosts, tmp_path, *more, train__steps=30, checkpoint__every=2, optim__lr=0.01)
+    hosts[1].cut()
+    code = job.process.wait(400)
+    assert code == 0, job.told()
+    assert "restart 1 of 2" in job.told() and "without node2" in job.told()
+    alone = [*LAUNCH, str(tmp_path / "config.yaml"), "--num-gpus", "2", f"run={tmp_path / 'one'}"]
+    assert subprocess.run(alone, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=240).returncode == 0
+    one, cut = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert list(cut) == list(range(1, 31)) and cut == pytest.approx(one, abs=5e-5)
+
+
 def test_a_stop_of_the_launcher_saves_on_all_hosts(tmp_path: Path, hosts: Hosts) -> None:
     job = Job(hosts, tmp_path)
     launcher = hosts[0].running("-m launch run ")[0]

@@ -57,7 +57,7 @@ def failure(rank: int, kind: str, time: float = 0.0, phase: str = "collective", 
     ],
 )
 def test_the_first_of_the_failures(failures: list[Failure], gone: set[str], rank: int, told: str) -> None:
-    verdict = first(sorted(failures, key=lambda one: one.time), PLACEMENT, lambda: frozenset(gone))
+    verdict = first(sorted(failures, key=lambda one: one.time), PLACEMENT, frozenset(gone))
     assert verdict is not None and verdict.rank == rank and verdict.host == ("b" if rank == 2 else "a")
     assert re.search(told, str(verdict)), str(verdict)
 
