@@ -1,4 +1,7 @@
-"""python -m launch run CONFIG [key=value ...]: checks a training job, then runs it with deepspeed."""
+"""python -m launch run CONFIG [key=value ...]: checks a training job, then runs it with deepspeed.
+
+`python -m launch doctor` examines the hosts for one.
+"""
 
 import argparse
 import sys
@@ -23,17 +26,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "done; 2 bad input; 3 too many non-finite steps; 4 a checkpoint could not be written; 75 stopped by a signal "
         "after a save, the same command goes on; 128 + N: a rank was killed by signal N; others: a rank failed.",
     )
+    job.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
     _add_job(job)
+    about = "examine this machine, or the hosts of a hostfile: versions, data, disks, clocks, network"
+    examined = commands.add_parser(
+        "doctor",
+        allow_abbrev=False,
+        help=about,
+        description=f"{about.capitalize()}. Exit codes: 0 nothing is wrong; 1.",
+    )
+    examined.add_argument("config", metavar="CONFIG", nargs="?", help="also its data and its run folder")
+    _add_hosts(examined)
     asked, rest = parser.parse_known_args(arguments)  # argparse takes no positional after an option
+    if asked.command == "doctor" and asked.config is None and rest and not rest[0].startswith("-"):
+        asked.config = rest.pop(0)
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown:
-        job.error(f"unknown: {' '.join(unknown)}; expected key=value or one of the options")
+        commands.choices[asked.command].error(f"unknown: {' '.join(unknown)}; expected key=value or one of the options")
     overrides = [*asked.overrides, *rest]
     try:
-        cfg = load(asked.config, overrides)
+        cfg = None if asked.config is None else load(asked.config, overrides)
         placement = place(
             asked.hostfile, asked.num_gpus, include=asked.include, exclude=asked.exclude, hosts=asked.num_nodes
         )
+        if asked.command == "doctor":
+            from launch.doctor import doctor
+
+            return doctor(placement, cfg)
+        assert cfg is not None
         return _run(asked, cfg, overrides, placement)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,16 +63,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _add_job(job: argparse.ArgumentParser) -> None:
-    job.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
+def _add_hosts(job: argparse.ArgumentParser) -> None:
     job.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as train.steps=100")
-    job.add_argument("--hostfile", type=Path, metavar="H", help="train on its hosts: a line `HOST slots=N` for each")
+    job.add_argument("--hostfile", type=Path, metavar="H", help="use its hosts: a line `HOST slots=N` for each")
     job.add_argument("--include", default="", metavar="S", help="only these hosts and slots: node1@node2:0,2")
     job.add_argument("--exclude", default="", metavar="S", help="all but these hosts and slots")
     job.add_argument("--num-nodes", type=int, metavar="N", help="only the first N hosts of the hostfile")
     job.add_argument(
         "--num-gpus", type=int, metavar="N", help="ranks on each host (default: every GPU; 2 where none is)"
     )
+
+
+def _add_job(job: argparse.ArgumentParser) -> None:
+    _add_hosts(job)
     job.add_argument(
         "--launcher",
         choices=("pdsh", "openmpi", "slurm", "none"),

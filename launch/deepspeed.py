@@ -59,7 +59,7 @@ def command(
     """The `deepspeed` command that runs `module` on every rank of `placement`.
 
     Args:
-        config: path of the config, the same on every host.
+        config: path of the config, the same on every host; empty: the module takes none.
         overrides: `key=value` settings.
         placement: where the ranks go.
         module: what the ranks run.
@@ -69,7 +69,7 @@ def command(
         node: which of the hosts the command is for, under `none`.
         folder: the run folder, for OpenMPI's hostfile where not all hosts are used.
     """
-    arguments = [config, *overrides]
+    arguments = [word for word in (config, *overrides) if word]
     where: list[str] = []
     if placement.hostfile is not None:
         hostfile = placement.hostfile
@@ -159,10 +159,10 @@ def _tools() -> str:
     return str(Path(sys.executable).parent)
 
 
-def write_files(placement: Placement, facts: Mapping[str, Facts], folder: Path, lease: Path) -> None:
+def write_files(placement: Placement, facts: Mapping[str, Facts], folder: Path, lease: Path | None) -> None:
     """Writes into the run folder what deepspeed reads: variables for other hosts, and the hostfile for OpenMPI."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = env_file({**_own(placement, facts), LEASE_VARIABLE: str(lease)})
+    text = env_file(_own(placement, facts) | ({} if lease is None else {LEASE_VARIABLE: str(lease)}))
     # The path goes to each host's shell as it is, which puts its own PATH behind ours.
     (folder / ENV_FILE).write_text(text + f"PATH={_tools()}:$PATH\n", encoding="utf-8")
     lines = (f"{host} slots={ranks}\n" for host, ranks in placement.ranks.items())

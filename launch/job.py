@@ -174,7 +174,7 @@ def _wait(job: subprocess.Popen[bytes], received: list[int], folder: Path) -> bo
 
 def _reap(placement: Placement, lease: Path) -> frozenset[str]:
     """Ends what is left of the job on its hosts; returns the hosts that do not answer, where it ends by itself."""
-    told = ask(list(placement.ranks), ["launch/reap.py", str(lease)])
+    told = ask(list(placement.ranks), ["-m", "launch.reap", str(lease)])
     return frozenset(host for host, answer in told.items() if isinstance(answer, str))
 
 

@@ -29,7 +29,7 @@ def ssh_arguments() -> str:
     return f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {ours}".strip()
 
 
-def ask(hosts: Sequence[str], words: Sequence[str] = ("launch/probe.py",)) -> dict[str, Facts | str]:
+def ask(hosts: Sequence[str], words: Sequence[str] = ("-m", "launch.probe")) -> dict[str, Facts | str]:
     """By host, what a program of this checkout prints there (after MARK, as JSON), or why there is no answer."""
     with ThreadPoolExecutor(64) as pool:
         return dict(zip(hosts, pool.map(lambda host: _ask(host, words), hosts), strict=True))

@@ -1,4 +1,4 @@
-"""`python launch/reap.py LEASE` on a host ends what is left there of the job with that lease, a frozen rank say.
+"""`python -m launch.reap LEASE` on a host ends what is left there of the job with that lease, a frozen rank say.
 
 The job's processes are known by the variable that names their lease, so that no other job is met. Needs Linux and
 Python's standard library alone.
@@ -13,7 +13,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-MARK = "overtone-facts:"  # as of launch/probe.py, which this script cannot import on a host
+from launch.probe import MARK
 
 
 def holders(variable: bytes) -> list[int]:

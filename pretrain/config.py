@@ -26,6 +26,7 @@ EXIT_RECORD = "exit.json"  # how the run ended, in its folder
 FAILURES = "failures"  # a folder in it: `rank-N.json` of each rank that failed or was ended
 LEASE_VARIABLE = "OVERTONE_LEASE"  # names the file by which a launcher tells its ranks that it lives
 BIND_VARIABLE = "OVERTONE_BIND_CORES"  # set: each rank keeps to its share of the host's cores
+LINK_MARK = "overtone-link:"  # before what pretrain/link.py prints
 STOP = "stop"  # what it says when they are to save and leave
 
 # What the house sets in DeepSpeed's configuration, and where to set it instead.
