@@ -50,9 +50,9 @@ def read_failures(run: Path) -> list[Failure]:
 def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = frozenset()) -> Verdict | None:
     """The first of the failures; None if there is none.
 
-    In this order: a rank's own exception, the earliest; a rank that left no record, so that it was killed or its host
-    is gone; a rank that others missed, on a host that cannot be reached; a rank that got stuck outside of a collective,
-    where the others waited for it; who reported first.
+    In this order: a rank's own exception, the earliest; a rank that left no record, so that it was killed or frozen, or
+    its host is gone; a rank that others missed, on a host that cannot be reached; a rank that got stuck outside of a
+    collective, where the others waited for it; who reported first.
 
     Args:
         gone: the hosts that do not answer.
@@ -73,8 +73,8 @@ def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = fr
             rank,
             hosts[rank],
             None,
-            f"it left no word, so it was killed (out of memory?) or its host went down; rank {witness.rank} on "
-            f"{hosts[witness.rank]}, in {witness.phase}, saw: {_line(witness.error)}",
+            f"it left no word, so it was killed (out of memory?) or frozen, or its host went down; rank {witness.rank} "
+            f"on {hosts[witness.rank]}, in {witness.phase}, saw: {_line(witness.error)}",
             "",
             1,
         )

@@ -1,4 +1,4 @@
-"""`deepspeed --module pretrain.link`: how fast the ranks reduce together. Rank 0 prints one JSON object after LINK_MARK.
+"""`deepspeed --module pretrain.link`: how fast the ranks reduce together. Rank 0 prints one JSON object, marked.
 
 What is timed is what training does: all-reduces over the interface and by the library that a run would use.
 """
