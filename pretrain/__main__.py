@@ -80,6 +80,7 @@ def _train(cfg: RunConfig, watch: Watch) -> int:
     run = Run(cfg, ranks, watch.pulse)
     outcome = run.train()
     run.close()
+    watch.leave()
     process.stop()
     if ranks.first:
         _leave_record(cfg, outcome)

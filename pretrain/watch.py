@@ -35,7 +35,7 @@ from typing import Any, NoReturn
 from pretrain.config import EXIT_RECORD, FAILURES, LEASE_VARIABLE, STOP, Failure, RunConfig
 
 BEAT_S = 1.0  # between two signs of life, and two looks
-LOST_S = 3.0  # after which a store that refuses is gone: a job that ends well leaves it together, within this time
+LOST_S = 3.0  # after which a store that refuses is gone, and rank 0 with it
 LEAVE_S = 5.0  # for the record to be written, on a file system that may be gone too
 LINGER_S = 4.0  # that rank 0 keeps the store for the others to read in it why they end
 
@@ -123,6 +123,7 @@ class Watch:
         self._told: Failure | None = None  # by another rank
         self._heard: dict[int, tuple[bytes, float]] = {}  # on rank 0: the last sign of each other rank, and when
         self._mark, self._limit_s = time.monotonic(), cfg.timeouts.rendezvous_s
+        self._leaving = False
         self._stopping: tuple[float, str] | None = None  # deadline and reason of a stop that this watch asked for
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -173,6 +174,11 @@ class Watch:
         if limit_s is not None:
             self._limit_s = limit_s
 
+    def leave(self) -> None:
+        """The work is done: from here on, ranks that go are no loss. What is left to do has the time of a pass."""
+        self._leaving = True
+        self.pulse(self.cfg.timeouts.collective_s)
+
     def fail(self, error: BaseException, code: int = 1) -> NoReturn:
         """Records an exception of the main thread, tells the other ranks, and ends the process with `code`."""
         frames = [(frame.filename, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
@@ -217,7 +223,7 @@ class Watch:
 
     def _look_around(self) -> None:
         """At the other ranks."""
-        if self._beat is None:
+        if self._beat is None or self._leaving:
             return
         limit_s = self.cfg.timeouts.heartbeat_s
         silent_s = self._beat.silent_s()
