@@ -169,8 +169,6 @@ class Hosts:
 
     def _make(self) -> None:
         self.folder.mkdir(parents=True)
-        home = self.folder / "home"
-        home.mkdir()
         keygen = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "key")]
         subprocess.run(keygen, check=True)
         addresses = {name: f"10.77.0.{k}" for k, name in enumerate(self.names, start=1)}
@@ -180,7 +178,6 @@ class Hosts:
         environment = {
             **os.environ,
             "PATH": _path(),
-            "HOME": str(home),
             "CUDA_VISIBLE_DEVICES": "",
             "PDSH_SSH_ARGS_APPEND": shlex.join(self.ssh),
         }
