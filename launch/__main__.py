@@ -4,6 +4,7 @@
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,9 +101,10 @@ def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], pl
     by_ssh = placement.hostfile is not None and asked.launcher in ("pdsh", "openmpi")
     if asked.elastic and not by_ssh:
         raise ConfigError("--elastic: it chooses among the hosts of a --hostfile, which pdsh or OpenMPI reaches")
-    if asked.max_restarts and asked.launcher == "none":
+    if asked.max_restarts and asked.launcher in ("none", "slurm"):
         raise ConfigError(
-            "--max-restarts: with --launcher none no launcher sees all hosts; whatever starts them restarts"
+            f"--max-restarts: with --launcher {asked.launcher} each host has a launcher of its own, and none sees all "
+            "hosts; whatever starts them restarts"
         )
     if not asked.dry_run:
         deepspeed.check_tools(placement, asked.launcher)
@@ -118,36 +120,50 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], 
     from launch import deepspeed, job
     from launch.reach import answers
 
-    launcher, hosts = asked.launcher, placement.hostfile is not None
-    by_ssh = hosts and launcher in ("pdsh", "openmpi")
-    facts = answers(placement) if by_ssh else {}
+    launcher = asked.launcher if placement.hostfile is not None else None
+    if launcher == "slurm":
+        words = deepspeed.srun(asked.config, overrides, placement, port=asked.master_port)
+        print(deepspeed.one_line(words, {}), flush=True)
+        if not asked.dry_run:
+            os.execvp(words[0], words)  # it hands signals to the launchers on the hosts, and their exit codes back
+        return job.DONE
+    facts = answers(placement) if launcher in ("pdsh", "openmpi") else {}
     node = None
-    if hosts and launcher == "none":
+    if launcher == "none":
         node = asked.node_rank
         if node is None:
             node = 0 if asked.dry_run else deepspeed.own_node(placement)
         if not 0 <= node < len(placement.ranks):
             raise ConfigError(f"--node-rank {node}: {placement.hostfile} has hosts 0 to {len(placement.ranks) - 1}")
+    address, port = deepspeed.meeting_point(placement, facts) if launcher else (None, None)
+    port = asked.master_port or port or deepspeed.free_port()
     lease = job.lease_of(cfg.run, node or 0)
-    added = deepspeed.environment(placement, facts, lease=lease, folder=cfg.run if by_ssh else None)
-    if hosts and launcher == "slurm":
-        words = deepspeed.srun(asked.config, overrides, placement, port=asked.master_port)
-    else:
-        address, port = deepspeed.meeting_point(placement, facts) if hosts else (None, None)
-        options = {"launcher": launcher, "address": address, "port": asked.master_port or port, "folder": cfg.run}
+    added = deepspeed.environment(placement, facts, lease=lease, folder=cfg.run if launcher == "pdsh" else None)
+    if launcher == "openmpi":
+        added |= {"MASTER_ADDR": str(address), "MASTER_PORT": str(port)}
 
-        def words_for(node: int) -> list[str]:
-            return deepspeed.command(asked.config, overrides, placement, node=node, **options)
+    def words_for(node: int) -> list[str]:
+        return deepspeed.command(
+            asked.config,
+            overrides,
+            placement,
+            launcher=launcher or "pdsh",
+            address=address,
+            port=port,
+            node=node,
+            folder=cfg.run,
+            exports=list(added),
+        )
 
-        words = words_for(node or 0)
-        if node is not None and asked.dry_run:
-            for number, host in enumerate(placement.ranks):
-                print(f"{host}: {deepspeed.one_line(words_for(number), added)}")
-            return job.DONE
+    if node is not None and asked.dry_run:
+        for number, host in enumerate(placement.ranks):
+            print(f"{host}: {deepspeed.one_line(words_for(number), added)}")
+        return job.DONE
+    words = words_for(node or 0)
     print(deepspeed.one_line(words, added), flush=True)
     if asked.dry_run:
         return job.DONE
-    if by_ssh:
+    if launcher in ("pdsh", "openmpi"):
         deepspeed.write_files(placement, facts, cfg.run, lease)
     return job.run(words, added, cfg.run, placement, node=node)
 

@@ -55,6 +55,7 @@ def command(
     port: int | None = None,
     node: int = 0,
     folder: Path | None = None,
+    exports: Sequence[str] = (),
 ) -> list[str]:
     """The `deepspeed` command that runs `module` on every rank of `placement`.
 
@@ -68,6 +69,7 @@ def command(
         port: where the ranks meet; None: a free one of this machine.
         node: which of the hosts the command is for, under `none`.
         folder: the run folder, for OpenMPI's hostfile where not all hosts are used.
+        exports: names of further variables that OpenMPI hands on.
     """
     arguments = [word for word in (config, *overrides) if word]
     where: list[str] = []
@@ -86,7 +88,7 @@ def command(
         if launcher == "pdsh":
             arguments = [_for_remote_shell(argument) for argument in arguments]
         if launcher == "openmpi":
-            where += ["--launcher", "openmpi", "--launcher_args", shlex.join(_open_mpi(placement))]
+            where += ["--launcher", "openmpi", "--launcher_args", shlex.join(_open_mpi(exports))]
         if address is not None:
             where += ["--master_addr", address]
     elif placement.gpus != tuple(range(len(placement.gpus))):
@@ -101,10 +103,9 @@ def command(
     return [str(executable), *where, *meet, *quiet, "--module", module, *arguments]
 
 
-def _open_mpi(placement: Placement) -> list[str]:
+def _open_mpi(added: Sequence[str]) -> list[str]:
     """mpirun's own options: it exports by name, and would bind each rank to one core."""
-    names = dict.fromkeys([*exported(os.environ), *_own(placement, {}), "PATH", "MASTER_ADDR", "MASTER_PORT"])
-    names[LEASE_VARIABLE] = None
+    names = dict.fromkeys([*exported(os.environ), "PATH", *added])
     exports = [word for name in names for word in ("-x", name)]
     return ["--bind-to", "none", "--mca", "btl_tcp_if_include", "lo", *exports]  # Overtone sends nothing by MPI
 

@@ -207,9 +207,17 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
                 f"model.seq_len "
                 f"x ranks = {self.train.micro_batch} x {self.model.seq_len} x {world} = {per_pass}. With {world} "
                 f"ranks, "
-                f"micro_batch can be {_divisors(self.sequences_per_step(), world)}."
+                f"micro_batch can be {_divisors(self.sequences_per_step(), world)}. With this micro_batch, there can "
+                f"be {self._worlds()} ranks."
             )
         return self.train.tokens_per_step // per_pass
+
+    def _worlds(self) -> str:
+        """The possible numbers of ranks, in words; of many, the first and the last."""
+        passes, left = divmod(self.sequences_per_step(), self.train.micro_batch)
+        possible = [] if left else [str(ranks) for ranks in range(1, passes + 1) if passes % ranks == 0]
+        shown = possible if len(possible) <= 16 else [*possible[:15], "...", possible[-1]]
+        return ", ".join(shown) or "no number of"
 
     def lr_at(self, step: int) -> float:
         return self.optim.lr_at(step, self.train.steps)

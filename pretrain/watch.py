@@ -94,6 +94,8 @@ class _Sign(threading.Thread):
                 self.error = None
             except Exception as problem:  # what it means is decided by who looks
                 self.error = problem
+                if isinstance(problem, RuntimeError):  # of the store, which does not connect again
+                    return
 
     def silent_s(self) -> float:
         return time.monotonic() - self.heard

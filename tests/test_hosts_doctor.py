@@ -51,7 +51,7 @@ def test_what_is_wrong_on_a_host_is_found(tmp_path: Path) -> None:
         for problem in (
             "node2: torch is 1.0, but ",
             f"node2: {tmp_path}/data/train-00000.bin: missing; copy the prepared folder there",
-            "node2: its clock is -36",
+            "node2: its clock is -",
             "node2: its run folder is not this machine's; put it on storage that all hosts share",
             "node3: cannot be reached by ssh",
         ):
@@ -60,12 +60,8 @@ def test_what_is_wrong_on_a_host_is_found(tmp_path: Path) -> None:
 
 def test_closed_ports_are_found(tmp_path: Path) -> None:
     with Hosts(2, tmp_path) as hosts:
-        closed = (
-            "tc qdisc add dev eth0 clsact && tc filter add dev eth0 ingress protocol ip u32 match ip dport 16384 0xc000"
-        )
-        made = hosts[0].call("sh", "-c", f"{closed} action drop")
-        if made.returncode:
-            pytest.skip(f"tc cannot close ports here: {made.stderr}")
+        closed = hosts[1].call(*"ip rule add ipproto tcp dport 16000-33000 unreachable".split())
+        assert closed.returncode == 0, closed.stderr
         found = hosts[0].call(*DOCTOR, "--hostfile", str(hosts.hostfile()))
         assert found.returncode == 1
         assert "the ranks could not reduce together (" in found.stdout and "open all TCP ports" in found.stdout

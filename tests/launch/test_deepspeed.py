@@ -66,7 +66,7 @@ def test_each_host_has_a_command_of_its_own_without_a_launcher():
 def test_open_mpi_gets_a_whole_hostfile_and_exports_by_name(monkeypatch, tmp_path):
     monkeypatch.setenv("NCCL_DEBUG", "a b")
     some = Placement({"b": 1}, Path("hosts"), chosen="b:0")
-    words = command("c.yaml", ["x={a: 1}"], some, launcher="openmpi", folder=tmp_path)
+    words = command("c.yaml", ["x={a: 1}"], some, launcher="openmpi", folder=tmp_path, exports=["MASTER_ADDR"])
     assert words[words.index("--hostfile") + 1] == str(tmp_path / "launch.hosts")
     assert "--include" not in words and words[-1] == "x={a: 1}"
     told = words[words.index("--launcher_args") + 1].split()

@@ -1,5 +1,6 @@
 """`python -m launch run`: what is checked before anything is spawned, and what is handed on."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -96,6 +97,8 @@ def test_a_run_is_handed_on_with_its_record(config, spawned, capsys):
     [
         (["train.stepz=3"], "train.stepz: unknown key; did you mean train.steps?"),
         (["--num-gpus", "5"], "must be a multiple of train.micro_batch x model.seq_len x ranks = 1 x 16 x 5"),
+        (["--num-gpus", "5"], "With this micro_batch, there can be 1, 2, 3, 4, 6, 12 ranks"),
+        (["--num-gpus", "5", "train.micro_batch=5"], "there can be no number of ranks"),
         (["--num-gpus", "0"], "--num-gpus 0: expected 1 or more"),
         (["--num-gpus", "3", "parallel.vocab=2"], "does not divide the world of 3"),
         (["data.path=nowhere"], "nowhere"),
@@ -138,6 +141,25 @@ def test_hosts_need_pdsh(config, spawned, answering, capsys, monkeypatch):
     answering["a"] = "a: cannot be reached by ssh"
     assert main(["run", str(config), "--hostfile", str(hosts)]) == 2
     assert f"{hosts}: a: cannot be reached by ssh" in capsys.readouterr().err
+
+
+def test_under_slurm_srun_starts_a_launcher_on_every_host(config, spawned, monkeypatch, tmp_path):
+    hosts = config.parent / "hosts"
+    hosts.write_text("a slots=1\nb slots=1\nc slots=1\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"; exit 75\n')
+    (tmp_path / "srun").chmod(0o755)
+    words = ["run", str(config), "--hostfile", str(hosts), "--launcher", "slurm", "--num-nodes", "2", "head={}"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        [sys.executable, "-m", "launch", *words], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert ran.returncode == 75, ran.stderr
+    told = ran.stdout.splitlines()[1:]
+    assert told[told.index("--nodelist") + 1] == "a,b" and told[told.index("--include") + 1] == "a:0@b:0"
+    monkeypatch.setenv("PATH", path)
+    inner = told[told.index("launch") + 1 :]
+    assert main([*inner, "--node-rank", "1", "--dry-run"]) in (0, 2)  # 2: no name `a` here
+    assert main([*words, "--max-restarts", "1"]) == 2
 
 
 def test_without_a_launcher_every_host_has_its_command(config, spawned, capsys):
