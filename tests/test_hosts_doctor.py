@@ -60,7 +60,7 @@ def test_what_is_wrong_on_a_host_is_found(tmp_path: Path) -> None:
 
 def test_closed_ports_are_found(tmp_path: Path) -> None:
     with Hosts(2, tmp_path) as hosts:
-        closed = hosts[1].call(*"ip rule add ipproto tcp dport 16000-33000 unreachable".split())
+        closed = hosts[1].call(*["ip", "rule", "add", "ipproto", "tcp", "dport", "16000-33000", "unreachable"])
         assert closed.returncode == 0, closed.stderr
         found = hosts[0].call(*DOCTOR, "--hostfile", str(hosts.hostfile()))
         assert found.returncode == 1
