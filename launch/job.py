@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -48,12 +49,13 @@ class Lease:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._over = threading.Event()
+        self._owner = uuid.uuid4().hex  # so that ranks do not take another start's lease for theirs
         self._text: str | None = None
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> Lease:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("0")
+        self.path.write_text(f"{self._owner} 0")
         self._thread.start()
         return self
 
@@ -78,7 +80,7 @@ class Lease:
     def _write(self, text: str) -> None:
         with suppress(OSError):  # the file system may come back; if not, the ranks take this launcher for dead
             draft = self.path.with_name(f"draft-{self.path.name}-{threading.get_ident()}")
-            draft.write_text(text)
+            draft.write_text(f"{self._owner} {text}")
             os.replace(draft, self.path)
 
 

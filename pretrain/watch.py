@@ -119,7 +119,8 @@ class Watch:
         lease = environment.get(LEASE_VARIABLE)
         first_here = environment.get("LOCAL_RANK", "0") == "0"
         self._lease = Path(lease) if lease and first_here else None
-        self._lease_text: str | None = None
+        self._lease_words: list[str] = []  # its owner, and a count or STOP
+        self._owner: str | None = None  # of the lease when this rank began
         self._lease_sign: _Sign | None = None
         self._beat: _Sign | None = None
         self._told: Failure | None = None  # by another rank
@@ -214,7 +215,9 @@ class Watch:
         silent_s = 0.0 if self._lease_sign is None else self._lease_sign.silent_s()
         if self._lease_sign is not None and isinstance(self._lease_sign.error, FileNotFoundError):
             self._end("told", "the launcher ended the job")
-        if self._lease_text == STOP:
+        if self._lease_words[:1] not in ([], [self._owner]):
+            self._stop("the launcher is gone, and another one has begun", self.cfg.checkpoint.grace_s)
+        elif self._lease_words[1:] == [STOP]:
             self._stop("the launcher asked to stop", None)
         elif silent_s > self.cfg.timeouts.heartbeat_s:
             self._stop(f"no sign of life from the launcher for {silent_s:.0f} s", self.cfg.checkpoint.grace_s)
@@ -247,8 +250,9 @@ class Watch:
 
     def _read_lease(self) -> bool:
         assert self._lease is not None
-        before, self._lease_text = self._lease_text, self._lease.read_text()
-        return self._lease_text != before
+        before, self._lease_words = self._lease_words, self._lease.read_text().split()
+        self._owner = self._owner or self._lease_words[0]
+        return self._lease_words != before
 
     def _show(self) -> bool:
         """This rank's sign of life; reads whether another has failed and, on rank 0, the others' signs."""

@@ -238,9 +238,10 @@ def test_a_lease_is_renewed_until_it_is_given_back(tmp_path):
             assert time.monotonic() < deadline
             time.sleep(0.05)
         lease.stop()
-        assert path.read_text() == STOP
+        owner = before.split()[0]
+        assert path.read_text() == f"{owner} {STOP}"
         time.sleep(1.5)
-        assert path.read_text() == STOP
+        assert path.read_text() == f"{owner} {STOP}"
     assert list(path.parent.iterdir()) == []
 
 

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_a_launcher_that_is_gone_asks_for_a_save_then_ends_the_rank(
 ) -> None:
     """The lease is not renewed; this rank is deaf to the SIGTERM that it sends itself, as if its save took too long."""
     lease = tmp_path / "lease"
-    lease.write_text("1")
+    lease.write_text("a 1")
     ranks = start(1, {"OVERTONE_LEASE": str(lease)})
     ranks.up()
     assert ranks.end() == [-signal.SIGTERM]
@@ -150,7 +151,7 @@ def test_a_launcher_that_is_gone_asks_for_a_save_then_ends_the_rank(
 
 def test_a_lease_that_says_stop_or_is_taken_away(start: Callable[..., Ranks], tmp_path: Path) -> None:
     lease = tmp_path / "lease"
-    lease.write_text("1")
+    lease.write_text("a 1")
     ranks = start(1, {"OVERTONE_LEASE": str(lease)})
     ranks.up()
     lease.unlink()
@@ -160,11 +161,22 @@ def test_a_lease_that_says_stop_or_is_taken_away(start: Callable[..., Ranks], tm
 
 def test_a_stop_by_lease_is_a_signal(start: Callable[..., Ranks], tmp_path: Path) -> None:
     lease = tmp_path / "lease"
-    lease.write_text("1")
+    lease.write_text("a 1")
     ranks = start(1, {"OVERTONE_LEASE": str(lease)})
     ranks.up()
-    lease.write_text("stop")
+    lease.write_text("a stop")
     assert ranks.end() == [-signal.SIGTERM]
+
+
+def test_another_launchers_lease_is_not_this_ranks(start: Callable[..., Ranks], tmp_path: Path) -> None:
+    lease = tmp_path / "lease"
+    lease.write_text("a 1")
+    ranks = start(1, {"OVERTONE_LEASE": str(lease)})
+    ranks.up()
+    time.sleep(2)  # it reads its own
+    lease.write_text("b 1")
+    assert ranks.end() == [-signal.SIGTERM]
+    assert "another one has begun" in ranks.processes[0].communicate()[1]
 
 
 @pytest.mark.parametrize(
