@@ -86,22 +86,23 @@ class Job:
         return "\n".join(self.told().splitlines()[-30:])
 
 
-def test_two_hosts_train_as_one_host_does(tmp_path: Path, hosts: Hosts) -> None:
+def test_three_hosts_train_as_one_does(tmp_path: Path) -> None:
     """Prototypes are shared between the hosts, and what the launcher drops reaches them: overrides with spaces too."""
-    path = config(tmp_path, train__steps=4, logging__every=1)
+    path = config(tmp_path, train__steps=4, train__tokens_per_step=96, train__micro_batch=2, logging__every=1)
     odd = {"HF_HOME": '/tmp/a b$HOME`x`"q" 100%h\\', "https_proxy": "http://nowhere", "HF_TOKEN": "secret"}
-    asked = ["--hostfile", str(hosts.hostfile()), "checkpoint={every: 2, keep: 1}"]
-    dry = hosts[0].call(*LAUNCH, str(path), *asked, "--dry-run")
-    assert dry.returncode == 0 and " --master_addr 10.77.0.1 " in dry.stdout and not (tmp_path / "run").exists()
-    trained = hosts[0].call(*LAUNCH, str(path), *asked, environment=odd)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
+    with Hosts(3, tmp_path) as hosts:
+        asked = [*LAUNCH, str(path), "--hostfile", str(hosts.hostfile()), "checkpoint={every: 2, keep: 1}"]
+        dry = hosts[0].call(*asked, "--dry-run")
+        assert dry.returncode == 0 and " --master_addr 10.77.0.1 " in dry.stdout and not (tmp_path / "run").exists()
+        trained = hosts[0].call(*asked, environment=odd)
+        assert trained.returncode == 0, trained.stdout + trained.stderr
     text = (tmp_path / "run" / "launch.env").read_text()
-    assert "nowhere" not in text and "secret" not in text
+    assert "HF_HOME" in text and "nowhere" not in text and "secret" not in text
     assert not list((tmp_path / "run").glob("lease-*"))
-    alone = [sys.executable, "-m", "launch", "run", str(path), "--num-gpus", "2", f"run={tmp_path / 'one'}"]
+    alone = [*LAUNCH, str(path), "--num-gpus", "1", f"run={tmp_path / 'one'}"]
     assert subprocess.run(alone, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, timeout=240).returncode == 0
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "run")
-    assert list(one) == [1, 2, 3, 4] and two == pytest.approx(one, abs=2e-5)
+    one, three = losses(tmp_path / "one"), losses(tmp_path / "run")
+    assert list(one) == [1, 2, 3, 4] and three == pytest.approx(one, abs=2e-5)
 
 
 def test_a_killed_rank_is_named(tmp_path: Path, hosts: Hosts) -> None:
@@ -144,10 +145,12 @@ def test_a_failed_job_finishes_on_the_hosts_that_answer(tmp_path: Path, hosts: H
     assert list(cut) == list(range(1, 31)) and cut == pytest.approx(one, abs=5e-5)
 
 
-def test_a_stop_of_the_launcher_saves_on_all_hosts(tmp_path: Path, hosts: Hosts) -> None:
+@pytest.mark.parametrize(("who", "how"), [("launcher", signal.SIGTERM), ("rank", signal.SIGUSR1)])
+def test_a_stop_of_the_launcher_or_a_rank_saves_on_all_hosts(
+    tmp_path: Path, hosts: Hosts, who: str, how: signal.Signals
+) -> None:
     job = Job(hosts, tmp_path)
-    launcher = hosts[0].running("-m launch run ")[0]
-    os.kill(launcher, signal.SIGUSR1)
+    os.kill(hosts[0].running("-m launch run ")[0] if who == "launcher" else job.rank_on(hosts[1]), how)
     code, told = job.end()
     assert code == 75, told
     ended = json.loads((job.run / "exit.json").read_text())

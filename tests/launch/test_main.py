@@ -1,6 +1,7 @@
 """`python -m launch run`: what is checked before anything is spawned, and what is handed on."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from data.settings import validate
 from launch import job, reach
 from launch.__main__ import main
 from launch.job import End
-from pretrain.config import LEASE_VARIABLE
+from pretrain.config import LEASE_VARIABLE, TimeoutConfig
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +190,19 @@ def test_unknown_words_are_refused(config, spawned, capsys, arguments):
 def test_help_is_quick_to_come():
     code = "import sys, launch.__main__; print({'torch', 'deepspeed', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_guide_is_right_about_options_names_and_settings(capsys):
+    guide = Path("docs/launching.md").read_text()
+    told = ""
+    for command in ("run", "doctor"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told += capsys.readouterr().out
+    options = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", guide))
+    assert {"--hostfile", "--elastic", "--launcher"} <= options and options <= set(re.findall(r"--[a-z-]+", told))
+    (block,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    imports = [line for line in block.splitlines() if line.startswith(("from", "import"))]
+    exec("\n".join(imports), {})
+    defaults = TimeoutConfig().model_dump()
+    assert {name: float(s) for name, s in re.findall(r"\| `timeouts\.(\w+)` \| (\d+) \|", guide)} == defaults
