@@ -150,11 +150,11 @@ class Watch:
         if error is not None and not isinstance(error, SystemExit):
             self.fail(error)
         self._over.set()
-        faulthandler.cancel_dump_traceback_later()
         for thread in (self._beat, self._lease_sign):
             if thread is not None:
                 thread.leave()
         self._thread.join(BEAT_S)
+        faulthandler.cancel_dump_traceback_later()
 
     def join(self, address: str, port: int) -> None:
         """Shows signs of life from here on, in the store at `address` where the ranks have met."""
