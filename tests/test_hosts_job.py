@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +122,19 @@ def test_a_host_that_is_cut_off_is_named(tmp_path: Path, hosts: Hosts) -> None:
     assert "rank 1 on node2 failed first" in job.last_lines(), told
     assert "node2 cannot be reached" in job.last_lines(), told
     assert (tmp_path / "run" / "failures" / "rank-0.stacks").exists()
+
+
+def test_bad_input_on_one_host_is_told_with_that_host(tmp_path: Path, hosts: Hosts) -> None:
+    """A shard is missing there: its rank refuses before the others are met, and they do not wait for it."""
+    path = config(tmp_path)
+    shutil.copytree(tmp_path / "data", tmp_path / "lacking")
+    (tmp_path / "lacking" / "train-00000.bin").unlink()
+    hosts[1].hide(tmp_path / "data", tmp_path / "lacking")
+    refused = hosts[0].call(*LAUNCH, str(path), "--hostfile", str(hosts.hostfile()))
+    assert refused.returncode == 2, refused.stderr
+    last = refused.stderr.splitlines()[-1]
+    assert "rank 1 on node2 failed first" in last and "train-00000.bin: missing" in last, refused.stderr
+    assert not any(host.running("-m pretrain ") for host in hosts)
 
 
 def test_a_frozen_rank_is_named_and_its_stacks_are_kept(tmp_path: Path, hosts: Hosts) -> None:
