@@ -1,17 +1,19 @@
 """python -m launch run CONFIG [key=value ...]: checks a training job, then runs it with deepspeed.
-python -m launch plan CONFIG [key=value ...]: tells what it will take.
+
+`python -m launch doctor` examines the hosts for one, `python -m launch plan CONFIG` tells what it will take.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from data.settings import ConfigError
 from launch import plan
-from launch.deepspeed import check, check_tools, command, environment, one_line, run
-from launch.hosts import place
-from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, load
+from launch.hosts import Placement, place
+from launch.job import End
+from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,42 +24,153 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "run",
         allow_abbrev=False,
         help="check a config, its data and the layout, then train it with deepspeed",
-        description="Check a config, its data and the layout, then train it with deepspeed. Exit codes: 0 done; 2 bad "
-        "input; 3 too many non-finite steps; 75 stopped by a signal after a save, the same command goes on; 128 + N: a "
-        "rank was killed by signal N; others: a rank failed.",
+        description="Check a config, its data, the layout and the hosts, then train it with deepspeed. Exit codes: 0 "
+        "done; 2 bad input; 3 too many non-finite steps; 4 a checkpoint could not be written; 75 stopped by a signal "
+        "after a save, the same command goes on; 128 + N: a rank was killed by signal N; others: a rank failed.",
     )
     job.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
-    job.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as train.steps=100")
-    job.add_argument("--hostfile", type=Path, metavar="H", help="train on its hosts: a line `HOST slots=N` for each")
-    job.add_argument(
-        "--num-gpus", type=int, metavar="N", help="ranks on each host (default: every GPU; 2 where none is)"
+    _add_job(job)
+    about = "examine this machine, or the hosts of a hostfile: versions, data, disks, clocks, network"
+    examined = commands.add_parser(
+        "doctor",
+        allow_abbrev=False,
+        help=about,
+        description=f"{about.capitalize()}. Exit codes: 0 nothing is wrong; 1.",
     )
-    job.add_argument("--dry-run", action="store_true", help="check everything, print the deepspeed command, and stop")
+    examined.add_argument("config", metavar="CONFIG", nargs="?", help="also its data and its run folder")
+    _add_hosts(examined)
     plan.add_arguments(commands)
     asked, rest = parser.parse_known_args(arguments)  # argparse takes no positional after an option
+    if asked.command == "doctor" and asked.config is None and rest and not rest[0].startswith("-"):
+        asked.config = rest.pop(0)
     unknown = [word for word in rest if word.startswith("-") or "=" not in word]
     if unknown:
         commands.choices[asked.command].error(f"unknown: {' '.join(unknown)}; expected key=value or one of the options")
     overrides = [*asked.overrides, *rest]
     try:
-        cfg = load(asked.config, overrides)
+        cfg = None if asked.config is None else load(asked.config, overrides)
         if asked.command == "plan":
+            assert cfg is not None
             return plan.tell(asked, cfg)
-        placement = place(asked.hostfile, asked.num_gpus)
-        check(cfg, placement)
-        if not asked.dry_run:
-            check_tools(placement)
-        words, added = command(asked.config, overrides, placement), environment(placement)
-        print(one_line(words, added), flush=True)
-        if asked.dry_run:
-            return 0
-        return run(words, added, cfg.run / EXIT_RECORD, remote=placement.hostfile is not None)
+        placement = place(
+            asked.hostfile, asked.num_gpus, include=asked.include, exclude=asked.exclude, hosts=asked.num_nodes
+        )
+        if asked.command == "doctor":
+            from launch.doctor import doctor
+
+            return doctor(placement, cfg)
+        assert cfg is not None
+        return _run(asked, cfg, overrides, placement)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _add_hosts(job: argparse.ArgumentParser) -> None:
+    job.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as train.steps=100")
+    job.add_argument("--hostfile", type=Path, metavar="H", help="use its hosts: a line `HOST slots=N` for each")
+    job.add_argument("--include", default="", metavar="S", help="only these hosts and slots: node1@node2:0,2")
+    job.add_argument("--exclude", default="", metavar="S", help="all but these hosts and slots")
+    job.add_argument("--num-nodes", type=int, metavar="N", help="only the first N hosts of the hostfile")
+    job.add_argument(
+        "--num-gpus", type=int, metavar="N", help="ranks on each host (default: every GPU; 2 where none is)"
+    )
+
+
+def _add_job(job: argparse.ArgumentParser) -> None:
+    _add_hosts(job)
+    job.add_argument(
+        "--launcher",
+        choices=("pdsh", "openmpi", "slurm", "none"),
+        default="pdsh",
+        help="how the hosts are reached; none: run the same command on each of them (default %(default)s)",
+    )
+    job.add_argument("--node-rank", type=int, metavar="K", help="--launcher none: this is host K of them, from 0")
+    job.add_argument("--master-port", type=int, metavar="P", help="where the ranks meet (default: a free port)")
+    job.add_argument("--max-restarts", type=int, default=0, metavar="N", help="start a failed job again, up to N times")
+    job.add_argument("--elastic", action="store_true", help="restarts go without hosts that do not answer")
+    job.add_argument("--dry-run", action="store_true", help="check everything, print the deepspeed command, and stop")
+
+
+def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> int:
+    from launch import deepspeed
+    from launch.restart import keep_running
+
+    deepspeed.check_launcher(placement, asked.launcher)
+    deepspeed.check(cfg, placement)
+    if asked.max_restarts < 0:
+        raise ConfigError(f"--max-restarts {asked.max_restarts}: expected 0 or more")
+    by_ssh = placement.hostfile is not None and asked.launcher in ("pdsh", "openmpi")
+    if asked.elastic and not by_ssh:
+        raise ConfigError("--elastic: it chooses among the hosts of a --hostfile, which pdsh or OpenMPI reaches")
+    if asked.max_restarts and asked.launcher in ("none", "slurm"):
+        raise ConfigError(
+            f"--max-restarts: with --launcher {asked.launcher} each host has a launcher of its own, and none sees all "
+            "hosts; whatever starts them restarts"
+        )
+    if not asked.dry_run:
+        deepspeed.check_tools(placement, asked.launcher)
+
+    def start(placement: Placement) -> End:
+        return _start(asked, cfg, overrides, placement)
+
+    return keep_running(start, cfg, placement, restarts=asked.max_restarts, elastic=asked.elastic)
+
+
+def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> End:
+    """Runs the job once, or prints how, for a dry run."""
+    from launch import deepspeed, job
+    from launch.reach import answers
+
+    launcher = asked.launcher if placement.hostfile is not None else None
+    if launcher == "slurm":
+        words = deepspeed.srun(asked.config, overrides, placement, port=asked.master_port)
+        print(deepspeed.one_line(words, {}), flush=True)
+        if not asked.dry_run:
+            os.execvp(words[0], words)  # it hands signals to the launchers on the hosts, and their exit codes back
+        return job.DONE
+    facts = answers(placement) if launcher in ("pdsh", "openmpi") else {}
+    node = None
+    if launcher == "none":
+        node = asked.node_rank
+        if node is None:
+            node = 0 if asked.dry_run else deepspeed.own_node(placement)
+        if not 0 <= node < len(placement.ranks):
+            raise ConfigError(f"--node-rank {node}: {placement.hostfile} has hosts 0 to {len(placement.ranks) - 1}")
+    address, port = deepspeed.meeting_point(placement, facts) if launcher else (None, None)
+    port = asked.master_port or port or deepspeed.free_port()
+    lease = job.lease_of(cfg.run, node or 0)
+    added = deepspeed.environment(placement, facts, lease=lease, folder=cfg.run if launcher == "pdsh" else None)
+    if launcher == "openmpi":
+        added |= {"MASTER_ADDR": str(address), "MASTER_PORT": str(port)}
+
+    def words_for(node: int) -> list[str]:
+        return deepspeed.command(
+            asked.config,
+            overrides,
+            placement,
+            launcher=launcher or "pdsh",
+            address=address,
+            port=port,
+            node=node,
+            folder=cfg.run,
+            exports=list(added),
+        )
+
+    if node is not None and asked.dry_run:
+        for number, host in enumerate(placement.ranks):
+            print(f"{host}: {deepspeed.one_line(words_for(number), added)}")
+        return job.DONE
+    words = words_for(node or 0)
+    print(deepspeed.one_line(words, added), flush=True)
+    if asked.dry_run:
+        return job.DONE
+    if launcher in ("pdsh", "openmpi"):
+        deepspeed.write_files(placement, facts, cfg.run, lease)
+    return job.run(words, added, cfg.run, placement, node=node)
 
 
 if __name__ == "__main__":

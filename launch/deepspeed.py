@@ -1,41 +1,33 @@
-"""The `deepspeed` command: composed, run, watched to its end, and its exit code made honest.
+"""The `deepspeed` command for a placement, its environment, and what must be right before it is run.
 
-    placement = place(hostfile=None)
-    words = command("configs/quickstart.yaml", [], placement)
-    code = run(words, environment(placement), Path("runs/quickstart/exit.json"))
-
-Why it is watched: `deepspeed` exits with 0 when its inner launcher was killed, and dies of SIGTERM alone; both times
-the ranks train on. So the job is a session of its own, the ranks get the signal directly, and the record that rank 0
-leaves in the run folder decides together with deepspeed's exit code.
+placement = place(hostfile=None)
+words = command("configs/quickstart.yaml", [], placement)
+code = launch.job.run(words, environment(placement), Path("runs/quickstart"), placement)
 """
 
-import json
+from __future__ import annotations
+
 import os
-import random
 import shlex
 import shutil
-import signal
 import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import Any, Literal
 
 from data.settings import ConfigError
+from launch.exports import env_file, exported
 from launch.hosts import Placement, cores
-from pretrain.config import EXIT_PREEMPTED, RunConfig, check_data, check_layout
+from launch.probe import free_port as _free_port
+from launch.reach import Facts, ssh_arguments
+from pretrain.config import BIND_VARIABLE, LEASE_VARIABLE, RunConfig, check_data, check_layout
 
-GRACE_S = 60.0  # for the ranks to save and leave after a signal
-STRAGGLER_S = 3.0  # for what is left when there is nothing to save
-UNKILLABLE_S = 10.0  # after which a process that survives SIGKILL is reported
-POLL_S = 0.1
 SITE_HOSTFILE = Path("/job/hostfile")  # deepspeed takes this one unasked, where it exists
+DEFAULT_PORT = 29500  # where hosts that are started one by one meet
+Launcher = Literal["pdsh", "openmpi", "slurm", "none"]
+TOOLS = {"pdsh": ("pdsh", "ssh"), "openmpi": ("mpirun", "ompi_info", "ssh"), "slurm": ("srun",), "none": ()}
+ENV_FILE, HOSTFILE = "launch.env", "launch.hosts"  # what is written for deepspeed, in the run folder
 
 
 def check(cfg: RunConfig, placement: Placement) -> None:
@@ -53,25 +45,52 @@ def check(cfg: RunConfig, placement: Placement) -> None:
 
 
 def command(
-    config: str, overrides: Sequence[str], placement: Placement, *, module: str = "pretrain", port: int | None = None
+    config: str,
+    overrides: Sequence[str],
+    placement: Placement,
+    *,
+    module: str = "pretrain",
+    launcher: Launcher = "pdsh",
+    address: str | None = None,
+    port: int | None = None,
+    node: int = 0,
+    folder: Path | None = None,
+    exports: Sequence[str] = (),
 ) -> list[str]:
     """The `deepspeed` command that runs `module` on every rank of `placement`.
 
     Args:
-        config: path of the config, the same on every host.
+        config: path of the config, the same on every host; empty: the module takes none.
         overrides: `key=value` settings.
         placement: where the ranks go.
         module: what the ranks run.
-        port: where the ranks meet; None: a free one.
+        launcher: how other hosts are reached; `none`: each host runs its own command, and this one is for `node`.
+        address: the first host's, where the ranks meet; None: deepspeed finds one out.
+        port: where the ranks meet; None: a free one of this machine.
+        node: which of the hosts the command is for, under `none`.
+        folder: the run folder, for OpenMPI's hostfile where not all hosts are used.
+        exports: names of further variables that OpenMPI hands on.
     """
-    counts = sorted(set(placement.ranks.values()))
-    arguments = [config, *overrides]
+    arguments = [word for word in (config, *overrides) if word]
+    where: list[str] = []
     if placement.hostfile is not None:
-        # force_multi: else deepspeed runs a single remote host's ranks here.
-        where = ["--hostfile", str(placement.hostfile), "--force_multi"]
-        if len(counts) == 1:
-            where += ["--num_gpus", str(counts[0])]
-        arguments = [_for_remote_shell(argument) for argument in arguments]
+        hostfile = placement.hostfile
+        if launcher == "openmpi" and placement.chosen:
+            hostfile = (folder or Path()) / HOSTFILE  # it takes a whole hostfile only
+        where = ["--hostfile", str(hostfile)]
+        if placement.chosen and launcher != "openmpi":
+            where += ["--include", placement.chosen]
+        if launcher == "none":
+            where += ["--no_ssh", "--node_rank", str(node)]
+        else:
+            # force_multi: else deepspeed runs a single remote host's ranks here.
+            where += ["--force_multi", "--no_ssh_check"]
+        if launcher == "pdsh":
+            arguments = [_for_remote_shell(argument) for argument in arguments]
+        if launcher == "openmpi":
+            where += ["--launcher", "openmpi", "--launcher_args", shlex.join(_open_mpi(exports))]
+        if address is not None:
+            where += ["--master_addr", address]
     elif placement.gpus != tuple(range(len(placement.gpus))):
         where = ["--include", "localhost:" + ",".join(map(str, placement.gpus))]
     else:
@@ -80,29 +99,76 @@ def command(
         where += ["--hostfile", os.devnull]
     executable = Path(sys.executable).with_name("deepspeed")
     meet = ["--master_port", str(port or free_port())]
-    return [
-        str(executable),
-        *where,
-        *meet,
-        "--no_local_rank",
-        "--log_level",
-        "critical",
-        "--module",
-        module,
-        *arguments,
-    ]
+    quiet = ["--no_local_rank", "--log_level", "critical"]
+    return [str(executable), *where, *meet, *quiet, "--module", module, *arguments]
 
 
-def environment(placement: Placement) -> dict[str, str]:
-    """Variables that the job gets in addition to this process's; what the user has set stays."""
-    added = {}
-    tools = str(Path(sys.executable).parent)  # ninja, which compiles DeepSpeed's and our C++
+def _open_mpi(added: Sequence[str]) -> list[str]:
+    """mpirun's own options: it exports by name, and would bind each rank to one core."""
+    names = dict.fromkeys([*exported(os.environ), "PATH", *added])
+    exports = [word for name in names for word in ("-x", name)]
+    return ["--bind-to", "none", "--mca", "btl_tcp_if_include", "lo", *exports]  # Overtone sends nothing by MPI
+
+
+def srun(config: str, overrides: Sequence[str], placement: Placement, *, port: int | None = None) -> list[str]:
+    """The `srun` command that starts a launcher of its own on every host: deepspeed's Slurm launcher tells the ranks
+    neither who they are nor where they meet.
+    """
+    hosts = len(placement.ranks)
+    each = ["--nodes", str(hosts), "--ntasks", str(hosts), "--ntasks-per-node", "1", "--kill-on-bad-exit=0"]
+    inner = ["--hostfile", str(placement.hostfile), "--launcher", "none", "--master-port", str(port or free_port())]
+    if placement.chosen:
+        inner += ["--include", placement.chosen]
+    launch = [sys.executable, "-m", "launch", "run", config, *overrides, *inner]
+    return ["srun", *each, "--nodelist", ",".join(placement.ranks), *launch]
+
+
+def environment(
+    placement: Placement, facts: Mapping[str, Facts] = {}, *, lease: Path | None = None, folder: Path | None = None
+) -> dict[str, str]:
+    """Variables that the `deepspeed` command gets in addition to this process's; what the user has set stays.
+
+    Args:
+        placement: where the ranks go.
+        facts: what its hosts say of themselves; empty: this machine's are taken.
+        lease: the file by which the launcher tells that it lives; None: there is none.
+        folder: the run folder, where the variables for other hosts are listed; None: no other hosts, or not by pdsh.
+    """
+    added = _own(placement, facts)
+    if lease is not None:
+        added[LEASE_VARIABLE] = str(lease)
+    if folder is not None:
+        return {"DS_ENV_FILE": str((folder / ENV_FILE).absolute()), "PDSH_SSH_ARGS_APPEND": ssh_arguments()}
+    tools = _tools()
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
-        added["PATH"] = os.environ.get("PATH", os.defpath) + os.pathsep + tools  # last: two ninjas in turn rebuild all
-    if placement.hostfile is None and not placement.gpus:
-        threads = max(1, cores() // placement.world)  # else every rank starts a thread for every core
-        added |= {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
-    return {name: value for name, value in added.items() if name == "PATH" or name not in os.environ}
+        path = os.environ.get("PATH", os.defpath) + os.pathsep + tools  # last: two ninjas in turn rebuild all
+        added = {"PATH": path, **added}
+    return added
+
+
+def _own(placement: Placement, facts: Mapping[str, Facts]) -> dict[str, str]:
+    """What every rank gets, but for what the user has set: on a CPU, its share of the threads, and of the cores."""
+    if placement.gpus or any(facts[host]["gpus"] for host in facts):
+        return {}
+    # else every rank starts a thread for every core
+    shares = [(facts[host]["cores"] if host in facts else cores()) // n for host, n in placement.ranks.items()]
+    ours = {"OMP_NUM_THREADS": str(max(1, min(shares))), "DS_ACCELERATOR": "cpu", BIND_VARIABLE: "1"}
+    return {name: value for name, value in ours.items() if name not in os.environ}
+
+
+def _tools() -> str:
+    """The folder of this Python's programs: ninja, which compiles DeepSpeed's and our C++, is there."""
+    return str(Path(sys.executable).parent)
+
+
+def write_files(placement: Placement, facts: Mapping[str, Facts], folder: Path, lease: Path | None) -> None:
+    """Writes into the run folder what deepspeed reads: variables for other hosts, and the hostfile for OpenMPI."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = env_file(_own(placement, facts) | ({} if lease is None else {LEASE_VARIABLE: str(lease)}))
+    # The path goes to each host's shell as it is, which puts its own PATH before ours.
+    (folder / ENV_FILE).write_text(text + f"PATH=$PATH:{_tools()}\n", encoding="utf-8")
+    lines = (f"{host} slots={ranks}\n" for host, ranks in placement.ranks.items())
+    (folder / HOSTFILE).write_text("".join(lines), encoding="utf-8")
 
 
 def one_line(words: Sequence[str], added: Mapping[str, str]) -> str:
@@ -118,15 +184,17 @@ def one_line(words: Sequence[str], added: Mapping[str, str]) -> str:
 
 def free_port() -> int:
     """A free port below those that the system hands out by itself, so that it stays free while the ranks start."""
-    for port in random.sample(range(20_000, 32_000), 100):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("", port))
-            return port
-    raise ConfigError("no free port between 20000 and 32000 on this machine, for the ranks to meet on")
+    port = _free_port()
+    if port is None:
+        raise ConfigError("no free port between 20000 and 32000 on this machine, for the ranks to meet on")
+    return port
 
 
 def _for_remote_shell(argument: str) -> str:
-    """deepspeed gives arguments to the remote shell bare, or in double quotes if they hold a space."""
+    """deepspeed gives arguments to the remote shell bare, or in double quotes if they hold a space; pdsh replaces %h,
+    %n and %u before.
+    """
+    argument = argument.replace("%", "%%")
     if " " not in argument:
         return shlex.quote(argument)
     for special in "\\$`":
@@ -134,178 +202,77 @@ def _for_remote_shell(argument: str) -> str:
     return argument
 
 
-def check_tools(placement: Placement) -> None:
+def check_tools(placement: Placement, launcher: Launcher = "pdsh") -> None:
     """Raises ConfigError unless the programs that the command needs are installed."""
     if not Path(sys.executable).with_name("deepspeed").is_file():
         raise ConfigError(
             f"deepspeed is not installed beside {sys.executable}: run `make setup` and use .venv/bin/python"
         )
-    if placement.hostfile is not None and not (shutil.which("pdsh") and shutil.which("ssh")):
-        raise ConfigError("--hostfile: deepspeed reaches other hosts with pdsh and ssh; install both on this machine")
+    if placement.hostfile is None:
+        return
+    missing = [tool for tool in TOOLS[launcher] if shutil.which(tool) is None]
+    if missing:
+        raise ConfigError(
+            f"--hostfile with --launcher {launcher}: {' and '.join(TOOLS[launcher])} are needed, and "
+            f"{', '.join(missing)} is not found; install it on this machine, or use --launcher none"
+        )
 
 
-def run(
-    words: Sequence[str],
-    added: Mapping[str, str],
-    record: Path,
-    *,
-    remote: bool = False,
-    module: str = "pretrain",
-    grace_s: float = GRACE_S,
-) -> int:
-    """Runs the command to its end and returns an honest exit code; nothing of the job is left running on this machine.
+def check_launcher(placement: Placement, launcher: Launcher) -> None:
+    """Raises ConfigError for a placement that a launcher cannot make."""
+    if placement.hostfile is None and launcher != "pdsh":
+        raise ConfigError(f"--launcher {launcher}: it needs a --hostfile; on this machine alone no launcher is used")
+    if launcher != "openmpi":
+        return
+    first_slots = all(
+        part.partition(":")[2] == ",".join(map(str, range(placement.ranks[part.partition(":")[0]])))
+        for part in placement.chosen.split("@")
+        if part
+    )
+    if not first_slots:
+        raise ConfigError(f"--include {placement.chosen}: OpenMPI takes the first slots of a host only; use pdsh")
 
-    The first SIGTERM, SIGINT or SIGHUP to this process goes on to the ranks, as one SIGTERM, so that they save and
-    leave; the second one kills the job.
 
-    Args:
-        words: by `command`.
-        added: by `environment`.
-        record: the file that rank 0 leaves just before it exits: `{"code": int, "reason": str, "step": int}`.
-        remote: the ranks are not on this machine.
-        module: what the ranks run.
-        grace_s: seconds between the signal and the end of what is left.
-    Returns:
-        The record's code unless that is 0; else deepspeed's, 128 + signal for a killed rank; 1 if deepspeed says 0 but
-        rank 0 left no record; else 0.
-    """
-    record.unlink(missing_ok=True)  # of an earlier run
-    with _signals() as received:
-        job = subprocess.Popen(words, env={**os.environ, **added}, stdin=subprocess.DEVNULL, start_new_session=True)
+def meeting_point(placement: Placement, facts: Mapping[str, Facts]) -> tuple[str, int]:
+    """The address and a port of the first host. Raises ConfigError if the other hosts could not reach it."""
+    host = next(iter(placement.ranks))
+    if host in facts:
+        address, port = facts[host]["address"], facts[host]["port"]
+        if port is None:
+            raise ConfigError(f"{host}: no free port between 20000 and 32000, for the ranks to meet on")
+    else:
         try:
-            while job.poll() is None and not received:
-                time.sleep(POLL_S)
-            left = _end(job, received, record, module, remote, grace_s)
-        finally:
-            _kill(job.pid)
-        child = job.wait()
-    code, reason = exit_code(child, _read(record), remote)
-    if left:
-        code, reason = code or 1, f"{reason}; processes that cannot be killed: {left}"
-    if code:
-        print(f"launch: exit code {code}: {reason}", file=sys.stderr, flush=True)
-    return code
+            address, port = socket.gethostbyname(host.rpartition("@")[2]), DEFAULT_PORT
+        except OSError as error:
+            raise ConfigError(
+                f"{host}: its address is not known here ({error}); put the address in the hostfile"
+            ) from None
+    if address is None or (address.startswith("127.") and len(placement.ranks) > 1):
+        raise ConfigError(
+            f"{host}: its address here is {address}, which the other hosts cannot reach. Put an address that all hosts "
+            "reach in the hostfile, instead of the name"
+        )
+    return address, port
 
 
-def exit_code(child: int, record: Mapping[str, Any] | None, remote: bool = False) -> tuple[int, str]:
-    """The job's exit code and why, from deepspeed's (negative: the signal that killed it) and rank 0's record."""
-    killed = 256 - child if child > 256 - signal.NSIG else 0  # deepspeed passes a rank's negative code on, modulo 256
-    if record is not None and record["code"]:
-        reason = f"{record.get('reason')} (step {record.get('step')})"
-        if record["code"] == EXIT_PREEMPTED:
-            reason += "; the same command goes on from there"
-        elif killed:
-            reason = f"a rank was killed by {_name(killed)}; rank 0: {reason}"
-        return record["code"], reason
-    if child < 0:
-        return 128 - child, f"deepspeed was killed by {_name(-child)}"
-    if killed:
-        return 128 + killed, f"a rank was killed by {_name(killed)}"
-    if child:
-        return child, "a rank failed; its traceback is above"
-    if record is None:
-        reason = "deepspeed reports success, but rank 0 left no record of its end"
-        if remote:
-            reason += "; the run folder must be one that this machine shares with the first host"
-        return 1, reason
-    return 0, "done"
+def own_node(placement: Placement) -> int:
+    """Which of the hosts this machine is. Raises ConfigError if that is not clear."""
+    import psutil
 
-
-def _name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _read(record: Path) -> dict[str, Any] | None:
-    """The record; None if there is none, or none that can be read: then it does not tell how the run ended."""
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return found if isinstance(found, dict) and isinstance(found.get("code"), int) else None
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects the signals that ask to stop, but for those that are ignored, as under nohup."""
-    received: list[int] = []
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, lambda number, frame: received.append(number))
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _end(
-    job: subprocess.Popen[bytes], received: list[int], record: Path, module: str, remote: bool, grace_s: float
-) -> list[int]:
-    """Ends what is left of the job once it was told to stop, or once deepspeed ended; returns what cannot be killed."""
-    ranks: list[psutil.Process] = []
-    deadline = None
-    while True:
-        ended, members = job.poll() is not None, _members(job.pid)
-        waiting = remote and bool(received) and not record.exists()  # deepspeed does not wait for the other hosts
-        if ended and not members and (not waiting or (deadline is not None and time.monotonic() > deadline)):
-            return []
-        if deadline is None:
-            ranks = _tell(job, members, module, remote)
-            deadline = time.monotonic() + (grace_s if ranks or waiting else STRAGGLER_S)
-        elif ended and not waiting and not set(ranks) & set(members):  # helpers, whose ranks have left
-            deadline = min(deadline, time.monotonic() + STRAGGLER_S)
-        late = time.monotonic() - deadline
-        if len(received) > 1 or late > 0:
-            _kill(job.pid)
-        if late > UNKILLABLE_S:
-            return [process.pid for process in members]
-        time.sleep(POLL_S)
-
-
-def _tell(
-    job: subprocess.Popen[bytes], members: list[psutil.Process], module: str, remote: bool
-) -> list[psutil.Process]:
-    """Tells the job to stop; returns the ranks on this machine that were told."""
-    if remote and job.poll() is None:
-        print("launch: telling the hosts to stop; a second signal kills", file=sys.stderr, flush=True)
-        job.send_signal(signal.SIGTERM)
-        return []
-    ranks = _ranks(members, module)
-    if ranks:
-        why = "" if job.poll() is None else "deepspeed ended without its ranks; "
-        told = f"launch: {why}telling {len(ranks)} ranks to save and stop; a second signal kills"
-        print(told, file=sys.stderr, flush=True)
-    for process in ranks or members:
-        with suppress(psutil.Error):
-            process.terminate()
-    return ranks
-
-
-def _members(session: int) -> list[psutil.Process]:
-    """The living processes of a session, orphans included."""
+    own = {one.address for held in psutil.net_if_addrs().values() for one in held if not one.address.startswith("127.")}
+    names = {socket.gethostname(), socket.getfqdn()}
     found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def _ranks(members: Sequence[psutil.Process], module: str) -> list[psutil.Process]:
-    """Those that run `-m module`, without the helpers that they forked, which have the same command line."""
-    found = {}
-    for process in members:
-        with suppress(psutil.Error):
-            if ("-m", module) in pairwise(process.cmdline()):
-                found[process.pid] = (process, process.ppid())
-    return [process for process, parent in found.values() if parent not in found]
-
-
-def _kill(session: int) -> None:
-    for process in _members(session):
-        with suppress(psutil.Error):
-            process.kill()
+    for node, host in enumerate(placement.ranks):
+        name = host.rpartition("@")[2]
+        try:
+            addresses: set[Any] = {entry[4][0] for entry in socket.getaddrinfo(name, None)}
+        except OSError:
+            addresses = set()
+        if name in names or addresses & own:
+            found.append(node)
+    if len(found) != 1:
+        listed = ", ".join(placement.ranks)
+        raise ConfigError(
+            f"--launcher none: this machine is {len(found)} of the hosts {listed}; say which with --node-rank K, from 0"
+        )
+    return found[0]

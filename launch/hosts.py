@@ -3,11 +3,12 @@
 import os
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from data.settings import ConfigError
+from launch.probe import cores
 
 CPU_RANKS = 2  # on a machine without a GPU, so that whatever is distributed is exercised
 LINE = re.compile(r"(?P<host>[A-Za-z0-9_\[][\w.@:\[\]-]*)\s+slots=(?P<slots>[0-9]+)\s*(#.*)?", re.ASCII)
@@ -20,6 +21,7 @@ class Placement:
     ranks: Mapping[str, int]  # by host, in the order of the hostfile
     hostfile: Path | None = None  # None: all on this machine
     gpus: tuple[int, ...] = ()  # those of this machine that are used; none: its cores
+    chosen: str = ""  # deepspeed's --include for these hosts and slots; empty: all of the hostfile
 
     @property
     def world(self) -> int:
@@ -61,23 +63,36 @@ def read_hostfile(path: Path) -> dict[str, int]:
     return slots
 
 
-def place(hostfile: Path | None = None, per_host: int | None = None) -> Placement:
+def place(
+    hostfile: Path | None = None,
+    per_host: int | None = None,
+    *,
+    include: str = "",
+    exclude: str = "",
+    hosts: int | None = None,
+) -> Placement:
     """Decides where the ranks go.
 
     Args:
         hostfile: the hosts; None: this machine.
         per_host: ranks on each host; None: as many as it has slots or GPUs, and CPU_RANKS without a GPU.
+        include: hosts and slots to use alone, as deepspeed writes them: `node1@node2:0,2`.
+        exclude: hosts and slots to leave out.
+        hosts: how many hosts to use, the first ones of the hostfile; None: all.
     Raises:
-        ConfigError: a bad hostfile, or more ranks than slots or GPUs.
+        ConfigError: a bad hostfile, hosts or slots that are not in it, or more ranks than slots or GPUs.
     """
     if per_host is not None and per_host < 1:
         raise ConfigError(f"--num-gpus {per_host}: expected 1 or more ranks on each host")
     if hostfile is not None:
-        slots = read_hostfile(hostfile)
-        for host, offered in slots.items():
-            if per_host is not None and per_host > offered:
-                raise ConfigError(f"--num-gpus {per_host}: the host {host} in {hostfile} has only slots={offered}")
-        return Placement({host: per_host or offered for host, offered in slots.items()}, hostfile)
+        offered = read_hostfile(hostfile)
+        return _placed(offered, _chosen(offered, hostfile, per_host, include, exclude, hosts), hostfile)
+    for option, given in (("--include", include), ("--exclude", exclude), ("--num-nodes", hosts)):
+        if given not in ("", None):
+            raise ConfigError(
+                f"{option} {given}: it chooses among the hosts of a --hostfile, and none is given. On this machine, "
+                "CUDA_VISIBLE_DEVICES=0,2 chooses among the GPUs."
+            )
     gpus = visible_gpus()
     if not gpus:
         return Placement({"localhost": per_host or min(CPU_RANKS, cores())})
@@ -87,6 +102,82 @@ def place(hostfile: Path | None = None, per_host: int | None = None) -> Placemen
             f"({', '.join(map(str, gpus))}). Ask for fewer, or set CUDA_VISIBLE_DEVICES= to train on the CPU."
         )
     return Placement({"localhost": per_host or len(gpus)}, gpus=gpus[:per_host])
+
+
+def without(placement: Placement, gone: Container[str]) -> Placement | None:
+    """The same placement without some of its hosts; None if no other is left."""
+    assert placement.hostfile is not None
+    offered = read_hostfile(placement.hostfile)
+    slots = _filter(offered, placement.chosen, placement.hostfile, "--include") if placement.chosen else _all(offered)
+    left = {host: slots[host] for host in placement.ranks if host not in gone}
+    return _placed(offered, left, placement.hostfile) if left else None
+
+
+def _placed(offered: Mapping[str, int], slots: Mapping[str, list[int]], hostfile: Path) -> Placement:
+    all_of_it = slots == _all(offered)
+    named = [host for host in slots if "@" in host]
+    if named and not all_of_it:
+        raise ConfigError(
+            f"{hostfile}: deepspeed cannot choose among hosts when one is given as {named[0]}; give the user name in "
+            "~/.ssh/config instead, or make a hostfile with only the hosts to use"
+        )
+    chosen = "@".join(f"{host}:{','.join(map(str, taken))}" for host, taken in slots.items())
+    return Placement({h: len(taken) for h, taken in slots.items()}, hostfile, chosen="" if all_of_it else chosen)
+
+
+def _all(offered: Mapping[str, int]) -> dict[str, list[int]]:
+    return {host: list(range(count)) for host, count in offered.items()}
+
+
+def _chosen(
+    offered: Mapping[str, int], hostfile: Path, per_host: int | None, include: str, exclude: str, hosts: int | None
+) -> dict[str, list[int]]:
+    """Slots by host after the options that choose, which deepspeed does not combine either."""
+    if include and exclude:
+        raise ConfigError(f"--include {include} and --exclude {exclude}: give one of them")
+    if (include or exclude) and (hosts or per_host):
+        raise ConfigError("--include and --exclude name hosts and slots: leave --num-nodes and --num-gpus out")
+    slots = _all(offered)
+    if include:
+        named = _filter(offered, include, hostfile, "--include")
+        return {host: named[host] for host in slots if host in named}
+    if exclude:
+        named = _filter(offered, exclude, hostfile, "--exclude")
+        left = {host: [k for k in all_of if k not in named.get(host, ())] for host, all_of in slots.items()}
+        left = {host: taken for host, taken in left.items() if taken}
+        if not left:
+            raise ConfigError(f"--exclude {exclude}: no slot of {hostfile} is left")
+        return left
+    if hosts is not None:
+        if not 1 <= hosts <= len(slots):
+            raise ConfigError(f"--num-nodes {hosts}: {hostfile} has {len(slots)} hosts; ask for 1 to {len(slots)}")
+        slots = dict(list(slots.items())[:hosts])
+    if per_host is not None:
+        for host, taken in slots.items():
+            if per_host > len(taken):
+                raise ConfigError(f"--num-gpus {per_host}: the host {host} in {hostfile} has only slots={len(taken)}")
+        slots = {host: taken[:per_host] for host, taken in slots.items()}
+    return slots
+
+
+def _filter(offered: Mapping[str, int], text: str, hostfile: Path, option: str) -> dict[str, list[int]]:
+    """Slots by host of `HOST[:SLOT,...][@HOST...]`, each of which must be in the hostfile."""
+    found: dict[str, list[int]] = {}
+    for part in text.split("@"):
+        host, colon, listed = part.partition(":")
+        if host not in offered:
+            raise ConfigError(
+                f"{option} {text}: the host {host!r} is not in {hostfile}, which has {', '.join(offered)}"
+            )
+        numbers = listed.split(",") if colon else list(map(str, range(offered[host])))
+        for number in numbers:
+            if not number.isdecimal() or int(number) >= offered[host]:
+                raise ConfigError(
+                    f"{option} {text}: slot {number!r} of {host}; expected numbers from 0 to {offered[host] - 1}, such "
+                    f"as {host}:0 or {host}:0,1"
+                )
+        found[host] = sorted({*found.get(host, ()), *map(int, numbers)})
+    return found
 
 
 def visible_gpus() -> tuple[int, ...]:
@@ -112,8 +203,3 @@ def visible_gpus() -> tuple[int, ...]:
         return ()
     found = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
     return tuple(range(len(found))) if listed.returncode == 0 else ()
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,8 +1,9 @@
 """`python -m pretrain CONFIG [key=value ...]` on one process; `deepspeed --module pretrain CONFIG [key=value ...]`
 on many.
 
-Exit codes: 0 done; 2 bad input; 3 too many non-finite steps in a row; 75 stopped by a signal after a save. Rank 0
-leaves them, with the reason, in the run folder's `exit.json`.
+Exit codes: 0 done; 1 this rank failed, or ended because another did; 2 bad input; 3 too many non-finite steps in a
+row; 4 a checkpoint could not be written; 75 stopped by a signal after a save. Rank 0 leaves them, with the reason, in
+the run folder's `exit.json`; see pretrain/watch.py for what a rank that fails leaves.
 """
 
 from __future__ import annotations
@@ -12,11 +13,19 @@ import json
 import logging
 import os
 import sys
-import traceback
 import warnings
+from collections.abc import MutableMapping
 
 from data.settings import ConfigError
 from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, RunConfig, check_data, check_layout, load
+from pretrain.watch import Watch
+
+OPEN_MPI = {
+    "RANK": "OMPI_COMM_WORLD_RANK",
+    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
+    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
+    "LOCAL_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,7 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     # deepspeed adds this one; the environment has it too
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    first = os.environ.get("RANK", "0") == "0"
+    adopt(os.environ)
+    first, first_here = (os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for noisy in ("torch", "DeepSpeed", "deepspeed"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -34,39 +44,43 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
     try:
         cfg = load(args.config, args.overrides)
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        check_layout(cfg, world, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world))
-        check_data(cfg)
-        return _train(cfg)
     except ConfigError as error:
-        if first:
+        if first_here:
             print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
+    with Watch(cfg, os.environ) as watch:
+        try:
+            world = int(os.environ.get("WORLD_SIZE", "1"))
+            check_layout(cfg, world, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world))
+            check_data(cfg)
+            return _train(cfg, watch)
+        except ConfigError as error:
+            if first_here:
+                print(f"error: {error}", file=sys.stderr)
+            watch.fail(error, EXIT_BAD_INPUT)
 
 
-def _train(cfg: RunConfig) -> int:
+def adopt(environment: MutableMapping[str, str]) -> None:
+    """Adds the variables that deepspeed's launcher sets where it left them to OpenMPI, which has names of its own."""
+    if "RANK" not in environment:
+        for ours, theirs in OPEN_MPI.items():
+            if theirs in environment:
+                environment[ours] = environment[theirs]
+
+
+def _train(cfg: RunConfig, watch: Watch) -> int:
     from pretrain import ranks as process  # torch: after the input was checked
 
     ranks = process.start()
-    from pretrain.loop import Outcome, Run  # DeepSpeed: after it was told the device
+    watch.join(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    watch.pulse(cfg.timeouts.first_step_s)
+    from pretrain.loop import Run  # DeepSpeed: after it was told the device
 
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-    try:
-        run = Run(cfg, ranks)
-        outcome = run.train()
-    except ConfigError as error:
-        outcome = Outcome(EXIT_BAD_INPUT, str(error), 0)
-        if ranks.first:
-            _leave_record(cfg, outcome)
-        raise
-    except BaseException as error:
-        traceback.print_exc()
-        if ranks.first:
-            _leave_record(cfg, Outcome(1, repr(error), 0))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)  # leaving the process group politely would wait for ranks that may wait for this one
+    run = Run(cfg, ranks, watch.pulse)
+    outcome = run.train()
     run.close()
+    watch.leave()
     process.stop()
     if ranks.first:
         _leave_record(cfg, outcome)

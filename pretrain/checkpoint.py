@@ -58,6 +58,7 @@ FREE_SETTINGS = (
     "parallel",
     "evaluation",
     "checkpoint",
+    "timeouts",
     "logging",
     "deepspeed",
 )

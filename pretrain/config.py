@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,11 @@ EXIT_DIVERGED = 3  # too many non-finite steps in a row
 EXIT_NOT_SAVED = 4  # a checkpoint could not be written
 EXIT_PREEMPTED = 75  # stopped by a signal after a save: start again to go on
 EXIT_RECORD = "exit.json"  # how the run ended, in its folder
+FAILURES = "failures"  # a folder in it: `rank-N.json` of each rank that failed or was ended
+LEASE_VARIABLE = "OVERTONE_LEASE"  # names the file by which a launcher tells its ranks that it lives
+BIND_VARIABLE = "OVERTONE_BIND_CORES"  # set: each rank keeps to its share of the host's cores
+LINK_MARK = "overtone-link:"  # before what pretrain/link.py prints
+STOP = "stop"  # what it says when they are to save and leave
 
 # What the house sets in DeepSpeed's configuration, and where to set it instead.
 OWNED_BY_US = {
@@ -39,6 +45,21 @@ OWNED_BY_US = {
     "zero_optimization.memory_efficient_linear": "nothing: it must stay off",
     "managed_gradient_accumulation": "nothing: the engine counts",
 }
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended before its work was done: `failures/rank-N.json`."""
+
+    rank: int
+    host: str
+    time: float  # seconds since the epoch, by the host's clock
+    kind: str  # error: its own; collective: another was gone; stuck; lost: another gave no sign; told: by another
+    phase: str  # rendezvous, load, data, forward, backward, update, collective, evaluation, save, ...
+    error: str
+    traceback: str
+    code: int
+    suspects: list[int]  # ranks that it ended for
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
@@ -129,6 +150,16 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     grace_s: float = Field(default=30.0, gt=0)  # from a signal to the end of a preempted job
 
 
+class TimeoutConfig(BaseModel, extra="forbid", frozen=True):
+    """Seconds after which a rank that waits ends itself, and the job with it."""
+
+    rendezvous_s: float = Field(default=300.0, gt=0)  # from a rank's start until all have met
+    first_step_s: float = Field(default=1800.0, gt=0)  # from there to the end of the first step: loading, compiling
+    collective_s: float = Field(default=300.0, gt=0)  # for a pass, with all its waiting for others
+    save_s: float = Field(default=1800.0, gt=0)  # for a checkpoint
+    heartbeat_s: float = Field(default=20.0, ge=5)  # without a sign of life of a rank, its host or the launcher
+
+
 class LoggingConfig(BaseModel, extra="forbid", frozen=True):
     every: int = Field(default=10, gt=0)  # steps
     tensorboard: bool = True
@@ -147,6 +178,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     parallel: ParallelConfig = ParallelConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = {}
 
@@ -182,9 +214,17 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
                 f"model.seq_len "
                 f"x ranks = {self.train.micro_batch} x {self.model.seq_len} x {world} = {per_pass}. With {world} "
                 f"ranks, "
-                f"micro_batch can be {_divisors(self.sequences_per_step(), world)}."
+                f"micro_batch can be {_divisors(self.sequences_per_step(), world)}. With this micro_batch, there can "
+                f"be {self._worlds()} ranks."
             )
         return self.train.tokens_per_step // per_pass
+
+    def _worlds(self) -> str:
+        """The possible numbers of ranks, in words; of many, the first and the last."""
+        passes, left = divmod(self.sequences_per_step(), self.train.micro_batch)
+        possible = [] if left else [str(ranks) for ranks in range(1, passes + 1) if passes % ranks == 0]
+        shown = possible if len(possible) <= 16 else [*possible[:15], "...", possible[-1]]
+        return ", ".join(shown) or "no number of"
 
     def lr_at(self, step: int) -> float:
         return self.optim.lr_at(step, self.train.steps)

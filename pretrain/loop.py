@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import signal
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from types import FrameType, TracebackType
 from typing import Any, TextIO
@@ -68,8 +69,9 @@ class StopSignal:
 class Run:
     """One rank's run: trainer, data, meter, recorder, and the progress that is saved and resumed."""
 
-    def __init__(self, cfg: RunConfig, ranks: Ranks) -> None:
-        self.cfg, self.ranks = cfg, ranks
+    def __init__(self, cfg: RunConfig, ranks: Ranks, pulse: Callable[[float | None], None] = lambda limit_s: None):
+        """`pulse` hears that this rank gets on, and in how many seconds again if that is not as before."""
+        self.cfg, self.ranks, self.pulse = cfg, ranks, pulse
         self.folder = cfg.run / "checkpoints"
         train = open_split(cfg.data.path, "train")
         self.val = EvaluationWindows(open_split(cfg.data.path, "val"), cfg.model.seq_len)
@@ -83,7 +85,7 @@ class Run:
         ranks.barrier()  # everybody has looked before anything is touched
         self._lock = self._claim()
         self.trainer = Trainer(cfg, ranks, train.eos_id)
-        self.saver = Saver(self.folder, ranks, cfg.checkpoint)
+        self.saver = Saver(self.folder, ranks, cfg.checkpoint, cfg.timeouts.save_s)
         self.progress = Progress()
         self.meter = Meter(ranks, zeus_counter(ranks))
         if found is not None:
@@ -150,6 +152,7 @@ class Run:
                 ending = last or stopping or diverged or self._unsaved()
                 evaluating = not (stopping or diverged or self._unsaved()) and (last or due(done, cfg.evaluation.every))
                 saving = not diverged and (last or stopping or due(done, cfg.checkpoint.every))
+                self.pulse(cfg.timeouts.save_s if ending or evaluating or saving else cfg.timeouts.collective_s)
                 if ending or evaluating or saving or due(done, cfg.logging.every):
                     window.close(done, cfg.lr_at(step))
                     if evaluating:
@@ -161,6 +164,7 @@ class Run:
                     if ending:
                         self.finish_save()
                     window = _Window(self)
+                    self.pulse(cfg.timeouts.collective_s)
                 if diverged:
                     return Outcome(EXIT_DIVERGED, f"{self.skipped_in_a_row} steps in a row were not finite", done)
                 if self._unsaved() or (ending and self._save_failed):
@@ -187,7 +191,12 @@ class Run:
         """The update `step`: everything in it is a function of the weights, the moments and this number."""
         torch.manual_seed(_dropout_seed(self.cfg.train.seed, step, self.ranks.rank))
         self.trainer.head.progress = self.cfg.head_progress(step)
-        return self.trainer.train_step(self.batches.of(step), self.cfg.lr_at(step))
+        return self.trainer.train_step(self._pulsing(self.batches.of(step)), self.cfg.lr_at(step))
+
+    def _pulsing(self, passes: Iterator[Tensor]) -> Iterator[Tensor]:
+        for batch in passes:
+            self.pulse(None)
+            yield batch
 
     def _evaluated(self) -> bool:
         """Whether this rank, the first, knows of an evaluation of the present step."""
@@ -210,7 +219,7 @@ class Run:
         cfg, step = self.cfg, self.progress.step
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
-            found = evaluate(scoring(self.trainer.score, cfg.model, cfg.data.path), self.val, micro_batch, self.ranks)
+            found = evaluate(scoring(self._score, cfg.model, cfg.data.path), self.val, micro_batch, self.ranks)
         if self.recorder is not None:
             values = {**found.as_dict(), "seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j}
             self.recorder.record("eval", step, values)
@@ -223,6 +232,10 @@ class Run:
         )
         self.progress = replace(self.progress, **changed)
         return best
+
+    def _score(self, inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        self.pulse(None)
+        return self.trainer.score(inputs, at, targets)
 
     def save(self) -> None:
         """Begins to write a checkpoint, unless this step's is there already; the save before it ends first."""

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from model.vocab_parallel import VocabShard, group_members, shard_of
+from pretrain.config import BIND_VARIABLE
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,49 @@ def start(timeout_s: float = 1800) -> Ranks:
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
     else:
         _keep_memory()
+        if os.environ.get(BIND_VARIABLE):
+            _bind_cores(local_rank, local_world)
         device, backend = torch.device("cpu"), "gloo"
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, with a warning
+    if world > 1:
+        _choose_interface(os.environ["MASTER_ADDR"], world > local_world)
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     return Ranks(rank, world, local_rank, local_world, device)
+
+
+def interface_to(address: str) -> str | None:
+    """The network interface by which this host reaches an address, which may be its own; None if it does not."""
+    try:
+        family, _, _, _, target = socket.getaddrinfo(address, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(target)  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None
+    found = (name for name, held in psutil.net_if_addrs().items() if any(one.address == own for one in held))
+    return next(found, None)
+
+
+def _choose_interface(address: str, many_hosts: bool) -> None:
+    """Has gloo, and NCCL's bootstrap between hosts, use the interface to rank 0, unless the user chose one.
+
+    Left alone, gloo takes the address of the host's own name, which is a loopback one on many systems.
+    """
+    name = interface_to(address)
+    if name is None or (many_hosts and name == "lo"):
+        return
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+    if many_hosts:
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # "=": not also eth01 for eth0
+
+
+def _bind_cores(local_rank: int, local_world: int) -> None:
+    """Gives this rank its share of the cores that the process may use; too few to share: no rank is bound."""
+    cores = sorted(os.sched_getaffinity(0))
+    share = len(cores) // local_world
+    if share:
+        os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
 
 
 def _keep_memory() -> None:

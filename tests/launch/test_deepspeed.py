@@ -1,23 +1,29 @@
-"""The deepspeed command and, under the real launcher, how jobs end: honest exit codes, and no rank left behind."""
+"""The deepspeed command and its environment."""
 
-import json
 import os
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 
+from data.settings import ConfigError
 from launch import deepspeed
-from launch.deepspeed import command, environment, exit_code, free_port, one_line
+from launch.deepspeed import (
+    check_launcher,
+    command,
+    environment,
+    free_port,
+    meeting_point,
+    one_line,
+    own_node,
+    srun,
+    write_files,
+)
 from launch.hosts import Placement
+from launch.reach import Facts
+from pretrain.config import BIND_VARIABLE, LEASE_VARIABLE
 
-ROOT = Path(__file__).parents[2]
 TWO = Placement({"localhost": 2})
 
 # ---- what is composed
@@ -43,27 +49,99 @@ def test_a_hostfile_of_the_site_is_not_taken_unasked(monkeypatch, tmp_path):
 
 def test_ranks_on_hosts():
     words = command("c.yaml", [], Placement({"a": 2, "b": 2}, Path("hosts")))
-    assert words[1:6] == ["--hostfile", "hosts", "--force_multi", "--num_gpus", "2"]
-    uneven = Placement({"a": 2, "b": 1}, Path("hosts"))
-    assert "--num_gpus" not in command("c.yaml", [], uneven)
-    assert environment(uneven) == {} or set(environment(uneven)) == {"PATH"}
+    assert words[1:5] == ["--hostfile", "hosts", "--force_multi", "--no_ssh_check"]
+    some = Placement({"a": 2, "b": 1}, Path("hosts"), chosen="a:0,1@b:1")
+    words = command("c.yaml", [], some, address="10.0.0.1", port=23456)
+    assert words[3:5] == ["--include", "a:0,1@b:1"]
+    assert words[words.index("--master_addr") + 1] == "10.0.0.1"
 
 
-@pytest.mark.parametrize("override", ["a=1", "a={kind: files, paths: [x]}", "a=$HOME `x` \"q\" 'p' \\", "a=[1,2]*$X;'"])
+def test_each_host_has_a_command_of_its_own_without_a_launcher():
+    placement = Placement({"a": 2, "b": 2}, Path("hosts"))
+    words = command("c.yaml", ["x={a: 1}"], placement, launcher="none", address="10.0.0.1", port=29500, node=1)
+    assert words[1:6] == ["--hostfile", "hosts", "--no_ssh", "--node_rank", "1"]
+    assert words[-1] == "x={a: 1}"  # no remote shell reads it
+
+
+def test_open_mpi_gets_a_whole_hostfile_and_exports_by_name(monkeypatch, tmp_path):
+    monkeypatch.setenv("NCCL_DEBUG", "a b")
+    some = Placement({"b": 1}, Path("hosts"), chosen="b:0")
+    words = command("c.yaml", ["x={a: 1}"], some, launcher="openmpi", folder=tmp_path, exports=["MASTER_ADDR"])
+    assert words[words.index("--hostfile") + 1] == str(tmp_path / "launch.hosts")
+    assert "--include" not in words and words[-1] == "x={a: 1}"
+    told = words[words.index("--launcher_args") + 1].split()
+    assert "-x NCCL_DEBUG" in " ".join(told) and "-x MASTER_ADDR" in " ".join(told)
+    write_files(some, {}, tmp_path, tmp_path / "lease")
+    assert (tmp_path / "launch.hosts").read_text() == "b slots=1\n"
+    with pytest.raises(ConfigError, match="the first slots of a host only"):
+        check_launcher(Placement({"b": 1}, Path("hosts"), chosen="b:1"), "openmpi")
+
+
+def test_slurm_starts_one_launcher_on_each_host():
+    words = srun("c.yaml", ["x=1"], Placement({"a": 2, "b": 2}, Path("hosts"), chosen="a:0,1@b:0,1"), port=23456)
+    assert words[:7] == ["srun", "--nodes", "2", "--ntasks", "2", "--ntasks-per-node", "1"]
+    assert words[words.index("--nodelist") + 1] == "a,b"
+    inner = ["--hostfile", "hosts", "--launcher", "none", "--master-port", "23456", "--include", "a:0,1@b:0,1"]
+    assert words[-len(inner) - 5 :] == ["-m", "launch", "run", "c.yaml", "x=1", *inner]
+
+
+def test_a_launcher_wants_hosts():
+    with pytest.raises(ConfigError, match="needs a --hostfile"):
+        check_launcher(TWO, "none")
+
+
+def facts(**changes) -> Facts:
+    return {"address": "10.0.0.1", "port": 23456, "cores": 8, "gpus": 0, **changes}
+
+
+def test_ranks_meet_where_the_first_host_was_reached():
+    placement = Placement({"a": 1, "b": 1}, Path("hosts"))
+    assert meeting_point(placement, {"a": facts(), "b": facts(address="10.0.0.2")}) == ("10.0.0.1", 23456)
+    for address in ("127.0.1.1", None):
+        with pytest.raises(ConfigError, match="a: its address here is"):
+            meeting_point(placement, {"a": facts(address=address), "b": facts()})
+    assert meeting_point(Placement({"127.0.0.1": 1}, Path("hosts")), {}) == ("127.0.0.1", 29500)
+
+
+def test_a_host_knows_which_one_it_is(monkeypatch):
+    monkeypatch.setattr(deepspeed.socket, "gethostname", lambda: "here")
+    assert own_node(Placement({"198.51.100.7": 1, "me@here": 1}, Path("hosts"))) == 1
+    with pytest.raises(ConfigError, match="this machine is 0 of the hosts 198.51.100.7; say which with --node-rank"):
+        own_node(Placement({"198.51.100.7": 1}, Path("hosts")))
+
+
+def test_other_hosts_get_their_share_of_threads(monkeypatch, tmp_path):
+    for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "DS_ENV_FILE", BIND_VARIABLE):
+        monkeypatch.delenv(name, raising=False)
+    placement = Placement({"a": 2, "b": 1}, Path("hosts"))
+    write_files(placement, {"a": facts(), "b": facts(cores=3)}, tmp_path, Path("/run/lease-0"))
+    lines = (tmp_path / "launch.env").read_text().splitlines()
+    assert "OMP_NUM_THREADS=3" in lines and f"{LEASE_VARIABLE}=/run/lease-0" in lines
+    assert lines[-1] == f"PATH=$PATH:{Path(sys.executable).parent}"
+    write_files(placement, {"a": facts(gpus=2), "b": facts(gpus=1)}, tmp_path, Path("/run/lease-0"))
+    assert "OMP_NUM_THREADS" not in (tmp_path / "launch.env").read_text()
+    assert environment(placement, folder=tmp_path)["DS_ENV_FILE"] == str(tmp_path / "launch.env")
+
+
+@pytest.mark.parametrize(
+    "override", ["a=1", "a={kind: files, paths: [x]}", "a=$HOME `x` \"q\" 'p' \\", "a=[1,2]*$X;'", "a=%h {b: %n}"]
+)
 def test_overrides_reach_other_hosts_as_they_are(override):
     (argument,) = command("c", [override], Placement({"a": 1}, Path("h")))[-1:]
     if " " in argument:  # as deepspeed's pdsh runner does
         argument = '"{}"'.format(argument.replace('"', '\\"'))
+    argument = argument.replace("%%", "\0").replace("%h", "HOST").replace("%n", "RANK").replace("\0", "%")  # as pdsh
     assert subprocess.run(["sh", "-c", f"printf %s {argument}"], capture_output=True, text=True).stdout == override
 
 
 def test_the_environment_spares_cores_and_what_the_user_set(monkeypatch):
-    for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR"):
+    for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", BIND_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "/usr/bin")
     monkeypatch.setattr(deepspeed, "cores", lambda: 7)
     tools = str(Path(sys.executable).parent)
-    assert environment(TWO) == {"PATH": f"/usr/bin:{tools}", "OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu"}
+    ours = {"OMP_NUM_THREADS": "3", "DS_ACCELERATOR": "cpu", BIND_VARIABLE: "1"}
+    assert environment(TWO) == {"PATH": f"/usr/bin:{tools}", **ours}
     assert environment(Placement({"localhost": 9}))["OMP_NUM_THREADS"] == "1"
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     assert "OMP_NUM_THREADS" not in environment(TWO)
@@ -82,208 +160,3 @@ def test_the_line_can_be_run_by_a_shell(tmp_path):
 
 def test_a_free_port_can_be_bound():
     assert 20_000 <= free_port() < 32_000
-
-
-# ---- what the exit code is
-
-
-@pytest.mark.parametrize(
-    ("child", "record", "code", "reason"),
-    [
-        (0, {"code": 0}, 0, "done"),
-        (0, None, 1, "left no record"),
-        (0, {"code": 3, "reason": "10 steps in a row", "step": 7}, 3, "10 steps in a row (step 7)"),
-        (1, {"code": 75, "reason": "stopped by SIGTERM", "step": 7}, 75, "the same command goes on"),
-        (1, {"code": 0}, 1, "a rank failed"),
-        (1, None, 1, "a rank failed"),
-        (
-            247,
-            {"code": 1, "reason": "reset by peer", "step": 7},
-            1,
-            "killed by SIGKILL; rank 0: reset by peer (step 7)",
-        ),
-        (247, None, 137, "a rank was killed by SIGKILL"),
-        (250, {"code": 0}, 134, "SIGABRT"),
-        (-15, None, 143, "deepspeed was killed by SIGTERM"),
-        (-15, {"code": 75, "reason": "r", "step": 0}, 75, "r (step 0)"),
-    ],
-)
-def test_the_record_and_the_child_decide(child, record, code, reason):
-    found = exit_code(child, record)
-    assert found[0] == code and reason in found[1]
-
-
-# ---- how jobs end, under the real launcher
-
-RANK = """
-import json, os, signal, sys, time
-from pathlib import Path
-
-plan, here = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[1]).parent
-rank, told = int(os.environ["RANK"]), []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
-
-
-def leave(name, text):
-    draft = here / f"draft{os.getpid()}"
-    draft.write_text(text)
-    draft.rename(here / f"{name}{rank}")
-
-
-def everyone(name, text=""):
-    leave(name, text)
-    while not all((here / f"{name}{k}").exists() for k in range(int(os.environ["WORLD_SIZE"]))):
-        time.sleep(0.01)
-
-
-if plan.get("helper") and os.fork() == 0:
-    leave("helper", str(os.getpid()))
-    while not told:
-        time.sleep(0.01)
-    leave("helper-told", "")
-    time.sleep(60)
-everyone("up", json.dumps([os.getpid(), os.getppid(), os.environ["OMP_NUM_THREADS"]]))
-if plan.get("killed") == rank:
-    os.kill(os.getpid(), signal.SIGKILL)
-while plan.get("deaf") or plan.get("trains") and not told:
-    time.sleep(0.01)
-if plan.get("saves"):
-    time.sleep(0.5)
-    everyone("told", str(len(told)))
-if rank == 0 and "record" in plan:
-    (here / "exit.json").write_text(json.dumps({"code": plan["record"], "reason": "so planned", "step": 5}))
-sys.exit(plan["code"])
-"""
-
-DRIVER = """
-import sys
-from pathlib import Path
-from launch.deepspeed import command, environment, run
-from launch.hosts import Placement
-
-plan, grace_s = Path(sys.argv[1]), float(sys.argv[2])
-placement = Placement({"localhost": 2})
-words = command(str(plan), [], placement, module="fake_rank")
-sys.exit(run(words, environment(placement), plan.parent / "exit.json", module="fake_rank", grace_s=grace_s))
-"""
-
-
-class Job:
-    def __init__(self, folder: Path, grace_s: float, plan: dict[str, Any]) -> None:
-        self.folder = folder
-        (folder / "fake_rank.py").write_text(RANK)
-        (folder / "plan.json").write_text(json.dumps(plan))
-        (folder / "exit.json").write_text('{"code": 99, "reason": "an earlier run"}')
-        environment = {**os.environ, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
-        for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR"):
-            environment.pop(name, None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(folder / "plan.json"), str(grace_s)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def wait_for(self, happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not happened():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-
-    def ranks(self) -> list[tuple[int, int]]:
-        """Process ids of each rank and its parent, once both are up."""
-        self.wait_for(lambda: all((self.folder / f"up{rank}").exists() for rank in range(2)))
-        found = [json.loads((self.folder / f"up{rank}").read_text()) for rank in range(2)]
-        return [(rank, parent) for rank, parent, _ in found]
-
-    def end(self) -> tuple[int, str]:
-        """The exit code and the output; asserts that no rank is left."""
-        output, _ = self.process.communicate(timeout=120)
-        for file in self.folder.glob("up?"):
-            assert not alive(json.loads(file.read_text())[0]), output
-        return self.process.returncode, output
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-@pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., Job]]:
-    jobs: list[Job] = []
-
-    def make(grace_s: float = 60, **plan: Any) -> Job:
-        jobs.append(Job(tmp_path, grace_s, plan))
-        return jobs[-1]
-
-    yield make
-    for job in jobs:
-        for process in [*psutil.Process().children(recursive=True)] if job.process.poll() is None else []:
-            process.kill()
-        job.process.wait()
-
-
-def test_done(start):
-    job = start(code=0, record=0)
-    assert job.end() == (0, "")
-    cores = len(os.sched_getaffinity(0))
-    assert json.loads((job.folder / "up1").read_text())[2] == str(max(1, cores // 2))
-
-
-def test_a_failing_rank(start):
-    code, output = start(code=1).end()
-    assert code == 1 and "a rank failed" in output
-
-
-def test_a_code_of_ours(start):
-    code, output = start(code=2, record=2).end()
-    assert code == 2 and "exit code 2: so planned (step 5)" in output
-
-
-def test_a_killed_rank(start):
-    code, output = start(code=0, killed=1, trains=True).end()
-    assert code == 137 and "a rank was killed by SIGKILL" in output
-
-
-def test_preemption(start):
-    job = start(code=75, record=75, trains=True, saves=True, helper=True)
-    job.ranks()
-    job.process.send_signal(signal.SIGTERM)
-    code, output = job.end()
-    assert code == 75 and "telling 2 ranks to save and stop" in output and "the same command goes on" in output
-    assert [(job.folder / f"told{rank}").read_text() for rank in range(2)] == ["1", "1"]
-    assert not list(job.folder.glob("helper-told?"))
-    assert not any(alive(int((job.folder / f"helper{rank}").read_text())) for rank in range(2))
-
-
-def test_the_second_signal_kills(start):
-    job = start(code=75, record=75, deaf=True)
-    job.ranks()
-    job.process.send_signal(signal.SIGINT)
-    time.sleep(1)
-    assert job.process.poll() is None
-    before = time.monotonic()
-    job.process.send_signal(signal.SIGTERM)
-    code, _ = job.end()
-    assert code == 137 and time.monotonic() - before < 10
-
-
-def test_ranks_whose_launcher_was_killed(start):
-    job = start(grace_s=1, code=0, record=0, deaf=True)
-    os.kill(job.ranks()[0][1], signal.SIGKILL)
-    code, output = job.end()
-    assert code == 1 and "deepspeed ended without its ranks" in output and "left no record" in output
-
-
-def test_a_signal_before_there_are_ranks(start):
-    job = start(code=0, record=0)
-    job.wait_for(lambda: bool(psutil.Process(job.process.pid).children()))
-    job.process.send_signal(signal.SIGTERM)
-    assert job.end()[0] == 143
-    assert not list(job.folder.glob("up?"))

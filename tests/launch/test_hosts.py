@@ -6,7 +6,7 @@ import pytest
 
 from data.settings import ConfigError
 from launch import hosts
-from launch.hosts import Placement, place, read_hostfile, visible_gpus
+from launch.hosts import Placement, place, read_hostfile, visible_gpus, without
 
 
 def hostfile(tmp_path, text):
@@ -80,6 +80,7 @@ def test_hosts_give_their_slots_or_fewer(tmp_path):
     assert placement == Placement({"a": 4, "b": 2}, path)
     assert placement.world == 6
     assert place(path, 2).ranks == {"a": 2, "b": 2}
+    assert place(path, 2).chosen == "a:0,1@b:0,1"
     with pytest.raises(ConfigError, match="the host b in .* has only slots=2"):
         place(path, 3)
 
@@ -116,3 +117,51 @@ def test_at_least_one_rank(machine, per_host):
     machine(gpus=1)
     with pytest.raises(ConfigError, match="1 or more ranks"):
         place(per_host=per_host)
+
+
+@pytest.mark.parametrize(
+    ("options", "ranks", "chosen"),
+    [
+        ({"include": "b@a:1,3"}, {"a": 2, "b": 2}, "a:1,3@b:0,1"),
+        ({"include": "a:2@a:0"}, {"a": 2}, "a:0,2"),
+        ({"exclude": "b"}, {"a": 4}, "a:0,1,2,3"),
+        ({"exclude": "a:0@b:1"}, {"a": 3, "b": 1}, "a:1,2,3@b:0"),
+        ({"hosts": 1, "per_host": 1}, {"a": 1}, "a:0"),
+        ({"include": "a@b"}, {"a": 4, "b": 2}, ""),
+    ],
+)
+def test_some_hosts_and_slots_are_chosen_as_deepspeed_does(tmp_path, options, ranks, chosen):
+    placement = place(hostfile(tmp_path, "a slots=4\nb slots=2\n"), **options)
+    assert dict(placement.ranks) == ranks and placement.chosen == chosen
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"include": "c"}, "the host 'c' is not in"),
+        ({"include": "a:4"}, "slot '4' of a; expected numbers from 0 to 3"),
+        ({"include": "a:x"}, "slot 'x' of a"),
+        ({"exclude": "a@b"}, "no slot of .* is left"),
+        ({"include": "a", "exclude": "b"}, "give one of them"),
+        ({"include": "a", "hosts": 1}, "leave --num-nodes and --num-gpus out"),
+        ({"hosts": 3}, "has 2 hosts; ask for 1 to 2"),
+        ({"hosts": 0}, "ask for 1 to 2"),
+    ],
+)
+def test_choices_that_cannot_be_made(tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        place(hostfile(tmp_path, "a slots=4\nb slots=2\n"), **options)
+
+
+def test_a_host_with_a_user_cannot_be_chosen_from(tmp_path):
+    path = hostfile(tmp_path, "me@a slots=1\nb slots=1\n")
+    assert place(path).world == 2
+    with pytest.raises(ConfigError, match="given as me@a; give the user name in ~/.ssh/config"):
+        place(path, hosts=1)
+
+
+def test_what_is_left_without_some_hosts(tmp_path):
+    placement = place(hostfile(tmp_path, "a slots=4\nb slots=2\nc slots=1"), exclude="a:0")
+    left = without(placement, {"b"})
+    assert left is not None and left.ranks == {"a": 3, "c": 1} and left.chosen == "a:1,2,3@c:0"
+    assert without(placement, {"a", "b", "c"}) is None

@@ -1,5 +1,7 @@
 """`python -m launch run`: what is checked before anything is spawned, and what is handed on."""
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +12,10 @@ import yaml
 from data.config import DataConfig
 from data.prepare import prepare
 from data.settings import validate
-from launch import __main__ as program
+from launch import job, reach
 from launch.__main__ import main
+from launch.job import End
+from pretrain.config import LEASE_VARIABLE, TimeoutConfig
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +52,25 @@ def spawned(monkeypatch) -> list:
     """The calls that would have run a job, each of which ends with 75."""
     calls: list = []
 
-    def run(words, added, record, **options):
-        calls.append((words, added, record, options))
-        return 75
+    def run(words, added, folder, placement, **options):
+        calls.append((words, added, folder, placement, options))
+        return End(75, "so planned", told=False)
 
-    monkeypatch.setattr(program, "run", run)
+    monkeypatch.setattr(job, "run", run)
     return calls
+
+
+@pytest.fixture
+def answering(monkeypatch) -> dict:
+    """What hosts say when they are asked; all of them answer."""
+    told: dict = {}
+
+    def ask(hosts, words=()):
+        fine = {"address": "10.0.0.1", "port": 23456, "cores": 4, "gpus": 0}
+        return {host: told.get(host, fine) for host in hosts}
+
+    monkeypatch.setattr(reach, "ask", ask)
+    return told
 
 
 def test_a_dry_run_prints_one_line_and_runs_nothing(config, spawned, capsys):
@@ -69,11 +86,11 @@ def test_a_dry_run_prints_one_line_and_runs_nothing(config, spawned, capsys):
 
 def test_a_run_is_handed_on_with_its_record(config, spawned, capsys):
     assert main(["run", str(config), "--num-gpus", "2"]) == 75
-    ((words, added, record, options),) = spawned
+    ((words, added, folder, placement, options),) = spawned
     assert words[-3:] == ["--module", "pretrain", str(config)]
-    assert record == config.parent / "run" / "exit.json"
-    assert options == {"remote": False}
-    assert capsys.readouterr().out.startswith(("PATH=", "OMP_NUM_THREADS=", "DS_ACCELERATOR=", words[0]))
+    assert added[LEASE_VARIABLE] == str(config.parent / "run" / "lease-0")
+    assert folder == config.parent / "run" and placement.world == 2 and options == {"node": None}
+    assert words[0] in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -81,11 +98,15 @@ def test_a_run_is_handed_on_with_its_record(config, spawned, capsys):
     [
         (["train.stepz=3"], "train.stepz: unknown key; did you mean train.steps?"),
         (["--num-gpus", "5"], "must be a multiple of train.micro_batch x model.seq_len x ranks = 1 x 16 x 5"),
+        (["--num-gpus", "5"], "With this micro_batch, there can be 1, 2, 3, 4, 6, 12 ranks"),
+        (["--num-gpus", "5", "train.micro_batch=5"], "there can be no number of ranks"),
         (["--num-gpus", "0"], "--num-gpus 0: expected 1 or more"),
         (["--num-gpus", "3", "parallel.vocab=2"], "does not divide the world of 3"),
         (["data.path=nowhere"], "nowhere"),
         (["--hostfile", "nowhere"], "nowhere: there is no such hostfile"),
         (["run=c.yaml"], "the run folder is a file"),
+        (["--launcher", "none"], "--launcher none: it needs a --hostfile"),
+        (["--include", "a"], "--include a: it chooses among the hosts of a --hostfile"),
     ],
 )
 def test_bad_input_stops_before_anything_is_spawned(config, spawned, capsys, monkeypatch, arguments, message):
@@ -98,7 +119,7 @@ def test_bad_input_stops_before_anything_is_spawned(config, spawned, capsys, mon
     assert (config.parent / "run" / "exit.json").read_text() == "kept"
 
 
-def test_node_groups_want_even_hosts(config, spawned, capsys):
+def test_node_groups_want_even_hosts(config, spawned, answering, capsys):
     hosts = config.parent / "hosts"
     hosts.write_text("a slots=2\nb slots=1\n")
     asked = ["run", str(config), "--hostfile", str(hosts), "--dry-run"]
@@ -109,14 +130,52 @@ def test_node_groups_want_even_hosts(config, spawned, capsys):
     assert spawned == []
 
 
-def test_hosts_need_pdsh(config, spawned, capsys, monkeypatch):
+def test_hosts_need_pdsh(config, spawned, answering, capsys, monkeypatch):
     monkeypatch.setattr("launch.deepspeed.shutil.which", lambda name: None)
-    (config.parent / "hosts").write_text("a slots=2\n")
-    assert main(["run", str(config), "--hostfile", str(config.parent / "hosts")]) == 2
-    assert "pdsh and ssh" in capsys.readouterr().err
+    hosts = config.parent / "hosts"
+    hosts.write_text("a slots=2\n")
+    assert main(["run", str(config), "--hostfile", str(hosts)]) == 2
+    assert "pdsh and ssh are needed, and pdsh, ssh is not found" in capsys.readouterr().err
     monkeypatch.setattr("launch.deepspeed.shutil.which", lambda name: name)
-    assert main(["run", str(config), "--hostfile", str(config.parent / "hosts")]) == 75
-    assert spawned[0][3] == {"remote": True}
+    assert main(["run", str(config), "--hostfile", str(hosts)]) == 75
+    assert (config.parent / "run" / "launch.env").exists()
+    answering["a"] = "a: cannot be reached by ssh"
+    assert main(["run", str(config), "--hostfile", str(hosts)]) == 2
+    assert f"{hosts}: a: cannot be reached by ssh" in capsys.readouterr().err
+
+
+def test_under_slurm_srun_starts_a_launcher_on_every_host(config, spawned, monkeypatch, tmp_path):
+    hosts = config.parent / "hosts"
+    hosts.write_text("a slots=1\nb slots=1\nc slots=1\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"; exit 75\n')
+    (tmp_path / "srun").chmod(0o755)
+    words = ["run", str(config), "--hostfile", str(hosts), "--launcher", "slurm", "--num-nodes", "2", "head={}"]
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    ran = subprocess.run(
+        [sys.executable, "-m", "launch", *words], capture_output=True, text=True, env={**os.environ, "PATH": path}
+    )
+    assert ran.returncode == 75, ran.stderr
+    told = ran.stdout.splitlines()[1:]
+    assert told[told.index("--nodelist") + 1] == "a,b" and told[told.index("--include") + 1] == "a:0@b:0"
+    monkeypatch.setenv("PATH", path)
+    inner = told[told.index("launch") + 1 :]
+    assert main([*inner, "--node-rank", "1", "--dry-run"]) in (0, 2)  # 2: no name `a` here
+    assert main([*words, "--max-restarts", "1"]) == 2
+
+
+def test_without_a_launcher_every_host_has_its_command(config, spawned, capsys):
+    hosts = config.parent / "hosts"
+    hosts.write_text("127.0.0.1 slots=2\n198.51.100.1 slots=1\n198.51.100.2 slots=1\n")
+    asked = ["run", str(config), "--hostfile", str(hosts), "--launcher", "none", "--exclude", "127.0.0.1"]
+    assert main([*asked, "--node-rank", "1", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["198.51.100.1", "198.51.100.2"]
+    assert all("--include 198.51.100.1:0@198.51.100.2:0 " in line and "--master_port 29500" in line for line in lines)
+    assert main([*asked, "--node-rank", "2"]) == 2
+    assert main(asked) == 2
+    assert "say which with --node-rank" in capsys.readouterr().err
+    assert main([*asked, "--node-rank", "1"]) == 75
+    assert spawned[0][4] == {"node": 1}
 
 
 @pytest.mark.parametrize("arguments", [["--numgpus", "2"], ["word"], ["--dry"]])
@@ -131,3 +190,19 @@ def test_unknown_words_are_refused(config, spawned, capsys, arguments):
 def test_help_is_quick_to_come():
     code = "import sys, launch.__main__; print({'torch', 'deepspeed', 'numpy'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+def test_the_guide_is_right_about_options_names_and_settings(capsys):
+    guide = Path("docs/launching.md").read_text()
+    told = ""
+    for command in ("run", "doctor"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        told += capsys.readouterr().out
+    options = set(re.findall(r"--[a-z]+(?:-[a-z]+)*", guide))
+    assert {"--hostfile", "--elastic", "--launcher"} <= options and options <= set(re.findall(r"--[a-z-]+", told))
+    (block,) = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    imports = [line for line in block.splitlines() if line.startswith(("from", "import"))]
+    exec("\n".join(imports), {})
+    defaults = TimeoutConfig().model_dump()
+    assert {name: float(s) for name, s in re.findall(r"\| `timeouts\.(\w+)` \| (\d+) \|", guide)} == defaults

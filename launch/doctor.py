@@ -1,0 +1,229 @@
+"""`python -m launch doctor [CONFIG] [--hostfile H]`: what would keep a job from running on these hosts, and the remedy.
+
+One table with a row for each host, then a line for each problem. The last check is a real one: an all-reduce between
+the hosts, started as a job is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.settings import ConfigError
+from launch import deepspeed
+from launch.hosts import Placement
+from launch.probe import facts, more_facts, nearest
+from launch.reach import Facts, ask
+from pretrain.config import LINK_MARK, RunConfig
+
+SKEW_S = 1.0
+LEAST_FREE_BYTES = 10 * 2**30
+LINK_S = 120.0
+
+
+def doctor(placement: Placement, cfg: RunConfig | None) -> int:
+    """Examines the hosts of a placement, prints what it finds, and returns 0 if nothing is wrong, else 1.
+
+    Args:
+        cfg: for the checks of the data and of the run folder; None: they are left out.
+    """
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    found, skews, problems = examine(placement, cfg)
+    console.print(_table(found, skews, cfg is not None))
+    problems += skewed(skews) + compared(found, cfg is not None)
+    if not any(isinstance(told, str) for told in found.values()):
+        link = measure(placement, found)
+        problems += link.get("problems", [])
+        if "latency_s" in link:
+            rate, latency = link["bytes_per_s"] / 1e9, link["latency_s"] * 1e6
+            between = f"{len(found)} hosts" if len(found) > 1 else "ranks of this machine"
+            console.print(f"all-reduce between {between} by {link['interface']}: {rate:.2f} GB/s, {latency:.0f} us")
+    for problem in problems:
+        console.print(f"[bold]problem[/bold] {problem}", highlight=False, soft_wrap=True)
+    if not problems:
+        console.print("no problem found")
+    return 1 if problems else 0
+
+
+def examine(placement: Placement, cfg: RunConfig | None) -> tuple[dict[str, Facts | str], dict[str, float], list[str]]:
+    """What every host says of itself or why it says nothing, its clock's skew in seconds, and the problems so far."""
+    run, data = (cfg.run, cfg.data.path) if cfg else (Path(), Path())
+    above = nearest(run)
+    token = above / f".doctor-{uuid.uuid4().hex}"
+    writable = os.access(above, os.W_OK)
+    if writable:
+        token.touch()
+    try:
+        if placement.hostfile is None:
+            here = {**facts(), **more_facts(run, data, token.name)}
+            return {host: here for host in placement.ranks}, dict.fromkeys(placement.ranks, 0.0), []
+        words = ["-m", "launch.probe", str(run), str(data), token.name]
+        with ThreadPoolExecutor(64) as pool:
+            told = dict(zip(placement.ranks, pool.map(lambda host: _timed(host, words), placement.ranks), strict=True))
+    finally:
+        if writable:
+            token.unlink(missing_ok=True)
+    found = {host: answer for host, (answer, _) in told.items()}
+    return found, {host: skew for host, (_, skew) in told.items()}, [a for a in found.values() if isinstance(a, str)]
+
+
+def _timed(host: str, words: Sequence[str]) -> tuple[Facts | str, float]:
+    """A host's answer, and by how much its clock is surely off: beyond the moments of question and answer."""
+    asked = time.time()
+    answer = ask([host], words)[host]
+    answered = time.time()
+    if isinstance(answer, str):
+        return answer, 0.0
+    return answer, min(answer["time"] - asked, 0.0) + max(answer["time"] - answered, 0.0)
+
+
+def _table(found: Mapping[str, Facts | str], skews: Mapping[str, float], with_config: bool) -> Table:
+    columns = [
+        "host",
+        "python",
+        "torch",
+        "deepspeed",
+        "NCCL",
+        "driver",
+        "GPUs",
+        "free MiB",
+        "cores",
+        "checkout",
+        "skew s",
+    ]
+    table = Table(*columns, "energy", *(["data", "free GiB", "run folder"] if with_config else []))
+    for host, told in found.items():
+        if isinstance(told, str):
+            table.add_row(host, "no answer")
+            continue
+        packages = told["packages"]
+        nccl = next((version for name, version in packages.items() if "nccl" in name), None)
+        memory = str(min(told["gpu_free_mib"])) if told["gpu_free_mib"] else None
+        revision = (told["revision"] or "")[:9] + ("+" if told["changed"] else "")
+        cells = [host, told["python"], packages.get("torch"), packages.get("deepspeed"), nccl]
+        cells += [told["driver"].splitlines()[0] if told["driver"] else None, str(told["gpus"]), memory]
+        cells += [str(told["cores"]), revision, f"{skews[host]:.1f}", told["energy"]]
+        if with_config:
+            data = told["data"]
+            shared = "shared" if told["shares_run"] else "local"
+            cells += ["bad" if data["problem"] else data["sha256"][:9], f"{told['free_bytes'] / 2**30:.0f}", shared]
+        table.add_row(*(cell or "-" for cell in cells))
+    return table
+
+
+def compared(found: Mapping[str, Facts | str], with_config: bool) -> list[str]:
+    """The problems of the hosts that answered, each with its remedy."""
+    hosts = {host: told for host, told in found.items() if isinstance(told, dict)}
+    problems = []
+    facets: list[tuple[str, dict[str, Any], str]] = [
+        ("Python", {h: t["python"] for h, t in hosts.items()}, "install the same on every host (`make setup`)"),
+        ("the checkout", {h: _revision(t) for h, t in hosts.items()}, "check out the same revision, without changes"),
+        ("the driver", {h: t["driver"].splitlines()[:1] for h, t in hosts.items()}, "install the same driver"),
+        ("the number of GPUs", {h: t["gpus"] for h, t in hosts.items()}, "look at `nvidia-smi -L` there"),
+    ]
+    names = sorted({name for told in hosts.values() for name in told["packages"]})
+    for name in names:
+        versions = {host: told["packages"].get(name) for host, told in hosts.items()}
+        facets.append((name, versions, "install the same on every host (`make setup`)"))
+    if with_config:
+        manifests = {host: told["data"]["sha256"] for host, told in hosts.items()}
+        facets.append(("the data's manifest", manifests, "copy the prepared folder, or prepare it again, on that host"))
+    for what, values, remedy in facets:
+        problems += _odd(what, values, remedy)
+    for host, told in hosts.items():
+        problems += _own_problems(host, told, with_config)
+    return problems
+
+
+def _revision(told: Facts) -> str:
+    return f"{told['revision']}{', changed' if told['changed'] else ''}"
+
+
+def _odd(what: str, values: Mapping[str, Any], remedy: str) -> list[str]:
+    """Which hosts differ from the most."""
+    counts = Counter(map(str, values.values()))
+    usual = counts.most_common(1)[0][0] if counts else ""
+    return [
+        f"{host}: {what} is {value}, but {usual} on {'most hosts' if counts[usual] > 1 else 'others'}; {remedy}"
+        for host, value in values.items()
+        if str(value) != usual
+    ]
+
+
+def _own_problems(host: str, told: Facts, with_config: bool) -> list[str]:
+    problems = []
+    if not told["compiler"]:
+        problems.append(f"{host}: there is no g++, with which DeepSpeed and Overtone build; install it")
+    if not told["ninja"]:
+        problems.append(f"{host}: there is no ninja beside {sys.executable}; run `make setup` there")
+    if with_config:
+        if told["data"]["problem"]:
+            problems.append(f"{host}: {told['data']['problem']}; copy the prepared folder there, or prepare it there")
+        if not told["writable"]:
+            problems.append(f"{host}: the run folder cannot be written; change its owner, or set run=FOLDER")
+        elif not told["shares_run"]:
+            problems.append(f"{host}: its run folder is not this machine's; put it on storage that all hosts share")
+        if told["free_bytes"] < LEAST_FREE_BYTES:
+            free = told["free_bytes"] / 2**30
+            problems.append(f"{host}: {free:.1f} GiB are free in the run folder; checkpoints need more, make room")
+    return problems
+
+
+def skewed(skews: Mapping[str, float]) -> list[str]:
+    """The clocks that are surely off."""
+    return [
+        f"{host}: its clock is {skew:+.1f} s off; start chrony or ntpd there"
+        for host, skew in skews.items()
+        if abs(skew) > SKEW_S
+    ]
+
+
+def measure(placement: Placement, found: Mapping[str, Facts | str]) -> dict[str, Any]:
+    """Latency and bandwidth of an all-reduce between one rank on each host, or two of this machine; or `problems`."""
+    told = {host: answer for host, answer in found.items() if isinstance(answer, dict)}
+    if placement.hostfile is None:
+        if len(placement.gpus) == 1:
+            return {}
+        placement = Placement({"localhost": 2}, gpus=placement.gpus[:2])
+        return _linked(deepspeed.command("", [], placement, module="pretrain.link"), deepspeed.environment(placement))
+    one_each = "@".join(f"{host}:0" for host in placement.ranks)
+    placement = Placement(dict.fromkeys(placement.ranks, 1), placement.hostfile, chosen=one_each)
+    with TemporaryDirectory(prefix="doctor-") as name:
+        folder = Path(name)
+        deepspeed.write_files(placement, told, folder, None)
+        try:
+            address, port = deepspeed.meeting_point(placement, told)
+        except ConfigError as error:
+            return {"problems": [str(error)]}
+        words = deepspeed.command("", [], placement, module="pretrain.link", address=address, port=port)
+        return _linked(words, deepspeed.environment(placement, told, folder=folder))
+
+
+def _linked(words: Sequence[str], added: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        ran = subprocess.run(
+            words, env={**os.environ, **added}, capture_output=True, text=True, timeout=LINK_S, start_new_session=True
+        )
+        output, errors = ran.stdout, ran.stderr
+    except subprocess.TimeoutExpired:
+        output, errors = "", f"no end within {LINK_S:.0f} s"
+    told = [json.loads(line.partition(LINK_MARK)[2]) for line in output.splitlines() if LINK_MARK in line]
+    for one in told:
+        if "latency_s" in one:
+            return one
+    said = [f"{one['host']}: {one['error']}" for one in told] or [" ".join(errors.split())[-300:]]
+    remedy = "open all TCP ports between the hosts, or name the interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
+    return {"problems": [f"the ranks could not reduce together ({'; '.join(said)}); {remedy}"]}

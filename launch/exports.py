@@ -1,0 +1,72 @@
+"""What the ranks on other hosts get of this process's environment: deepspeed's launcher drops most of it.
+
+It takes what its `.deepspeed_env` lists, so `launch run` writes one into the run folder and names it in DS_ENV_FILE;
+what the user's own `.deepspeed_env` lists goes on and wins.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from data.settings import ConfigError
+
+# Beginnings of names, and why they are needed there.
+EXPORTED = {
+    "CUDA_": "which CUDA, how kernels are launched; but for CUDA_VISIBLE_DEVICES, which deepspeed sets by slot",
+    "CUBLAS_": "CUBLAS_WORKSPACE_CONFIG: repeatable products",
+    "DS_": "DS_ACCELERATOR, how DeepSpeed builds its C++",
+    "GLOO_": "the interface of collectives on the CPU",
+    "HF_": "where data sets are cached, whether the Hub may be asked",
+    "KMP_": "Intel's OpenMP",
+    "MKL_": "threads of matrix products on the CPU",
+    "NCCL_": "interfaces, transports and logs of collectives on GPUs",
+    "OMP_": "threads of a rank",
+    "OVERTONE_": "Overtone's own",
+    "TORCH": "TORCH_*, TORCHINDUCTOR_*: logs, caches, extensions, NCCL's error handling",
+    "TRITON_": "the cache of kernels",
+    "XDG_CACHE_HOME": "caches",
+}
+# Never, whatever their beginning: proxies are this machine's; a secret would be in every host's list of processes.
+NEVER = re.compile(r"(?i)proxy|token|secret|password|credential|(^|_)key($|_)|^CUDA_VISIBLE_DEVICES$|^DS_ENV_FILE$")
+USERS_FILES = (Path.home() / ".deepspeed_env", Path(".deepspeed_env"))
+
+
+def exported(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of an environment that go to other hosts."""
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if name.startswith(tuple(EXPORTED)) and not NEVER.search(name)
+    }
+
+
+def env_file(added: Mapping[str, str]) -> str:
+    """A `.deepspeed_env` for pdsh that exports `added` and what is exported of this process's environment.
+
+    Raises:
+        ConfigError: a value that the file's format cannot carry.
+    """
+    lines = [f"{name}={_value(name, value)}" for name, value in {**exported(os.environ), **added}.items()]
+    given = os.environ.get("DS_ENV_FILE")
+    for path in (Path(given),) if given else USERS_FILES:
+        if path.is_file():
+            written = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+            lines += [line for line in written if "=" in line and not line.startswith("#")]  # deepspeed fails on others
+    return "".join(line + "\n" for line in lines)
+
+
+def _value(name: str, value: str) -> str:
+    """deepspeed strips a value and puts it in double quotes if it holds more than letters, digits and @%+=:,./-; pdsh
+    then replaces %h, %n and %u; the other host's shell reads the rest.
+    """
+    if value != value.strip() or "\n" in value or "\r" in value:
+        raise ConfigError(
+            f"the variable {name}={value!r} cannot be exported to other hosts: deepspeed cannot pass line breaks or "
+            f"spaces at the ends on. Change it, or `unset {name}`"
+        )
+    for special in '\\$`"':
+        value = value.replace(special, "\\" + special)
+    return value.replace("%", "%%")

@@ -1,0 +1,101 @@
+"""Who failed first: read from what the ranks left in the run folder's `failures/`, and from who left nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.hosts import Placement
+from pretrain.config import FAILURES, Failure
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The rank that failed first, as far as can be told."""
+
+    rank: int
+    host: str
+    phase: str | None  # None: not known
+    error: str
+    traceback: str
+    code: int
+
+    def __str__(self) -> str:
+        where = f", in {self.phase}" if self.phase else ""
+        return f"rank {self.rank} on {self.host} failed first{where}: {self.error}"
+
+
+def set_aside(run: Path) -> None:
+    """Keeps the failures of an earlier start under a name of their own."""
+    folder = run / FAILURES
+    if folder.is_dir():
+        number = next(k for k in range(1, 10**6) if not (run / f"{FAILURES}-{k}").exists())
+        os.replace(folder, run / f"{FAILURES}-{number}")
+
+
+def read_failures(run: Path) -> list[Failure]:
+    """The ranks' records, earliest first."""
+    found = []
+    for path in (run / FAILURES).glob("rank-*.json"):
+        try:
+            found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue  # half of a write on a file system that went away
+    return sorted(found, key=lambda failure: failure.time)
+
+
+def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = frozenset()) -> Verdict | None:
+    """The first of the failures; None if there is none.
+
+    In this order: a rank's own exception, the earliest; a rank that left no record, so that it was killed or frozen, or
+    its host is gone; a rank that others missed, on a host that cannot be reached; a rank that got stuck outside of a
+    collective, where the others waited for it; who reported first.
+
+    Args:
+        gone: the hosts that do not answer.
+    """
+    if not failures:
+        return None
+    hosts = [host for host, ranks in placement.ranks.items() for _ in range(ranks)]
+    by_rank = {failure.rank: failure for failure in failures}
+    errors = [failure for failure in failures if failure.kind == "error"]
+    if errors:
+        return _of(errors[0], hosts)
+    missed = [rank for failure in failures if failure.kind == "lost" for rank in failure.suspects]
+    silent = [rank for rank in range(len(hosts)) if rank not in by_rank]
+    if silent:
+        rank = next((rank for rank in missed if rank in silent), silent[0])
+        witness = next((f for f in failures if f.kind != "told"), failures[0])
+        return Verdict(
+            rank,
+            hosts[rank],
+            None,
+            f"it left no word, so it was killed (out of memory?) or frozen, or its host went down; rank {witness.rank} "
+            f"on {hosts[witness.rank]}, in {witness.phase}, saw: {_line(witness.error)}",
+            "",
+            1,
+        )
+    if missed:
+        by_first = [r for f in failures if f.kind == "lost" and f.rank == 0 for r in f.suspects]  # it keeps the signs
+        rank = next((rank for rank in missed if hosts[rank] in gone), (by_first or missed)[0])
+        witness = next(failure for failure in failures if rank in failure.suspects)
+        away = f"{hosts[rank]} cannot be reached; " if hosts[rank] in gone else ""
+        told = by_rank[rank]
+        return Verdict(rank, hosts[rank], told.phase, f"{away}rank {witness.rank}: {witness.error}", told.traceback, 1)
+    if any(failure.kind in ("stuck", "collective") for failure in failures):
+        held_up = [f for f in failures if f.kind in ("stuck", "told") and f.phase not in ("collective", "rendezvous")]
+        if held_up:
+            return _of(held_up[0], hosts)
+    return _of(next((failure for failure in failures if failure.kind != "told"), failures[0]), hosts)
+
+
+def _of(failure: Failure, hosts: Sequence[str]) -> Verdict:
+    host = hosts[failure.rank] if failure.rank < len(hosts) else failure.host
+    return Verdict(failure.rank, host, failure.phase, _line(failure.error), failure.traceback, failure.code)
+
+
+def _line(text: str) -> str:
+    return text.strip().splitlines()[-1] if text.strip() else "no message"

@@ -1,0 +1,330 @@
+"""A `deepspeed` command run, watched to its end, and its exit code made honest.
+
+Why it is watched: `deepspeed` exits with 0 when its inner launcher was killed, and dies of SIGTERM alone; both times
+the ranks train on. So the job is a session of its own, the ranks are told to stop by a signal of ours (or by the lease,
+a file in the run folder that they read, where they are on other hosts), and what the ranks leave in the run folder
+decides together with deepspeed's exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from launch import failures
+from launch.hosts import Placement
+from launch.reach import ask
+from pretrain.config import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RECORD, FAILURES, STOP
+
+GRACE_S = 60.0  # for the ranks to save and leave after a signal
+STRAGGLER_S = 3.0  # for what is left when there is nothing to save
+FAILED_S = 20.0  # from the first rank's failure to the end of all: those that can end themselves need 15
+UNKILLABLE_S = 10.0  # after which a process that survives SIGKILL is reported
+RECORD_S = 10.0  # for rank 0's record to show up in a run folder that another host writes
+LEASE_S = 1.0  # between two signs of life
+POLL_S = 0.1
+SSH_FAILED = 255  # ssh's code for itself
+
+
+class Lease:
+    """The file by which this launcher tells the ranks, wherever they are, that it lives or that they are to stop; when
+    it is removed, the ranks end.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._over = threading.Event()
+        self._owner = uuid.uuid4().hex  # so that ranks do not take another start's lease for theirs
+        self._text: str | None = None
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> Lease:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(f"{self._owner} 0")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Asks the ranks to save and leave."""
+        self._text = STOP
+        self._write(STOP)
+
+    def _renew(self) -> None:
+        count = 0
+        while not self._over.wait(LEASE_S):
+            count += 1
+            self._write(self._text or str(count))
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # the file system may come back; if not, the ranks take this launcher for dead
+            draft = self.path.with_name(f"draft-{self.path.name}-{threading.get_ident()}")
+            draft.write_text(f"{self._owner} {text}")
+            os.replace(draft, self.path)
+
+
+def lease_of(run: Path, node: int = 0) -> Path:
+    """The lease of the launcher on a host; `node` counts only those hosts that have a launcher of their own."""
+    return (run / f"lease-{node}").absolute()
+
+
+@dataclass(frozen=True)
+class End:
+    """How a job ended."""
+
+    code: int
+    reason: str
+    told: bool  # this launcher was told to stop
+
+
+DONE = End(0, "done", told=False)
+
+
+def run(
+    words: Sequence[str],
+    added: Mapping[str, str],
+    folder: Path,
+    placement: Placement,
+    *,
+    node: int | None = None,
+    module: str = "pretrain",
+    grace_s: float = GRACE_S,
+) -> End:
+    """Runs the command to its end; nothing of the job is left running on this machine, nor, a few seconds later, on
+    others.
+
+    The first SIGTERM, SIGINT, SIGHUP or SIGUSR1 to this process goes on to the ranks so that they save and leave; the
+    second one kills the job.
+
+    Args:
+        words: by `command`.
+        added: by `environment`.
+        folder: the run folder. Rank 0 leaves `exit.json` in it before it exits, `{"code": int, "reason": str, ...}`,
+            and a rank that fails a record in `failures/`.
+        placement: where the ranks are.
+        node: this launcher starts the ranks of this host alone, and other hosts have launchers of their own; None: of
+            all hosts.
+        module: what the ranks run.
+        grace_s: seconds between the signal and the end of what is left.
+    Returns:
+        The code is rank 0's record's unless that is 0; else deepspeed's, 128 + signal for a killed rank; 1 if deepspeed
+        says 0 but rank 0 left no record, or a rank failed; 2 if the first rank that failed says so; else 0.
+    """
+    record = folder / EXIT_RECORD
+    remote = placement.hostfile is not None and node is None
+    if not node:  # of an earlier run
+        record.unlink(missing_ok=True)
+        failures.set_aside(folder)
+    with _signals() as received, Lease(lease_of(folder, node or 0)) as lease:
+        job = subprocess.Popen(words, env={**os.environ, **added}, stdin=subprocess.DEVNULL, start_new_session=True)
+        left: list[int] = []
+        try:
+            if _wait(job, received, folder):
+                left = _end(job, received, lease, module, remote, grace_s)
+        finally:
+            _kill(job.pid)
+    child = job.wait()
+    other_writes = remote or bool(node)
+    found = _record_of(record, RECORD_S if child == 0 and other_writes else 0)
+    code, reason = exit_code(child, found, remote)
+    if code not in (0, EXIT_PREEMPTED) or (code == 0 and failures.read_failures(folder)):
+        gone = _reap(placement, lease.path) if remote else frozenset()
+        code, reason = _explained(code, reason, folder, placement, gone)
+    if left:
+        code, reason = code or 1, f"{reason}; processes that cannot be killed: {left}"
+    if code:
+        print(f"launch: exit code {code}: {reason}", file=sys.stderr, flush=True)
+    return End(code, reason, bool(received))
+
+
+def _wait(job: subprocess.Popen[bytes], received: list[int], folder: Path) -> bool:
+    """Waits until deepspeed ends or a signal comes; False if a rank failed and the rest did not end in time."""
+    failed = looked = None
+    while job.poll() is None and not received:
+        now = time.monotonic()
+        if looked is None or now - looked > 1:
+            looked = now
+            if failed is None and any((folder / FAILURES).glob("rank-*.json")):
+                failed = now
+        if failed is not None and now - failed > FAILED_S:
+            print(f"launch: {FAILED_S:.0f} s after a rank failed, killing the others", file=sys.stderr, flush=True)
+            return False
+        time.sleep(POLL_S)
+    return True
+
+
+def _reap(placement: Placement, lease: Path) -> frozenset[str]:
+    """Ends what is left of the job on its hosts; returns the hosts that do not answer, where it ends by itself."""
+    told = ask(list(placement.ranks), ["-m", "launch.reap", str(lease)])
+    return frozenset(host for host, answer in told.items() if isinstance(answer, str))
+
+
+def _explained(code: int, reason: str, folder: Path, placement: Placement, gone: Set[str]) -> tuple[int, str]:
+    """Prints who failed first, with the traceback; returns the job's code and reason with that known."""
+    verdict = failures.first(failures.read_failures(folder), placement, gone)
+    if verdict is None:
+        return code, reason
+    if verdict.traceback and verdict.code != EXIT_BAD_INPUT:
+        print(f"launch: rank {verdict.rank} on {verdict.host}:\n{verdict.traceback.rstrip()}", file=sys.stderr)
+    if placement.world > 1:
+        print(f"launch: what each rank left is in {folder / FAILURES}", file=sys.stderr, flush=True)
+    if verdict.code == EXIT_BAD_INPUT:
+        return EXIT_BAD_INPUT, str(verdict)
+    return code or 1, str(verdict) if code in (0, 1) else f"{reason}; {verdict}"
+
+
+def exit_code(child: int, record: Mapping[str, Any] | None, remote: bool = False) -> tuple[int, str]:
+    """The job's exit code and why, from deepspeed's (negative: the signal that killed it) and rank 0's record."""
+    killed = 256 - child if child > 256 - signal.NSIG else 0  # deepspeed passes a rank's negative code on, modulo 256
+    if record is not None and record["code"]:
+        reason = str(record.get("reason"))
+        if record.get("step") is not None:
+            reason += f" (step {record['step']})"
+        if record["code"] == EXIT_PREEMPTED:
+            reason += "; the same command goes on from there"
+        elif killed:
+            reason = f"a rank was killed by {_name(killed)}; rank 0: {reason}"
+        return record["code"], reason
+    if remote and child == SSH_FAILED:
+        return 1, "the connection to a host failed, or ended"
+    if child < 0:
+        return 128 - child, f"deepspeed was killed by {_name(-child)}"
+    if killed:
+        return 128 + killed, f"a rank was killed by {_name(killed)}"
+    if child:
+        return child, "a rank failed; its traceback is above"
+    if record is None:
+        reason = "deepspeed reports success, but rank 0 left no record of its end"
+        if remote:
+            reason += "; the run folder must be one that this machine shares with the first host"
+        return 1, reason
+    return 0, "done"
+
+
+def _name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _record_of(record: Path, patience_s: float) -> dict[str, Any] | None:
+    """The record, waited for if another host writes it."""
+    deadline = time.monotonic() + patience_s
+    while (found := _read(record)) is None and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+    return found
+
+
+def _read(record: Path) -> dict[str, Any] | None:
+    """The record; None if there is none, or none that can be read: then it does not tell how the run ended."""
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("code"), int) else None
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects the signals that ask to stop, but for those that are ignored, as under nohup."""
+    received: list[int] = []
+    before = {}
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, lambda number, frame: received.append(number))
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(
+    job: subprocess.Popen[bytes], received: list[int], lease: Lease, module: str, remote: bool, grace_s: float
+) -> list[int]:
+    """Ends what is left of the job once it was told to stop, or once deepspeed ended; returns what cannot be killed."""
+    ranks: list[psutil.Process] = []
+    deadline = None
+    while True:
+        ended, members = job.poll() is not None, _members(job.pid)
+        if ended and not members:
+            return []
+        if deadline is None:
+            ranks = _tell(job, members, lease, module, remote)
+            patient = ranks or (remote and not ended)
+            deadline = time.monotonic() + (grace_s if patient else STRAGGLER_S)
+        elif ended and not set(ranks) & set(members):  # helpers, whose ranks have left
+            deadline = min(deadline, time.monotonic() + STRAGGLER_S)
+        late = time.monotonic() - deadline
+        if len(received) > 1 or late > 0:
+            _kill(job.pid)
+        if late > UNKILLABLE_S:
+            return [process.pid for process in members]
+        time.sleep(POLL_S)
+
+
+def _tell(
+    job: subprocess.Popen[bytes], members: list[psutil.Process], lease: Lease, module: str, remote: bool
+) -> list[psutil.Process]:
+    """Tells the job to stop; returns the ranks on this machine that were told."""
+    if remote and job.poll() is None:
+        print("launch: telling the hosts to save and stop; a second signal kills", file=sys.stderr, flush=True)
+        lease.stop()
+        return []
+    ranks = _ranks(members, module)
+    if ranks:
+        why = "" if job.poll() is None else "deepspeed ended without its ranks; "
+        told = f"launch: {why}telling {len(ranks)} ranks to save and stop; a second signal kills"
+        print(told, file=sys.stderr, flush=True)
+    for process in ranks or members:
+        with suppress(psutil.Error):
+            process.terminate()
+    return ranks
+
+
+def _members(session: int) -> list[psutil.Process]:
+    """The living processes of a session, orphans included."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def _ranks(members: Sequence[psutil.Process], module: str) -> list[psutil.Process]:
+    """Those that run `-m module`, without the helpers that they forked, which have the same command line."""
+    found = {}
+    for process in members:
+        with suppress(psutil.Error):
+            if ("-m", module) in pairwise(process.cmdline()):
+                found[process.pid] = (process, process.ppid())
+    return [process for process, parent in found.values() if parent not in found]
+
+
+def _kill(session: int) -> None:
+    for process in _members(session):
+        with suppress(psutil.Error):
+            process.kill()

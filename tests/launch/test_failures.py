@@ -1,0 +1,77 @@
+"""Who failed first, by what the ranks left."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.failures import first, read_failures, set_aside
+from launch.hosts import Placement
+from pretrain.config import Failure
+
+PLACEMENT = Placement({"a": 2, "b": 1})
+
+
+def failure(rank: int, kind: str, time: float = 0.0, phase: str = "collective", **more: Any) -> Failure:
+    values = {"error": f"{kind} of {rank}", "traceback": f"trace {rank}", "code": 1, "suspects": [], **more}
+    return Failure(rank, "h", time, kind, phase, **values)
+
+
+@pytest.mark.parametrize(
+    ("failures", "gone", "rank", "told"),
+    [
+        # its own exception comes before the errors that it causes, whatever the clocks say
+        ([failure(0, "collective", 1), failure(1, "collective", 2), failure(2, "error", 3, "data")], (), 2, "in data"),
+        ([failure(2, "error", 5, "data"), failure(0, "error", 4, "save")], (), 0, "in save: error of 0"),
+        # killed: no word of it
+        ([failure(0, "collective", 1), failure(2, "collective", 2)], (), 1, "no word, .* rank 0 on a, in collective"),
+        ([failure(0, "lost", 1, suspects=[2])], (), 2, "it left no word"),
+        # two hosts that miss each other: the one that cannot be reached
+        (
+            [failure(2, "lost", 1, suspects=[0]), failure(0, "lost", 2, suspects=[2]), failure(1, "told")],
+            {"b"},
+            2,
+            "b c",
+        ),
+        (
+            [failure(2, "lost", 1, suspects=[0]), failure(0, "lost", 2, suspects=[2]), failure(1, "told")],
+            {"a"},
+            0,
+            "a c",
+        ),
+        (
+            [failure(2, "lost", 1, suspects=[0]), failure(0, "lost", 2, suspects=[2]), failure(1, "told")],
+            (),
+            2,
+            "lost of",
+        ),
+        # stuck: the one that the others waited for
+        ([failure(0, "stuck", 1), failure(1, "told", 2, "data"), failure(2, "told", 3)], (), 1, "in data"),
+        ([failure(0, "stuck", 1), failure(1, "told", 2), failure(2, "told", 3)], (), 0, "stuck of 0"),
+        ([failure(0, "collective", 1), failure(1, "collective", 2), failure(2, "told", 3)], (), 0, "collective of 0"),
+    ],
+)
+def test_the_first_of_the_failures(failures: list[Failure], gone: set[str], rank: int, told: str) -> None:
+    verdict = first(sorted(failures, key=lambda one: one.time), PLACEMENT, frozenset(gone))
+    assert verdict is not None and verdict.rank == rank and verdict.host == ("b" if rank == 2 else "a")
+    assert re.search(told, str(verdict)), str(verdict)
+
+
+def test_no_failure_no_verdict() -> None:
+    assert first([], PLACEMENT) is None
+
+
+def test_records_are_read_in_order_and_an_earlier_starts_are_kept_aside(tmp_path: Path) -> None:
+    for start in range(2):
+        (tmp_path / "failures").mkdir()
+        for one in (failure(0, "told", 9.0), failure(1, "error", 3.0)):
+            (tmp_path / "failures" / f"rank-{one.rank}.json").write_text(json.dumps(asdict(one)))
+        (tmp_path / "failures" / "rank-2.json").write_text('{"rank": 2')
+        assert [one.rank for one in read_failures(tmp_path)] == [1, 0]
+        set_aside(tmp_path)
+        assert read_failures(tmp_path) == [] and (tmp_path / f"failures-{start + 1}" / "rank-0.json").exists()

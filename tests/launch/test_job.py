@@ -1,0 +1,249 @@
+"""How jobs end under the real launcher: honest exit codes, and no rank left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from launch.job import Lease, exit_code
+from pretrain.config import BIND_VARIABLE, STOP
+
+ROOT = Path(__file__).parents[2]
+
+# ---- what the exit code is
+
+
+@pytest.mark.parametrize(
+    ("child", "record", "code", "reason"),
+    [
+        (0, {"code": 0}, 0, "done"),
+        (0, None, 1, "left no record"),
+        (0, {"code": 3, "reason": "10 steps in a row", "step": 7}, 3, "10 steps in a row (step 7)"),
+        (1, {"code": 75, "reason": "stopped by SIGTERM", "step": 7}, 75, "the same command goes on"),
+        (1, {"code": 0}, 1, "a rank failed"),
+        (1, None, 1, "a rank failed"),
+        (
+            247,
+            {"code": 1, "reason": "reset by peer", "step": 7},
+            1,
+            "killed by SIGKILL; rank 0: reset by peer (step 7)",
+        ),
+        (247, None, 137, "a rank was killed by SIGKILL"),
+        (250, {"code": 0}, 134, "SIGABRT"),
+        (-15, None, 143, "deepspeed was killed by SIGTERM"),
+        (-15, {"code": 75, "reason": "r", "step": 0}, 75, "r (step 0)"),
+        (1, {"code": 1, "reason": "r", "step": None}, 1, "r"),
+    ],
+)
+def test_the_record_and_the_child_decide(child, record, code, reason):
+    found = exit_code(child, record)
+    assert found[0] == code and reason in found[1]
+
+
+# ---- how jobs end, under the real launcher
+
+RANK = """
+import json, os, signal, sys, time
+from pathlib import Path
+
+plan, here = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[1]).parent
+rank, told = int(os.environ["RANK"]), []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+
+
+def leave(name, text):
+    draft = here / f"draft{os.getpid()}"
+    draft.write_text(text)
+    draft.rename(here / f"{name}{rank}")
+
+
+def everyone(name, text=""):
+    leave(name, text)
+    while not all((here / f"{name}{k}").exists() for k in range(int(os.environ["WORLD_SIZE"]))):
+        time.sleep(0.01)
+
+
+if plan.get("helper") and os.fork() == 0:
+    leave("helper", str(os.getpid()))
+    while not told:
+        time.sleep(0.01)
+    leave("helper-told", "")
+    time.sleep(60)
+everyone("up", json.dumps([os.getpid(), os.getppid(), os.environ["OMP_NUM_THREADS"]]))
+if plan.get("killed") == rank:
+    os.kill(os.getpid(), signal.SIGKILL)
+while plan.get("deaf") or plan.get("trains") and not told:
+    time.sleep(0.01)
+if plan.get("saves"):
+    time.sleep(0.5)
+    everyone("told", str(len(told)))
+if rank == 0 and "record" in plan:
+    (here / "exit.json").write_text(json.dumps({"code": plan["record"], "reason": "so planned", "step": 5}))
+sys.exit(plan["code"])
+"""
+
+DRIVER = """
+import sys
+from pathlib import Path
+from launch.deepspeed import command, environment
+from launch.hosts import Placement
+from launch.job import lease_of, run
+
+plan, grace_s = Path(sys.argv[1]), float(sys.argv[2])
+placement = Placement({"localhost": 2})
+words = command(str(plan), [], placement, module="fake_rank")
+added = environment(placement, lease=lease_of(plan.parent))
+sys.exit(run(words, added, plan.parent, placement, module="fake_rank", grace_s=grace_s).code)
+"""
+
+
+class Job:
+    def __init__(self, folder: Path, grace_s: float, plan: dict[str, Any]) -> None:
+        self.folder = folder
+        (folder / "fake_rank.py").write_text(RANK)
+        (folder / "plan.json").write_text(json.dumps(plan))
+        (folder / "exit.json").write_text('{"code": 99, "reason": "an earlier run"}')
+        environment = {**os.environ, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
+        for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", BIND_VARIABLE):
+            environment.pop(name, None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(folder / "plan.json"), str(grace_s)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for(self, happened: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not happened():
+            assert self.process.poll() is None, self.process.communicate()[0]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def ranks(self) -> list[tuple[int, int]]:
+        """Process ids of each rank and its parent, once both are up."""
+        self.wait_for(lambda: all((self.folder / f"up{rank}").exists() for rank in range(2)))
+        found = [json.loads((self.folder / f"up{rank}").read_text()) for rank in range(2)]
+        return [(rank, parent) for rank, parent, _ in found]
+
+    def end(self) -> tuple[int, str]:
+        """The exit code and the output; asserts that no rank is left."""
+        output, _ = self.process.communicate(timeout=120)
+        for file in self.folder.glob("up?"):
+            assert not alive(json.loads(file.read_text())[0]), output
+        return self.process.returncode, output
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture
+def start(tmp_path) -> Iterator[Callable[..., Job]]:
+    jobs: list[Job] = []
+
+    def make(grace_s: float = 60, **plan: Any) -> Job:
+        jobs.append(Job(tmp_path, grace_s, plan))
+        return jobs[-1]
+
+    yield make
+    for job in jobs:
+        for process in [*psutil.Process().children(recursive=True)] if job.process.poll() is None else []:
+            process.kill()
+        job.process.wait()
+
+
+def test_done(start):
+    job = start(code=0, record=0)
+    assert job.end() == (0, "")
+    cores = len(os.sched_getaffinity(0))
+    assert json.loads((job.folder / "up1").read_text())[2] == str(max(1, cores // 2))
+
+
+def test_a_failing_rank(start):
+    code, output = start(code=1).end()
+    assert code == 1 and "a rank failed" in output
+
+
+def test_a_code_of_ours(start):
+    code, output = start(code=2, record=2).end()
+    assert code == 2 and "exit code 2: so planned (step 5)" in output
+
+
+def test_a_killed_rank(start):
+    code, output = start(code=0, killed=1, trains=True).end()
+    assert code == 137 and "a rank was killed by SIGKILL" in output
+
+
+def test_preemption(start):
+    job = start(code=75, record=75, trains=True, saves=True, helper=True)
+    job.ranks()
+    job.process.send_signal(signal.SIGTERM)
+    code, output = job.end()
+    assert code == 75 and "telling 2 ranks to save and stop" in output and "the same command goes on" in output
+    assert [(job.folder / f"told{rank}").read_text() for rank in range(2)] == ["1", "1"]
+    assert not list(job.folder.glob("helper-told?"))
+    assert not any(alive(int((job.folder / f"helper{rank}").read_text())) for rank in range(2))
+
+
+def test_the_second_signal_kills(start):
+    job = start(code=75, record=75, deaf=True)
+    job.ranks()
+    job.process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert job.process.poll() is None
+    before = time.monotonic()
+    job.process.send_signal(signal.SIGTERM)
+    code, _ = job.end()
+    assert code == 137 and time.monotonic() - before < 10
+
+
+def test_ranks_whose_launcher_was_killed(start):
+    job = start(grace_s=1, code=0, record=0, deaf=True)
+    os.kill(job.ranks()[0][1], signal.SIGKILL)
+    code, output = job.end()
+    assert code == 1 and "deepspeed ended without its ranks" in output and "left no record" in output
+
+
+def test_a_signal_before_there_are_ranks(start):
+    job = start(code=0, record=0)
+    job.wait_for(lambda: bool(psutil.Process(job.process.pid).children()))
+    job.process.send_signal(signal.SIGTERM)
+    assert job.end()[0] == 143
+    assert not list(job.folder.glob("up?"))
+
+
+# ---- what the ranks are told
+
+
+def test_a_lease_is_renewed_until_it_is_given_back(tmp_path):
+    path = tmp_path / "run" / "lease-0"
+    with Lease(path) as lease:
+        before = path.read_text()
+        deadline = time.monotonic() + 30
+        while path.read_text() == before:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        lease.stop()
+        owner = before.split()[0]
+        assert path.read_text() == f"{owner} {STOP}"
+        time.sleep(1.5)
+        assert path.read_text() == f"{owner} {STOP}"
+    assert list(path.parent.iterdir()) == []
+
+
+def test_a_lost_connection_is_no_signal():
+    assert exit_code(255, None, remote=True) == (1, "the connection to a host failed, or ended")

@@ -1,0 +1,41 @@
+"""What a process finds out about itself: which rank, which interface, which cores."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+from pretrain.__main__ import adopt
+from pretrain.ranks import interface_to
+
+
+def test_open_mpis_names_are_taken_where_deepspeeds_are_missing() -> None:
+    theirs = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+    found = {**theirs, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
+    adopt(found)
+    assert [found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")] == ["3", "4", "1", "2"]
+    ours = {**theirs, "RANK": "0"}
+    adopt(ours)
+    assert ours == {**theirs, "RANK": "0"}
+
+
+def test_the_interface_to_an_address() -> None:
+    assert interface_to("127.0.0.1") == "lo"
+    assert interface_to("no such name.invalid") is None
+
+
+def test_each_rank_keeps_to_its_share_of_the_cores() -> None:
+    code = (
+        "import os; from pretrain.ranks import _bind_cores; _bind_cores({}, {}); print(sorted(os.sched_getaffinity(0)))"
+    )
+    cores = sorted(os.sched_getaffinity(0))
+
+    def bound(rank: int, world: int) -> list[int]:
+        words = [sys.executable, "-c", code.format(rank, world)]
+        return list(eval(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
+
+    half = len(cores) // 2
+    if half:
+        assert bound(0, 2) == cores[:half] and bound(1, 2) == cores[half : 2 * half]
+    assert bound(0, len(cores) + 1) == cores
