@@ -16,6 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.comm import torch as deepspeed_backend
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
@@ -27,6 +28,9 @@ from pretrain.optim import adamw
 from pretrain.ranks import Ranks
 
 log = logging.getLogger(__name__)
+
+# Of use to inference alone, on CPUs; it compiles for half a minute, and every rank leaves 66 MiB in /dev/shm for ever.
+deepspeed_backend.build_shm_op = lambda: None
 
 NEVER_CLIP = 1e30  # DeepSpeed takes no norm without a limit, and the norm is what guards the step
 

@@ -189,7 +189,7 @@ def test_another_launchers_lease_is_not_this_ranks(start: Callable[..., Ranks], 
         ([("/y/deepspeed/runtime/engine.py", "backward"), ("/y/torch/autograd/graph.py", "f")], "backward"),
         ([("/x/pretrain/saver.py", "_write"), ("/y/torch/distributed/checkpoint/x.py", "save")], "save"),
         ([("/y/torch/distributed/__init__.py", "<module>")], "start"),
-        ([("/x/pretrain/loop.py", "train"), ("/x/pretrain/evaluate.py", "evaluate")], "evaluation"),
+        ([("/x/pretrain/loop.py", "train"), ("/x/pretrain/scoring.py", "evaluate")], "evaluation"),
     ],
 )
 def test_a_stack_tells_the_phase(stack: list[tuple[str, str]], phase: str) -> None:
