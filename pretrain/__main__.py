@@ -72,10 +72,10 @@ def _train(cfg: RunConfig, watch: Watch) -> int:
     from pretrain import ranks as process  # torch: after the input was checked
 
     ranks = process.start()
-    watch.join(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     watch.pulse(cfg.timeouts.first_step_s)
     from pretrain.loop import Run  # DeepSpeed: after it was told the device
 
+    watch.join(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
     run = Run(cfg, ranks, watch.pulse)
     outcome = run.train()

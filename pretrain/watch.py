@@ -36,6 +36,7 @@ from pretrain.config import EXIT_RECORD, FAILURES, LEASE_VARIABLE, STOP, Failure
 
 BEAT_S = 1.0  # between two signs of life, and two looks
 LOST_S = 3.0  # after which a store that refuses is gone, and rank 0 with it
+FIRST = 3  # times as long a silence is borne until the first step is done: libraries that are loaded hold Python's lock
 LEAVE_S = 5.0  # for the record to be written, on a file system that may be gone too
 LINGER_S = 4.0  # that rank 0 keeps the store for the others to read in it why they end
 
@@ -47,6 +48,7 @@ PHASES: tuple[tuple[str, str | None, str], ...] = (
     ("pretrain/loop.py", "finish_save", "save"),
     ("pretrain/checkpoint.py", None, "load"),
     ("torch/distributed/", None, "collective"),
+    ("model/vocab_parallel.py", None, "collective"),  # waits for what it began before
     ("deepspeed/comm/", None, "collective"),
     ("pretrain/batches.py", None, "data"),
     ("data/shards.py", None, "data"),
@@ -127,6 +129,7 @@ class Watch:
         self._heard: dict[int, tuple[bytes, float]] = {}  # on rank 0: the last sign of each other rank, and when
         self._mark, self._limit_s = time.monotonic(), cfg.timeouts.rendezvous_s
         self._leaving = False
+        self._starting = True  # until the first pulse after the ranks have joined that sets a limit
         self._stopping: tuple[float, str] | None = None  # deadline and reason of a stop that this watch asked for
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
@@ -163,7 +166,8 @@ class Watch:
         from torch.distributed import TCPStore
 
         # A client of its own: the process group's one is blocked while a group is made.
-        timeout = timedelta(seconds=self.cfg.timeouts.heartbeat_s)
+        timeout = timedelta(seconds=FIRST * self.cfg.timeouts.heartbeat_s)
+        self._starting = True
         self._store = TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
         self._show()
         now = time.monotonic()
@@ -176,6 +180,11 @@ class Watch:
         self._mark = time.monotonic()
         if limit_s is not None:
             self._limit_s = limit_s
+            self._starting = False
+
+    def _silence_s(self) -> float:
+        """For how long another rank, or this one's threads, may show no sign of life."""
+        return self.cfg.timeouts.heartbeat_s * (FIRST if self._starting else 1)
 
     def leave(self) -> None:
         """The work is done: from here on, ranks that go are no loss. What is left to do has the time of a pass."""
@@ -199,8 +208,8 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(BEAT_S):
-            if self.world > 1:  # if not even this thread gets on, nothing in Python can end the process
-                faulthandler.dump_traceback_later(self.cfg.timeouts.heartbeat_s + LEAVE_S, exit=True)
+            if self._beat is not None:  # if not even this thread gets on, nothing in Python can end the process
+                faulthandler.dump_traceback_later(self._silence_s() + LEAVE_S, exit=True)
             self._look_up()
             if self._told is not None:
                 told = self._told
@@ -230,7 +239,7 @@ class Watch:
         """At the other ranks."""
         if self._beat is None or self._leaving:
             return
-        limit_s = self.cfg.timeouts.heartbeat_s
+        limit_s = self._silence_s()
         silent_s = self._beat.silent_s()
         if silent_s > (LOST_S if self._beat.error else limit_s):
             why = f": {self._beat.error}" if self._beat.error else ""

@@ -78,7 +78,7 @@ class Ranks:
             assert process.stdout is not None and process.stdout.readline() == "up\n"
 
     def end(self) -> list[int]:
-        return [process.wait(60) for process in self.processes]
+        return [process.wait(180) for process in self.processes]
 
     def left(self, rank: int) -> dict[str, Any]:
         return json.loads((self.run / "failures" / f"rank-{rank}.json").read_text())
