@@ -1,6 +1,6 @@
 """python -m launch run CONFIG [key=value ...]: checks a training job, then runs it with deepspeed.
 
-`python -m launch doctor` examines the hosts for one.
+`python -m launch doctor` examines the hosts for one; `python -m launch slurm` writes a script that runs it under Slurm.
 """
 
 import argparse
@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.settings import ConfigError
+from launch import slurm
 from launch.hosts import Placement, place
 from launch.job import End
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
@@ -38,6 +39,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     examined.add_argument("config", metavar="CONFIG", nargs="?", help="also its data and its run folder")
     _add_hosts(examined)
+    queued = commands.add_parser(
+        "slurm",
+        allow_abbrev=False,
+        help="write an sbatch script that runs a job under Slurm and queues it again when it is stopped; submit it",
+        description="Check a config, its data and the layout, then write an sbatch script into the run folder, and "
+        "submit it if asked to. The job saves before its time is over, and whenever it is told to stop, and is queued "
+        "again until it is done. Exit codes: 0 done; 2 bad input, or Slurm refuses the script.",
+    )
+    slurm.add_options(queued)
     asked, rest = parser.parse_known_args(arguments)  # argparse takes no positional after an option
     if asked.command == "doctor" and asked.config is None and rest and not rest[0].startswith("-"):
         asked.config = rest.pop(0)
@@ -47,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     overrides = [*asked.overrides, *rest]
     try:
         cfg = None if asked.config is None else load(asked.config, overrides)
+        if asked.command == "slurm":
+            assert cfg is not None
+            slurm.queue(asked, cfg, overrides)
+            return 0
         placement = place(
             asked.hostfile, asked.num_gpus, include=asked.include, exclude=asked.exclude, hosts=asked.num_nodes
         )
