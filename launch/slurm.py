@@ -208,6 +208,7 @@ def script(
         "#!/bin/bash",
         *(_directive(name, value) for name, value in options.items()),
         "",
+        "# shellcheck disable=SC2016  # what is in single quotes is meant as it stands",
         *(f"export {name}={shlex.quote(value)}" for name, value in exported(os.environ).items()),
         "export SLURM_EXPORT_ENV=ALL  # to the nodes, whatever sbatch was told of exports",
         f'hosts={shlex.quote(str(run))}/slurm-"$SLURM_JOB_ID".hosts',

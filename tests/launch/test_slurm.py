@@ -1,4 +1,4 @@
-"""`python -m launch slurm`: what it writes and refuses; and a real Slurm of two hosts on this machine, which runs it."""
+"""`python -m launch slurm`: what it writes and refuses; a real Slurm, of two hosts on this machine, runs it."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def config(folder: Path, **changes: Any) -> Path:
     """A tiny run in `folder/run`; 16 passes of a step are to be shared by the ranks."""
     if not (folder / "data").exists():
         make_data(folder / "data")
-    sizes = {"train__tokens_per_step": 128, "train__micro_batch": 1}
-    tree = tiny_tree(run=str(folder / "run"), data__path=str(folder / "data"), **{**sizes, **changes})
+    ours = {"train__tokens_per_step": 128, "train__micro_batch": 1, "timeouts__heartbeat_s": 120}
+    tree = tiny_tree(run=str(folder / "run"), data__path=str(folder / "data"), **{**ours, **changes})
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
@@ -211,7 +211,7 @@ class Slurm:
         run = next((Path(word[4:]) for word in more if word.startswith("run=")), path.parent / "run")
         return Job(self, number[1], run)
 
-    def wait_for(self, happened: Callable[[], bool], seconds: float = 240) -> None:
+    def wait_for(self, happened: Callable[[], bool], seconds: float = 400) -> None:
         deadline = time.monotonic() + seconds
         while not happened():
             assert time.monotonic() < deadline, self.told("scontrol", "show", "job")
@@ -261,7 +261,7 @@ def slurm(tmp_path_factory) -> Iterator[Slurm]:
 def test_a_preempted_job_is_queued_again_and_ends_as_the_unbroken_one(slurm: Slurm, tmp_path: Path) -> None:
     """Two nodes, two ranks on each, prototypes shared within a node; the run folder has an odd name."""
     changes = {"train__steps": 150, "logging__every": 1, "parallel__vocab": "node", "parallel__zero": 1}
-    folder = tmp_path / "it's a #1 100%"
+    folder = tmp_path / "it's 100% odd"
     folder.mkdir()
     path = config(folder, **changes)
     whole = slurm.submit(path, "--nodes", "2", f"run={folder / 'whole'}")
