@@ -1,6 +1,7 @@
 """python -m launch run CONFIG [key=value ...]: checks a training job, then runs it with deepspeed.
 
-`python -m launch doctor` examines the hosts for one, `python -m launch plan CONFIG` tells what it will take.
+`python -m launch doctor` examines the hosts for one; `python -m launch plan` tells what it will take; `python -m launch
+slurm` writes a script that runs it under Slurm.
 """
 
 import argparse
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.settings import ConfigError
-from launch import plan
+from launch import plan, slurm
 from launch.hosts import Placement, place
 from launch.job import End
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
@@ -40,6 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     examined.add_argument("config", metavar="CONFIG", nargs="?", help="also its data and its run folder")
     _add_hosts(examined)
     plan.add_arguments(commands)
+    queued = commands.add_parser(
+        "slurm",
+        allow_abbrev=False,
+        help="write an sbatch script that runs a job under Slurm and queues it again when it is stopped; submit it",
+        description="Check a config, its data and the layout, then write an sbatch script into the run folder, and "
+        "submit it if asked to. The job saves before its time is over, and whenever it is told to stop, and is queued "
+        "again until it is done. Exit codes: 0 done; 2 bad input, or Slurm refuses the script.",
+    )
+    slurm.add_options(queued)
     asked, rest = parser.parse_known_args(arguments)  # argparse takes no positional after an option
     if asked.command == "doctor" and asked.config is None and rest and not rest[0].startswith("-"):
         asked.config = rest.pop(0)
@@ -52,6 +62,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.command == "plan":
             assert cfg is not None
             return plan.tell(asked, cfg)
+        if asked.command == "slurm":
+            assert cfg is not None
+            slurm.queue(asked, cfg, overrides)
+            return 0
         placement = place(
             asked.hostfile, asked.num_gpus, include=asked.include, exclude=asked.exclude, hosts=asked.num_nodes
         )

@@ -13,6 +13,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from data.settings import ConfigError
 from launch.exports import env_file, exported
 from launch.hosts import Placement, cores
 from launch.probe import free_port as _free_port
+from launch.probe import gpus as _gpus
 from launch.reach import Facts, ssh_arguments
 from pretrain.config import BIND_VARIABLE, LEASE_VARIABLE, RunConfig, check_data, check_layout
 
@@ -116,6 +118,7 @@ def srun(config: str, overrides: Sequence[str], placement: Placement, *, port: i
     """
     hosts = len(placement.ranks)
     each = ["--nodes", str(hosts), "--ntasks", str(hosts), "--ntasks-per-node", "1", "--kill-on-bad-exit=0"]
+    each += ["--cpu-bind=none"]  # else a launcher, and all its ranks, may get the one core of a task
     inner = ["--hostfile", str(placement.hostfile), "--launcher", "none", "--master-port", str(port or free_port())]
     if placement.chosen:
         inner += ["--include", placement.chosen]
@@ -148,7 +151,11 @@ def environment(
 
 def _own(placement: Placement, facts: Mapping[str, Facts]) -> dict[str, str]:
     """What every rank gets, but for what the user has set: on a CPU, its share of the threads, and of the cores."""
-    if placement.gpus or any(facts[host]["gpus"] for host in facts):
+    if facts:
+        on_gpus = any(facts[host]["gpus"] for host in facts)
+    else:  # a host of a hostfile that starts its own ranks asks itself
+        on_gpus = bool(placement.gpus) or (placement.hostfile is not None and _gpus() > 0)
+    if on_gpus:
         return {}
     # else every rank starts a thread for every core
     shares = [(facts[host]["cores"] if host in facts else cores()) // n for host, n in placement.ranks.items()]
@@ -247,6 +254,8 @@ def meeting_point(placement: Placement, facts: Mapping[str, Facts]) -> tuple[str
             raise ConfigError(
                 f"{host}: its address is not known here ({error}); put the address in the hostfile"
             ) from None
+        if address.startswith("127.") and len(placement.ranks) > 1 and host.rpartition("@")[2] in _own_names():
+            address = _address_towards(list(placement.ranks)[1]) or address  # many systems give their own name this one
     if address is None or (address.startswith("127.") and len(placement.ranks) > 1):
         raise ConfigError(
             f"{host}: its address here is {address}, which the other hosts cannot reach. Put an address that all hosts "
@@ -255,12 +264,24 @@ def meeting_point(placement: Placement, facts: Mapping[str, Facts]) -> tuple[str
     return address, port
 
 
+def _own_names() -> set[str | None]:
+    return {socket.gethostname(), socket.getfqdn(), os.environ.get("SLURMD_NODENAME")}
+
+
+def _address_towards(host: str) -> str | None:
+    """This machine's address as another host sees it; None if there is no way to that host."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect((host.rpartition("@")[2], 9))  # sends nothing
+        return str(probe.getsockname()[0])
+    return None
+
+
 def own_node(placement: Placement) -> int:
     """Which of the hosts this machine is. Raises ConfigError if that is not clear."""
     import psutil
 
     own = {one.address for held in psutil.net_if_addrs().values() for one in held if not one.address.startswith("127.")}
-    names = {socket.gethostname(), socket.getfqdn()}
+    names = _own_names()
     found = []
     for node, host in enumerate(placement.ranks):
         name = host.rpartition("@")[2]

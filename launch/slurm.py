@@ -1,0 +1,231 @@
+"""An sbatch script that runs a job, has it saved before its time is over, and queues it again until it is done.
+
+In the allocation the script calls `launch run --launcher slurm`, so that layout, exports and exit codes are those of
+any other job. Options and signals: https://slurm.schedmd.com/sbatch.html.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from data.settings import ConfigError
+from launch.deepspeed import check
+from launch.exports import exported
+from launch.hosts import CPU_RANKS, Placement
+from pretrain.config import EXIT_PREEMPTED, RunConfig, check_layout
+
+SCRIPT = "slurm.sh"  # in the run folder
+MARGIN_S = 60  # from Slurm's signal to the end of its time, beside checkpoint.grace_s: the step under way, the end
+LATEST_SIGNAL_S = 65535  # before the end of the time, by Slurm's documentation
+TIME = re.compile(r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}")
+OWN_OPTIONS = {  # sbatch's options that are not to be given by --sbatch, and what to use instead
+    "nodes": "--nodes",
+    "time": "--time",
+    "partition": "--partition",
+    "account": "--account",
+    "chdir": "nothing: the job runs where the script is made",
+    "output": "nothing: it goes to the run folder",
+    "error": "nothing: it goes to the run folder",
+    "open-mode": "nothing: a job that is queued again appends",
+    "signal": "checkpoint.grace_s",
+    "requeue": "nothing: it is on",
+    "no-requeue": "nothing: a job goes on after a preemption",
+    "array": "one run folder for each job",
+    "ntasks": "nothing: there is one launcher on each node",
+    "ntasks-per-node": "nothing: there is one launcher on each node",
+    "wrap": "nothing: there is a script",
+}
+SHARING = {"exclusive", "oversubscribe", "cpus-per-task", "cpus-per-gpu", "mem", "mem-per-cpu", "mem-per-gpu"}
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/gpt2-124m.yaml")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as train.steps=100")
+    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes to ask for")
+    parser.add_argument(
+        "--gpus-per-node",
+        type=int,
+        metavar="G",
+        help=f"GPUs to ask for on each node, with a rank for each (default: {CPU_RANKS} ranks on its cores, no GPU)",
+    )
+    parser.add_argument("--time", metavar="T", help="limit of one start, as Slurm writes it: 24:00:00 or 3-12")
+    parser.add_argument("--partition", metavar="P", help="Slurm's partition (default: the cluster's)")
+    parser.add_argument("--account", metavar="A", help="Slurm's account (default: the user's)")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTION[=VALUE]",
+        help="one more option for sbatch, without its dashes, such as qos=high; may be repeated",
+    )
+    parser.add_argument("--submit", action="store_true", help="also submit the script")
+
+
+def queue(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str]) -> None:
+    """Writes the script into the run folder and, if asked to, submits it.
+
+    Args:
+        asked: by `add_options`.
+        cfg: the run.
+        overrides: the `key=value` settings that are in `cfg`.
+    Raises:
+        ConfigError: the job cannot run so, or Slurm does not take it. Nothing is written unless all is right here.
+    """
+    options = options_of(asked, cfg)
+    ranks = asked.gpus_per_node or CPU_RANKS
+    _check_size(cfg, asked.nodes, ranks)
+    check(cfg, Placement({f"node {k}": ranks for k in range(asked.nodes)}))
+    if cfg.resume != "auto":
+        raise ConfigError(
+            f"resume={cfg.resume}: a job that is queued again would not go on from its own newest checkpoint. Set "
+            "resume=auto, which starts afresh where there is none"
+        )
+    if asked.submit and shutil.which("sbatch") is None:
+        raise ConfigError(
+            "--submit: sbatch is not found on this machine; run this where jobs are submitted, or leave --submit out "
+            "and give the script to sbatch there"
+        )
+    text = script(asked.config, overrides, cfg.run.absolute(), options, ranks)
+    cfg.run.mkdir(parents=True, exist_ok=True)
+    path = cfg.run / SCRIPT
+    path.write_text(text, encoding="utf-8")
+    where = "GPUs" if asked.gpus_per_node else "cores; --gpus-per-node asks for GPUs"
+    lead = f"it is told to save {lead_s(cfg)} s before its time is over"
+    print(f"{path}: {asked.nodes} nodes with {ranks} ranks on each (on its {where}); {lead}")
+    if not asked.submit:
+        print(f"submit it with: sbatch {shlex.quote(str(path))}")
+        return
+    told = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
+    if told.returncode:
+        raise ConfigError(f"sbatch does not take {path}: {told.stderr.strip()}")
+    print(f"{told.stdout.strip()}; its output: {cfg.run / 'slurm-JOB.out'}")
+
+
+def options_of(asked: argparse.Namespace, cfg: RunConfig) -> dict[str, str | None]:
+    """sbatch's options by name, without their dashes; None: an option without a value. Raises ConfigError."""
+    given = dict(_option(text) for text in asked.sbatch)
+    for name, least in (("nodes", asked.nodes), ("gpus_per_node", asked.gpus_per_node)):
+        if least is not None and least < 1:
+            remedy = "; leave it out to train on cores" if name == "gpus_per_node" else ""
+            raise ConfigError(f"--{name.replace('_', '-')} {least}: expected 1 or more{remedy}")
+    lead = lead_s(cfg)
+    if lead > LATEST_SIGNAL_S:
+        most = LATEST_SIGNAL_S - MARGIN_S
+        raise ConfigError(f"checkpoint.grace_s={cfg.checkpoint.grace_s}: Slurm can tell a job {most} s before at most")
+    if asked.time is not None and seconds_of(asked.time) <= lead:
+        raise ConfigError(
+            f"--time {asked.time}: the job is told to save {lead} s before its time is over (checkpoint.grace_s="
+            f"{cfg.checkpoint.grace_s:g}, and {MARGIN_S} s); ask for more time"
+        )
+    run = str(cfg.run.absolute()).replace("%", "%%")  # % begins a pattern there
+    found: dict[str, str | None] = {"job-name": cfg.run.absolute().name, "nodes": str(asked.nodes)}
+    found["ntasks-per-node"] = "1"
+    if asked.gpus_per_node:
+        found["gpus-per-node"] = str(asked.gpus_per_node)
+    if not SHARING & given.keys():  # a rank's share of cores and memory is a node's
+        found |= {"exclusive": None, "mem": "0"}
+    found |= {name: vars(asked)[name] for name in ("time", "partition", "account") if vars(asked)[name] is not None}
+    found |= {"chdir": os.getcwd(), "output": f"{run}/slurm-%j.out", "open-mode": "append"}
+    found |= {"requeue": None, "signal": f"USR1@{lead}"}
+    return found | given
+
+
+def _option(text: str) -> tuple[str, str | None]:
+    name, equals, value = text.partition("=")
+    if name in OWN_OPTIONS:
+        raise ConfigError(f"--sbatch {text}: {name} is set by Overtone itself: use {OWN_OPTIONS[name]}")
+    if not re.fullmatch("[a-z]+(-[a-z]+)*", name) or len(name) == 1:
+        raise ConfigError(f"--sbatch {text}: expected a long option of sbatch without its dashes, such as qos=high")
+    return name, value if equals else None
+
+
+def lead_s(cfg: RunConfig) -> int:
+    """Seconds before the end of its time at which a job is told to save."""
+    return math.ceil(cfg.checkpoint.grace_s) + MARGIN_S
+
+
+def seconds_of(limit: str) -> int:
+    """Seconds of a time as Slurm writes it: M, M:S, H:M:S, D-H, D-H:M or D-H:M:S. Raises ConfigError."""
+    if not TIME.fullmatch(limit):
+        raise ConfigError(
+            f"--time {limit}: expected minutes, minutes:seconds, hours:minutes:seconds, days-hours, "
+            "days-hours:minutes or days-hours:minutes:seconds, such as 24:00:00"
+        )
+    days, _, clock = limit.rpartition("-")
+    parts = [int(part) for part in clock.split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+
+def _check_size(cfg: RunConfig, nodes: int, ranks: int) -> None:
+    """Raises ConfigError, with the possible numbers of nodes, if the run cannot be shared by these."""
+    try:
+        check_layout(cfg, nodes * ranks, ranks)
+    except ConfigError as error:
+        possible = [str(k) for k in range(1, cfg.sequences_per_step() // ranks + 1) if _fits(cfg, k, ranks)]
+        shown = possible if len(possible) <= 16 else [*possible[:15], "...", possible[-1]]
+        raise ConfigError(
+            f"--nodes {nodes} with {ranks} ranks on each: {error} With {ranks} ranks on each, --nodes can be "
+            f"{', '.join(shown) or 'no number'}."
+        ) from None
+
+
+def _fits(cfg: RunConfig, nodes: int, ranks: int) -> bool:
+    if cfg.sequences_per_step() % (cfg.train.micro_batch * nodes * ranks):
+        return False
+    try:
+        check_layout(cfg, nodes * ranks, ranks)
+    except ConfigError:
+        return False
+    return True
+
+
+def script(
+    config: str, overrides: Sequence[str], run: Path, options: Mapping[str, str | None], ranks_per_node: int
+) -> str:
+    """The text of the script.
+
+    Args:
+        config: path of the config.
+        overrides: `key=value` settings.
+        run: the run folder, absolute.
+        options: by `options_of`.
+        ranks_per_node: how many ranks each node runs.
+    Raises:
+        ConfigError: an option that does not fit on a line.
+    """
+    launch = shlex.join([sys.executable, "-m", "launch", "run", config, *overrides])
+    lines = [
+        "#!/bin/bash",
+        *(_directive(name, value) for name, value in options.items()),
+        "",
+        "# shellcheck disable=SC2016  # what is in single quotes is meant as it stands",
+        *(f"export {name}={shlex.quote(value)}" for name, value in exported(os.environ).items()),
+        "export SLURM_EXPORT_ENV=ALL  # to the nodes, whatever sbatch was told of exports",
+        f'hosts={shlex.quote(str(run))}/slurm-"$SLURM_JOB_ID".hosts',
+        f'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\\$/ slots={ranks_per_node}/" >"$hosts" || exit',
+        f'{launch} --hostfile "$hosts" --launcher slurm',
+        "code=$?",
+        # A job that is cancelled does not come here: Slurm's SIGTERM ends this shell.
+        f'if [ "$code" -eq {EXIT_PREEMPTED} ]; then',
+        '    echo "stopped after a save: the job is queued again"',
+        '    scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        'exit "$code"',
+    ]
+    return "".join(line + "\n" for line in lines)
+
+
+def _directive(name: str, value: str | None) -> str:
+    if value is not None and not value.isprintable():
+        raise ConfigError(f"--{name}={value!r}: sbatch takes options on one line only; use printable characters")
+    return f"#SBATCH --{name}" + ("" if value is None else f"={shlex.quote(value)}")
