@@ -103,7 +103,23 @@ def test_ranks_meet_where_the_first_host_was_reached():
     assert meeting_point(Placement({"127.0.0.1": 1}, Path("hosts")), {}) == ("127.0.0.1", 29500)
 
 
+def test_the_first_host_may_know_its_own_name_as_a_loopback_address(monkeypatch):
+    placement = Placement({"me@a": 1, "b": 1}, Path("hosts"))
+    monkeypatch.setattr(deepspeed.socket, "gethostbyname", lambda name: {"a": "127.0.1.1", "b": "10.0.0.2"}[name])
+    monkeypatch.setattr(deepspeed, "_address_towards", lambda host: "10.0.0.1")
+    with pytest.raises(ConfigError, match="me@a: its address here is 127.0.1.1"):
+        meeting_point(placement, {})
+    monkeypatch.setattr(deepspeed.socket, "gethostname", lambda: "a")
+    assert meeting_point(placement, {}) == ("10.0.0.1", 29500)
+    monkeypatch.setattr(deepspeed, "_address_towards", lambda host: None)
+    with pytest.raises(ConfigError, match="me@a: its address here is 127.0.1.1"):
+        meeting_point(placement, {})
+
+
 def test_a_host_knows_which_one_it_is(monkeypatch):
+    monkeypatch.setenv("SLURMD_NODENAME", "198.51.100.8")
+    assert own_node(Placement({"198.51.100.7": 1, "198.51.100.8": 1}, Path("hosts"))) == 1
+    monkeypatch.delenv("SLURMD_NODENAME")
     monkeypatch.setattr(deepspeed.socket, "gethostname", lambda: "here")
     assert own_node(Placement({"198.51.100.7": 1, "me@here": 1}, Path("hosts"))) == 1
     with pytest.raises(ConfigError, match="this machine is 0 of the hosts 198.51.100.7; say which with --node-rank"):
@@ -147,6 +163,11 @@ def test_the_environment_spares_cores_and_what_the_user_set(monkeypatch):
     assert "OMP_NUM_THREADS" not in environment(TWO)
     monkeypatch.setenv("PATH", f"/bin:{tools}")
     assert environment(Placement({"localhost": 2}, gpus=(0, 1))) == {}
+    hosts = Placement({"a": 2, "b": 2}, Path("hosts"))  # which start their own ranks, and say nothing of themselves
+    monkeypatch.setattr(deepspeed, "_gpus", lambda: 0)
+    assert environment(hosts)["DS_ACCELERATOR"] == "cpu"
+    monkeypatch.setattr(deepspeed, "_gpus", lambda: 8)
+    assert environment(hosts) == {}
 
 
 def test_the_line_can_be_run_by_a_shell(tmp_path):
