@@ -184,7 +184,8 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], 
         return job.DONE
     if launcher in ("pdsh", "openmpi"):
         deepspeed.write_files(placement, facts, cfg.run, lease)
-    return job.run(words, added, cfg.run, placement, node=node)
+    grace_s = max(job.GRACE_S, cfg.checkpoint.grace_s)
+    return job.run(words, added, cfg.run, placement, node=node, grace_s=grace_s)
 
 
 if __name__ == "__main__":

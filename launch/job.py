@@ -31,7 +31,7 @@ from launch.hosts import Placement
 from launch.reach import ask
 from pretrain.config import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RECORD, FAILURES, STOP
 
-GRACE_S = 60.0  # for the ranks to save and leave after a signal
+GRACE_S = 60.0  # for the ranks to save and leave after a signal; longer if checkpoint.grace_s is
 STRAGGLER_S = 3.0  # for what is left when there is nothing to save
 FAILED_S = 20.0  # from the first rank's failure to the end of all: those that can end themselves need 15
 UNKILLABLE_S = 10.0  # after which a process that survives SIGKILL is reported
