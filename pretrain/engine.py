@@ -8,6 +8,7 @@ of the shard. One global norm clips trunk and prototypes together, and decides f
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import logging
 from collections.abc import Callable, Iterable
@@ -16,7 +17,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.comm import torch as deepspeed_backend
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
@@ -30,7 +30,8 @@ from pretrain.ranks import Ranks
 log = logging.getLogger(__name__)
 
 # Of use to inference alone, on CPUs; it compiles for half a minute, and every rank leaves 66 MiB in /dev/shm for ever.
-deepspeed_backend.build_shm_op = lambda: None
+# (The attribute deepspeed.comm.torch is torch itself.)
+importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
 NEVER_CLIP = 1e30  # DeepSpeed takes no norm without a limit, and the norm is what guards the step
 
