@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
@@ -19,6 +20,7 @@ ABSOLUTE_FLOOR = 2.0**-40
 DENOMINATOR_FLOOR = 2.0**-20
 MOST_SCALING = 60  # powers of two
 BLOCK_ENTRIES = 1 << 25  # of an (N, prototypes, D) temporary
+COLUMNS = 64
 
 
 class OvertoneConfig(PreTrainedConfig):
@@ -231,13 +233,17 @@ class OvertoneHead(nn.Module):
 
     def __init__(self, config: OvertoneConfig) -> None:
         super().__init__()
-        self.distance, self.params, self.exponent = config.distance, config.distance_params or {}, config.exponent
-        self.power = math.inf if self.distance == "chebyshev" else self.params.get("p", 1.0)
+        self.distance, self.params, self.exponent = (
+            config.distance,
+            config.distance_params or {},
+            config.exponent or 1.0,
+        )
+        self.power: float = self.params.get("p", 1.0)
         self.prototypes = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         if self.distance == "mahalanobis":
             square = (config.dim, config.dim) if self.params["factor"] == "full" else (config.dim,)
             self.factor = nn.Parameter(torch.empty(square))
-        learned = self.exponent is None and self.distance != "dot"
+        learned = config.exponent is None and self.distance != "dot"
         self.log_exponent = nn.Parameter(torch.empty(())) if learned else None
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -247,7 +253,8 @@ class OvertoneHead(nn.Module):
         if self.distance == "dot":
             scores = x @ w.t()
         else:
-            scores = self.distances(x, w).log() * (-self.exponent if learned is None else -learned.exp())
+            n = self.exponent if learned is None else learned.exp()
+            scores = -n * self.distances(x, w).log()
         return scores.view(*hidden.shape[:-1], -1)
 
     def distances(self, x: Tensor, w: Tensor) -> Tensor:
@@ -288,21 +295,36 @@ class OvertoneHead(nn.Module):
         return rows
 
     def _between(self, x: Tensor, w: Tensor) -> Tensor:
-        if self.distance == "canberra":
+        if self.distance == "chebyshev":
+            return torch.cdist(x, w, p=math.inf)
+        if self.distance == "canberra" or self.power != 1:
             block = max(1, BLOCK_ENTRIES // max(1, x.numel()))
-            return torch.cat([self._canberra(x[:, None], part) for part in w.split(block)], -1)
-        if self.distance == "braycurtis":
-            sizes = x.abs().sum(-1, keepdim=True)
-            absolute = self.params["denominator"] == "abs"
-            below = sizes + w.abs().sum(-1) if absolute else torch.cdist(x, -w, p=1)
-            least = (RELATIVE_FLOOR * sizes + DENOMINATOR_FLOOR).detach()
-            return torch.cdist(x, w, p=1) / torch.maximum(below, least)
-        return torch.cdist(x, w, p=self.power)
+            return torch.cat([checkpoint(self._pairs, x, part, use_reentrant=False) for part in w.split(block)], -1)
+        above = taxicab(x, w)
+        if self.distance != "braycurtis":
+            return above
+        sizes = x.abs().sum(-1, keepdim=True)
+        below = sizes + w.abs().sum(-1) if self.params["denominator"] == "abs" else taxicab(x, -w)
+        return above / torch.maximum(below, (RELATIVE_FLOOR * sizes + DENOMINATOR_FLOOR).detach())
 
-    @staticmethod
-    def _canberra(x: Tensor, w: Tensor) -> Tensor:
-        sizes = x.abs() + w.abs()
-        return ((x - w).abs() / torch.where(sizes > 0, sizes, 1)).sum(-1)
+    def _pairs(self, x: Tensor, w: Tensor) -> Tensor:
+        """As `_between`, by way of (N, V, D) entries."""
+        x = x[:, None]
+        apart = (x - w).abs()
+        if self.distance == "canberra":
+            sizes = x.abs() + w.abs()
+            return (apart / torch.where(sizes > 0, sizes, 1)).sum(-1)
+        unit = apart.detach().amax(-1)
+        unit = torch.where(unit > 0, unit, 1)  # of the largest entry: else high powers are no numbers
+        terms = torch.where(apart > 0, apart / unit[..., None], 1).pow(self.power) * (apart > 0)
+        total = terms.sum(-1)
+        return unit * torch.where(total > 0, total, 1).pow(1 / self.power) * (total > 0)
+
+
+def taxicab(x: Tensor, w: Tensor) -> Tensor:
+    """(N, D), (V, D) -> (N, V) sums of |x - w|, of a few columns at a time: one long sum in float32 loses digits."""
+    parts = zip(x.split(COLUMNS, -1), w.split(COLUMNS, -1), strict=True)
+    return sum((torch.cdist(a, b, p=1) for a, b in parts), x.new_zeros(()))
 
 
 class OvertonePreTrainedModel(PreTrainedModel):

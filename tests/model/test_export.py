@@ -17,10 +17,13 @@ from model import export
 from model.config import DecoderConfig, HeadConfig
 from model.decoder import Decoder, document_positions
 from model.head import HarmonicHead
+from model.reference import scores_reference
 from model.sample import generate
+from tests.model.checks import assert_no_worse
 from tests.model.variants import VARIANTS, distance_of
 
 transformers = pytest.importorskip("transformers")
+from model.hf.modeling_overtone import OvertoneConfig, OvertoneHead  # noqa: E402
 
 V, T, EOS, PAD = 67, 12, 2, 3
 SMALL: dict[str, Any] = {"vocab_size": V, "seq_len": 32, "layers": 2, "heads": 4, "dim": 32}
@@ -69,7 +72,7 @@ def make(decoder_settings: dict[str, Any], head_settings: dict[str, Any] | None 
     torch.manual_seed(3)
     with torch.no_grad():
         for weight in [*decoder.parameters(), *(p for n, p in head.named_parameters() if n != "prototypes")]:
-            weight += 0.1 * torch.randn_like(weight)
+            weight.add_(0.1 * torch.randn_like(weight))
     return decoder.eval(), head.eval()
 
 
@@ -111,6 +114,25 @@ def check(decoder: Decoder, head: HarmonicHead, folder: Path) -> Any:
 def test_log_probabilities_of_every_distance(variant: str, tmp_path: Path) -> None:
     params = {name: value for name, value in VARIANTS[variant].items() if name != "seed"}
     check(*make({}, {"distance": distance_of(variant), "params": params}), tmp_path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_wide_heads_are_no_further_from_float64(variant: str) -> None:
+    """Near a match, at one, far out and at the origin too."""
+    params = {name: value for name, value in VARIANTS[variant].items() if name != "seed"}
+    head = HarmonicHead(40, 512, distance=distance_of(variant), seed=1, **params).eval()
+    torch.manual_seed(1)
+    for name, weight in head.named_parameters():
+        weight.add_(0.2 * torch.randn_like(weight) * (name != "prototypes"))
+    x = torch.randn(8, 512) / 512**0.5
+    x[:4] = torch.stack([head.prototypes[3], 1.0001 * head.prototypes[4], 30 * x[2], 0 * x[3]])
+    theirs = OvertoneHead(OvertoneConfig(vocab_size=40, dim=512, **export.head_settings(head)))
+    theirs.load_state_dict(head.state_dict())
+    scores = scores_reference(x, head.prototypes, head.score_function, head.exponent)
+    for found in (theirs(x), theirs(1e-20 * x) if head.score_function.scaled else theirs(x)):
+        assert found.isfinite().all() and found.dtype == torch.float32
+    assert_no_worse(theirs(x).log_softmax(-1), head.log_probs(x), scores.log_softmax(-1))
 
 
 @pytest.mark.parametrize("kind", EXPONENTS)
