@@ -113,12 +113,12 @@ def _export(given: Path, out: Path) -> None:
         head.progress = cfg.head_progress(state["step"] - 1)
         size = write_weights(checkpoint, shapes(decoder, head), folder, MAX_GB * 1e9)
         shutil.copyfile(cfg.data.path / TOKENIZER, folder / TOKENIZER)
-        card = export.card(run.name, cfg.model, head, _facts(run, state, cfg), dump(cfg))
+        card = export.card(run.name, cfg.model, head, _facts(run, state, cfg, size // 4), dump(cfg))
         export.write(folder, decoder, head, tokenizer.eos_id, tokenizer.pad_id, card)
     print(f"{out}: {size / 1e9:.3g} GB of weights of {checkpoint}")
 
 
-def _facts(run: Path, state: Mapping[str, Any], cfg: RunConfig) -> dict[str, str]:
+def _facts(run: Path, state: Mapping[str, Any], cfg: RunConfig, parameters: int) -> dict[str, str]:
     """What a run had come to at a checkpoint, by name."""
     from pretrain.inference import DATA
     from pretrain.inference import TOKENIZER as VOCABULARY
@@ -136,7 +136,7 @@ def _facts(run: Path, state: Mapping[str, Any], cfg: RunConfig) -> dict[str, str
         "accuracy": "accuracy",
     }
     return {
-        "parameters": f"{cfg.model.parameters() + cfg.model.vocab_size * cfg.model.dim:,}",
+        "parameters": f"{parameters:,}",
         "updates": f"{state['step']:,} of {cfg.train.steps:,}",
         "training tokens": f"{state['tokens']:,}",
         "training time (h:mm:ss)": clock(state["train_seconds"]),

@@ -11,17 +11,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.nanogpt import EOS, VOCAB_SIZE, import_nanogpt
 from model.__main__ import main
 from pretrain.checkpoint import find_given
-from pretrain.config import load
+from pretrain.config import dump, load
 from pretrain.evaluate import open_tokenizer
 from pretrain.inference import load_model
 from pretrain.ranks import Ranks
-from tests.pretrain.tiny import make_data, make_text, run_to_end, text_config, tiny_config
+from tests.pretrain.tiny import make_text, run_to_end, text_config, tiny_config
 from tests.ranks import run_ranks
 
 pytest.importorskip("transformers")
@@ -33,16 +35,18 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "masked": {"model__objective": "masked", "head__exponent": "learned"},
 }  # fmt: skip
+TEXT = "one café at a time 🙂 "  # and a NUL, which no argument of a command can hold
 ALONE = """
 import re, sys, torch
-FOLDER, found = sys.argv[1:]
 for name in ("data", "model", "pretrain", "launch"):
     sys.modules[name] = None
-(usage,) = re.findall(r"```python\\n(.*?)```", open(FOLDER + "/README.md").read(), re.DOTALL)
-exec(usage)
-ids = tokenizer("one café at a time 🙂 \\x00", return_tensors="pt")["input_ids"]
-with torch.no_grad():
-    torch.save((ids, model.eval()(ids).logits.log_softmax(-1)), found)
+text, *folders = sys.argv[1:]
+for FOLDER in folders:
+    (usage,) = re.findall(r"```python\\n(.*?)```", open(FOLDER + "/README.md").read(), re.DOTALL)
+    exec(usage)
+    ids = tokenizer(text + chr(0), return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.save((ids, model.eval()(ids).logits.log_softmax(-1)), FOLDER + ".pt")
 """
 
 
@@ -52,44 +56,41 @@ def check_runs(base: Path) -> None:
     process.stop = lambda: None  # the tests' own group
     for name, changes in RUNS.items():
         run_to_end(text_config(base, **{**changes, "run": str(base / name)}))
-    run_to_end(tiny_config(run=str(base / "imported"), data__path=str(base / "ids"), train__steps=1))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("export")
     make_text(base / "data")
-    make_data(base / "ids")
     run_ranks(check_runs, 1, base, base=base)
     return base
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_folder_works_alone_and_offline(trained: Path, name: str, tmp_path: Path) -> None:
-    run, out = trained / name, tmp_path / "new" / "out"
-    command = [sys.executable, "-m", "model", "export", str(run), "--out", str(out)]
-    told = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert told.returncode == 0 and not told.stderr and "step-00000004" in told.stdout, told.stderr
-    assert [path.name for path in out.parent.iterdir()] == ["out"]
+def test_folders_work_alone_and_offline(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By what their cards say, in a process that has none of our code."""
+    folders = {name: tmp_path / "new" / name for name in RUNS}
+    for name, out in folders.items():
+        assert main(["export", str(trained / name), "--out", str(out)]) == 0
+        assert "step-00000004" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "new").iterdir()} == RUNS.keys()
 
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    found = tmp_path / "found.pt"
-    alone = [sys.executable, "-c", ALONE, str(out), str(found)]
+    alone = [sys.executable, "-c", ALONE, TEXT, *map(str, folders.values())]
     used = subprocess.run(alone, capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert used.returncode == 0 and used.stdout, used.stderr
-    ids, log_probs = torch.load(found)
 
-    checkpoint, _ = find_given(run)
-    cfg = load(run / "config.yaml")
-    tokenizer = open_tokenizer(cfg.data.path)
-    one = Ranks(0, 1, 0, 1, torch.device("cpu"))
-    model = load_model(checkpoint, cfg, tokenizer.sha256, tokenizer.eos_id, one)
-    expected_ids = tokenizer.encode("one café at a time 🙂 \0")
-    assert ids.tolist() == [([tokenizer.eos_id] if cfg.model.causal else []) + expected_ids]
-    expected = model.head.log_probs(model.hidden(ids))
-    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=0)
-    config = json.loads((out / "config.json").read_text())
-    assert config["exponent"] == {"causal": 4.0, "masked": None}[name], "at the end of its ramp, or a weight"
+    for name, out in folders.items():
+        checkpoint, run = find_given(trained / name)
+        cfg = load(run / "config.yaml")
+        tokenizer = open_tokenizer(cfg.data.path)
+        one = Ranks(0, 1, 0, 1, torch.device("cpu"))
+        model = load_model(checkpoint, cfg, tokenizer.sha256, tokenizer.eos_id, one)
+        ids, log_probs = torch.load(f"{out}.pt")
+        opening = [tokenizer.eos_id] if cfg.model.causal else []
+        assert ids.tolist() == [opening + tokenizer.encode(TEXT + "\0")]
+        torch.testing.assert_close(log_probs, model.head.log_probs(model.hidden(ids)), atol=1e-5, rtol=0)
+        exponent = json.loads((out / "config.json").read_text())["exponent"]
+        assert exponent == {"causal": 4.0, "masked": None}[name], "the end of its ramp, or a weight"
 
 
 def test_the_card_tells_what_the_run_came_to(trained: Path, tmp_path: Path) -> None:
@@ -128,15 +129,27 @@ def test_what_cannot_be_exported(trained: Path, tmp_path: Path, capsys: pytest.C
     shutil.copytree(trained / "causal", tmp_path / "changed")
     config = tmp_path / "changed" / "config.yaml"
     config.write_text(config.read_text().replace("layers: 2", "layers: 3"))
+    (tmp_path / "imported").mkdir()
+    cfg = tiny_config(data__path=str(imported(tmp_path)), data__tokenizer__vocab_size=VOCAB_SIZE)
+    (tmp_path / "imported" / "config.yaml").write_text(dump(cfg))
+    before = sorted(tmp_path.rglob("*"))
     for arguments, why in (
         ([run, "--out", str(tmp_path / "there")], "exists already; give a new folder"),
         ([run, "--out", str(tmp_path / "file" / "out")], "cannot be made"),
         ([str(trained / "nowhere"), "--out", str(out)], "neither a run folder nor a checkpoint"),
         ([str(tmp_path / "empty"), "--out", str(out)], "there is no checkpoint in it yet; train it first"),
         ([str(tmp_path / "changed"), "--out", str(out)], "model.layers is 2 in this checkpoint, but 3 was given"),
-        ([str(trained / "imported"), "--out", str(out)], "was imported as tokens"),
+        ([str(tmp_path / "imported"), "--out", str(out)], "was imported as tokens"),
     ):
         assert main(["export", *arguments]) == 2
         assert why in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"there", "file", "empty", "changed"}
-    assert not list((tmp_path / "there").iterdir())
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def imported(base: Path) -> Path:
+    """A folder of prepared data without a vocabulary."""
+    (base / "bins").mkdir()
+    for split in ("train", "val"):
+        np.array([1, 2, 3, EOS] * 40, dtype="<u2").tofile(base / "bins" / f"{split}.bin")
+    import_nanogpt(base / "bins", base / "ids", log=lambda _: None)
+    return base / "ids"
