@@ -146,7 +146,9 @@ def _facts(run: Path, state: Mapping[str, Any], cfg: RunConfig, parameters: int)
         "held-out figures are of update": f"{held_out['step']:,}" if held_out else "not measured",
         "fingerprint of the data": f"`{identity[DATA]}`",
         "SHA-256 of the vocabulary": f"`{identity[VOCABULARY]}`",
-        "trained with": ", ".join(f"{name} {version}" for name, version in state["versions"].items() if version),
+        "trained with": ", ".join(
+            f"{name} {version}" for name, version in state.get("versions", {}).items() if version
+        ),
     }
 
 

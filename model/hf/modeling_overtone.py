@@ -118,7 +118,9 @@ class OvertoneAttention(nn.Module):
             q, k = rotated(q, *turns), rotated(k, *turns)
         q, k, v = (one.transpose(1, 2) for one in (q, k, v))
         if cache is not None:
-            k, v = cache.update(k, v, self.layer)
+            past = int(cache.get_seq_length(self.layer))
+            at = {"cache_position": torch.arange(past, past + t, device=x.device)}  # early versions' static caches ask
+            k, v = cache.update(k, v, self.layer, at)
         if seen is not None and seen.shape[-1] < k.shape[-2]:  # a static cache's places that hold nothing yet
             seen = F.pad(seen, (0, k.shape[-2] - seen.shape[-1]))
         y = F.scaled_dot_product_attention(

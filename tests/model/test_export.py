@@ -177,8 +177,9 @@ def test_padding_on_the_left_changes_nothing(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", ["static", "dynamic"])
-def test_beams_and_samples(cache: str, tmp_path: Path) -> None:
-    loaded = exported(*make(BACKBONES["llama"]), tmp_path)
+@pytest.mark.parametrize("name", ["llama", "documents"])
+def test_beams_and_samples(name: str, cache: str, tmp_path: Path) -> None:
+    loaded = exported(*make(BACKBONES[name]), tmp_path)
     asked = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False, "eos_token_id": None}
     beams = loaded.generate(tokens_of(), **asked, cache_implementation=cache)
     assert torch.equal(beams, loaded.generate(tokens_of(), **asked, use_cache=False))
