@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from data.nanogpt import EOS, VOCAB_SIZE, import_nanogpt
-from model.__main__ import main
-from pretrain.checkpoint import find_given
+from model.__main__ import _facts, main
+from pretrain.checkpoint import find_given, read_state
 from pretrain.config import dump, load
 from pretrain.evaluate import open_tokenizer
 from pretrain.inference import load_model
@@ -107,6 +107,9 @@ def test_the_card_tells_what_the_run_came_to(trained: Path, tmp_path: Path) -> N
     assert cells["held-out figures are of update"] == "4"
     assert cells["GPU energy of training"] == "not measured"
     assert cells["fingerprint of the data"] == f"`{fingerprint(read_manifest(trained / 'data'))}`"
+    cfg, state = load(trained / "causal" / "config.yaml"), read_state(find_given(trained / "causal")[0])
+    measured = _facts(trained / "causal", {**state, "train_gpu_j": 1234.6}, cfg, 1)
+    assert measured["GPU energy of training"] == "1,235 J"
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert cells["parameters"] == f"{sum(w.numel() for w in weights.values()):,}"
     assert (trained / "causal" / "config.yaml").read_text().strip() in card
@@ -119,6 +122,19 @@ def test_an_earlier_checkpoint_has_its_own_figures(trained: Path, tmp_path: Path
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| updates | 2 of 4 |" in card and "| held-out perplexity | not measured |" in card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["exponent"] == 2.5
+
+
+def test_weights_in_several_files(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from model.hf.modeling_overtone import OvertoneForCausalLM
+
+    assert main(["export", str(trained / "causal"), "--out", str(tmp_path / "one")]) == 0
+    monkeypatch.setattr("pretrain.export.MAX_GB", 3e-5)
+    assert main(["export", str(trained / "causal"), "--out", str(tmp_path / "many")]) == 0
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
+    loaded, told = OvertoneForCausalLM.from_pretrained(tmp_path / "many", output_loading_info=True)
+    assert not any(told.values()), told
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    assert all(torch.equal(weight, whole[name]) for name, weight in loaded.state_dict().items())
 
 
 def test_what_cannot_be_exported(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
