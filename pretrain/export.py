@@ -13,6 +13,7 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,15 +29,22 @@ from model.head import HarmonicHead
 from pretrain.checkpoint import DRAFT, find_given, step_of
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 from pretrain.fragments import Fragment
+from pretrain.modules import build_modules
+from pretrain.ranks import Ranks
 
 INDEX = "model.safetensors.index.json"
+MAX_GB = 5.0  # of one file
 
 
-def shapes(cfg: RunConfig) -> dict[str, torch.Size]:
-    """Every weight's name in the exported files, and its shape: of the whole vocabulary."""
-    with torch.device("meta"):
-        decoder = Decoder(cfg.model)
-        head = HarmonicHead(cfg.model.vocab_size, cfg.model.dim, seed=0, **cfg.head.arguments())
+def without_weights(cfg: RunConfig) -> tuple[Decoder, HarmonicHead]:
+    """The decoder and the head of the whole vocabulary, on the meta device."""
+    meta = torch.device("meta")
+    with meta:
+        return build_modules(cfg, Ranks(0, 1, 0, 1, meta))
+
+
+def shapes(decoder: Decoder, head: HarmonicHead) -> dict[str, torch.Size]:
+    """Every weight's name in the exported files, and its shape."""
     parts: dict[str, nn.Module] = {"decoder": decoder, "head": head}
     return {f"{part}.{name}": p.shape for part, module in parts.items() for name, p in module.named_parameters()}
 
@@ -69,9 +77,22 @@ def export(checkpoint: Path, run: Path, out: Path, max_bytes: float) -> int:
     """
     if not max_bytes > 0:
         raise ConfigError(f"--max-gb {max_bytes / 1e9}: must be positive")
+    cfg = load(run / "config.yaml")
+    with new_folder(out) as draft:
+        total = write_weights(checkpoint, shapes(*without_weights(cfg)), draft, max_bytes)
+        shutil.copy(run / "config.yaml", draft / "config.yaml")
+    return total
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A draft of the folder `out`, which is there, whole, when the block ends well; else nothing is.
+
+    Raises:
+        ConfigError: `out` exists or cannot be made.
+    """
     if out.exists():
         raise ConfigError(f"--out {out}: exists already; give a new folder")
-    cfg = load(run / "config.yaml")
     draft = out.with_name(f"{DRAFT}{out.name}")
     shutil.rmtree(draft, ignore_errors=True)
     try:
@@ -79,16 +100,17 @@ def export(checkpoint: Path, run: Path, out: Path, max_bytes: float) -> int:
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be made: {error}") from None
     try:
-        total = _write(checkpoint, shapes(cfg), draft, max_bytes)
-        shutil.copy(run / "config.yaml", draft / "config.yaml")
+        yield draft
         publish(draft, out)
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    return total
 
 
-def _write(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Path, max_bytes: float) -> int:
+def write_weights(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Path, max_bytes: float) -> int:
+    """Writes the weights of these names and shapes in files of at most `max_bytes`, and their index; returns the bytes
+    of all.
+    """
     parts = list(groups(sizes, max_bytes))
     where = {}
     for number, names in enumerate(parts, 1):
@@ -117,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m pretrain.export", description="Weights as plain safetensors.")
     parser.add_argument("run", type=Path, help="a run folder (its newest whole checkpoint), or one checkpoint's folder")
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--max-gb", type=float, default=5.0, help="of one file's weights (default %(default)s)")
+    parser.add_argument("--max-gb", type=float, default=MAX_GB, help="of one file's weights (default %(default)s)")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # that one process reads it, on purpose
     try:

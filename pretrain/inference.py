@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from pretrain.modules import build_modules, compute_dtype, hidden_states, score_
 from pretrain.ranks import Ranks
 
 TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
+DATA = "the data's fingerprint"  # and theirs
 
 
 class Model:
@@ -36,6 +38,19 @@ class Model:
         return score_positions(self.head, self.hidden(inputs), at, targets)
 
 
+def fitting_state(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str | None) -> dict[str, Any]:
+    """A checkpoint's state. Raises ConfigError if it is of another model or tokenizer."""
+    state = read_state(checkpoint)
+    expected = identity(cfg, "", tokenizer_sha256)
+    for key, was in state["identity"].items():
+        if key in expected and was != expected[key] and (key == TOKENIZER or key.startswith(("model.", "head."))):
+            raise ConfigError(
+                f"{checkpoint}: {key} is {was!r} in this checkpoint, but {expected[key]!r} was given. Evaluate it with "
+                "the configuration and the tokenizer that it was trained with."
+            )
+    return state
+
+
 def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str | None, eos_id: int, ranks: Ranks) -> Model:
     """Collective.
 
@@ -48,14 +63,7 @@ def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str | None, e
     Raises:
         ConfigError: the checkpoint is of another model or tokenizer, or a weight in it is not finite.
     """
-    state = read_state(checkpoint)
-    expected = identity(cfg, "", tokenizer_sha256)
-    for key, was in state["identity"].items():
-        if key in expected and was != expected[key] and (key == TOKENIZER or key.startswith(("model.", "head."))):
-            raise ConfigError(
-                f"{checkpoint}: {key} is {was!r} in this checkpoint, but {expected[key]!r} was given. Evaluate it with "
-                "the configuration and the tokenizer that it was trained with."
-            )
+    state = fitting_state(checkpoint, cfg, tokenizer_sha256)
     decoder, head = build_modules(cfg, ranks)
     load_weights(checkpoint, decoder, head)
     parameters = [
