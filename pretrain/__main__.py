@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import os
 import sys
 import traceback
@@ -65,6 +66,10 @@ def _train(cfg: RunConfig) -> int:
             _leave_record(cfg, Outcome(1, repr(error), 0))
         sys.stdout.flush()
         sys.stderr.flush()
+        for (
+            child
+        ) in multiprocessing.active_children():  # they would live on: Zeus has one that watches each CPU counter
+            child.terminate()
         os._exit(1)  # leaving the process group politely would wait for ranks that may wait for this one
     run.close()
     process.stop()
