@@ -122,9 +122,7 @@ NODES = [{}, {"broken": 1}, {"fails": 1}]
 
 
 def check_two_nodes() -> list[tuple[list[float | None], dict[str, str]]]:
-    """Two ranks as two nodes of one rank each, three times: whole, one without a counter, one whose counter fails in the
-    second window.
-    """
+    """Two ranks as two nodes of one rank each, for each of NODES: a counter fails in the second window."""
     real = process.start()
     ranks = Ranks(real.rank, real.world, 0, 1, real.device)
     told = []
@@ -237,8 +235,8 @@ def outcome_of(cfg: RunConfig, counter: energy.Counter | None) -> Any:
             run.trainer.engine.destroy()
 
 
-# Readings at both ends of the windows of a run of 6 steps: train to 2, to 4, eval, save, train to 6, eval, save, and the
-# one that closes without a step.
+# Readings at both ends of the windows of a run of 6 steps: train to 2, to 4, eval, save, train to 6, eval, save; the
+# last one closes without a step.
 WINDOWS = [(0, 1000), (1000, 2500), (2500, 2600), (2600, 2600), (2605, 3605), (3605, 3705), (3705, 3725), (3725, 3725)]
 
 
