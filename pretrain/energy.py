@@ -92,7 +92,10 @@ class ZeusCounter:
 
     def _packages(self) -> Callable[[], list[float]]:
         from zeus.device import get_cpus
+        from zeus.device.cpu import rapl_is_available
 
+        if not rapl_is_available():
+            raise LookupError("this machine shows no RAPL counters")
         cpus = get_cpus()
         zones = {k: Path(cpus.rapl_dir) / f"intel-rapl:{cpu.cpu_index}" for k, cpu in enumerate(cpus.cpus)}
         # A zone "psys" of laptops is the whole machine: it would count the packages twice.

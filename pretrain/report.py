@@ -177,13 +177,11 @@ def _target(summary: dict[str, Any]) -> str:
 
 
 def _stability_rows() -> dict[str, Callable[[dict[str, Any]], str]]:
-    def spikes(stability: dict[str, Any] | None) -> str:
-        return "-" if not stability or not stability["judged"] else f"{stability['spikes']} of {stability['judged']:,}"
+    def spikes(stability: dict[str, Any]) -> str:
+        return _number(stability["spikes"], f"{{}} of {stability['judged']:,} steps")
 
     return {
-        "variance of ln(gradient norm)": lambda s: _number(
-            _at(s["gradient_stability"], ["log_norm_variance"]), "{:.3g}"
-        ),
+        "variance of ln(gradient norm)": lambda s: _number(s["gradient_stability"]["log_norm_variance"], "{:.3g}"),
         f"gradient spikes (above {NORM_SPIKE:g} medians)": lambda s: spikes(s["gradient_stability"]),
         f"loss spikes (above {LOSS_SPIKE:g} sigma)": lambda s: spikes(s["learning_stability"]),
         "largest rise of the held-out loss (nats)": lambda s: _number(

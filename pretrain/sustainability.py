@@ -146,18 +146,17 @@ def to_target(records: Records, target_nats: float) -> dict[str, Any] | None:
     }
 
 
-def gradient_stability(norms: Sequence[float | None], warmup_steps: int = 0) -> dict[str, Any] | None:
-    """Of the global gradient norms before clipping, by step (None: not finite). None if fewer than two are finite.
+def gradient_stability(norms: Sequence[float | None], warmup_steps: int = 0) -> dict[str, Any]:
+    """Of the global gradient norms before clipping, by step (None: not finite).
 
     Returns:
-        log_norm_variance: variance of ln(norm) over the steps after the warm-up.
-        spikes: steps with a norm above NORM_SPIKE times the median of the WINDOW steps before.
+        log_norm_variance: variance of ln(norm) over the steps after the warm-up; None with fewer than two.
+        spikes: steps with a norm above NORM_SPIKE times the median of the WINDOW steps before; None if none is judged.
         judged: steps that had ENOUGH steps before them to be judged.
     """
     settled = [math.log(norm) for norm in norms[warmup_steps:] if norm]
-    if len(settled) < 2:
-        return None
-    return {"log_norm_variance": pvariance(settled), **_spikes(norms, _norm_limit)}
+    variance = pvariance(settled) if len(settled) > 1 else None
+    return {"log_norm_variance": variance, **_spikes(norms, _norm_limit)}
 
 
 def learning_stability(losses: Sequence[float | None], held_out: Sequence[float]) -> dict[str, Any]:
@@ -165,7 +164,7 @@ def learning_stability(losses: Sequence[float | None], held_out: Sequence[float]
 
     Returns:
         spikes: steps with a loss more than LOSS_SPIKE robust standard deviations (1.4826 times the median absolute
-            deviation) above the median of the WINDOW steps before; None without losses.
+            deviation) above the median of the WINDOW steps before; None if none is judged.
         judged: steps that had ENOUGH steps before them to be judged.
         rises: evaluations with a loss above the least before them; None with fewer than two.
         largest_rise: the most by which one was above it, 0.0 if none was.
@@ -173,9 +172,8 @@ def learning_stability(losses: Sequence[float | None], held_out: Sequence[float]
     above: list[float] = []
     for k, loss in enumerate(held_out[1:], start=1):
         above.append(loss - min(held_out[:k]))
-    told = _spikes(losses, _loss_limit) if losses else {"spikes": None, "judged": 0}
     return {
-        **told,
+        **_spikes(losses, _loss_limit),
         "rises": sum(rise > 0 for rise in above) if above else None,
         "largest_rise": max(0.0, *above) if above else None,
     }
@@ -190,9 +188,9 @@ def _loss_limit(window: Sequence[float]) -> float:
     return middle + LOSS_SPIKE * MAD_TO_SIGMA * median(abs(loss - middle) for loss in window)
 
 
-def _spikes(values: Sequence[float | None], limit: Callable[[Sequence[float]], float]) -> dict[str, int]:
+def _spikes(values: Sequence[float | None], limit: Callable[[Sequence[float]], float]) -> dict[str, int | None]:
     judged = [value > limit(window) for value, window in _with_window(values)]
-    return {"spikes": sum(judged), "judged": len(judged)}
+    return {"spikes": sum(judged) if judged else None, "judged": len(judged)}
 
 
 def _with_window(values: Sequence[float | None]) -> Iterator[tuple[float, Sequence[float]]]:

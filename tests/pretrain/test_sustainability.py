@@ -89,7 +89,8 @@ def test_gradient_spikes_and_variance() -> None:
     norms += [1.0, 20.0, None, 1.0]  # the median of the window is about 1.9
     assert gradient_stability(norms)["spikes"] == 1 and gradient_stability(norms)["judged"] == ENOUGH + 3
     assert gradient_stability([1000.0] * 5 + [1.0] * 5, warmup_steps=5)["log_norm_variance"] == 0.0
-    assert gradient_stability([]) is None and gradient_stability([None, 1.0]) is None
+    nothing = {"log_norm_variance": None, "spikes": None, "judged": 0}
+    assert gradient_stability([]) == gradient_stability([None, 1.0]) == nothing
 
 
 def test_the_window_forgets() -> None:
