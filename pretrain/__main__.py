@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     adopt(os.environ)
     first, first_here = (os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s", stream=sys.stderr)
-    for noisy in ("torch", "DeepSpeed", "deepspeed"):
+    for noisy in ("torch", "DeepSpeed", "deepspeed", "zeus"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     for kind in (UserWarning, FutureWarning):  # torch deprecates collectives' names that DeepSpeed still uses
         warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")

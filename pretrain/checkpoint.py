@@ -59,6 +59,7 @@ FREE_SETTINGS = (
     "evaluation",
     "checkpoint",
     "timeouts",
+    "energy",
     "logging",
     "deepspeed",
 )
@@ -72,7 +73,7 @@ class Progress:
     updates: int = 0  # updates taken: steps that were not skipped
     tokens: int = 0  # seen in training; the cursor of the data is step * sequences per step
     train_seconds: float = 0.0
-    train_gpu_j: float | None = None  # None: not measured
+    joules: float | None = None  # measured so far, of all phases and counters; None: not throughout
     best_nats: float | None = None  # per held-out token: the least of all evaluations, that of `best_step`
     best_step: int | None = None
     stale: int = 0  # evaluations in a row since the best one

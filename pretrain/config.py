@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field, model_validator
 from data.config import DataConfig
 from data.settings import ConfigError, read_tree, validate
 from model.config import DecoderConfig, HeadConfig
+from pretrain.sustainability import grid_intensity
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3  # too many non-finite steps in a row
@@ -160,6 +161,22 @@ class TimeoutConfig(BaseModel, extra="forbid", frozen=True):
     heartbeat_s: float = Field(default=20.0, ge=5)  # without a sign of life of a rank, its host or the launcher
 
 
+class EnergyConfig(BaseModel, extra="forbid", frozen=True):
+    """A budget, and what turns joules into emissions and cost (docs/energy.md). Nothing is ever looked up."""
+
+    stop_at_joules: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # measured, of all phases
+    target_loss: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # nats per held-out token
+    grid: float | str | None = Field(default=None)  # gCO2e per kWh, or a name of pretrain/sustainability.py
+    price_per_kwh: float | None = Field(default=None, ge=0, allow_inf_nan=False)  # the cost is in its currency
+    pue: float = Field(default=1.0, ge=1, allow_inf_nan=False)  # energy of the site over that of its machines
+
+    @model_validator(mode="after")
+    def _grid_is_known(self) -> EnergyConfig:
+        if self.grid is not None and not 0 <= grid_intensity(self.grid) < math.inf:
+            raise ValueError(f"grid={self.grid} must be gCO2e per kWh: a finite number, 0 or more")
+        return self
+
+
 class LoggingConfig(BaseModel, extra="forbid", frozen=True):
     every: int = Field(default=10, gt=0)  # steps
     tensorboard: bool = True
@@ -179,6 +196,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     timeouts: TimeoutConfig = TimeoutConfig()
+    energy: EnergyConfig = EnergyConfig()
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = {}
 

@@ -1,23 +1,32 @@
-"""GPU energy of a run's phases, measured by Zeus; None where nothing was measured, never zero.
+"""Energy of a run's phases in joules, from its nodes' counters, read by Zeus; None if not measured, never zero.
 
-One monitor per node, on its local rank 0, over that node's GPUs. A window is closed only where somebody logs: a
-window shorter than the counter's update would read zero, and closing one waits for the device.
+One counter per node, on its local rank 0, over that node's GPUs, CPU packages and DRAM. A window is the difference of
+two readings. A counter that did not move in a window was not updated in it: that window is not measured, and its joules
+are in the next one, so that sums lose nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from pretrain.ranks import Ranks
+from pretrain.sustainability import PARTS
 
 log = logging.getLogger(__name__)
+
+NO_COUNTER = "no energy counter"
+WRAP_NOTICED_S = 5.0  # Zeus looks once a second whether a counter of the CPU has wrapped
+PAUSE_S = 0.1
+
+Reading = Mapping[str, list[float]]  # part -> joules of each device since some fixed time
 
 
 @dataclass(frozen=True)
@@ -25,65 +34,165 @@ class Spent:
     """What a phase took, of the whole world."""
 
     seconds: float
-    gpu_j: float | None  # None: some node has no energy counter
+    joules: Mapping[str, float] = field(default_factory=dict)  # by part that every node measured; 0: not moved
 
-    def __add__(self, other: Spent) -> Spent:
-        joules = None if self.gpu_j is None or other.gpu_j is None else self.gpu_j + other.gpu_j
-        return Spent(self.seconds + other.seconds, joules)
+    @property
+    def total_j(self) -> float | None:
+        """Of all parts that were measured; None if none was."""
+        return sum(self.joules.values()) if self.joules else None
+
+    def as_dict(self) -> dict[str, float | None]:
+        """`gpu_j`, `cpu_j` and `dram_j`, None where the phase was not measured or too short to be."""
+        return {f"{part}_j": self.joules.get(part) or None for part in PARTS}
 
 
 class Counter(Protocol):
-    """The part of zeus.monitor.ZeusMonitor that is used here."""
+    """The energy counters of one node."""
 
-    def begin_window(self, key: str) -> None: ...
-    def end_window(self, key: str) -> Any: ...
+    missing: dict[str, str]  # part -> why it cannot be read
+
+    def read(self) -> Reading:
+        """All parts that are not missing. A reading falls only until a wrap-around was noticed. May raise anything."""
+        ...
+
+
+class ZeusCounter:
+    """NVML's (or AMD SMI's) counters of the first `gpus` visible GPUs, and RAPL's of all CPU packages and their DRAM.
+
+    RAPL's can be read by root, by whom root gave the right to read them, or through Zeus' daemon (docs/energy.md).
+    """
+
+    def __init__(self, gpus: int) -> None:
+        self.missing: dict[str, str] = {}
+        self._readers: dict[str, Callable[[], list[float]]] = {}
+        self._try({"gpu": lambda: self._gpus(gpus)})
+        self._try({"cpu": self._packages, "dram": self._memory})
+
+    def read(self) -> Reading:
+        return {part: reader() for part, reader in self._readers.items()}
+
+    def _try(self, openers: Mapping[str, Callable[[], Callable[[], list[float]]]]) -> None:
+        for part, opener in openers.items():
+            try:
+                reader = opener()
+                reader()
+                self._readers[part] = reader
+            except Exception as error:  # no library, no device, no permission: the run goes on, unmeasured
+                self.missing[part] = str(error) or repr(error)
+
+    def _gpus(self, count: int) -> Callable[[], list[float]]:
+        if not count:
+            raise LookupError("no GPU is used")
+        from zeus.device import get_gpus
+
+        gpus = get_gpus()
+        if not all(gpus.supports_get_total_energy_consumption(k) for k in range(count)):
+            raise LookupError("a GPU has no energy counter (NVIDIA's have one since Volta)")
+        return lambda: [gpus.get_total_energy_consumption(k) / 1e3 for k in range(count)]  # from mJ
+
+    def _packages(self) -> Callable[[], list[float]]:
+        from zeus.device import get_cpus
+        from zeus.device.cpu import rapl_is_available
+
+        if not rapl_is_available():
+            raise LookupError("this machine shows no RAPL counters")
+        cpus = get_cpus()
+        zones = {k: Path(cpus.rapl_dir) / f"intel-rapl:{cpu.cpu_index}" for k, cpu in enumerate(cpus.cpus)}
+        # A zone "psys" of laptops is the whole machine: it would count the packages twice.
+        self._zones = [k for k, zone in zones.items() if (zone / "name").read_text().startswith("package")]
+        if not self._zones:
+            raise LookupError("RAPL shows no CPU package")
+        self._cpus = cpus
+        return lambda: [cpus.get_total_energy_consumption(k).cpu_mj / 1e3 for k in self._zones]
+
+    def _memory(self) -> Callable[[], list[float]]:
+        if "cpu" in self.missing:
+            raise LookupError(self.missing["cpu"])
+        cpus = self._cpus
+        if not all(cpus.supports_get_dram_energy_consumption(k) for k in self._zones):
+            raise LookupError("RAPL shows no DRAM for these CPU packages")
+        return lambda: [cpus.get_total_energy_consumption(k).dram_mj / 1e3 for k in self._zones]
 
 
 def zeus_counter(ranks: Ranks) -> Counter | None:
-    """Zeus on this node's GPUs if this rank measures for its node; None if another does, or where there is no
-    counter.
-    """
-    if ranks.local_rank or ranks.device.type != "cuda":
-        return None
-    try:
-        from zeus.monitor import ZeusMonitor
-
-        return ZeusMonitor(gpu_indices=list(range(ranks.local_world)))
-    except Exception as error:  # no NVML, no permission, an unknown GPU: the run goes on, unmeasured
-        log.warning("GPU energy is not measured on this node: %r", error)
-        return None
+    """This node's counters if this rank measures for its node; None if another does."""
+    return None if ranks.local_rank else ZeusCounter(ranks.local_world if ranks.device.type == "cuda" else 0)
 
 
 class Meter:
-    """Times phases and, with a counter, their GPU energy. `counters` is how many nodes the world has."""
+    """Times phases and measures their energy. Every rank makes one and calls it alike; `counter` is None on ranks that
+    do not measure.
+    """
 
     def __init__(self, ranks: Ranks, counter: Counter | None) -> None:
         self.ranks, self.counter = ranks, counter
         self.nodes = max(1, ranks.world // max(1, ranks.local_world))
+        self.missing: dict[str, str] = {}  # part -> why it is not measured: some node cannot
+        self._failure: str | None = None  # of this node's counter, while it measured
+        self._last: Reading = {}
+        self._start: Reading = {}
         self._began: float | None = None
         self._phase = ""
+        self._agree()
+
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The parts that every node measures."""
+        return tuple(part for part in PARTS if part not in self.missing)
+
+    def _agree(self) -> None:
+        """Gathers from all nodes what they cannot measure, and why. Collective."""
+        mine: dict[str, str] = {}
+        if self.ranks.local_rank == 0:
+            mine = dict.fromkeys(PARTS, self._failure or NO_COUNTER) if self.counter is None else self.counter.missing
+        for rank, told in enumerate(self.ranks.gather(mine)):
+            where = f" (node of rank {rank})" if self.nodes > 1 else ""
+            self.missing = {**{part: why + where for part, why in told.items()}, **self.missing}
+
+    def _read(self) -> Reading:
+        """This node's counters, none of them below what it was; nothing where none can be read."""
+        if self.counter is None:
+            return {}
+        try:
+            deadline = time.monotonic() + WRAP_NOTICED_S
+            found = self.counter.read()
+            while fallen := [part for part in self._last if any(_below(found[part], self._last[part]))]:
+                if time.monotonic() > deadline:
+                    raise ValueError(f"the counter of {fallen[0]} went back")
+                time.sleep(PAUSE_S)
+                found = self.counter.read()
+            self._last = found
+            return found
+        except Exception as error:  # the run goes on, unmeasured
+            log.warning("energy is no longer measured on this node: %r", error)
+            self.counter, self._failure = None, f"the counter failed: {error!r}"
+            return {}
 
     def begin(self, phase: str) -> None:
         """Opens a window: one at a time."""
         assert self._began is None, f"{self._phase} is still open"
         self._phase = phase
-        if self.counter is not None:
-            self.counter.begin_window(phase)
+        self._synchronize()
+        self._start = self._read()
         self._began = time.perf_counter()
 
     def end(self) -> Spent:
         """Closes the window and sums the nodes' joules. Every rank calls it."""
         assert self._began is not None, "no window is open"
-        joules, measured = 0.0, 0
-        if self.counter is not None:
-            found = self.counter.end_window(self._phase).gpu_energy
-            joules, measured = float(sum(found.values())), int(bool(found))
-        elif self.ranks.device.type == "cuda":
-            torch.cuda.synchronize()
+        self._synchronize()
         seconds = time.perf_counter() - self._began
         self._began = None
-        total, counted = self.ranks.sum(torch.tensor([joules, measured], dtype=torch.float64)).tolist()
-        return Spent(seconds, total if counted == self.nodes else None)
+        stop = self._read()
+        mine = [[sum(stop[part]) - sum(self._start[part]), 1.0] if part in stop else [0.0, 0.0] for part in PARTS]
+        summed = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
+        counted = {part: joules for part, (joules, nodes) in zip(PARTS, summed, strict=True) if nodes == self.nodes}
+        if any(part not in counted for part in self.measured):
+            self._agree()
+        return Spent(seconds, {part: counted[part] for part in self.measured})
+
+    def _synchronize(self) -> None:
+        if self.ranks.device.type == "cuda":
+            torch.cuda.synchronize()
 
     @contextmanager
     def window(self, phase: str) -> Iterator[list[Spent]]:
@@ -92,3 +201,7 @@ class Meter:
         self.begin(phase)
         yield spent
         spent.append(self.end())
+
+
+def _below(now: list[float], before: list[float]) -> Iterator[bool]:
+    return (a < b for a, b in zip(now, before, strict=True))

@@ -7,6 +7,7 @@ import math
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, TextIO
 
@@ -29,6 +30,7 @@ from pretrain.metrics import Recorder, peak_flops, read_records
 from pretrain.ranks import Ranks
 from pretrain.saver import SaveError, Saver, versions
 from pretrain.scoring import evaluate, figure, scoring
+from pretrain.sustainability import COUNTERS
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +84,13 @@ class Run:
             now = {**self._state(), "versions": versions()}
             differing = checkpoint.audit(checkpoint.read_state(found), now, cfg.resume_allow)
             checkpoint.check_audit(found, differing)
+        self.meter = Meter(ranks, zeus_counter(ranks))
+        self._check_budget(found)
         ranks.barrier()  # everybody has looked before anything is touched
         self._lock = self._claim()
         self.trainer = Trainer(cfg, ranks, train.eos_id)
         self.saver = Saver(self.folder, ranks, cfg.checkpoint, cfg.timeouts.save_s)
-        self.progress = Progress()
-        self.meter = Meter(ranks, zeus_counter(ranks))
+        self.progress = Progress(joules=0.0)
         if found is not None:
             self.progress = checkpoint.load(found, self._fragments())
             finish_load(self.trainer.engine, self.trainer.head_optimizer, self.progress.updates)
@@ -96,10 +99,12 @@ class Run:
         if ranks.first:
             self.recorder = Recorder(cfg.run, self.progress.step, cfg.train.steps, cfg.logging.tensorboard)
             self.say(f"resumed from {found}" if found else f"started in {cfg.run}")
+        self._told_missing: dict[str, str] | None = None
+        self._tell_counters()
         self.skipped_in_a_row = 0
         self._saved_step: int | None = self.progress.step if found and found.parent == self.folder else None
         self._save_failed: str | None = None
-        self._stall = Spent(0.0, None)  # while training waited for the save under way to begin
+        self._stall = Spent(0.0)  # while training waited for the save under way to begin
 
     def _claim(self) -> TextIO | None:
         """Takes the run folder: on the first rank its lock, which the system frees when that process ends.
@@ -128,13 +133,46 @@ class Run:
             raise ConfigError(told)
         return file
 
+    def _check_budget(self, found: Path | None) -> None:
+        """Raises ConfigError if the run has a budget of joules and could never stop by it."""
+        budget = self.cfg.energy.stop_at_joules
+        if budget is None:
+            return
+        why = None
+        if not self.meter.measured:
+            why = "no energy is measured here: " + "; ".join(
+                f"{part}: {told}" for part, told in self.meter.missing.items()
+            )
+        elif found is not None and checkpoint.read_state(found).get("joules") is None:
+            why = f"{found} does not know what was spent before it"
+        if why:
+            raise ConfigError(
+                f"energy.stop_at_joules={budget:g}: the run could never stop by it, since {why}. Leave it out, or see "
+                "docs/energy.md for who may read which counter"
+            )
+
+    def _tell_counters(self) -> None:
+        """Records which parts are measured from here on, and why others are not, when that is news."""
+        if self._told_missing == self.meter.missing:
+            return
+        self._told_missing = dict(self.meter.missing)
+        if self.recorder is not None:
+            values = {"measured": list(self.meter.measured), "missing": self._told_missing}
+            self.recorder.record(COUNTERS, self.progress.step, values)
+
+    def _account(self, spent: Spent) -> None:
+        """Adds a phase's joules to the run's."""
+        before, joules = self.progress.joules, spent.total_j
+        self.progress = replace(self.progress, joules=None if before is None or joules is None else before + joules)
+        self._tell_counters()
+
     def say(self, text: str) -> None:
         if self.recorder is not None:
             self.recorder.say(text)
 
     def train(self) -> Outcome:
-        """Trains to the last step, or to a signal, or until evaluations have not improved for too long, too many steps
-        in a row were not finite, or no checkpoint can be written.
+        """Trains to the last step, or to a signal, or until evaluations have not improved for too long, the budget of
+        joules is spent, too many steps in a row were not finite, or no checkpoint can be written.
         """
         cfg = self.cfg
         with StopSignal() as stop:
@@ -155,7 +193,8 @@ class Run:
                 self.pulse(cfg.timeouts.save_s if ending or evaluating or saving else cfg.timeouts.collective_s)
                 if ending or evaluating or saving or due(done, cfg.logging.every):
                     window.close(done, cfg.lr_at(step))
-                    if evaluating:
+                    spent = not (stopping or diverged or self._unsaved()) and self._stopped_early() is not None
+                    if evaluating or spent:
                         best = self.evaluate()
                         ending = ending or self._stopped_early() is not None
                         saving = saving or ending or (best and cfg.checkpoint.keep_best)
@@ -171,7 +210,7 @@ class Run:
                     return Outcome(EXIT_NOT_SAVED, str(self._save_failed), done)
                 if stopping and not last:
                     return Outcome(EXIT_PREEMPTED, f"stopped by {stop.received or 'a signal to another rank'}", done)
-                if self._stopped_early():
+                if ending:
                     break
             window.drop()
         if not self.ranks.any(self._evaluated()):  # nothing was left to train, and the last evaluation was cut off
@@ -181,11 +220,20 @@ class Run:
         return Outcome(0, early or "done", self.progress.step)
 
     def _stopped_early(self) -> str | None:
-        """Why nothing is left to train before the last step: no evaluation has been the best for too long."""
-        done, patience = self.progress, self.cfg.evaluation.patience
-        if patience is None or done.stale < patience or done.step >= self.cfg.train.steps:
+        """Why nothing is left to train before the last step: no evaluation has been the best for too long, or the
+        budget of joules is spent or can no longer be kept.
+        """
+        done, patience, budget = self.progress, self.cfg.evaluation.patience, self.cfg.energy.stop_at_joules
+        if done.step >= self.cfg.train.steps:
             return None
-        return f"stopped early at step {done.step}: no evaluation was better than that of step {done.best_step} since"
+        early = f"stopped early at step {done.step}: "
+        if patience is not None and done.stale >= patience:
+            return f"{early}no evaluation was better than that of step {done.best_step} since"
+        if budget is not None and done.joules is None:
+            return f"{early}energy is no longer measured, so energy.stop_at_joules={budget:g} cannot be kept"
+        if budget is not None and done.joules is not None and done.joules >= budget:
+            return f"{early}{done.joules:,.0f} J were spent of energy.stop_at_joules={budget:g}"
+        return None
 
     def step(self, step: int) -> Step:
         """The update `step`: everything in it is a function of the weights, the moments and this number."""
@@ -220,8 +268,9 @@ class Run:
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
             found = evaluate(scoring(self._score, cfg.model, cfg.data.path), self.val, micro_batch, self.ranks)
+        self._account(spent[0])
         if self.recorder is not None:
-            values = {**found.as_dict(), "seconds": spent[0].seconds, "gpu_j": spent[0].gpu_j}
+            values = {**found.as_dict(), "seconds": spent[0].seconds, **spent[0].as_dict()}
             self.recorder.record("eval", step, values)
             bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits/byte"
             self.say(f"held-out {figure(cfg.model)} {found.perplexity:.2f}{bits} at step {step}")
@@ -248,6 +297,7 @@ class Run:
                 return
             self.saver.start(self._fragments((self.ranks.rank, self.ranks.world)), self.progress, self._state())
         self._saved_step, self._stall = step, spent[0]
+        self._account(spent[0])
 
     def _unsaved(self) -> bool:
         """Whether a checkpoint could not be written, and the run is to stop for it."""
@@ -267,7 +317,7 @@ class Run:
         if self.recorder is None:
             return
         values: dict[str, float | None] = {"seconds": saved.seconds, "bytes": saved.size}
-        values |= {"stall_s": self._stall.seconds, "gpu_j": self._stall.gpu_j}
+        values |= {"stall_s": self._stall.seconds, **self._stall.as_dict()}
         self.recorder.record("save", saved.step, values)
         self.say(f"saved {saved.path} in {saved.seconds:.1f} s; training waited {self._stall.seconds:.2f} s")
         if saved.seconds > self.cfg.checkpoint.grace_s:
@@ -302,14 +352,14 @@ class _Window:
     def __init__(self, run: Run) -> None:
         self.run = run
         self.losses: list[Tensor] = []
-        self.norm = torch.zeros(())
+        self.norms: list[Tensor] = []
         self.skipped = 0
         run.batches.restart()
         run.meter.begin("train")
 
     def add(self, taken: Step) -> None:
         self.losses.append(taken.loss)
-        self.norm = taken.norm
+        self.norms.append(taken.norm)
         self.skipped += not taken.applied
 
     def drop(self) -> None:
@@ -320,9 +370,8 @@ class _Window:
         run, cfg = self.run, self.run.cfg
         spent = run.meter.end()
         loss = run.ranks.sum(torch.stack(self.losses).double()) / run.ranks.world
-        before = run.progress
-        total = Spent(before.train_seconds, before.train_gpu_j if before.train_seconds else 0.0) + spent
-        run.progress = replace(before, train_seconds=total.seconds, train_gpu_j=total.gpu_j)
+        run.progress = replace(run.progress, train_seconds=run.progress.train_seconds + spent.seconds)
+        run._account(spent)
         batch = run.batches.fingerprint()
         by_source = run.batches.tokens_by_source()
         if run.recorder is None:
@@ -330,7 +379,8 @@ class _Window:
         tokens = len(self.losses) * cfg.train.tokens_per_step
         rate = tokens / spent.seconds
         peak = peak_flops(run.ranks.device)
-        norm = self.norm.item()
+        norms = [_finite(norm) for norm in torch.stack(self.norms).tolist()]
+        joules = spent.as_dict()
         head = run.trainer.head
         values: dict[str, Any] = {
             "loss": loss[-1].item(),
@@ -340,19 +390,25 @@ class _Window:
             "batch": batch,
             "lr": lr,
             "exponent": torch.as_tensor(head.exponent).item() if head.has_exponent else None,
-            "grad_norm": norm if math.isfinite(norm) else None,
-            "grad_norm_clipped": min(norm, cfg.optim.clip or norm) if math.isfinite(norm) else None,
+            "losses": [_finite(one) for one in loss.tolist()],  # of every step, as the norms
+            "grad_norms": norms,
+            "grad_norm": norms[-1],
+            "grad_norm_clipped": None if norms[-1] is None else min(norms[-1], cfg.optim.clip or norms[-1]),
             "skipped": self.skipped,
             "seconds": spent.seconds,
             "tokens_per_s": rate,
             "data_wait_s": run.batches.waited_s,
-            "gpu_j": spent.gpu_j,
-            "gpu_j_per_token": None if spent.gpu_j is None else spent.gpu_j / tokens,
+            **joules,
+            "gpu_j_per_token": None if joules["gpu_j"] is None else joules["gpu_j"] / tokens,
             "mfu": None if peak is None else cfg.model.flops_per_token() * rate / (peak * run.ranks.world),
         }
         run.recorder.record("train", step, values)
         left = (cfg.train.steps - step) * spent.seconds / len(self.losses)
         run.recorder.progress(step, values, left)
+
+
+def _finite(x: float) -> float | None:
+    return x if math.isfinite(x) else None
 
 
 def due(step: int, every: int | None) -> bool:

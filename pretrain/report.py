@@ -25,25 +25,43 @@ from data.shards import open_split
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 from pretrain.metrics import clock, read_records
 from pretrain.scoring import unigram_bits_per_byte
+from pretrain.sustainability import (
+    LOSS_SPIKE,
+    NORM_SPIKE,
+    PARTS,
+    PHASES,
+    footprint,
+    gradient_stability,
+    joules_of,
+    learning_stability,
+    measured_joules,
+    measured_parts,
+    missing_parts,
+    to_target,
+)
 
 UNMEASURED = "not measured: no energy counter"
 INTERPRETED = "interpret.json"  # in the run folder
 
 
-def summarise(run: Path) -> dict[str, Any]:
-    """The figures of a run folder; None for what is not there. Raises ConfigError if it is no run folder."""
+def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
+    """The figures of a run folder; None for what is not there. `energy` overrides the run's own settings of that
+    section, as `key=value`. Raises ConfigError if it is no run folder.
+    """
     if not (run / "config.yaml").exists() or not (run / "metrics.jsonl").exists():
         raise ConfigError(
             f"{run}: not a run folder (no config.yaml and metrics.jsonl in it); give one that was trained"
         )
-    cfg = load(run / "config.yaml")
+    cfg = load(run / "config.yaml", [f"energy.{setting}" for setting in energy])
     records = read_records(run)
     train = [record for record in records if record["kind"] == "train"]
     held_out = [record for record in records if record["kind"] == "eval"]
     last = held_out[-1] if held_out else {}
     seconds = sum(record["seconds"] for record in train)
     tokens = train[-1]["tokens"] if train else 0
-    joules = {kind: _total([r["gpu_j"] for r in records if r["kind"] == kind]) for kind in ("train", "eval", "save")}
+    joules = {f"{part}_j": {kind: joules_of(records, part, kind) for kind in PHASES} for part in PARTS}
+    train_j = measured_joules(records, "train")
+    settings = cfg.energy
     return {
         "head": cfg.head.distance,
         "step": max((record["step"] for record in records), default=0),
@@ -55,16 +73,36 @@ def summarise(run: Path) -> dict[str, Any]:
         "unigram_bits_per_byte": _unigram(cfg),
         "train_seconds": seconds,
         "tokens_per_s": tokens / seconds if seconds else None,
-        "gpu_j": joules,
-        "gpu_j_per_token": joules["train"] / tokens if joules["train"] is not None and tokens else None,
+        "gflops_per_token": cfg.model.flops_per_token() / 1e9,
+        "mfu": _mfu(train),
+        **joules,
+        "gpu_j_per_token": _per(joules["gpu_j"]["train"], tokens),
+        "measured": measured_parts(records),
+        "not_measured": missing_parts(records),
+        "j_per_token": _per(train_j, tokens),
+        "footprint": footprint(measured_joules(records), settings.pue, settings.grid, settings.price_per_kwh),
+        "target_loss": settings.target_loss,
+        "to_target": None if settings.target_loss is None else to_target(records, settings.target_loss),
         "skipped": sum(record["skipped"] for record in train),
+        "gradient_stability": gradient_stability(_of_steps(train, "grad_norms"), cfg.optim.warmup_steps),
+        "learning_stability": learning_stability(_of_steps(train, "losses"), [record["loss"] for record in held_out]),
     }
 
 
-def _total(joules: list[float | None]) -> float | None:
-    """The sum, or None if any part of it was not measured."""
-    measured = [j for j in joules if j is not None]
-    return sum(measured) if measured and len(measured) == len(joules) else None
+def _per(joules: float | None, tokens: int) -> float | None:
+    return joules / tokens if joules is not None and tokens else None
+
+
+def _mfu(train: Sequence[dict[str, Any]]) -> float | None:
+    """Mean over time; None if it is not known for every record."""
+    if not train or any(record["mfu"] is None for record in train):
+        return None
+    return sum(record["mfu"] * record["seconds"] for record in train) / sum(record["seconds"] for record in train)
+
+
+def _of_steps(train: Sequence[dict[str, Any]], name: str) -> list[float | None]:
+    """The values of every step; nothing if a record has only its last one."""
+    return [value for record in train for value in record[name]] if all(name in record for record in train) else []
 
 
 def _unigram(cfg: RunConfig) -> float | None:
@@ -76,7 +114,7 @@ def _unigram(cfg: RunConfig) -> float | None:
 
 def table_of(found: dict[str, dict[str, Any]]) -> Table:
     """Runs by column."""
-    rows = {
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "head": lambda s: s["head"],
         "steps": lambda s: f"{s['step']:,} of {s['steps']:,}",
         "tokens": lambda s: f"{s['tokens']:,}",
@@ -86,13 +124,79 @@ def table_of(found: dict[str, dict[str, Any]]) -> Table:
         "unigram model's bits/byte": lambda s: _number(s["unigram_bits_per_byte"], "{:.4f}"),
         "training time": lambda s: clock(s["train_seconds"]),
         "tokens/s": lambda s: _number(s["tokens_per_s"], "{:,.0f}"),
-        "GPU energy, training": lambda s: _number(s["gpu_j"]["train"], "{:,.0f} J", UNMEASURED),
-        "GPU energy, evaluation": lambda s: _number(s["gpu_j"]["eval"], "{:,.0f} J", UNMEASURED),
-        "GPU energy, saving": lambda s: _number(s["gpu_j"]["save"], "{:,.0f} J", UNMEASURED),
-        "J/token": lambda s: _number(s["gpu_j_per_token"], "{:.3e}", UNMEASURED),
+        "GFLOPs/token, matrix products": lambda s: f"{s['gflops_per_token']:,.4g}",
+        "MFU": lambda s: _number(s["mfu"], "{:.1%}"),
         "steps skipped (not finite)": lambda s: f"{s['skipped']}",
     }
+    for part in PARTS:
+        if part == "gpu" or any(part in summary["measured"] for summary in found.values()):
+            for kind, told in zip(PHASES, ("training", "evaluation", "saving"), strict=True):
+                rows[f"{part.upper()} energy, {told}"] = partial(_joules, part, kind)
+    rows["J/token"] = lambda s: _number(s["j_per_token"], "{:.3e}", UNMEASURED)
+    rows |= _footprint_rows(found) | _stability_rows()
     return _table(found, rows)
+
+
+def _joules(part: str, kind: str, summary: dict[str, Any]) -> str:
+    missing = "-" if part in summary["measured"] else UNMEASURED
+    return _number(summary[f"{part}_j"][kind], "{:,.0f} J", missing)
+
+
+def _footprint_rows(found: dict[str, dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Energy of the site, and what was asked for: emissions, cost, joules to a target."""
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "energy, all phases": lambda s: (
+            f"{_number(s['footprint']['site_kwh'], '{:.4g} kWh', UNMEASURED)}"
+            + (f" ({', '.join(s['measured'])}; PUE {s['footprint']['pue']:g})" if s["measured"] else "")
+        )
+    }
+    if any(summary["footprint"]["grid_g_per_kwh"] is not None for summary in found.values()):
+        rows["emissions, without embodied carbon"] = lambda s: (
+            _number(s["footprint"]["gco2e"], "{:.4g} gCO2e", UNMEASURED)
+            + _number(s["footprint"]["grid_g_per_kwh"], " (at {:g} g/kWh, ", "")
+            + (f"{s['footprint']['grid_source']})" if s["footprint"]["grid_source"] else "")
+        )
+    if any(summary["footprint"]["price_per_kwh"] is not None for summary in found.values()):
+        rows["cost of electricity"] = lambda s: (
+            _number(s["footprint"]["cost"], "{:,.2f}", UNMEASURED)
+            + _number(s["footprint"]["price_per_kwh"], " (at {:g}/kWh)", "")
+        )
+    if any(summary["target_loss"] is not None for summary in found.values()):
+        rows["training energy to the target loss"] = _target
+    return rows
+
+
+def _target(summary: dict[str, Any]) -> str:
+    target, reached = summary["target_loss"], summary["to_target"]
+    if target is None:
+        return "-"
+    if reached is None:
+        return f"{target:g} nats: not reached"
+    joules = _number(reached["joules"], "{:,.0f} J", UNMEASURED)
+    return f"{joules} ({reached['loss']:.4f} <= {target:g} nats at step {reached['step']:,})"
+
+
+def _stability_rows() -> dict[str, Callable[[dict[str, Any]], str]]:
+    def spikes(stability: dict[str, Any]) -> str:
+        return _number(stability["spikes"], f"{{}} of {stability['judged']:,} steps")
+
+    return {
+        "variance of ln(gradient norm)": lambda s: _number(s["gradient_stability"]["log_norm_variance"], "{:.3g}"),
+        f"gradient spikes (above {NORM_SPIKE:g} medians)": lambda s: spikes(s["gradient_stability"]),
+        f"loss spikes (above {LOSS_SPIKE:g} sigma)": lambda s: spikes(s["learning_stability"]),
+        "largest rise of the held-out loss (nats)": lambda s: _number(
+            s["learning_stability"]["largest_rise"], "{:.4f}"
+        ),
+    }
+
+
+def notes_of(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Why parts of runs were not measured."""
+    return [
+        f"{run}: {part.upper()} energy was not measured: {why}"
+        for run, summary in found.items()
+        for part, why in summary["not_measured"].items()
+    ]
 
 
 def _table(found: dict[str, dict[str, Any]], rows: dict[str, Callable[[dict[str, Any]], str]]) -> Table:
@@ -213,12 +317,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--words", nargs="+", metavar="WORD", help="with --interpret: show the nearest prototypes of these"
     )
+    parser.add_argument(
+        "--energy",
+        nargs="+",
+        default=[],
+        metavar="key=value",
+        help="instead of the runs' own settings: grid, price_per_kwh, pue, target_loss",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of tables; writes no file")
     args = parser.parse_args(argv)
     try:
         if args.words and not args.interpret:
             raise ConfigError("--words: only with --interpret")
-        found = {str(run): summarise(run) for run in args.runs}
+        found = {str(run): summarise(run, args.energy) for run in args.runs}
         locked = [str(run) for run in args.runs if not os.access(run, os.W_OK)]
         if args.interpret and locked and not args.json:
             raise ConfigError(f"{locked[0]}: {INTERPRETED} cannot be written there; use --json, which writes no file")
@@ -231,6 +342,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table_of(found))
+    for note in notes_of(found):
+        console.print(note, soft_wrap=True)
     if geometry:
         console.print(*geometry_tables(geometry), sep="\n")
         for run in args.runs:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import faulthandler
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -298,6 +299,10 @@ class Watch:
             thread.start()
             thread.join(LEAVE_S)
         sys.stdout.flush()
+        for (
+            child
+        ) in multiprocessing.active_children():  # they would live on: Zeus has one that watches each CPU counter
+            child.terminate()
         os._exit(code)
 
     def _leave(self, failure: Failure) -> None:
