@@ -508,7 +508,7 @@ def make(kind: type[Distance], params: Mapping[str, Any]) -> Distance:
 
 
 def _only(kind: type[Distance], params: Mapping[str, Any]) -> None:
-    names = [f.name for f in fields(kind) if f.metadata is not OURS]
+    names = [f.name for f in fields(kind) if f.metadata != OURS]
     for given in params:
         if given not in names and given not in (f.name for f in fields(kind)):
             takes = f"takes {', '.join(names)}" if names else "takes no parameter"

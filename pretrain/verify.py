@@ -98,6 +98,7 @@ def replay(cfg: RunConfig, planned: Replay, ranks: Ranks) -> float:
             "resume": str(planned.start),
             "resume_check": "size",  # its hashes have just been compared
             "logging": cfg.logging.model_copy(update={"tensorboard": False}),
+            "energy": cfg.energy.model_copy(update={"stop_at_joules": None}),
         }
         with contextlib.redirect_stdout(io.StringIO()):  # a run tells its progress there
             run = Run(cfg.model_copy(update=aside), ranks)

@@ -353,6 +353,7 @@ def test_second_backward_is_an_error() -> None:
         ({"hidden": torch.ones(2, 3, dtype=torch.int64)}, "expected bfloat16"),
         ({"p": 3.0}, "p=3.0: euclidean takes no parameter"),
         ({"distance": "minkowski", "q": 3.0}, "q=3.0: minkowski takes p"),
+        ({"distance": "hamming", "q": 3.0}, "q=3.0: hamming takes kind, temperature$"),
         ({"distance": "minkowski", "p": 0.0}, "p=0.0: expected a positive number"),
         ({"distance": "minkowski", "p": math.inf}, "use chebyshev"),
         ({"distance": "hamming", "kind": "firm"}, "expected soft, hard or gumbel"),
