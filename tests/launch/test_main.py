@@ -89,7 +89,7 @@ def test_a_run_is_handed_on_with_its_record(config, spawned, capsys):
     ((words, added, folder, placement, options),) = spawned
     assert words[-3:] == ["--module", "pretrain", str(config)]
     assert added[LEASE_VARIABLE] == str(config.parent / "run" / "lease-0")
-    assert folder == config.parent / "run" and placement.world == 2 and options == {"node": None}
+    assert folder == config.parent / "run" and placement.world == 2 and options == {"node": None, "grace_s": 60.0}
     assert words[0] in capsys.readouterr().out
 
 
@@ -175,7 +175,7 @@ def test_without_a_launcher_every_host_has_its_command(config, spawned, capsys):
     assert main(asked) == 2
     assert "say which with --node-rank" in capsys.readouterr().err
     assert main([*asked, "--node-rank", "1"]) == 75
-    assert spawned[0][4] == {"node": 1}
+    assert spawned[0][4] == {"node": 1, "grace_s": 60.0}
 
 
 @pytest.mark.parametrize("arguments", [["--numgpus", "2"], ["word"], ["--dry"]])

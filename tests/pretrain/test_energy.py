@@ -245,9 +245,10 @@ def check_a_run(base: Path) -> None:
     counter = Replay(gpus(*(at for window in WINDOWS for at in window)))
     assert outcome_of(cfg, counter).reason == "done"
     records = read_records(cfg.run)
-    assert [(r["kind"], r["step"], r["gpu_j"]) for r in records if r["kind"] != "counters"] == [
-        ("train", 2, 1000.0), ("train", 4, 1500.0), ("eval", 4, 100.0), ("save", 4, None), ("train", 6, 1000.0),
-        ("eval", 6, 100.0), ("save", 6, 20.0),
+    phases = ["train", "eval", "save"]  # a save is recorded when it is published, which may be some steps later
+    found = [(r["step"], phases.index(r["kind"]), r["gpu_j"]) for r in records if r["kind"] in phases]
+    assert sorted(found, key=lambda one: one[:2]) == [
+        (2, 0, 1000.0), (4, 0, 1500.0), (4, 1, 100.0), (4, 2, None), (6, 0, 1000.0), (6, 1, 100.0), (6, 2, 20.0),
     ]  # fmt: skip
     assert records[0]["kind"] == "counters" and records[0]["measured"] == ["gpu"]
     assert all(len(r["grad_norms"]) == len(r["losses"]) == 2 for r in records if r["kind"] == "train")
