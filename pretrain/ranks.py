@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import socket
 from contextlib import suppress
@@ -18,6 +19,8 @@ from torch.distributed import ProcessGroup
 
 from model.vocab_parallel import VocabShard, group_members, shard_of
 from pretrain.config import BIND_VARIABLE
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,11 @@ def _bind_cores(local_rank: int, local_world: int) -> None:
     cores = sorted(os.sched_getaffinity(0))
     share = len(cores) // local_world
     if share:
-        os.sched_setaffinity(0, cores[local_rank * share : (local_rank + 1) * share])
+        mine = cores[local_rank * share : (local_rank + 1) * share]
+        try:
+            os.sched_setaffinity(0, mine)
+        except OSError as error:  # some containers list cores that they do not give
+            log.warning("this rank is not bound to cores %s, which costs speed alone: %s", mine, error)
 
 
 def _keep_memory() -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from pretrain.__main__ import adopt
-from pretrain.ranks import interface_to
+from pretrain.ranks import _bind_cores, interface_to
 
 
 def test_open_mpis_names_are_taken_where_deepspeeds_are_missing() -> None:
@@ -39,3 +39,9 @@ def test_each_rank_keeps_to_its_share_of_the_cores() -> None:
     if half:
         assert bound(0, 2) == cores[:half] and bound(1, 2) == cores[half : 2 * half]
     assert bound(0, len(cores) + 1) == cores
+
+
+def test_cores_that_are_listed_and_not_given_bind_nothing(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4000, 4001})  # this machine has fewer
+    _bind_cores(0, 2)
+    assert "not bound to cores [4000]" in caplog.text
