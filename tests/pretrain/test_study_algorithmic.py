@@ -165,8 +165,8 @@ def test_figures_that_say_nothing_are_none() -> None:
 
 
 def test_a_cell_that_leaves_the_finite_numbers_says_when() -> None:
-    found = train_cell(cell(head={"distance": "dot"}, epochs=5, lr=1e30, weight_decay=0.0))
-    assert found["diverged"] is not None and found["epochs_to_generalise"] is None
+    found = train_cell(cell(head={"distance": "dot"}, epochs=9, evaluate_every=9, lr=1e30, weight_decay=0.0))
+    assert found["diverged"] == 2 and found["epochs_to_generalise"] is None
     assert all(found[name] is None for name in ("test_accuracy", "train_loss", "prototypes_explained"))
 
 
