@@ -7,8 +7,8 @@ learning rate falls to 0 in a straight line over the task's epochs, and no cell 
 always that of the last epoch. Learning rate and weight decay are chosen for each task, network and head alike, among
 the same candidates, on seeds that no reported cell has.
 
-Every finished cell is a file in `out`/cells, so that a study that was stopped goes on where it was. The same cell gives
-the same figures on one machine, but for its seconds: it has one thread.
+Every finished cell is a file in `out`/cells, so that a study that was stopped goes on where it was; one study at a time
+may work there. The same cell gives the same figures on one machine, but for its seconds: it has one thread.
 
 Legend: N examples, T tokens of an input, D width, V classes.
 """
@@ -33,7 +33,7 @@ from pydantic import BaseModel, Field, model_validator
 from rich.table import Table
 from torch import Tensor, nn
 
-from data.files import lock, replace_file
+from data.files import replace_file
 from data.progress import Log, progress
 from data.settings import ConfigError
 from data.workers import Workers
@@ -341,39 +341,43 @@ def _one_thread() -> Iterator[None]:
 
 # ---- the grid
 
+Name = tuple[TaskName, str, str]  # task, network, head
+
 
 def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
     """Trains what is not yet in `cfg.out` and returns the results: `cells`, flat, `choices` of learning rate and weight
     decay, and `summary` by task, network and head.
 
     Raises:
-        ConfigError: the folder cannot be written, another run of the study has it, or a process was killed.
+        ConfigError: the folder cannot be written, or a process was killed.
     """
     folder = cfg.out / "cells"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        guard = (folder / "lock").open("w")
     except OSError as error:
         raise ConfigError(f"out={cfg.out}: cannot be written: {error}; give a folder that can") from None
-    with guard:
-        if not lock(guard):
-            raise ConfigError(f"out={cfg.out}: another study is running there; wait for it, or give another folder")
-        choices = _choose(cfg, folder, log)
-        cells = [
-            (name, fraction, seed, cell_of(cfg, name, fraction, seed, chosen))
-            for name, (chosen, _) in choices.items()
-            for fraction in cfg.tasks[name[0]].fractions
-            for seed in cfg.seeds
-        ]
-        figures = _finish([cell for *_, cell in cells], cfg.processes, folder, log, "cells")
+    choices = _choose(cfg, folder, log)
+    cells = [
+        (name[2], cell_of(cfg, name, fraction, seed, chosen))
+        for name, (chosen, _) in choices.items()
+        for fraction in cfg.tasks[name[0]].fractions
+        for seed in cfg.seeds
+    ]
+    figures = _finish([cell for _, cell in cells], cfg.processes, folder, log, "cells")
     flat = [
         {
-            **{"task": name[0], "network": name[1], "head": name[2], "fraction": fraction, "seed": seed},
-            **{"examples": training_examples(TASKS[name[0]](), fraction), "lr": cell.lr},
-            **{"weight_decay": cell.weight_decay, "epochs": cell.epochs},
+            "task": cell.task,
+            "network": cell.network.kind,
+            "head": head,
+            "fraction": cell.fraction,
+            "examples": training_examples(TASKS[cell.task](), cell.fraction),
+            "seed": cell.seed,
+            "lr": cell.lr,
+            "weight_decay": cell.weight_decay,
+            "epochs": cell.epochs,
             **figures[cell.key()],
         }
-        for name, fraction, seed, cell in cells
+        for head, cell in cells
     ]
     return {
         "kind": cfg.kind,
@@ -387,9 +391,6 @@ def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
         "summary": summarise(flat),
         "cells": flat,
     }
-
-
-Name = tuple[TaskName, str, str]  # task, network, head
 
 
 def cell_of(cfg: AlgorithmicConfig, name: Name, fraction: float, seed: int, settings: Candidate) -> Cell:
@@ -505,8 +506,12 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         enough = [one for one in fractions if one["generalised"] >= ENOUGH * one["seeds"]]
         found.append(
             {
-                **{"task": task, "network": network, "head": head},
-                **{"lr": lr, "weight_decay": weight_decay, "epochs": epochs},
+                "task": task,
+                "network": network,
+                "head": head,
+                "lr": lr,
+                "weight_decay": weight_decay,
+                "epochs": epochs,
                 "data_needed": enough[0]["fraction"] if enough else None,
                 "examples_needed": enough[0]["examples"] if enough else None,
                 "never": sum(one["never"] for one in fractions),

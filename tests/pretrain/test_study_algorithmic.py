@@ -340,16 +340,11 @@ def test_bad_settings_are_refused(tmp_path: Path, changed: dict[str, Any], told:
         config(tmp_path, **changed)
 
 
-def test_a_folder_that_is_taken_is_left_alone(tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="cannot be written"):
         run(config(tmp_path / "file"), quiet)
     assert (tmp_path / "file").read_text() == "mine"
-    (tmp_path / "cells").mkdir()
-    with (tmp_path / "cells" / "lock").open("w") as other:
-        assert algorithmic.lock(other)
-        with pytest.raises(ConfigError, match="another study is running there"):
-            run(config(tmp_path), quiet)
 
 
 def test_the_recipe_has_all_tasks_and_says_how_it_is_run() -> None:
