@@ -36,7 +36,7 @@ from data.prepare import prepare
 from data.settings import ConfigError, validate
 from data.tokenizer import BLANK, Tokenizer, train
 from data.workers import cores
-from pretrain.config import RunConfig, check_data, check_layout, load
+from pretrain.config import RunConfig
 
 VOCAB = 16_384
 TRAIN_BYTES = 4_000_000
@@ -219,10 +219,10 @@ def main(argv: list[str] | None = None) -> int:
     shards.add_argument("--steps", type=int, default=5, help="training steps that are timed (default %(default)s)")
     args = parser.parse_args(argv)
     if args.command == "load":
+        from benchmarks.train import trainable
+
         try:
-            cfg = load(args.config, args.overrides)
-            check_layout(cfg, 1, 1)
-            check_data(cfg)
+            cfg = trainable(args.config, args.overrides)
         except ConfigError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

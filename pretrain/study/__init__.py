@@ -1,0 +1,1 @@
+"""Matched comparisons of heads: `python -m pretrain.study CONFIG` (docs/study.md)."""
