@@ -1,1 +1,0 @@
-"""Matched comparisons of heads: `python -m pretrain.study CONFIG` (docs/study.md)."""
