@@ -1,2 +1,0 @@
-def page(found):
-    return "<html></html>"
