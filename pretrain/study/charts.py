@@ -322,7 +322,7 @@ def line_chart(
     places = spread([at[1] for at, _ in ends], LINE, frame.top, frame.bottom)
     for (end, one), place in zip(ends, places, strict=True):
         lead = f'<path class="lead" d="M{end[0] + 2:.1f} {end[1]:.1f}L{frame.right + 4:.1f} {place:.1f}h5"/>'
-        parts.append(_group(one.style, lead + _text(frame.right + 11, place + 4, one.name, "direct")))
+        parts.append(_group(one.style, lead + _text(frame.right + 11, place, one.name, "direct")))
     return _svg(size, label, "".join(parts))
 
 
@@ -548,10 +548,10 @@ def intervals(label: str, rows: Sequence[Interval], x: Axis, *, at: float | None
         parts.append(f'<path class="limit" d="M{scale(at):.1f} {top}V{bottom:.1f}"/>')
     for place, row in enumerate(rows):
         y = top + pitch * (place + 0.5) + 2
-        body = [_text(left - 4, y + 4, row.name, "direct", "end")]
+        body = [_text(left - 4, y, row.name, "direct", "end")]
         if row.low is not None and row.high is not None:
             body.append(f'<path class="whisker" d="M{scale(row.low):.1f} {y:.1f}H{scale(row.high):.1f}"/>')
-        body += [f'<circle class="faint" cx="{scale(v):.1f}" cy="{y:.1f}" r="2.6"/>' for v in row.values if x.shows(v)]
-        body.append(f'<circle class="mean" cx="{scale(row.mean):.1f}" cy="{y:.1f}" r="4.2"/>')
+        body += [f'<circle class="faint" cx="{scale(v):.1f}" cy="{y:.1f}" r="1.8"/>' for v in row.values if x.shows(v)]
+        body.append(f'<circle class="mean" cx="{scale(row.mean):.1f}" cy="{y:.1f}" r="2.7"/>')
         parts.append(_group(row.style, "".join(body), row.name, [(scale(row.mean), y, row.tip or x.told(row.mean))]))
     return _svg((width, bottom + 38), label, "".join(parts))

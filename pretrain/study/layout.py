@@ -23,7 +23,7 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--page:#121418;--card:#1b1e24;--text:#e8eaed;--soft:#a5abb5;--rule:#2b2f37;
 --axis:#5d636d;--edge:#2a2e36;--good:#6fd39b;--bad:#f59a97;--k0:#e8eaed;DARK_COLOURS}}
 *{box-sizing:border-box}
-html{-webkit-text-size-adjust:100%;scroll-behavior:smooth;scroll-padding-top:64px}
+html{-webkit-text-size-adjust:100%;scroll-behavior:smooth;scroll-padding-top:92px}
 body{margin:0;background:var(--page);color:var(--text);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,Inter,
 "Helvetica Neue",Arial,sans-serif;font-variant-numeric:tabular-nums;overflow-wrap:break-word}
 main{max-width:1180px;margin:0 auto;padding:40px 16px 72px}
@@ -67,8 +67,10 @@ svg .tick{font-size:11.5px}
 svg .note{font-size:11.5px;font-style:italic;paint-order:stroke;stroke:var(--card);stroke-width:3px}
 svg .label{fill:var(--text);font-size:11.5px;paint-order:stroke;stroke:var(--card);stroke-width:3px;
 stroke-linejoin:round}
-svg .direct{fill:var(--c);font-weight:600;font-size:11.5px}
+svg .direct{dominant-baseline:central;fill:var(--c);font-weight:600;font-size:11.5px}
 @media (min-width:700px){.grid.duo{--least:196px}.grid.duo svg text{font-size:9.4px}}
+@media (min-width:1150px){.grid.pair svg.plot{max-width:none}.grid.pair svg text{font-size:7.8px}}
+@media (max-width:499px){.grid.small svg text{font-size:9px}}
 svg path,svg circle{vector-effect:non-scaling-stroke}
 svg .rule{stroke:var(--rule);fill:none}
 svg .axis{stroke:var(--axis);fill:none}
@@ -87,15 +89,16 @@ svg .heavy{stroke-width:5px;opacity:.75}
 svg .light{stroke-width:3.4px;opacity:.42}
 svg .outline{stroke:var(--c);stroke-width:1.9;stroke-linejoin:round;fill:var(--c);fill-opacity:.16}
 svg .muted .outline{stroke:var(--soft);fill:none;stroke-width:1.4;stroke-dasharray:3 2.5}
-svg .whisker{stroke:var(--c);stroke-width:2.4;stroke-linecap:round}
-svg .mean{fill:var(--c);stroke:var(--card);stroke-width:1.6}
+svg .whisker{stroke:var(--c);stroke-width:3}
+svg .mean{fill:var(--c);stroke:var(--card);stroke-width:1}
 svg .faint{fill:var(--c);opacity:.35}
 svg .here{fill:none;stroke:var(--text);stroke-width:2}
 .swatch{display:inline-block;width:20px;height:0;border-top:3px var(--b,solid) var(--c);vertical-align:.28em;
 margin-right:7px}
-.toggles{position:sticky;top:0;z-index:3;margin:26px -16px 0;padding:8px 16px;border:0;min-width:0;
+.choose{margin:34px 0 4px;font-size:.9rem}
+.toggles{position:sticky;top:0;z-index:3;margin:0 -16px;padding:6px 14px;border:0;min-width:0;
 background:color-mix(in srgb,var(--page) 90%,transparent);backdrop-filter:blur(8px);border-bottom:1px solid var(--edge)}
-.toggles legend{float:left;padding:5px 12px 0 0;font-size:.86rem;color:var(--soft)}
+.toggles legend{position:absolute;clip-path:inset(50%)}
 .toggles .row{display:flex;gap:6px;overflow-x:auto;scrollbar-width:thin;padding:2px}
 .toggles label,.toggles button{flex:none;position:relative;display:inline-flex;align-items:center;font:inherit;
 font-size:.86rem;line-height:1.3;padding:4px 10px;border:1px solid var(--edge);border-radius:99px;
@@ -105,13 +108,12 @@ background:var(--card);color:var(--text);cursor:pointer;white-space:nowrap}
 .toggles label:not(:has(:checked)){color:var(--soft);text-decoration:line-through;background:none}
 .toggles label:not(:has(:checked)) .swatch{opacity:.3}
 @media (min-width:700px){.toggles .row{flex-wrap:wrap}}
-@media (max-width:699px){.toggles legend{float:none;padding:0 0 4px}}
 .scroll{overflow-x:auto;border:1px solid var(--edge);border-radius:12px;background:var(--card);margin:14px 0}
 .scroll:focus-visible{outline:2px solid var(--text);outline-offset:2px}
-.scroll table{border-collapse:collapse;width:100%;font-size:.84rem;line-height:1.35}
-.scroll th,.scroll td{padding:9px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule);
+.scroll table{border-collapse:collapse;width:100%;font-size:.82rem;line-height:1.35}
+.scroll th,.scroll td{padding:8px 7px;text-align:right;white-space:nowrap;border-bottom:1px solid var(--rule);
 vertical-align:top}
-.scroll thead th{font-weight:600;vertical-align:bottom;color:var(--soft);white-space:normal;min-width:64px}
+.scroll thead th{font-weight:600;vertical-align:bottom;color:var(--soft);white-space:normal}
 .scroll tbody tr:last-child>*{border-bottom:0}
 .scroll tbody th,.scroll thead th:first-child{text-align:left;position:sticky;left:0;background:var(--card);z-index:1;
 font-weight:600}
@@ -223,6 +225,7 @@ def toggles(legend: str, names: Sequence[str]) -> str:
     )
     buttons = "".join(f'<button type="button" data-set="{to}" hidden>{to}</button>' for to in ("all", "none"))
     return (
+        f'<p class="soft choose" aria-hidden="true">{escape(legend)}</p>'
         f'<fieldset class="toggles"><legend>{escape(legend)}</legend><div class="row">{boxes}{buttons}</div></fieldset>'
     )
 

@@ -49,7 +49,7 @@ def page(results: Mapping[str, Any]) -> str:
         _contents(study),
         _budget(study),
         _section("results", "What came out", _findings(study) + _differences(study) + _table(study)),
-        layout.toggles("Heads in the plots", study.names),
+        layout.toggles("Choose the heads that the plots show", study.names),
         _section("loss", "Loss", _losses(study)),
         _section("radar", "Quality, interpretability, sustainability", _radars(study)),
         _section("variance", "Where the variance of the prototypes lies", _scree(study)),
@@ -369,7 +369,9 @@ def _table(study: _Study) -> str:
 
 
 def _row(study: _Study, place: int, head: Head, baseline_speed: float | None) -> list[str]:
-    rate = _rate(_figure(head, "lr")) + (' <span class="tag">edge</span>' if head.get("lr_at_edge") else "")
+    rate = _rate(_figure(head, "lr")) + (
+        '<small><span class="tag">edge</span></small>' if head.get("lr_at_edge") else ""
+    )
     speed, joules = _figure(head, "tokens_per_s"), _figure(head, "j_per_token")
     ratio = f"<small>{speed / baseline_speed:.2f}×</small>" if speed is not None and baseline_speed else ""
     gradient, learning = head.get("gradient_stability"), head.get("learning_stability")
@@ -477,22 +479,24 @@ def _losses(study: _Study) -> str:
     stretch = math.ceil(max(steps, default=0) / MOST_POINTS)
     smooth = f" Each point of a training curve is the mean of {stretch} records or fewer." if stretch > 1 else ""
     return (
-        f'<p class="soft">The chosen learning rate, first seed. The upper edge is set by the loss of a model that only '
-        f"knows how frequent each token is; what lies above it, early in training, is cut off.{smooth} "
+        '<p class="soft">The chosen learning rate, first seed. The upper edge is near the loss of a model that only '
+        f"knows how frequent each token is; what lies above it, as early in training, is cut off.{smooth} "
         "Tokens, seconds and joules are on logarithmic scales.</p>" + layout.grid(figures)
     )
 
 
 def _window(series: Sequence[Series], unigram: float | None) -> tuple[float | None, float | None]:
-    """Limits of an axis of losses: up to the unigram model, or to the worst end of a line if that is above it."""
+    """Limits of an axis of losses: from the lowest to the highest end of a line, at least to the unigram model and at
+    most 15% above it.
+    """
     lines = [[y for x, y in one.points if y is not None and known(x)] for one in series]
     lines = [line for line in lines if line]
     if not lines:
         return None, None
-    low = min(min(line) for line in lines)
-    high = max(max(line[-1] for line in lines), unigram if unigram is not None else max(line[0] for line in lines))
-    room = 0.06 * (high - low) or 0.1
-    return low - room, high + room
+    low, high = min(min(line) for line in lines), max(line[-1] for line in lines)
+    high = max(max(line) for line in lines) if unigram is None else min(max(high, unigram), 1.15 * unigram)
+    room = 0.06 * abs(high - low) or 0.1
+    return low - room, max(high, low) + room
 
 
 # ---- (4) radar

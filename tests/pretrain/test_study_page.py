@@ -331,6 +331,13 @@ def test_a_line_is_cut_at_the_upper_edge() -> None:
     assert len(heights) == 3 and min(heights) == 22.0
 
 
+def test_a_band_and_the_name_of_a_line_are_drawn() -> None:
+    band = Series("a & b", [(0, 1), (1, 2)], 3, band=[(0, 0.5, 1.5), (1, 1, 3)])
+    chart = line_chart("a", [band], Axis("x"), Axis("y"))
+    assert 'class="band"' in chart and 'class="k3" data-k="3"' in chart and ">a &amp; b</text>" in chart
+    assert 'class="direct"' not in line_chart("a", [band], Axis("x"), Axis("y"), direct=False)
+
+
 def test_charts_without_data_are_empty() -> None:
     assert line_chart("a", [Series("s", [(1.0, None)])], Axis("x"), Axis("y")) == ""
     assert scatter("a", [Point(float("nan"), 1, "t")], Axis("x"), Axis("y")) == ""
@@ -372,38 +379,55 @@ def file(html: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def visit(browser: Any, file: Path) -> Iterator[Any]:
-    """Opens the page; fails if it says something on the console or requests anything but itself."""
-    contexts, troubles, requests = [], [], []
+class Visits:
+    """Tabs that show the page, and what they said on the console or requested."""
 
-    def opened(width: int = 1280, scheme: str = "light", **more: Any) -> Any:
-        context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, **more)
-        contexts.append(context)
-        tab = context.new_page()
-        tab.on("console", lambda message: troubles.append(message.text))
-        tab.on("pageerror", lambda error: troubles.append(str(error)))
-        tab.on("request", lambda request: requests.append(request.url))
-        tab.goto(file.as_uri())
+    def __init__(self, browser: Any, url: str) -> None:
+        self.browser, self.url = browser, url
+        self.troubles: list[str] = []
+        self.requests: set[str] = set()
+
+    def open(self, **options: Any) -> Any:
+        tab = self.browser.new_context(**options).new_page()
+        tab.on("console", lambda message: self.troubles.append(message.text))
+        tab.on("pageerror", lambda error: self.troubles.append(str(error)))
+        tab.on("request", lambda request: self.requests.add(request.url))
+        tab.goto(self.url)
         return tab
 
-    yield opened
-    for context in contexts:
-        context.close()
-    assert not troubles
-    assert set(requests) == {file.as_uri()}
+
+@pytest.fixture(scope="module")
+def visits(browser: Any, file: Path) -> Visits:
+    return Visits(browser, file.as_uri())
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_the_document_does_not_scroll_sideways(visit: Any, width: int) -> None:
-    tab = visit(width)
-    assert tab.evaluate("document.documentElement.scrollWidth") == width
+@pytest.fixture(scope="module")
+def one_tab(visits: Visits) -> Any:
+    return visits.open()
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_text_in_plots_is_legible_and_within_its_plot(visit: Any, width: int) -> None:
-    tab = visit(width)
-    small, outside = tab.evaluate(
+@pytest.fixture
+def tab(one_tab: Any) -> Any:
+    """The page at 1280 pixels, light, with nothing pointed at and everything shown."""
+    one_tab.set_viewport_size({"width": 1280, "height": 800})
+    one_tab.emulate_media(color_scheme="light")
+    one_tab.mouse.move(2, 2)
+    return one_tab
+
+
+def at_width(tab: Any, width: int) -> Any:
+    tab.set_viewport_size({"width": width, "height": 800})
+    return tab
+
+
+@pytest.mark.parametrize("width", [360, 700, 1000, 1280])
+def test_the_document_does_not_scroll_sideways(tab: Any, width: int) -> None:
+    assert at_width(tab, width).evaluate("document.documentElement.scrollWidth") == width
+
+
+@pytest.mark.parametrize("width", [360, 700, 1000, 1280])
+def test_text_in_plots_is_legible_and_within_its_plot(tab: Any, width: int) -> None:
+    small, outside = at_width(tab, width).evaluate(
         """() => {
           const small = [], outside = [];
           for (const svg of document.querySelectorAll('svg')) {
@@ -421,9 +445,9 @@ def test_text_in_plots_is_legible_and_within_its_plot(visit: Any, width: int) ->
     assert not small and not outside
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_texts_of_a_plot_do_not_overlap(visit: Any, width: int) -> None:
-    found = visit(width).evaluate(
+@pytest.mark.parametrize("width", [360, 700, 1000, 1280])
+def test_texts_of_a_plot_do_not_overlap(tab: Any, width: int) -> None:
+    found = at_width(tab, width).evaluate(
         """() => [...document.querySelectorAll('svg')].flatMap(svg => {
           const boxes = [...svg.querySelectorAll('text')].map(t => [t.textContent, t.getBoundingClientRect()]);
           const found = [];
@@ -447,44 +471,57 @@ POINT = """async ([label, place]) => {
 }"""
 
 
-@pytest.mark.parametrize("label", ["Held-out loss in bits/byte against tokens", "euclidean: 300", "euclidean: time"])
-def test_a_tip_shows_on_hover_and_leaves(visit: Any, label: str) -> None:
-    tab = visit()
+@pytest.mark.parametrize("label", ["Held-out loss in bits/byte against tokens", "euclidean: 30", "euclidean: time"])
+def test_a_tip_shows_on_hover_and_leaves(tab: Any, label: str) -> None:
     x, y, told = tab.evaluate(POINT, [label, 0])
     tab.mouse.move(x, y)
     tip = tab.locator("#tip")
     assert tip.is_visible() and tip.locator("span").text_content()
     if label.startswith("euclidean"):
         assert tip.locator("b").text_content() == "euclidean"
+    if label == "euclidean: time":
+        assert tip.locator("span").text_content() == told
     tab.mouse.move(2, 2)
     assert tip.is_hidden()
 
 
-def test_a_tip_shows_on_tap(visit: Any) -> None:
-    tab = visit(360, has_touch=True, is_mobile=True)
-    x, y, told = tab.evaluate(POINT, ["euclidean: 300", 4])
+def test_a_tip_shows_on_tap(visits: Visits) -> None:
+    tab = visits.open(viewport={"width": 360, "height": 800}, has_touch=True, is_mobile=True)
+    x, y, _ = tab.evaluate(POINT, ["euclidean: 30", 4])
     tab.touchscreen.tap(x, y)
     assert tab.locator("#tip").is_visible() and "in training" in tab.locator("#tip").inner_text()
     box = tab.locator("#tip").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 360
 
 
-def test_unticking_a_head_hides_it_from_every_plot_but_not_from_the_table(visit: Any) -> None:
-    tab = visit()
-    hidden = "[...document.querySelectorAll('[data-k=\"1\"]')].filter(e => e.getClientRects().length).length"
-    assert tab.evaluate(hidden) > 8
-    tab.get_by_label("euclidean", exact=True).uncheck(force=True)
-    assert tab.evaluate(hidden) == 0
+def test_unticking_a_head_hides_it_from_every_plot_but_not_from_the_table(tab: Any) -> None:
+    shows = "[...document.querySelectorAll('[data-k=\"1\"]')].filter(e => e.getClientRects().length).length"
+    assert tab.evaluate(shows) > 8
+    tab.locator("label:has(#show-1)").click()
+    assert tab.evaluate(shows) == 0
     assert tab.locator(".scroll tbody tr").count() == len(HEADS)
     assert tab.locator('[data-k="2"]').first.is_visible()
     tab.get_by_role("button", name="none").click()
     assert tab.evaluate("[...document.querySelectorAll('[data-k]')].every(e => !e.getClientRects().length)")
     tab.get_by_role("button", name="all").click()
-    assert tab.evaluate(hidden) > 8
+    assert tab.evaluate(shows) > 8
 
 
-def test_heads_can_be_chosen_without_javascript(visit: Any) -> None:
-    tab = visit(java_script_enabled=False)
+def test_a_head_that_is_hidden_has_no_tips(tab: Any) -> None:
+    tab.locator("label:has(#show-0)").click()
+    x, y, _ = tab.evaluate(POINT, ["Difference", 0])
+    tab.mouse.move(x, y)
+    assert tab.locator("#tip b").text_content() == "euclidean"
+    tab.locator("label:has(#show-1)").click()
+    x, y, _ = tab.evaluate(POINT, ["Difference", 0])
+    tab.mouse.move(2, 2)
+    tab.mouse.move(x, y)
+    assert tab.locator("#tip").is_hidden() or tab.locator("#tip b").text_content() != "euclidean"
+    tab.get_by_role("button", name="all").click()
+
+
+def test_heads_can_be_chosen_without_javascript(visits: Visits) -> None:
+    tab = visits.open(java_script_enabled=False)
     assert tab.get_by_text("How it was done").is_visible() and tab.locator("svg").first.is_visible()
     figure = tab.locator('figure[data-k="1"]').first
     assert figure.is_visible()
@@ -513,13 +550,17 @@ CONTRAST = """() => {
 }"""
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_has_contrast_in_light_and_dark(visit: Any, scheme: str) -> None:
-    count, weak = visit(scheme=scheme).evaluate(CONTRAST)
-    assert count > 300 and not weak
+def test_text_has_contrast_in_light_and_dark(tab: Any) -> None:
+    grounds = []
+    for scheme in ("light", "dark"):
+        tab.emulate_media(color_scheme=scheme)
+        count, weak = tab.evaluate(CONTRAST)
+        assert count > 300 and not weak
+        ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        grounds.append(sum(map(int, re.findall(r"\d+", ground)[:3])) / 3)
+    assert grounds[0] > 220 and grounds[1] < 40
 
 
-def test_dark_changes_the_background(visit: Any) -> None:
-    ground = "getComputedStyle(document.body).backgroundColor"
-    light, dark = (visit(scheme=scheme).evaluate(ground) for scheme in ("light", "dark"))
-    assert light != dark and sum(map(int, re.findall(r"\d+", dark)[:3])) < 120
+def test_the_browser_complains_of_nothing_and_requests_nothing_else(visits: Visits, tab: Any) -> None:
+    assert tab.locator("svg").count() > 40
+    assert not visits.troubles and visits.requests == {visits.url}
