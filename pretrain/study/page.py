@@ -592,7 +592,7 @@ def _radar_words(study: _Study, clipped: Sequence[str]) -> str:
 
 def _scree(study: _Study) -> str:
     lines = {
-        place: [(rank, share) for rank, share in enumerate(head.get("scree") or [], start=1)]
+        place: [(rank, share) for rank, share in enumerate(head.get("scree") or [], start=1) if known(share)]
         for place, head in study.styled
     }
     most = max((len(line) for line in lines.values()), default=0)
