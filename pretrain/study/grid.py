@@ -143,6 +143,11 @@ class Stopped(Exception):
         self.code = code
 
 
+def start(config: Path, options: Sequence[str]) -> int:
+    """Runs a job to its end; its exit code."""
+    return subprocess.run([sys.executable, "-m", "launch", "run", str(config), *options]).returncode
+
+
 def train(study: LanguageConfig, launch: Sequence[str], log: Callable[[str], None]) -> None:
     """Prepares the data and trains what is not done.
 
@@ -167,7 +172,7 @@ def train(study: LanguageConfig, launch: Sequence[str], log: Callable[[str], Non
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, dump(cfg))
         began = time.monotonic()
-        code = subprocess.run([sys.executable, "-m", "launch", "run", str(path), *launch]).returncode
+        code = start(path, launch)
         seconds.append(time.monotonic() - began)
         if code == EXIT_BAD_INPUT:
             raise ConfigError(f"{cell.name} could not be started: see above")

@@ -8,7 +8,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -47,7 +46,7 @@ def study(folder: Path, **changes: Any) -> LanguageConfig:
     return validate(LanguageConfig, tree(folder, **changes))
 
 
-def check_run(config: str) -> None:
+def check_run(config: Path) -> None:
     from pretrain.__main__ import _leave_record
 
     cfg = load(config)
@@ -59,13 +58,12 @@ def launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the runs that a study launches; one rank of the tests trains them instead."""
     names: list[str] = []
 
-    def run(words: list[str]) -> SimpleNamespace:
-        assert words[1:4] == ["-m", "launch", "run"]
-        names.append(Path(words[4]).stem)
-        run_ranks(check_run, 1, tmp_path, config=words[4])
-        return SimpleNamespace(returncode=0)
+    def start(config: Path, options: list[str]) -> int:
+        names.append(config.stem)
+        run_ranks(check_run, 1, tmp_path, config=config)
+        return 0
 
-    monkeypatch.setattr(grid.subprocess, "run", run)
+    monkeypatch.setattr(grid, "start", start)
     make_text(tmp_path / "data")
     return names
 
@@ -123,29 +121,29 @@ def test_a_study_from_the_grid_to_the_page(tmp_path: Path, launched: list[str], 
     assert "was trained with other settings" in capsys.readouterr().err and len(launched) == 6
 
 
-def ending(code: int, record: int | None) -> Callable[[list[str]], SimpleNamespace]:
+def ending(code: int, record: int | None) -> Callable[[Path, list[str]], int]:
     """A launcher whose run ends at once."""
 
-    def run(words: list[str]) -> SimpleNamespace:
-        cfg = load(words[4])
+    def start(config: Path, options: list[str]) -> int:
+        cfg = load(config)
         cfg.run.mkdir(parents=True, exist_ok=True)
         if record is not None:
             (cfg.run / EXIT_RECORD).write_text(json.dumps({"code": record, "reason": "", "step": 1}))
-        return SimpleNamespace(returncode=code)
+        return code
 
-    return run
+    return start
 
 
 def test_runs_that_diverge_are_counted_and_never_chosen(
     tmp_path: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = grid.subprocess.run
+    train = grid.start
 
-    def run(words: list[str]) -> Any:
-        lost = "cosine" in words[4] or words[4].endswith("softmax-lr0.01-seed1.yaml")
-        return ending(EXIT_DIVERGED, EXIT_DIVERGED)(words) if lost else train(words)
+    def start(config: Path, options: list[str]) -> int:
+        lost = "cosine" in config.stem or config.stem == "softmax-lr0.01-seed1"
+        return (ending(EXIT_DIVERGED, EXIT_DIVERGED) if lost else train)(config, options)
 
-    monkeypatch.setattr(grid.subprocess, "run", run)
+    monkeypatch.setattr(grid, "start", start)
     assert main([asked(tmp_path, seeds=[1])]) == 0
     found = json.loads((tmp_path / "study" / "results.json").read_text())
     softmax, cosine = found["heads"]
@@ -158,7 +156,7 @@ def test_runs_that_diverge_are_counted_and_never_chosen(
 def test_a_stopped_run_stops_the_study_with_its_code(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     make_text(tmp_path / "data")
     for code, record in ((EXIT_PREEMPTED, EXIT_PREEMPTED), (1, None)):
-        monkeypatch.setattr(grid.subprocess, "run", ending(code, record))
+        monkeypatch.setattr(grid, "start", ending(code, record))
         assert main([asked(tmp_path)]) == code
         assert "softmax-lr0.001-seed1: exit code" in capsys.readouterr().err
     assert not (tmp_path / "study" / "results.json").exists()
@@ -239,11 +237,11 @@ def test_a_curve_says_what_training_had_taken() -> None:
 
 
 def test_the_command_launches_real_runs(tmp_path: Path) -> None:
-    """On two ranks, from text that is not prepared yet."""
+    """From text that is not prepared yet."""
     make_text(tmp_path / "data")
     (tmp_path / "data").rename(tmp_path / "other")
     path = asked(tmp_path, heads={"softmax": {"distance": "dot"}}, seeds=[1])
-    words = [sys.executable, "-m", "pretrain.study", path, "lrs=[0.01]", "--num-gpus", "2"]
+    words = [sys.executable, "-m", "pretrain.study", path, "lrs=[0.01]", "--num-gpus", "1"]
     found = subprocess.run(words, capture_output=True, text=True, timeout=240)
     assert found.returncode == 0, found.stderr
     (head,) = json.loads((tmp_path / "study" / "results.json").read_text())["heads"]
