@@ -62,8 +62,8 @@ class Workers(Generic[Item, Result]):
             return asked.result()
         except BrokenProcessPool:
             raise ConfigError(
-                "a worker process was killed, as happens when memory runs out; run the command again, with fewer "
-                "--workers: it goes on from what is finished"
+                "a worker process was killed, as happens when memory runs out; run the command again, with fewer of "
+                "them: it goes on from what is finished"
             ) from None
 
 

@@ -14,7 +14,7 @@ from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.config import RunConfig, check_layout, dump, load
 
-CONFIGS = sorted(Path("configs").glob("*.yaml"))
+CONFIGS = sorted(path for path in Path("configs").glob("*.yaml") if not path.stem.startswith("study-"))
 SIZES = {  # embedding counted once, as most are tied; that of GPT-2 and Llama is the recipe's own
     "gpt2-124m": 124e6,
     "gpt2-350m": 355e6,
