@@ -167,7 +167,8 @@ def test_a_frozen_rank_is_named_and_its_stacks_are_kept(tmp_path: Path, hosts: H
     code, told = job.end()
     assert code not in (0, 75)
     assert "rank 1 on node2 failed first" in job.last_lines(), told
-    assert "distributed_c10d.py" in (tmp_path / "run" / "failures" / "rank-0.stacks").read_text()
+    stacks = (tmp_path / "run" / "failures" / "rank-0.stacks").read_text()
+    assert "distributed_c10d.py" in stacks or "vocab_parallel.py" in stacks, stacks  # where ranks wait for others
 
 
 def test_a_failed_job_finishes_on_the_hosts_that_answer(tmp_path: Path, hosts: Hosts) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 
 from data.files import lock, replace_file
 from data.progress import say
 from data.settings import ConfigError, read_tree, validate
 from pretrain.config import EXIT_BAD_INPUT
 
-KINDS = ("language",)
 PAGE, RESULTS, ROWS = "study.html", "results.json", "results.csv"
 
 
@@ -40,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     launch = [word for word in rest if word not in overrides]
     try:
         tree = read_tree(asked.config, overrides)
-        if tree.get("kind") not in KINDS:
-            raise ConfigError(f"{asked.config}: kind={tree.get('kind')!r}: expected one of {', '.join(KINDS)}")
-        return _language(tree, launch, asked.report)
+        kinds = {"language": _language, "algorithmic": _algorithmic}
+        if tree.get("kind") not in kinds:
+            raise ConfigError(f"{asked.config}: kind={tree.get('kind')!r}: expected one of {', '.join(kinds)}")
+        return kinds[tree["kind"]](tree, launch, asked.report)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
@@ -65,10 +66,29 @@ def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
             print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
             return stopped.code or 1
         found = results.gather(study, say)
-        write(study.out, found, found["runs"], page(found))
-    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(results.table(found))
+        write(study.out, found, found["runs"])
+        replace_file(study.out / PAGE, page(found))
+    _tell(results.table(found))
     say(f"written: {study.out / PAGE}, {RESULTS} and {ROWS} beside it")
     return 0
+
+
+def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
+    from pretrain.study import algorithmic
+
+    study = validate(algorithmic.AlgorithmicConfig, tree)
+    if launch or report:
+        raise ConfigError(f"{' '.join([*launch, *['--report'] * report])}: an algorithmic study takes no such option")
+    with _alone(study.out):
+        found = algorithmic.run(study, say)
+        write(study.out, found, algorithmic.rows(found))
+    _tell(algorithmic.table(found))
+    say(f"written: {study.out / RESULTS}, {ROWS} beside it")
+    return 0
+
+
+def _tell(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
 
 
 class _alone:
@@ -88,15 +108,14 @@ class _alone:
         self._file.close()
 
 
-def write(folder: Path, found: dict[str, Any], rows: Sequence[dict[str, Any]], html: str) -> None:
-    """Replaces a study's three files."""
+def write(folder: Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Replaces a study's results, whole, and as rows."""
     replace_file(folder / RESULTS, json.dumps(found, allow_nan=False) + "\n")
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     replace_file(folder / ROWS, table.getvalue())
-    replace_file(folder / PAGE, html)
 
 
 if __name__ == "__main__":

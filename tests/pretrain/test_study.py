@@ -190,7 +190,7 @@ def test_settings_that_cannot_be_meant(tmp_path: Path) -> None:
 
 def test_a_config_of_no_kind_is_refused(tmp_path: Path, capsys: Any) -> None:
     assert main([asked(tmp_path, kind="langauge")]) == 2
-    assert "kind='langauge': expected one of language" in capsys.readouterr().err
+    assert "kind='langauge': expected one of language, algorithmic" in capsys.readouterr().err
 
 
 def test_heads_of_a_seed_start_from_one_trunk(tmp_path: Path) -> None:
