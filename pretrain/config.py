@@ -116,7 +116,7 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class ParallelConfig(BaseModel, extra="forbid", frozen=True):
-    vocab: int | Literal["node", "world"] = "world"  # ranks that share one set of prototypes
+    vocab: int | Literal["node", "world"] = "node"  # ranks that share one set of prototypes
     zero: Literal[0, 1, 2, 3] = 1  # ZeRO stage of the trunk
 
     @model_validator(mode="after")
