@@ -92,7 +92,10 @@ def start(timeout_s: float = 1800) -> Ranks:
     if world > 1:
         _choose_interface(os.environ["MASTER_ADDR"], world > local_world)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        met: dict[str, Any] = (
+            {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+        )  # one rank needs no port
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **met)
     return Ranks(rank, world, local_rank, local_world, device)
 
 

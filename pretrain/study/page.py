@@ -765,7 +765,8 @@ def _methods(study: _Study) -> str:
         "says nothing about seeds.",
         "Better, worse, no difference": "The interval over seeds of the difference in bits/byte lies below 0, above 0, "
         "or includes 0; the last does not show that two heads are equal. No correction for comparing several heads.",
-        "Tokens/s": "Tokens of training over seconds of training; beneath it, as a multiple of the baseline's.",
+        "Tokens/s": "Median over a run's records but the first, and over seeds; beneath it, as a multiple of the "
+        "baseline's.",
         "J/token": "Measured joules of training over its tokens.",
         "PCA90": "The fewest principal components of the prototypes that hold 90% of their variance, mean over seeds; "
         "at most the width.",
