@@ -92,9 +92,8 @@ def start(timeout_s: float = 1800) -> Ranks:
     if world > 1:
         _choose_interface(os.environ["MASTER_ADDR"], world > local_world)
     if not dist.is_initialized():
-        met: dict[str, Any] = (
-            {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
-        )  # one rank needs no port
+        # one rank needs no port
+        met: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **met)
     return Ranks(rank, world, local_rank, local_world, device)
 
