@@ -36,7 +36,7 @@ from data.prepare import prepare
 from data.settings import ConfigError, validate
 from data.tokenizer import BLANK, Tokenizer, train
 from data.workers import cores
-from pretrain.config import RunConfig, check_data, check_layout, load
+from pretrain.config import RunConfig
 
 VOCAB = 16_384
 TRAIN_BYTES = 4_000_000
@@ -218,25 +218,25 @@ def main(argv: list[str] | None = None) -> int:
     shards.add_argument("overrides", nargs="*", metavar="key=value")
     shards.add_argument("--steps", type=int, default=5, help="training steps that are timed (default %(default)s)")
     args = parser.parse_args(argv)
-    if args.command == "load":
-        try:
-            cfg = load(args.config, args.overrides)
-            check_layout(cfg, 1, 1)
-            check_data(cfg)
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
+    try:
+        return _measure(args)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _measure(args: argparse.Namespace) -> int:
     import torch
 
     from benchmarks.head import machine  # torch: --help does without
+    from benchmarks.train import trainable
 
-    console = Console(width=max(120, Console().width), highlight=False)
     if args.command == "load":
-        found = loading_table(loading(cfg, args.steps))
-        console.print(machine("cuda" if torch.cuda.is_available() else "cpu"))
+        found = loading_table(loading(trainable(args.config, args.overrides), args.steps))
     else:
         found = preparation_table(list(preparation(texts_of(args.texts, args.megabytes), args.repeats)))
-        console.print(machine("cpu"))
+    console = Console(width=max(120, Console().width), highlight=False)
+    console.print(machine("cuda" if args.command == "load" and torch.cuda.is_available() else "cpu"))
     console.print(found)
     return 0
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import multiprocessing
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from torch.nn import functional as F
 
 from model.distances import DISTANCES, make
 from model.harmonic import harmonic_loss
+from pretrain.metrics import cpu_name
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MIB = 2**20
@@ -248,16 +248,6 @@ def machine(device: str) -> str:
         triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none"
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Triton {triton}"
     return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:

@@ -251,6 +251,14 @@ def told(cfg: RunConfig, found: dict[str, Any], two: dict[str, Any] | None, devi
     console.print(where)
 
 
+def trainable(config: str, overrides: list[str]) -> RunConfig:
+    """A configuration that one rank can train. Raises ConfigError."""
+    cfg = load(config, overrides)
+    check_layout(cfg, 1, 1)
+    check_data(cfg)
+    return cfg
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.train", description="Time a configuration's training step."
@@ -263,9 +271,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # the child of PlainProcess
     args = parser.parse_intermixed_args(argv)
     try:
-        cfg = load(args.config, args.overrides)
-        check_layout(cfg, 1, 1)
-        check_data(cfg)
+        cfg = trainable(args.config, args.overrides)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

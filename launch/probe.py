@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+INDEX_BYTES = 18  # of a document in a shard's index: data.shards.INDEX
 MARK = "overtone-facts:"  # before the facts, since a login shell may print more
 
 
@@ -98,7 +99,9 @@ def data_state(folder: Path) -> dict[str, str | None]:
         manifest = json.loads(raw)
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
         sizes = {shard["file"]: int(shard["size"]) for shard in shards}
-        sizes |= {str(Path(shard["file"]).with_suffix(".idx")): 16 * int(shard["documents"]) for shard in shards}
+        sizes |= {
+            str(Path(shard["file"]).with_suffix(".idx")): INDEX_BYTES * int(shard["documents"]) for shard in shards
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {"sha256": None, "problem": f"{folder / 'manifest.json'}: {error.__class__.__name__}"}
     problem = None

@@ -5,6 +5,7 @@ do.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -109,31 +110,24 @@ class HarmonicHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", ignore_index: int = -100) -> Tensor:
         """hidden (..., D), targets (...) -> scalar loss, or (N,) for "none": see `model.harmonic.harmonic_loss`."""
-        return harmonic_loss(
-            hidden.reshape(-1, hidden.shape[-1]),
-            self.prototypes,
-            targets.reshape(-1),
-            distance=self.score_function,
-            exponent=self.exponent,
-            reduction=reduction,
-            ignore_index=ignore_index,
-            shard=self.shard,
-            chunk_bytes=self.chunk_bytes,
-        )
+        return self._scored(harmonic_loss, hidden, targets, reduction=reduction, ignore_index=ignore_index)
 
     def score(self, hidden: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
         """hidden (..., D), targets (...) -> losses (N,) and most probable prototypes (N,), in one pass without
         gradient: see `model.harmonic.harmonic_predictions`. Every rank of the group calls it.
         """
-        return harmonic_predictions(
+        return self._scored(harmonic_predictions, hidden, targets, ignore_index=ignore_index)
+
+    def _scored(self, function: Callable[..., Any], hidden: Tensor, targets: Tensor, **options: Any) -> Any:
+        return function(
             hidden.reshape(-1, hidden.shape[-1]),
             self.prototypes,
             targets.reshape(-1),
             distance=self.score_function,
             exponent=self.exponent,
-            ignore_index=ignore_index,
             shard=self.shard,
             chunk_bytes=self.chunk_bytes,
+            **options,
         )
 
     def predict(self, hidden: Tensor) -> Tensor:

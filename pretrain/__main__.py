@@ -17,7 +17,7 @@ import warnings
 from collections.abc import MutableMapping
 
 from data.settings import ConfigError
-from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, RunConfig, check_data, check_layout, load
+from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, RunConfig, check_data, check_layout, load, ranks_per_node
 from pretrain.watch import Watch
 
 OPEN_MPI = {
@@ -50,8 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     with Watch(cfg, os.environ) as watch:
         try:
-            world = int(os.environ.get("WORLD_SIZE", "1"))
-            check_layout(cfg, world, int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world))
+            check_layout(cfg, int(os.environ.get("WORLD_SIZE", "1")), ranks_per_node(os.environ))
             check_data(cfg)
             return _train(cfg, watch)
         except ConfigError as error:

@@ -6,7 +6,7 @@ Derived values (accumulation, group size, learning rate) are functions here, not
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,14 @@ OWNED_BY_US = {
     "zero_optimization.memory_efficient_linear": "nothing: it must stay off",
     "managed_gradient_accumulation": "nothing: the engine counts",
 }
+
+
+def ranks_per_node(environment: Mapping[str, str]) -> int:
+    """Ranks on this host, by what the launcher said: deepspeed and OpenMPI in LOCAL_SIZE, torchrun in LOCAL_WORLD_SIZE,
+    which a job that was started from within another may have inherited.
+    """
+    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
+    return next((int(environment[name]) for name in names if environment.get(name)), 1)
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,7 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class ParallelConfig(BaseModel, extra="forbid", frozen=True):
-    vocab: int | Literal["node", "world"] = "world"  # ranks that share one set of prototypes
+    vocab: int | Literal["node", "world"] = "node"  # ranks that share one set of prototypes
     zero: Literal[0, 1, 2, 3] = 1  # ZeRO stage of the trunk
 
     @model_validator(mode="after")

@@ -74,6 +74,15 @@ def effective_rank(rows: Tensor) -> float:
     return torch.special.entr(singular / singular.sum()).sum().exp().item()
 
 
+def plane(rows: Tensor) -> Tensor:
+    """Rows (N, D), D >= 2 -> (N, 2) float64, their first two principal components."""
+    if rows.shape[1] < 2:
+        raise ValueError("rows of width 1: expected 2 or more")
+    mean = _mean(rows)
+    axes = torch.linalg.eigh(_moments(rows, mean)).eigenvectors[:, -2:].flip(1)
+    return torch.cat([(part - mean) @ axes for part in _doubles(rows)])
+
+
 def norms(rows: Tensor) -> dict[str, float]:
     """(N, D) -> quantiles of the rows' Euclidean lengths, in the units of the rows, and "max/median"."""
     lengths = torch.cat([part.norm(dim=1) for part in _doubles(_matrix(rows))])
@@ -313,7 +322,7 @@ def circle_score(rows: Tensor) -> Circle:
     """
     rows = _matrix(rows, least=3)
     p = len(rows)
-    power = torch.fft.fft(torch.view_as_complex(_plane(rows))).abs().square()
+    power = torch.fft.fft(torch.view_as_complex(plane(rows))).abs().square()
     steps = [k for k in range(1, p) if math.gcd(k, p) == 1]
     shares = power[torch.tensor(steps, device=power.device)] / power.sum()
     best = int(shares.argmax())
@@ -333,19 +342,10 @@ def lattice_score(rows: Tensor, coordinates: Tensor) -> float:
     rows, grid = _matrix(rows, least=3), _centred(_matrix(coordinates))
     if grid.shape != (len(rows), 2) or torch.linalg.matrix_rank(grid) < 2:
         raise ValueError(f"coordinates of shape {tuple(grid.shape)}: expected ({len(rows)}, 2) that span a plane")
-    plane = _plane(rows)
-    lengths = plane.norm(dim=0)
-    axes = plane / torch.where(lengths > ROUNDING * lengths.max(), lengths, math.inf)  # components are uncorrelated
+    points = plane(rows)
+    lengths = points.norm(dim=0)
+    axes = points / torch.where(lengths > ROUNDING * lengths.max(), lengths, math.inf)  # components are uncorrelated
     return ((torch.linalg.qr(grid).Q.t() @ axes).square().sum() / 2).item() if lengths.max() > 0 else math.nan
-
-
-def _plane(rows: Tensor) -> Tensor:
-    """(N, 2) first two principal components."""
-    if rows.shape[1] < 2:
-        raise ValueError("rows of width 1: expected 2 or more")
-    mean = _mean(rows)
-    axes = torch.linalg.eigh(_moments(rows, mean)).eigenvectors[:, -2:].flip(1)
-    return torch.cat([(part - mean) @ axes for part in _doubles(rows)])
 
 
 # ---- sums

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from model.vocab_parallel import VocabShard, group_members, shard_of
-from pretrain.config import BIND_VARIABLE
+from pretrain.config import BIND_VARIABLE, ranks_per_node
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def start(timeout_s: float = 1800) -> Ranks:
         alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
         os.environ.update({key: str(value) for key, value in {**alone, "MASTER_PORT": port}.items()})
     rank, world, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world)
+    local_world = ranks_per_node(os.environ)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank)
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
@@ -92,7 +92,9 @@ def start(timeout_s: float = 1800) -> Ranks:
     if world > 1:
         _choose_interface(os.environ["MASTER_ADDR"], world > local_world)
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        # one rank needs no port
+        met: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **met)
     return Ranks(rank, world, local_rank, local_world, device)
 
 

@@ -219,15 +219,15 @@ def geometry_of(runs: Sequence[Path], words: Sequence[str] | None) -> dict[str, 
     sources = {str(run): geometry.open_run(run, words or NEAREST, strict=words is not None) for run in runs}
     measured = {name: geometry.measure(source) for name, source in sources.items()}
     figures = {name: one.figures for name, one in measured.items()}
-    return _plain({"runs": figures, "cka": geometry.compare(measured)})
+    return plain({"runs": figures, "cka": geometry.compare(measured)})
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
     """The same with None for numbers that are not finite: JSON has none."""
     if isinstance(tree, dict):
-        return {key: _plain(value) for key, value in tree.items()}
+        return {key: plain(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [_plain(value) for value in tree]
+        return [plain(value) for value in tree]
     return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
@@ -338,7 +338,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if args.json:
-        print(json.dumps(_plain({"runs": found, **({"geometry": geometry} if geometry else {})}), allow_nan=False))
+        print(json.dumps(plain({"runs": found, **({"geometry": geometry} if geometry else {})}), allow_nan=False))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table_of(found))

@@ -4,19 +4,45 @@ raised.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import traceback
 import warnings
 from collections.abc import Callable
+from multiprocessing import reduction
+from pathlib import Path
 from typing import Any
-
-import torch.multiprocessing as mp
 
 TIMEOUT_S = 240
 
 
+class _Caller:
+    """Gives a rank that a fork server makes what a child of the caller would have: environment and output."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _become, (dict(os.environ), reduction.DupFd(1), reduction.DupFd(2))
+
+
+def _become(environment: dict[str, str], output: Any, errors: Any) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(output.detach(), 1)
+    os.dup2(errors.detach(), 2)
+
+
+def _context() -> Any:
+    """Ranks are forked from a process that has imported the program, which takes seconds; not where CUDA could have
+    been initialised in it.
+    """
+    if Path("/dev/nvidiactl").exists():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
+    return context
+
+
 def _rank(
-    rank: int, world: int, store: str, check: Callable[..., Any], arguments: dict[str, Any], results: Any
+    caller: Any, rank: int, world: int, store: str, check: Callable[..., Any], arguments: dict[str, Any], results: Any
 ) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world), OMP_NUM_THREADS="1"
@@ -47,11 +73,11 @@ def run_ranks(check: Callable[..., Any], world: int, tmp_path: Any, **arguments:
 
     `check` is a module-level function. Raises AssertionError with the traceback of the first rank that failed.
     """
-    context = mp.get_context("spawn")
+    context = _context()
     results = context.Queue()
     store = tmp_path / f"store-{os.urandom(4).hex()}"
     processes = [
-        context.Process(target=_rank, args=(rank, world, str(store), check, arguments, results), daemon=True)
+        context.Process(target=_rank, args=(_Caller(), rank, world, str(store), check, arguments, results), daemon=True)
         for rank in range(world)
     ]
     for process in processes:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from data.files import sha256_of
 from launch.doctor import compared, skewed
-from launch.probe import facts, more_facts
+from launch.probe import data_state, facts, more_facts
 from launch.reach import Facts
+from tests.pretrain.tiny import make_data
 
 
 def host(tmp_path: Any, **changes: Any) -> Facts:
@@ -35,6 +37,17 @@ def test_a_hosts_own_problems(tmp_path: Any) -> None:
         "a: 1.0 GiB are free in the run folder",
     ]
     assert compared({"a": {**sick, "compiler": "g++", "ninja": "n"}}, with_config=False) == []
+
+
+def test_prepared_data_are_whole_or_name_what_is_not(tmp_path: Any) -> None:
+    folder = make_data(tmp_path / "data")
+    found = data_state(folder)
+    assert found["sha256"] == sha256_of(folder / "manifest.json") and found["problem"] is None
+    index = folder / "val-00000.idx"
+    index.write_bytes(index.read_bytes()[:-1])
+    assert data_state(folder)["problem"].startswith(f"{index}: ")
+    (folder / "train-00000.bin").unlink()
+    assert data_state(folder)["problem"] == f"{folder}/train-00000.bin: missing"
 
 
 def test_a_skew_of_a_second_is_a_problem() -> None:

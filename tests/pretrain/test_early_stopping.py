@@ -15,7 +15,7 @@ from pretrain.config import RunConfig, check_data
 from pretrain.loop import Outcome
 from pretrain.metrics import read_records
 from pretrain.scoring import Evaluation
-from tests.pretrain.tiny import make_data, tiny_config
+from tests.pretrain.tiny import make_data, opened, tiny_config
 from tests.ranks import run_ranks
 
 LOSSES = [9.0, 8.0, 7.0, 7.5, 7.2, 7.1, 7.3, 6.0]  # after each step
@@ -31,23 +31,15 @@ def config(base: Path, **changes: Any) -> RunConfig:
 def outcome_of(cfg: RunConfig) -> Outcome:
     """Trains with the losses that this file says."""
     from pretrain import loop
-    from pretrain import ranks as process
 
-    ranks = process.with_groups(process.start(), 1)
-    run = loop.Run(cfg, ranks)
+    with opened(cfg) as run, pytest.MonkeyPatch.context() as patch:
 
-    def scripted(*_: object) -> Evaluation:
-        ones = np.ones(1, dtype=np.int64)
-        return Evaluation(np.array([LOSSES[run.progress.step - 1]]), ones, ones, ones)
+        def scripted(*_: object) -> Evaluation:
+            ones = np.ones(1, dtype=np.int64)
+            return Evaluation(np.array([LOSSES[run.progress.step - 1]]), ones, ones, ones)
 
-    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "evaluate", scripted)
-        try:
-            return run.train()
-        finally:
-            run.close()
-            ranks.barrier()
-            run.trainer.engine.destroy()
+        return run.train()
 
 
 def kept(base: Path, run: str = "run") -> list[int]:

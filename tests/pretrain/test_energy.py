@@ -21,7 +21,7 @@ from pretrain.metrics import read_records
 from pretrain.ranks import Ranks
 from pretrain.report import main, summarise
 from tests.pretrain.replay import Replay, gpus
-from tests.pretrain.tiny import make_data, tiny_config
+from tests.pretrain.tiny import make_data, outcome_of, tiny_config
 from tests.ranks import run_ranks
 
 
@@ -220,19 +220,13 @@ def config(base: Path, **changes: Any) -> RunConfig:
     return tiny_config(**{**usual, **more, **changes})
 
 
-def outcome_of(cfg: RunConfig, counter: energy.Counter | None) -> Any:
+def measured(cfg: RunConfig, counter: energy.Counter | None) -> Any:
     """Trains, on a node with this counter."""
     from pretrain import loop
 
-    ranks = process.with_groups(process.start(), 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "zeus_counter", lambda _: counter)
-        run = loop.Run(cfg, ranks)
-        try:
-            return run.train()
-        finally:
-            run.close()
-            run.trainer.engine.destroy()
+        return outcome_of(cfg)
 
 
 # Readings at both ends of the windows of a run of 6 steps: train to 2, to 4, eval, save, train to 6, eval, save; the
@@ -243,7 +237,7 @@ WINDOWS = [(0, 1000), (1000, 2500), (2500, 2600), (2600, 2600), (2605, 3605), (3
 def check_a_run(base: Path) -> None:
     cfg = config(base)
     counter = Replay(gpus(*(at for window in WINDOWS for at in window)))
-    assert outcome_of(cfg, counter).reason == "done"
+    assert measured(cfg, counter).reason == "done"
     records = read_records(cfg.run)
     phases = ["train", "eval", "save"]  # a save is recorded when it is published, which may be some steps later
     found = [(r["step"], phases.index(r["kind"]), r["gpu_j"]) for r in records if r["kind"] in phases]
@@ -283,13 +277,13 @@ def test_a_run_with_a_counter_from_its_readings_to_the_report(tmp_path: Path, ca
 
 
 def check_no_counter(base: Path) -> None:
-    outcome_of(config(base, train__steps=2), None)
+    measured(config(base, train__steps=2), None)
     budget = config(base, run=str(base / "other"), energy__stop_at_joules=100)
     with pytest.raises(ConfigError, match="could never stop by it, since no energy is measured here: gpu: no energy"):
-        outcome_of(budget, None)
+        measured(budget, None)
     assert not (base / "other").exists()
     with pytest.raises(ConfigError, match="step-00000002 does not know what was spent before it"):
-        outcome_of(config(base, train__steps=2, energy__stop_at_joules=100), Replay(gpus(0, 1)))
+        measured(config(base, train__steps=2, energy__stop_at_joules=100), Replay(gpus(0, 1)))
 
 
 def test_without_a_counter_all_joules_are_null_and_a_budget_is_refused(tmp_path: Path, capsys) -> None:
@@ -308,7 +302,7 @@ def test_without_a_counter_all_joules_are_null_and_a_budget_is_refused(tmp_path:
 def check_budget(base: Path) -> None:
     readings = gpus(*range(0, 10000, 10))  # every window takes 10 J
     small = config(base, energy__stop_at_joules=20, logging__every=1)
-    first = outcome_of(small, Replay(readings))
+    first = measured(small, Replay(readings))
     told = "J were spent of energy.stop_at_joules=20"
     assert (first.code, first.step) == (0, 2) and told in first.reason, first
     kept = checkpoint.checkpoints(base / "run" / "checkpoints")
@@ -316,16 +310,16 @@ def check_budget(base: Path) -> None:
     kinds = [(r["kind"], r["step"]) for r in read_records(base / "run") if r["kind"] != "train"]
     assert kinds == [("counters", 0), ("eval", 2), ("save", 2)], "its last step is scored and saved"
 
-    again = outcome_of(small, Replay(readings))
+    again = measured(small, Replay(readings))
     assert (again.code, again.step) == (0, 2) and told in again.reason, "nothing is trained on the same budget"
     assert len(checkpoint.checkpoints(base / "run" / "checkpoints")) == 1
-    larger = outcome_of(config(base, energy__stop_at_joules=45, logging__every=1), Replay(readings))
+    larger = measured(config(base, energy__stop_at_joules=45, logging__every=1), Replay(readings))
     assert larger.step == 4, "30 J were spent before, evaluation included"
-    done = outcome_of(config(base), Replay(readings))
+    done = measured(config(base), Replay(readings))
     assert done.reason == "done" and done.step == 6
 
     lost = config(base, run=str(base / "lost"), energy__stop_at_joules=1e9)
-    ended = outcome_of(lost, Replay([*readings[:2], OSError("gone")]))
+    ended = measured(lost, Replay([*readings[:2], OSError("gone")]))
     assert (ended.code, ended.step) == (0, 4) and "energy is no longer measured" in ended.reason
     assert checkpoint.checkpoints(base / "lost" / "checkpoints")
 

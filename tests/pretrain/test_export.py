@@ -26,7 +26,7 @@ from pretrain.ranks import Ranks
 from pretrain.scoring import evaluate
 from tests.data.test_shards import EOS
 from tests.pretrain.test_resume import flip
-from tests.pretrain.tiny import V, make_data, tiny_config
+from tests.pretrain.tiny import V, make_data, opened, tiny_config
 from tests.ranks import run_ranks
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -48,27 +48,20 @@ def check_masters(base: Path) -> dict[str, dict[str, np.ndarray]]:
     import deepspeed
 
     from model.vocab_parallel import full_rows
-    from pretrain import ranks as process
-    from pretrain.loop import Run
 
     found = {}
     for name in VARIANTS:
-        cfg, ranks = config(base, name), process.start()
-        ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-        run = Run(cfg, ranks)
-        assert run.train().code == 0
-        run.close()
-        head, engine = run.trainer.head, run.trainer.engine
-        plain = type(engine.optimizer).__name__ == "AdamW"
-        masters = {
-            f"decoder.{key}": (p.detach() if plain else deepspeed.utils.safe_get_full_fp32_param(p)).clone().numpy()
-            for key, p in engine.module.named_parameters()
-        }
-        masters |= {f"head.{key}": p.detach().clone().numpy() for key, p in head.named_parameters()}
-        masters["head.prototypes"] = full_rows(head.prototypes.detach(), head.shard).numpy()
-        found[name] = masters
-        ranks.barrier()
-        engine.destroy()
+        with opened(config(base, name)) as run:
+            assert run.train().code == 0
+            head, engine = run.trainer.head, run.trainer.engine
+            plain = type(engine.optimizer).__name__ == "AdamW"
+            masters = {
+                f"decoder.{key}": (p.detach() if plain else deepspeed.utils.safe_get_full_fp32_param(p)).clone().numpy()
+                for key, p in engine.module.named_parameters()
+            }
+            masters |= {f"head.{key}": p.detach().clone().numpy() for key, p in head.named_parameters()}
+            masters["head.prototypes"] = full_rows(head.prototypes.detach(), head.shard).numpy()
+            found[name] = masters
     return found
 
 

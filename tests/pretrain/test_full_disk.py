@@ -13,8 +13,8 @@ import pytest
 from pretrain import checkpoint, saver
 from pretrain.config import EXIT_NOT_SAVED
 from pretrain.metrics import Recorder, read_records
-from tests.pretrain.test_saver import config, kept, outcome_of
-from tests.pretrain.tiny import make_data
+from tests.pretrain.test_saver import config, kept
+from tests.pretrain.tiny import make_data, outcome_of
 from tests.ranks import run_ranks
 
 MIB = 1 << 20

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 
 from pretrain.__main__ import adopt
+from pretrain.config import ranks_per_node
 from pretrain.ranks import _bind_cores, interface_to
+from tests.ranks import run_ranks
 
 
 def test_open_mpis_names_are_taken_where_deepspeeds_are_missing() -> None:
@@ -18,6 +21,12 @@ def test_open_mpis_names_are_taken_where_deepspeeds_are_missing() -> None:
     ours = {**theirs, "RANK": "0"}
     adopt(ours)
     assert ours == {**theirs, "RANK": "0"}
+
+
+def test_deepspeeds_word_on_the_ranks_here_is_before_an_inherited_one() -> None:
+    assert ranks_per_node({"LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "4"}) == 2
+    assert ranks_per_node({"LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "6"}) == 3
+    assert ranks_per_node({"WORLD_SIZE": "6", "LOCAL_SIZE": ""}) == 6 and ranks_per_node({}) == 1
 
 
 def test_the_interface_to_an_address() -> None:
@@ -45,3 +54,25 @@ def test_cores_that_are_listed_and_not_given_bind_nothing(monkeypatch, caplog) -
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {4000, 4001})  # this machine has fewer
     _bind_cores(0, 2)
     assert "not bound to cores [4000]" in caplog.text
+
+
+def test_a_process_alone_may_start_again_whatever_listens_on_its_port(tmp_path) -> None:
+    (told,) = run_ranks(check_started_again, 1, tmp_path)
+    assert told == [(0, 1), (0, 1)]
+
+
+def check_started_again() -> list[tuple[int, int]]:
+    import torch.distributed as dist
+
+    from pretrain import ranks as process
+
+    dist.destroy_process_group()
+    found = []
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        for port in (taken.getsockname()[1],) * 2:
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            ranks = process.start()
+            found.append((ranks.rank, ranks.world))
+            process.stop()
+    process.start()  # for the one that runs this
+    return found

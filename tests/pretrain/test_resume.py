@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 from data.settings import ConfigError
 from pretrain import checkpoint
 from pretrain.config import RunConfig
-from tests.pretrain.tiny import T, make_data, run_to_end, tiny_config
+from tests.pretrain.tiny import T, make_data, opened, run_to_end, tiny_config
 from tests.ranks import run_ranks
 
 STEPS, CUT = 6, 3
@@ -101,30 +101,23 @@ ELASTIC: dict[str, dict[str, Any]] = {
 
 def check_hop(base: Path, changes: dict[str, Any], run: str, first: int, count: int) -> dict[str, list[Any]]:
     """Steps first .. first+count-1 of every elastic run, resumed if they are not the first; losses and batches."""
-    from pretrain import ranks as process
-    from pretrain.loop import Run
-
     found = {}
     for name, kind in ELASTIC.items():
         steps = STEPS_A_HOP * len(HOPS)
         plain = {"train__steps": steps, "train__tokens_per_step": 12 * T, "model__dropout": 0.0}  # its draws go by rank
         paths = {"run": str(base / f"{run}-{name}"), "data__path": str(base / "data")}
         cfg = tiny_config(**{**plain, **paths, **kind, **changes})
-        ranks = process.start()
-        ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-        trained = Run(cfg, ranks)
-        assert trained.progress.step == first
-        told = []
-        for step in range(first, first + count):
-            taken = trained.step(step)
-            trained._advance(taken)
-            loss = ranks.sum(taken.loss.double()).item() / ranks.world
-            told.append((loss, trained.batches.fingerprint()))
-        trained.save()
-        trained.finish_save()
-        trained.close()
-        trained.trainer.engine.destroy()
-        found[name] = told
+        with opened(cfg) as trained:
+            assert trained.progress.step == first
+            told = []
+            for step in range(first, first + count):
+                taken = trained.step(step)
+                trained._advance(taken)
+                loss = trained.ranks.sum(taken.loss.double()).item() / trained.ranks.world
+                told.append((loss, trained.batches.fingerprint()))
+            trained.save()
+            trained.finish_save()
+            found[name] = told
     return found
 
 

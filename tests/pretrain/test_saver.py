@@ -18,30 +18,14 @@ from pretrain import checkpoint, saver
 from pretrain.checkpoint import Progress
 from pretrain.config import EXIT_NOT_SAVED, CheckpointConfig, RunConfig
 from pretrain.fragments import Fragment
-from pretrain.loop import Outcome
 from pretrain.metrics import read_records
-from tests.pretrain.tiny import make_data, tiny_config
+from tests.pretrain.tiny import make_data, outcome_of, tiny_config
 from tests.ranks import run_ranks
 
 
 def config(base: Path, **changes: Any) -> RunConfig:
     usual = {"run": str(base / "run"), "data__path": str(base / "data"), "train__steps": 6, "logging__every": 1}
     return tiny_config(**{**usual, "checkpoint__every": 1, "train__micro_batch": 2, **changes})
-
-
-def outcome_of(cfg: RunConfig) -> Outcome:
-    from pretrain import ranks as process
-    from pretrain.loop import Run
-
-    ranks = process.start()
-    ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-    run = Run(cfg, ranks)
-    try:
-        return run.train()
-    finally:
-        run.close()
-        ranks.barrier()
-        run.trainer.engine.destroy()
 
 
 def kept(base: Path) -> list[int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ from torch import Tensor
 
 from pretrain.config import RunConfig, from_tree
 from tests.data.test_shards import EOS, make_folder
+
+if TYPE_CHECKING:  # the loop needs DeepSpeed, whose start takes seconds
+    from pretrain.loop import Outcome, Run
 
 V, T, SEQUENCES = 67, 8, 8
 
@@ -127,20 +132,35 @@ def make_data(folder: Path, train_tokens: int = 2000, val_tokens: int = 137) -> 
     return folder
 
 
-def run_to_end(cfg: RunConfig) -> list[float]:
-    """A whole run on the ranks of this process group; returns the logged losses by step (rank 0's, from the file)."""
+@contextmanager
+def opened(cfg: RunConfig) -> Iterator[Run]:
+    """A run on the ranks of this process group; it is closed on leaving."""
     from pretrain import ranks as process
     from pretrain.loop import Run
-    from pretrain.metrics import read_records
 
     ranks = process.start()
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
     run = Run(cfg, ranks)
-    outcome = run.train()
+    try:
+        yield run
+    finally:
+        run.close()
+        ranks.barrier()
+        run.trainer.engine.destroy()
+
+
+def outcome_of(cfg: RunConfig) -> Outcome:
+    """How a whole run on the ranks of this process group ends."""
+    with opened(cfg) as run:
+        return run.train()
+
+
+def run_to_end(cfg: RunConfig) -> list[float]:
+    """A whole run on the ranks of this process group; returns the logged losses by step (rank 0's, from the file)."""
+    from pretrain.metrics import read_records
+
+    outcome = outcome_of(cfg)
     assert outcome.code == 0, outcome
-    run.close()
-    ranks.barrier()
-    run.trainer.engine.destroy()
     return [record["loss"] for record in read_records(cfg.run) if record["kind"] == "train"]
 
 

@@ -1,0 +1,122 @@
+"""`python -m pretrain.study CONFIG [key=value ...] [options of launch run]`: trains a matched grid and tells what came
+of it, in a table, results.json, results.csv and a page. Run again, it goes on with what is not done.
+
+Exit codes: 0 done; 2 bad input; 75 stopped by a signal, the same command goes on; others: a run failed with that code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data.files import lock, replace_file
+from data.progress import say
+from data.settings import ConfigError, read_tree, validate
+from pretrain.config import EXIT_BAD_INPUT
+
+PAGE, RESULTS, ROWS = "study.html", "results.json", "results.csv"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m pretrain.study",
+        allow_abbrev=False,
+        description="Train a matched grid of heads, learning rates and seeds, and compare. Options that are not listed "
+        "go to `python -m launch run`, such as --hostfile H.",
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/study-small.yaml")
+    parser.add_argument("--report", action="store_true", help="train nothing: write the results of what is done")
+    asked, rest = parser.parse_known_args(argv)
+    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    launch = [word for word in rest if word not in overrides]
+    try:
+        tree = read_tree(asked.config, overrides)
+        kinds = {"language": _language, "algorithmic": _algorithmic}
+        if tree.get("kind") not in kinds:
+            raise ConfigError(f"{asked.config}: kind={tree.get('kind')!r}: expected one of {', '.join(kinds)}")
+        return kinds[tree["kind"]](tree, launch, asked.report)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on", file=sys.stderr)
+        return 130
+
+
+def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
+    from pretrain.study import grid, results
+    from pretrain.study.page import page
+
+    study = validate(grid.LanguageConfig, tree)
+    grid.check(study)
+    with _alone(study.out):
+        try:
+            if not report:
+                grid.train(study, launch, say)
+        except grid.Stopped as stopped:
+            print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
+            return stopped.code or 1
+        found = results.gather(study, say)
+        write(study.out, found, found["runs"])
+        replace_file(study.out / PAGE, page(found))
+    _tell(results.table(found))
+    say(f"written: {study.out / PAGE}, {RESULTS} and {ROWS} beside it")
+    return 0
+
+
+def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
+    from pretrain.study import algorithmic
+
+    study = validate(algorithmic.AlgorithmicConfig, tree)
+    if launch or report:
+        raise ConfigError(f"{' '.join([*launch, *['--report'] * report])}: an algorithmic study takes no such option")
+    with _alone(study.out):
+        found = algorithmic.run(study, say)
+        write(study.out, found, algorithmic.rows(found))
+    _tell(algorithmic.table(found))
+    say(f"written: {study.out / RESULTS}, {ROWS} beside it")
+    return 0
+
+
+def _tell(table: Table) -> None:
+    Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+class _alone:
+    """Holds a study's folder: two at once would train the same runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._file = (self._folder / "lock").open("w")
+        if not lock(self._file):
+            self._file.close()
+            raise ConfigError(f"{self._folder}: another process works on this study; wait for it, or end it")
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def write(folder: Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Replaces a study's results, whole, and as rows."""
+    replace_file(folder / RESULTS, json.dumps(found, allow_nan=False) + "\n")
+    table = io.StringIO()
+    writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    replace_file(folder / ROWS, table.getvalue())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""A grid of language-model runs that differ in the head, the learning rate and the seed, and in nothing else.
+
+Every head is trained at every learning rate with the first seed; the rate with the best held-out bits/byte is then
+trained with the other seeds. A run is a run folder as any other, made by `python -m launch run`; what is done is
+skipped, and what was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from data.files import replace_file
+from data.prepare import prepare
+from data.settings import ConfigError
+from model.config import HeadConfig
+from pretrain.config import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_RECORD, RunConfig, check_data, dump, from_tree, load
+from pretrain.metrics import clock, read_records
+
+DONE, DIVERGED = "done", "diverged"
+NOT_ITS_OWN = {"run": "out", "head": "heads", "train.seed": "seeds", "optim.lr": "lrs"}
+
+
+class LanguageConfig(BaseModel, extra="forbid", frozen=True):
+    """A study. `base` is a run's configuration (see pretrain/config.py) but for what the grid sets."""
+
+    kind: Literal["language"]
+    title: str
+    out: Path  # the study's folder
+    heads: dict[str, HeadConfig] = Field(min_length=1)
+    baseline: str  # one of the heads, which the others are compared with
+    lrs: tuple[float, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+    lr_floor: float = Field(default=0.0, ge=0, le=1)  # the schedule ends at this share of the learning rate
+    base: dict[str, Any]
+
+    @field_validator("lrs", "seeds")
+    @classmethod
+    def _different(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError(f"{list(values)} has a value twice")
+        return values
+
+    @model_validator(mode="after")
+    def _names_fit(self) -> LanguageConfig:
+        if self.baseline not in self.heads:
+            raise ValueError(f"baseline={self.baseline} is none of the heads: {', '.join(self.heads)}")
+        for name in self.heads:
+            if not name.replace("-", "").replace("_", "").isalnum():
+                raise ValueError(f"heads.{name}: a name names folders: letters, digits, - and _ alone")
+        for key, ours in NOT_ITS_OWN.items():
+            section, _, setting = key.rpartition(".")
+            if setting in (self.base.get(section) or {} if section else self.base):
+                raise ValueError(f"base.{key} is set by the study: use {ours}")
+        return self
+
+    def config(self, cell: Cell) -> RunConfig:
+        """What a cell trains. Raises ConfigError."""
+        tree: dict[str, Any] = {**self.base, "run": str(self.out / "runs" / cell.name)}
+        tree["head"] = self.heads[cell.head].model_dump(mode="json")
+        tree["train"] = {**(tree.get("train") or {}), "seed": cell.seed}
+        tree["optim"] = {**(tree.get("optim") or {}), "lr": cell.lr, "min_lr": cell.lr * self.lr_floor}
+        return from_tree(tree)
+
+    def sweep(self) -> list[Cell]:
+        """The first seed's cells, all heads of a rate before the next rate: what a machine does to its speed over time
+        it does to all heads alike.
+        """
+        return [Cell(head, lr, self.seeds[0]) for lr in self.lrs for head in self.heads]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a study."""
+
+    head: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.head}-lr{self.lr:g}-seed{self.seed}"
+
+
+def check(study: LanguageConfig) -> None:
+    """Raises ConfigError if a run of the study could not be trained, or one that is there was another."""
+    for cell in [Cell(c.head, c.lr, seed) for c in study.sweep() for seed in study.seeds]:
+        cfg = study.config(cell)
+        found = cfg.run / "config.yaml"
+        if found.exists() and dump(load(found)) != dump(cfg):
+            raise ConfigError(
+                f"{cfg.run} was trained with other settings than this study's; give the study another `out`, or remove "
+                "that folder"
+            )
+
+
+def outcome(cfg: RunConfig) -> str | None:
+    """DONE or DIVERGED; None for a run that has not ended."""
+    try:
+        code = json.loads((cfg.run / EXIT_RECORD).read_text())["code"]
+    except FileNotFoundError:
+        return None
+    return {0: DONE, EXIT_DIVERGED: DIVERGED}.get(code)
+
+
+def held_out(cfg: RunConfig) -> float | None:
+    """Bits/byte of a run's last evaluation, if it is done."""
+    if outcome(cfg) != DONE:
+        return None
+    return [record for record in read_records(cfg.run) if record["kind"] == "eval"][-1]["bits_per_byte"]
+
+
+def chosen_lr(study: LanguageConfig, head: str) -> float | None:
+    """The rate of the best run of the sweep; None if none was done."""
+    found = {lr: held_out(study.config(Cell(head, lr, study.seeds[0]))) for lr in study.lrs}
+    known = {lr: bits for lr, bits in found.items() if bits is not None}
+    return min(known, key=known.__getitem__) if known else None
+
+
+def cells(study: LanguageConfig) -> Iterator[Cell]:
+    """All cells, in their order. Those of the other seeds depend on the sweep, which has to be trained by then."""
+    yield from study.sweep()
+    for seed in study.seeds[1:]:
+        for head in study.heads:
+            lr = chosen_lr(study, head)
+            if lr is not None:
+                yield Cell(head, lr, seed)
+
+
+class Stopped(Exception):
+    """A run ended by neither of its ways: `code` is that of the launcher."""
+
+    def __init__(self, cell: Cell, code: int) -> None:
+        super().__init__(f"{cell.name}: exit code {code}")
+        self.code = code
+
+
+def start(config: Path, options: Sequence[str]) -> int:
+    """Runs a job to its end; its exit code."""
+    return subprocess.run([sys.executable, "-m", "launch", "run", str(config), *options]).returncode
+
+
+def train(study: LanguageConfig, launch: Sequence[str], log: Callable[[str], None]) -> None:
+    """Prepares the data and trains what is not done.
+
+    Args:
+        launch: options of `python -m launch run`, such as --hostfile.
+
+    Raises:
+        Stopped: a run was preempted, or failed; the same command goes on.
+    """
+    cfg = study.config(next(cells(study)))
+    prepare(cfg.data, log)
+    check_data(cfg)
+    total = len(study.heads) * (len(study.lrs) + len(study.seeds) - 1)
+    seconds: list[float] = []
+    for number, cell in enumerate(cells(study), start=1):
+        cfg = study.config(cell)
+        if outcome(cfg):
+            continue
+        left = f", about {clock(sum(seconds) / len(seconds) * (total - number + 1))} left" if seconds else ""
+        log(f"run {number} of {total}: {cell.name}{left}")
+        path = study.out / "configs" / f"{cell.name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, dump(cfg))
+        began = time.monotonic()
+        code = start(path, launch)
+        seconds.append(time.monotonic() - began)
+        if code == EXIT_BAD_INPUT:
+            raise ConfigError(f"{cell.name} could not be started: see above")
+        if outcome(cfg) is None or code not in (0, EXIT_DIVERGED):
+            raise Stopped(cell, code)

@@ -1,0 +1,336 @@
+"""What the runs of a study came to: measured run by run, then head by head, as plain values."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.table import Table
+
+from data.files import replace_file
+from data.shards import Split, open_split
+from data.workers import cores
+from pretrain import geometry, interpret
+from pretrain.checkpoint import find_given
+from pretrain.config import RunConfig
+from pretrain.evaluate import open_task, run_task
+from pretrain.metrics import cpu_name, read_records
+from pretrain.ranks import Ranks
+from pretrain.report import plain, summarise
+from pretrain.saver import versions
+from pretrain.scoring import INTERVAL, Evaluation, compare, unigram_bits_per_byte
+from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
+
+MEASURED = "measured.json"  # in a run folder
+DOCUMENTS = "documents.npz"  # its evaluation, by document
+SHOWN = 300  # prototypes of a projection: those of the most frequent tokens
+
+
+def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
+    """Scores a finished run's newest checkpoint by document and measures its geometry; a second call reads the first
+    one's files. Raises ConfigError.
+    """
+    checkpoint, run = find_given(cfg.run)
+    files = run / MEASURED, run / DOCUMENTS
+    if all(file.exists() for file in files):
+        found = json.loads(files[0].read_text())
+        if found["checkpoint"] == checkpoint.name:
+            return found
+    log(f"measuring {run.name}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scored, _ = run_task(open_task(run), Ranks(0, 1, 0, 1, device))
+    with files[1].open("wb") as stream:
+        np.savez(stream, **vars(scored))
+    source = geometry.open_run(run, (), strict=False)
+    looked_at = geometry.measure(source)
+    found = plain(
+        {
+            "checkpoint": checkpoint.name,
+            "evaluation": {**scored.as_dict(), **scored.standard_errors()},
+            "geometry": looked_at.figures,
+            "scree": scree(looked_at.prototypes),
+            "projection": projection(looked_at.prototypes, source),
+        }
+    )
+    replace_file(files[0], json.dumps(found, allow_nan=False))
+    return found
+
+
+def scree(rows: torch.Tensor) -> list[float]:
+    """Shares of the variance in the first 1, 2, ... principal components."""
+    variances = interpret.spectrum(rows).variances
+    return [round(share, 6) for share in (variances.cumsum(0) / variances.sum()).tolist()]
+
+
+def projection(rows: torch.Tensor, source: geometry.Source) -> dict[str, Any]:
+    """The first two principal components of the most frequent tokens' prototypes."""
+    train = open_split(source.cfg.data.path, "train")
+    counts = np.bincount(train.read(0, train.tokens), minlength=train.vocab_size)
+    chosen = counts.argsort()[::-1][:SHOWN].tolist()
+    plane, found = interpret.plane(rows), interpret.spectrum(rows)
+    points = [
+        [round(x, 5), round(y, 5), source.tokenizer.decode([token]), int(counts[token])]
+        for token, (x, y) in zip(chosen, plane[chosen].tolist(), strict=True)
+    ]
+    return {"explained": [found.explained(1), found.explained(2) - found.explained(1)], "points": points}
+
+
+# ---- head by head
+
+
+def interval(values: Sequence[float]) -> dict[str, Any]:
+    """Mean of independent values, with Student's interval for it; no bounds for a single one."""
+    from scipy.stats import t
+
+    mean, bounds = statistics.fmean(values), {"low": None, "high": None}
+    if len(values) > 1:
+        half = t.ppf((1 + INTERVAL) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+        bounds = {"low": mean - half, "high": mean + half}
+    return {"mean": mean, **bounds, "values": list(values)}
+
+
+def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
+    """The results of all runs that are done so far. Raises ConfigError."""
+    runs = {cell: study.config(cell) for cell in cells(study)}
+    rates = {head: chosen_lr(study, head) for head in study.heads}
+    finished = {
+        head: {cell.seed: cell for cell in runs if (cell.head, cell.lr) == (head, rates[head]) and _done(runs[cell])}
+        for head in study.heads
+    }
+    kept = [cell for of_head in finished.values() for cell in of_head.values()]
+    measured = {cell: measure(runs[cell], log) for cell in kept}
+    summaries = {cell: summarise(cfg.run) for cell, cfg in runs.items() if _done(cfg)}
+    base = finished[study.baseline]
+    any_config = next(iter(runs.values()))
+    train, val = (open_split(any_config.data.path, name) for name in ("train", "val"))
+    heads = []
+    for head in study.heads:
+        of_head = finished[head]
+        first = next(iter(of_head.values()), None)
+        both = [seed for seed in of_head if seed in base] if head != study.baseline else []
+        pairs = [(runs[of_head[seed]], runs[base[seed]]) for seed in both]
+        heads.append(
+            {
+                "name": head,
+                **study.heads[head].model_dump(mode="json", include={"distance", "params", "exponent"}),
+                "lr": rates[head],
+                "lr_at_edge": len(study.lrs) > 1 and rates[head] in (min(study.lrs), max(study.lrs)),
+                "sweep": [_swept(cell, cfg) for cell, cfg in runs.items() if cell.head == head],
+                "started": sum(outcome(cfg) is not None for cell, cfg in runs.items() if cell.head == head),
+                "diverged": sum(outcome(cfg) not in (None, DONE) for cell, cfg in runs.items() if cell.head == head),
+                "seeds": list(of_head),
+                "bits_per_byte": _over([measured[cell]["evaluation"]["bits_per_byte"] for cell in of_head.values()]),
+                "difference": difference(pairs) if pairs else None,
+                **_speed([summaries[cell] for cell in of_head.values()], [runs[cell] for cell in of_head.values()]),
+                **_shape([measured[cell]["geometry"] for cell in of_head.values()]),
+                **(_first(first, runs[first], summaries[first], measured[first]) if first else {}),
+            }
+        )
+    return plain(
+        {
+            "name": study.out.name,
+            "title": study.title,
+            **about(any_config, train, val),
+            "seeds": list(study.seeds),
+            "lrs": list(study.lrs),
+            "baseline": study.baseline,
+            "not_measured": next((s["not_measured"] for s in summaries.values()), {}),
+            "heads": heads,
+            "runs": [_row(cell, cfg, summaries.get(cell), cell in kept) for cell, cfg in runs.items()],
+        }
+    )
+
+
+def _done(cfg: RunConfig) -> bool:
+    return outcome(cfg) == DONE
+
+
+def _over(values: Sequence[float]) -> dict[str, Any] | None:
+    return interval(values) if values else None
+
+
+def difference(pairs: Sequence[tuple[RunConfig, RunConfig]]) -> dict[str, Any]:
+    """Bits/byte of runs less those of the baseline's with the same seed, data and order: over seeds, and over
+    documents of all seeds' mean.
+    """
+    scored = [[_documents(cfg.run) for cfg in pair] for pair in pairs]
+    found = interval([compare(a, b).bits_per_byte_difference for a, b in scored])
+    mean = [
+        Evaluation(np.mean([side.nats for side in sides], 0), sides[0].hits, sides[0].tokens, sides[0].text_bytes)
+        for sides in zip(*scored, strict=True)
+    ]
+    by_document = compare(*mean)
+    return {**found, "documents_low": by_document.low, "documents_high": by_document.high}
+
+
+def _documents(run: Path) -> Evaluation:
+    with np.load(run / DOCUMENTS, allow_pickle=False) as found:
+        return Evaluation(**found)
+
+
+def _swept(cell: Cell, cfg: RunConfig) -> dict[str, Any]:
+    return {"lr": cell.lr, "seed": cell.seed, "bits_per_byte": held_out(cfg), "outcome": outcome(cfg)}
+
+
+def _speed(summaries: Sequence[dict[str, Any]], configs: Sequence[RunConfig]) -> dict[str, Any]:
+    """Medians over seeds; energy and stability are means."""
+    rates = [rate for cfg in configs if (rate := _rate(cfg.run)) is not None]
+    rate = statistics.median(rates) if rates else None
+    return {
+        "tokens_per_s": rate,
+        "seconds_per_token": 1 / rate if rate else None,
+        "j_per_token": _mean([one["j_per_token"] for one in summaries]),
+        "gradient_stability": {
+            key: _mean([one["gradient_stability"][key] for one in summaries])
+            for key in ("log_norm_variance", "spikes", "judged")
+        },
+        "learning_stability": {
+            key: _mean([one["learning_stability"][key] for one in summaries])
+            for key in ("spikes", "judged", "largest_rise")
+        },
+    }
+
+
+def _rate(run: Path) -> float | None:
+    """Tokens per second in the median of a run's records but the first, in which kernels are compiled."""
+    rates = [record["tokens_per_s"] for record in read_records(run) if record["kind"] == "train"][1:]
+    return statistics.median(rates) if rates else None
+
+
+def _shape(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    names = {
+        "pca90": "dimensions_90",
+        "effective_rank": "effective_rank",
+        "participation_ratio": "participation_ratio",
+        "first_2": "first_2",
+    }
+    return {ours: _mean([one["spectra"]["prototypes"][theirs] for one in figures]) for ours, theirs in names.items()}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None if one of them is, or there are none."""
+    known = [value for value in values if value is not None]
+    return statistics.fmean(known) if known and len(known) == len(values) else None
+
+
+def _first(cell: Cell, cfg: RunConfig, summary: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+    """What is shown of one seed alone."""
+    records = read_records(cfg.run)
+    return {
+        "shown_seed": cell.seed,
+        "train_curve": curve(records, "train"),
+        "eval_curve": curve(records, "eval"),
+        "unigram_bits_per_byte": summary["unigram_bits_per_byte"],
+        "scree": measured["scree"],
+        "projection": measured["projection"],
+        "norms": measured["geometry"]["norms"],
+    }
+
+
+def curve(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    """Losses of a kind's records against what training had taken by then: tokens, seconds, joules."""
+    points, tokens, seconds = [], 0, 0.0
+    joules: float | None = 0.0
+    for record in records:
+        if record["kind"] == "train":
+            tokens, seconds = record["tokens"], seconds + record["seconds"]
+            spent = [record[part] for part in ("gpu_j", "cpu_j", "dram_j") if record.get(part) is not None]
+            joules = joules + sum(spent) if spent and joules is not None else None
+        if record["kind"] == kind:
+            loss = record["loss_mean"] if kind == "train" else record["loss"]
+            more = {} if kind == "train" else {"bits_per_byte": record["bits_per_byte"]}
+            point = {"step": record["step"], "tokens": tokens, "seconds": round(seconds, 3), "joules": joules}
+            points.append({**point, "loss": loss, **more})
+    return points
+
+
+def _row(cell: Cell, cfg: RunConfig, summary: dict[str, Any] | None, chosen: bool) -> dict[str, Any]:
+    """A run in a line, for CSV."""
+    found = summary or {}
+    stability = found.get("gradient_stability") or {}
+    names = ("bits_per_byte", "perplexity", "loss", "train_seconds", "j_per_token", "skipped")
+    return {
+        **vars(cell),
+        "chosen": chosen,
+        "outcome": outcome(cfg),
+        **{name: found.get(name) for name in names},
+        "tokens_per_s": _rate(cfg.run) if summary else None,
+        **{f"gradient_{key}": stability.get(key) for key in ("log_norm_variance", "spikes")},
+    }
+
+
+def about(cfg: RunConfig, train: Split, val: Split) -> dict[str, Any]:
+    """What all runs of a study share."""
+    model, made_by = cfg.model, versions()
+    return {
+        "machine": machine(),
+        "versions": {name: version for name, version in made_by.items() if version and name != "revision"},
+        "revision": made_by["revision"],
+        "data": {
+            "path": str(cfg.data.path),
+            "fingerprint": train.fingerprint,
+            "train_tokens": train.tokens,
+            "val_tokens": val.tokens,
+            "val_documents": val.documents,
+            "val_bytes": val.text_bytes,
+            "unigram_bits_per_byte": unigram_bits_per_byte(train, val),
+        },
+        "model": {
+            **model.model_dump(include={"layers", "dim", "heads", "seq_len", "vocab_size"}),
+            "parameters": model.parameters() + model.vocab_size * model.dim,
+        },
+        "budget": {
+            "steps": cfg.train.steps,
+            "tokens": cfg.train.steps * cfg.train.tokens_per_step,
+            "tokens_per_step": cfg.train.tokens_per_step,
+        },
+    }
+
+
+def machine() -> str:
+    """The device, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{cores()} cores of {cpu_name()}"
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Heads by row."""
+    found = Table(
+        "head", "lr", "held-out bits/byte", f"less {results['baseline']}", "tokens/s", "J/token", "PCA90", "eff. rank",
+        "var ln norm", "spikes", "diverged",
+    )  # fmt: skip
+    for head in results["heads"]:
+        stable = head["gradient_stability"]
+        found.add_row(
+            head["name"],
+            "-" if head["lr"] is None else f"{head['lr']:g}{' (edge)' if head['lr_at_edge'] else ''}",
+            _with_bounds(head["bits_per_byte"], "{:.4f}"),
+            _with_bounds(head["difference"], "{:+.4f}"),
+            _told(head["tokens_per_s"], "{:,.0f}"),
+            _told(head["j_per_token"], "{:.3e}", "not measured"),
+            _told(head["pca90"], "{:.1f}"),
+            _told(head["effective_rank"], "{:.1f}"),
+            _told(stable["log_norm_variance"], "{:.3g}"),
+            _told(stable["spikes"], "{:.3g}"),
+            f"{head['diverged']} of {head['started']}",
+        )
+    return found
+
+
+def _with_bounds(found: dict[str, Any] | None, form: str) -> str:
+    if found is None:
+        return "-"
+    if found["low"] is None:
+        return form.format(found["mean"])
+    return f"{form.format(found['mean'])} [{form.format(found['low'])}, {form.format(found['high'])}]"
+
+
+def _told(value: float | None, form: str, missing: str = "-") -> str:
+    return missing if value is None else form.format(value)
