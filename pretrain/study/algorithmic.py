@@ -568,7 +568,7 @@ def table(results: dict[str, Any]) -> Table:
         "never": lambda one, at: f"{one['never']} of {sum(each['seeds'] for each in one['fractions'])}",
         "of the examples": lambda one, at: f"{at['fraction']:.0%}",
         "epochs to 95%": lambda one, at: _told(at["median_epochs_to_generalise"], "{:.0f}", "never"),
-        "test accuracy": lambda one, at: _mean(at["test_accuracy"], "{:.1%}"),
+        "test accuracy": lambda one, at: _mean(at["test_accuracy"], "{:.0%}"),
         "prototypes: 2 components": lambda one, at: _mean(at["prototypes_explained"], "{:.0%}"),
         "crystal": lambda one, at: _mean(at["prototypes_crystal"], "{:.2f}"),
         "embedding: 2 components": lambda one, at: _mean(at["embedding_explained"], "{:.0%}"),
