@@ -40,7 +40,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     examined.add_argument("config", metavar="CONFIG", nargs="?", help="also its data and its run folder")
     _add_hosts(examined)
-    plan.add_arguments(commands)
+    planned = commands.add_parser(
+        "plan",
+        allow_abbrev=False,
+        help="what a config will take: memory of a GPU, traffic, time and energy, without running anything",
+        description="Plan a run: parameters, memory of a GPU, traffic, time and energy. Arithmetic on stated "
+        "assumptions: needs no GPU and no data, and measures nothing. Exit code 2: bad input.",
+    )
+    plan.add_options(planned)
     queued = commands.add_parser(
         "slurm",
         allow_abbrev=False,

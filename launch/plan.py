@@ -317,15 +317,7 @@ def _notes(cfg: RunConfig, cluster: Cluster) -> Iterator[str]:
         yield f"not counted: deepspeed.{', deepspeed.'.join(unknown)}"
 
 
-def add_arguments(commands: Any) -> argparse.ArgumentParser:
-    """The `plan` command."""
-    parser = commands.add_parser(
-        "plan",
-        allow_abbrev=False,
-        help="what a config will take: memory of a GPU, traffic, time and energy, without running anything",
-        description="Plan a run: parameters, memory of a GPU, traffic, time and energy. Arithmetic on stated "
-        "assumptions: needs no GPU and no data, and measures nothing. Exit code 2: bad input.",
-    )
+def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/gpt2-1.5b.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as parallel.zero=3")
     default = Cluster()
@@ -341,7 +333,6 @@ def add_arguments(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--watts", type=float, metavar="W", help="drawn by a GPU (default: the most that it takes)")
     parser.add_argument("--budget-tokens", type=float, metavar="N", help="of the whole run (default: of train.steps)")
     parser.add_argument("--json", action="store_true", help="plain values instead of tables")
-    return parser
 
 
 def tell(asked: argparse.Namespace, cfg: RunConfig) -> int:

@@ -7,7 +7,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("run", type=Path, help="a run folder (its newest whole checkpoint), or one checkpoint's folder")
     export.add_argument("--out", type=Path, required=True, help="a new folder")
     asked = parser.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # that one process reads it, on purpose
     try:
         _export(asked.run, asked.out) if asked.command == "export" else _sample(asked)
     except ConfigError as error:

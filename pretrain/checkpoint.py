@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -304,4 +305,11 @@ def load_weights(checkpoint: Path, decoder: Decoder, head: HarmonicHead) -> None
     """
     wanted = {f"trunk.{n}.fp32": Fragment(p.data.view(-1), 0, p.numel()) for n, p in decoder.named_parameters()}
     wanted |= {f"head.{n}.fp32": head_fragment(head, n, p.data) for n, p in head.named_parameters()}
-    dcp.load(wanted, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    load_alone(checkpoint, wanted)
+
+
+def load_alone(checkpoint: Path, fragments: Mapping[str, Fragment]) -> None:
+    """Fills fragments from a checkpoint, in this process without others."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.load(dict(fragments), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)

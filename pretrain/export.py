@@ -11,22 +11,19 @@ import argparse
 import json
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from data.files import publish
 from data.settings import ConfigError
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.checkpoint import DRAFT, find_given, step_of
+from pretrain.checkpoint import DRAFT, find_given, load_alone, step_of
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 from pretrain.fragments import Fragment
 from pretrain.modules import build_modules
@@ -131,7 +128,7 @@ def read_weights(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> dict[str
     """Some float32 weights of a checkpoint, by their exported names."""
     found = {name: torch.empty(shape) for name, shape in wanted.items()}
     fragments = {stored_name(name): Fragment(t.view(-1), 0, t.numel()) for name, t in found.items()}
-    dcp.load(fragments, storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)
+    load_alone(checkpoint, fragments)
     return found
 
 
@@ -141,7 +138,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, help="a new folder")
     parser.add_argument("--max-gb", type=float, default=MAX_GB, help="of one file's weights (default %(default)s)")
     args = parser.parse_args(argv)
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # that one process reads it, on purpose
     try:
         checkpoint, run = find_given(args.run)
         total = export(checkpoint, run, args.out, args.max_gb * 1e9)

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -215,7 +214,6 @@ def geometry_of(runs: Sequence[Path], words: Sequence[str] | None) -> dict[str, 
     from pretrain import geometry
     from pretrain.words import NEAREST
 
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch")  # that one process reads it, on purpose
     sources = {str(run): geometry.open_run(run, words or NEAREST, strict=words is not None) for run in runs}
     measured = {name: geometry.measure(source) for name, source in sources.items()}
     figures = {name: one.figures for name, one in measured.items()}

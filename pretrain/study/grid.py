@@ -8,6 +8,7 @@ skipped, and what was stopped goes on.
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -25,6 +26,7 @@ from model.config import HeadConfig
 from pretrain.config import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_RECORD, RunConfig, check_data, dump, from_tree, load
 from pretrain.metrics import clock, read_records
 
+LAUNCH = [sys.executable, "-m", "launch", "run"]
 DONE, DIVERGED = "done", "diverged"
 NOT_ITS_OWN = {"run": "out", "head": "heads", "train.seed": "seeds", "optim.lr": "lrs"}
 
@@ -144,8 +146,17 @@ class Stopped(Exception):
 
 
 def start(config: Path, options: Sequence[str]) -> int:
-    """Runs a job to its end; its exit code."""
-    return subprocess.run([sys.executable, "-m", "launch", "run", str(config), *options]).returncode
+    """Runs a job to its end; its exit code. A SIGTERM is handed on to it, Ctrl-C reaches it by itself: it saves, and
+    ends.
+    """
+    job = subprocess.Popen([*LAUNCH, str(config), *options])
+    handlers = {signal.SIGTERM: lambda *_: job.terminate(), signal.SIGINT: lambda *_: None}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        return job.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(study: LanguageConfig, launch: Sequence[str], log: Callable[[str], None]) -> None:

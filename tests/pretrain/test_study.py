@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -160,6 +161,22 @@ def test_a_stopped_run_stops_the_study_with_its_code(tmp_path: Path, monkeypatch
         assert main([asked(tmp_path)]) == code
         assert "softmax-lr0.001-seed1: exit code" in capsys.readouterr().err
     assert not (tmp_path / "study" / "results.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_run_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
+    """The launcher is given a SIGTERM, and Ctrl-C as every process of a terminal; it is waited for."""
+    code = (
+        "import os, signal, sys, time\n"
+        "signal.signal(int(sys.argv[2]), lambda *_: sys.exit(75))\n"
+        "os.kill(os.getppid(), int(sys.argv[2]))\n"
+        "if int(sys.argv[2]) == signal.SIGINT: os.kill(os.getpid(), signal.SIGINT)\n"
+        "time.sleep(60)"
+    )
+    monkeypatch.setattr(grid, "LAUNCH", [sys.executable, "-c", code])
+    before = signal.getsignal(number)
+    assert grid.start(tmp_path, [str(int(number))]) == EXIT_PREEMPTED
+    assert signal.getsignal(number) is before
 
 
 def test_two_at_once_are_refused(tmp_path: Path, launched: list[str], capsys: Any) -> None:
