@@ -98,8 +98,11 @@ class _alone:
         self._folder = folder
 
     def __enter__(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._file = (self._folder / "lock").open("w")
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self._folder / "lock").open("w")
+        except OSError as error:
+            raise ConfigError(f"out={self._folder}: cannot be written: {error}; give a folder that can") from None
         if not lock(self._file):
             self._file.close()
             raise ConfigError(f"{self._folder}: another process works on this study; wait for it, or end it")

@@ -189,6 +189,12 @@ def test_two_at_once_are_refused(tmp_path: Path, launched: list[str], capsys: An
     assert "another process works on this study" in capsys.readouterr().err and launched == []
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, launched: list[str], capsys: Any) -> None:
+    (tmp_path / "file").touch()
+    assert main([asked(tmp_path, out=str(tmp_path / "file" / "study"))]) == 2
+    assert "cannot be written" in capsys.readouterr().err and launched == []
+
+
 def test_settings_that_cannot_be_meant(tmp_path: Path) -> None:
     base = tree(tmp_path)["base"]
     for changes, why in (
