@@ -11,7 +11,8 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,24 +92,18 @@ def _tell(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
 
 
-class _alone:
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
     """Holds a study's folder: two at once would train the same runs."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __enter__(self) -> None:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._file = (self._folder / "lock").open("w")
-        except OSError as error:
-            raise ConfigError(f"out={self._folder}: cannot be written: {error}; give a folder that can") from None
-        if not lock(self._file):
-            self._file.close()
-            raise ConfigError(f"{self._folder}: another process works on this study; wait for it, or end it")
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / "lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"out={folder}: cannot be written: {error}; give a folder that can") from None
+    with file:
+        if not lock(file):
+            raise ConfigError(f"{folder}: another process works on this study; wait for it, or end it")
+        yield
 
 
 def write(folder: Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:

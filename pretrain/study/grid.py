@@ -168,7 +168,7 @@ def train(study: LanguageConfig, launch: Sequence[str], log: Callable[[str], Non
     Raises:
         Stopped: a run was preempted, or failed; the same command goes on.
     """
-    cfg = study.config(next(cells(study)))
+    cfg = study.config(study.sweep()[0])
     prepare(cfg.data, log)
     check_data(cfg)
     total = len(study.heads) * (len(study.lrs) + len(study.seeds) - 1)

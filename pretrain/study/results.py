@@ -26,6 +26,7 @@ from pretrain.report import plain, summarise
 from pretrain.saver import versions
 from pretrain.scoring import INTERVAL, Evaluation, compare, unigram_bits_per_byte
 from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
+from pretrain.sustainability import measured_joules
 
 MEASURED = "measured.json"  # in a run folder
 DOCUMENTS = "documents.npz"  # its evaluation, by document
@@ -49,36 +50,37 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
         np.savez(stream, **vars(scored))
     source = geometry.open_run(run, (), strict=False)
     looked_at = geometry.measure(source)
+    spectrum = interpret.spectrum(looked_at.prototypes)
     found = plain(
         {
             "checkpoint": checkpoint.name,
             "evaluation": {**scored.as_dict(), **scored.standard_errors()},
             "geometry": looked_at.figures,
-            "scree": scree(looked_at.prototypes),
-            "projection": projection(looked_at.prototypes, source),
+            "scree": scree(spectrum),
+            "projection": projection(looked_at.prototypes, spectrum, source),
         }
     )
     replace_file(files[0], json.dumps(found, allow_nan=False))
     return found
 
 
-def scree(rows: torch.Tensor) -> list[float]:
+def scree(spectrum: interpret.Spectrum) -> list[float]:
     """Shares of the variance in the first 1, 2, ... principal components."""
-    variances = interpret.spectrum(rows).variances
+    variances = spectrum.variances
     return [round(share, 6) for share in (variances.cumsum(0) / variances.sum()).tolist()]
 
 
-def projection(rows: torch.Tensor, source: geometry.Source) -> dict[str, Any]:
+def projection(rows: torch.Tensor, spectrum: interpret.Spectrum, source: geometry.Source) -> dict[str, Any]:
     """The first two principal components of the most frequent tokens' prototypes."""
     train = open_split(source.cfg.data.path, "train")
     counts = np.bincount(train.read(0, train.tokens), minlength=train.vocab_size)
     chosen = counts.argsort()[::-1][:SHOWN].tolist()
-    plane, found = interpret.plane(rows), interpret.spectrum(rows)
+    plane = interpret.plane(rows)
     points = [
         [round(x, 5), round(y, 5), source.tokenizer.decode([token]), int(counts[token])]
         for token, (x, y) in zip(chosen, plane[chosen].tolist(), strict=True)
     ]
-    return {"explained": [found.explained(1), found.explained(2) - found.explained(1)], "points": points}
+    return {"explained": [spectrum.explained(1), spectrum.explained(2) - spectrum.explained(1)], "points": points}
 
 
 # ---- head by head
@@ -236,15 +238,13 @@ def _first(cell: Cell, cfg: RunConfig, summary: dict[str, Any], measured: dict[s
 def curve(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     """Losses of a kind's records against what training had taken by then: tokens, seconds, joules."""
     points, tokens, seconds = [], 0, 0.0
-    joules: float | None = 0.0
-    for record in records:
+    for count, record in enumerate(records, start=1):
         if record["kind"] == "train":
             tokens, seconds = record["tokens"], seconds + record["seconds"]
-            spent = [record[part] for part in ("gpu_j", "cpu_j", "dram_j") if record.get(part) is not None]
-            joules = joules + sum(spent) if spent and joules is not None else None
         if record["kind"] == kind:
             loss = record["loss_mean"] if kind == "train" else record["loss"]
             more = {} if kind == "train" else {"bits_per_byte": record["bits_per_byte"]}
+            joules = measured_joules(records[:count], "train")
             point = {"step": record["step"], "tokens": tokens, "seconds": round(seconds, 3), "joules": joules}
             points.append({**point, "loss": loss, **more})
     return points
