@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.workers import cores
 from pretrain.gpus import PEAK_FLOPS
 
 log = logging.getLogger(__name__)
@@ -40,6 +41,13 @@ def cpu_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """The device, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{cores()} cores of {cpu_name()}"
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:

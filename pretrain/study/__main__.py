@@ -75,16 +75,18 @@ def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
 
 
 def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
-    from pretrain.study import algorithmic
+    from pretrain.study import algorithmic, algorithmic_results
+    from pretrain.study.algorithmic_page import page
 
     study = validate(algorithmic.AlgorithmicConfig, tree)
     if launch or report:
         raise ConfigError(f"{' '.join([*launch, *['--report'] * report])}: an algorithmic study takes no such option")
     with _alone(study.out):
         found = algorithmic.run(study, say)
-        write(study.out, found, algorithmic.rows(found))
-    _tell(algorithmic.table(found))
-    say(f"written: {study.out / RESULTS}, {ROWS} beside it")
+        write(study.out, found, found["cells"])
+        replace_file(study.out / PAGE, page(found))
+    _tell(algorithmic_results.table(found))
+    say(f"written: {study.out / PAGE}, {RESULTS} and {ROWS} beside it")
     return 0
 
 

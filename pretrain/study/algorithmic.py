@@ -22,7 +22,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,6 @@ from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
-from rich.table import Table
 from torch import Tensor, nn
 
 from data.files import replace_file
@@ -41,22 +40,11 @@ from model.config import DecoderConfig, HeadConfig
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.interpret import circle_score, lattice_score, spectrum
+from pretrain.metrics import machine
+from pretrain.study.algorithmic_results import GOAL, MEASURES, at_fraction, compare, finite, kept, median, summarise
 from pretrain.study.tasks import TASKS, Task, split, training_examples
 
 VERSION = 1  # of what a cell's settings mean: to be raised when the same settings would give other figures
-GOAL = 0.95  # accuracy that counts as generalised (test examples) or memorised (training examples)
-ENOUGH = 0.8  # share of seeds that must generalise for a fraction to be enough
-MEASURES = (  # of a cell that are averaged over seeds
-    "train_accuracy",
-    "test_accuracy",
-    "train_loss",
-    "test_loss",
-    "prototypes_explained",
-    "prototypes_crystal",
-    "embedding_explained",
-    "embedding_crystal",
-    "seconds",
-)
 
 log = logging.getLogger(__name__)
 
@@ -121,11 +109,13 @@ class ChoiceConfig(BaseModel, extra="forbid", frozen=True):
 
 class AlgorithmicConfig(BaseModel, extra="forbid", frozen=True):
     kind: Literal["algorithmic"]
+    title: str
     out: Path
     processes: int = Field(default=1, gt=0)  # cells at once, each on one thread
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
     networks: tuple[NetworkConfig, ...] = Field(min_length=1)
     heads: dict[str, HeadConfig] = Field(min_length=1)
+    baseline: str  # one of the heads, which the others are compared with
     dim: int = Field(default=16, gt=1)  # of embeddings, features and prototypes
     betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
     choice: ChoiceConfig
@@ -146,6 +136,12 @@ class AlgorithmicConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"choice.seeds and seeds share {sorted(common)}: what is reported must not have chosen")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_is_a_head(self) -> AlgorithmicConfig:
+        if self.baseline not in self.heads:
+            raise ValueError(f"baseline={self.baseline} is none of the heads: {', '.join(self.heads)}")
         return self
 
     @model_validator(mode="after")
@@ -284,7 +280,7 @@ def _train(cell: Cell) -> dict[str, Any]:
         final.update(found, **_geometry(learner, task))
     final["seconds"] = time.perf_counter() - began
     epochs = {f"epochs_to_{goal}": epoch for goal, epoch in reached.items()}
-    return {**epochs, "diverged": diverged, **{name: _finite(value) for name, value in final.items()}}
+    return {**epochs, "diverged": diverged, **{name: finite(value) for name, value in final.items()}}
 
 
 @torch.no_grad()
@@ -321,10 +317,6 @@ def _crystal(rows: Tensor, task: Task) -> float | None:
     return lattice_score(rows, task.coordinates) if task.crystal == "lattice" else None
 
 
-def _finite(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
-
-
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Sums in one order, and no fight over cores."""
@@ -343,7 +335,7 @@ Name = tuple[TaskName, str, str]  # task, network, head
 
 def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
     """Trains what is not yet in `cfg.out` and returns the results: `cells`, flat, `choices` of learning rate and weight
-    decay, and `summary` by task, network and head.
+    decay, `summary` by task, network and head, and `comparison` with the baseline.
 
     Raises:
         ConfigError: the folder cannot be written, or a process was killed.
@@ -376,16 +368,19 @@ def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
         }
         for head, cell in cells
     ]
+    summary = summarise(flat)
     return {
         "kind": cfg.kind,
         "torch": torch.__version__,
+        "machine": machine(),
         "config": cfg.model_dump(mode="json"),
         "goal": GOAL,
         "choices": [
             {"task": task, "network": network, "head": head, **chosen.model_dump(), "candidates": tried}
             for (task, network, head), (chosen, tried) in choices.items()
         ],
-        "summary": summarise(flat),
+        "summary": summary,
+        "comparison": compare(flat, summary, cfg.baseline),
         "cells": flat,
     }
 
@@ -429,7 +424,7 @@ def _choose(cfg: AlgorithmicConfig, folder: Path, log: Log) -> dict[Name, tuple[
     for name, tried in cells.items():
         runs = [[figures[cell.key()] for cell in some] for some in tried]
         best = min(range(len(candidates)), key=[_preference(some) for some in runs].__getitem__)
-        told = [{**one.model_dump(), **_at_fraction(some)} for one, some in zip(candidates, runs, strict=True)]
+        told = [{**one.model_dump(), **at_fraction(some)} for one, some in zip(candidates, runs, strict=True)]
         found[name] = candidates[best], told
     return found
 
@@ -437,13 +432,8 @@ def _choose(cfg: AlgorithmicConfig, folder: Path, log: Log) -> dict[Name, tuple[
 def _preference(runs: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
     """The smaller, the better."""
     accuracies = [run["test_accuracy"] or 0.0 for run in runs]
-    reached = _median(run["epochs_to_generalise"] for run in runs)
-    return -_kept(runs), reached, -statistics.mean(accuracies)
-
-
-def _kept(runs: Sequence[dict[str, Any]]) -> int:
-    """How many of them end with GOAL of the test examples right."""
-    return sum((run["test_accuracy"] or 0.0) >= GOAL for run in runs)
+    reached = median(run["epochs_to_generalise"] for run in runs)
+    return -kept(runs), reached, -statistics.mean(accuracies)
 
 
 def _finish(cells: Sequence[Cell], processes: int, folder: Path, say: Log, what: str) -> dict[str, dict[str, Any]]:
@@ -481,110 +471,3 @@ def read_cell(cell: Cell, folder: Path) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError):
         log.warning("%s cannot be read: its cell is trained again", file)
     return None
-
-
-# ---- results
-
-
-def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each task, network and head, in the order of the cells: `data_needed`, the smallest fraction at
-    which at least ENOUGH of the seeds generalised (None: at none), and the figures at each fraction.
-    """
-    groups: dict[tuple[Any, ...], dict[float, list[dict[str, Any]]]] = {}
-    for cell in cells:
-        key = tuple(cell[name] for name in ("task", "network", "head", "lr", "weight_decay", "epochs"))
-        groups.setdefault(key, {}).setdefault(cell["fraction"], []).append(cell)
-    found = []
-    for (task, network, head, lr, weight_decay, epochs), by_fraction in groups.items():
-        fractions = [
-            {"fraction": fraction, "examples": runs[0]["examples"], **_at_fraction(runs)}
-            for fraction, runs in sorted(by_fraction.items())
-        ]
-        enough = [one for one in fractions if one["generalised"] >= ENOUGH * one["seeds"]]
-        found.append(
-            {
-                "task": task,
-                "network": network,
-                "head": head,
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "epochs": epochs,
-                "data_needed": enough[0]["fraction"] if enough else None,
-                "examples_needed": enough[0]["examples"] if enough else None,
-                "never": sum(one["never"] for one in fractions),
-                "fractions": fractions,
-            }
-        )
-    return found
-
-
-def _at_fraction(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Medians take a goal that was never reached as infinity, and are None where they are that."""
-    generalise, memorise = ([run[f"epochs_to_{goal}"] for run in runs] for goal in ("generalise", "memorise"))
-    return {
-        "seeds": len(runs),
-        "generalised": len(runs) - generalise.count(None),
-        "never": generalise.count(None),
-        "kept": _kept(runs),
-        "never_memorised": memorise.count(None),
-        "diverged": sum(run["diverged"] is not None for run in runs),
-        "median_epochs_to_generalise": _finite(_median(generalise)),
-        "median_epochs_to_memorise": _finite(_median(memorise)),
-        **{name: _spread([run[name] for run in runs]) for name in MEASURES},
-    }
-
-
-def _median(epochs: Iterable[int | None]) -> float:
-    return statistics.median(math.inf if epoch is None else epoch for epoch in epochs)
-
-
-def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and sample deviation of the seeds that have a value; None without any, or without a second one."""
-    there = [value for value in values if value is not None]
-    return {
-        "mean": statistics.mean(there) if there else None,
-        "deviation": statistics.stdev(there) if len(there) > 1 else None,
-    }
-
-
-def rows(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """One flat row for each cell."""
-    return list(results["cells"])
-
-
-def table(results: dict[str, Any]) -> Table:
-    """A row for each task, network and head; all but the data needed and the cells that never generalised is at the
-    largest fraction.
-    """
-    columns: dict[str, Callable[[dict[str, Any], dict[str, Any]], str]] = {
-        "task": lambda one, at: one["task"],
-        "network": lambda one, at: one["network"],
-        "head": lambda one, at: one["head"],
-        "rate, decay": lambda one, at: f"{one['lr']:g}, {one['weight_decay']:g}",
-        "data needed": lambda one, at: _told(one["data_needed"], "{:.0%}", "more"),
-        "never": lambda one, at: f"{one['never']} of {sum(each['seeds'] for each in one['fractions'])}",
-        "of the examples": lambda one, at: f"{at['fraction']:.0%}",
-        "epochs to 95%": lambda one, at: _told(at["median_epochs_to_generalise"], "{:.0f}", "never"),
-        "test accuracy": lambda one, at: _mean(at["test_accuracy"], "{:.0%}"),
-        "prototypes: 2 components": lambda one, at: _mean(at["prototypes_explained"], "{:.0%}"),
-        "crystal": lambda one, at: _mean(at["prototypes_crystal"], "{:.2f}"),
-        "embedding: 2 components": lambda one, at: _mean(at["embedding_explained"], "{:.0%}"),
-    }
-    told = Table(*columns, title="epochs as medians, all else as means over seeds")
-    last = None
-    for one in results["summary"]:
-        if last not in (None, (one["task"], one["network"])):
-            told.add_section()
-        last = one["task"], one["network"]
-        told.add_row(*(tell(one, one["fractions"][-1]) for tell in columns.values()))
-    return told
-
-
-def _mean(spread: dict[str, float | None], form: str) -> str:
-    if spread["deviation"] is None:
-        return _told(spread["mean"], form, "-")
-    return f"{_told(spread['mean'], form, '-')} ± {form.format(spread['deviation'])}"
-
-
-def _told(value: float | None, form: str, missing: str) -> str:
-    return missing if value is None else form.format(value)

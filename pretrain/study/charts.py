@@ -172,7 +172,7 @@ def _axes(frame: Frame, x: Axis, y: Axis) -> str:
     if x.ticks:
         for tick in _across_ticks(frame.x, x.form):
             at, text = frame.x(tick), x.form(tick)
-            half = DIGIT * len(text) / 2
+            half = DIGIT * (len(text) + text.count("%")) / 2
             parts.append(f'<path class="axis" d="M{at:.1f} {frame.bottom:.1f}v3.5"/>')
             parts.append(_text(min(at, frame.width - half), frame.bottom + 15, text, "tick", "middle"))
     parts.append(_text((frame.left + frame.right) / 2, frame.height - 6, x.label, "name", "middle"))

@@ -6,10 +6,14 @@ whatever carries its `data-k`, by the style sheet alone. The script only shows t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from pretrain.study.charts import style_class
+
+NONE = "-"
+MINUS = "\N{MINUS SIGN}"
 
 # Of equal lightness (OKLCH), at least 4.4 to 1 against a card; those that a colour-blind reader may take for each other
 # have different dashes. The baseline has the colour of the text.
@@ -210,6 +214,23 @@ def document(title: str, body: str, styles: int, language: str = "en") -> str:
         f'<body>\n<main>\n{body}\n</main>\n<div id="tip" role="status" hidden></div>\n<script>{SCRIPT}</script>\n'
         "</body>\n</html>\n"
     )
+
+
+def written(value: object, form: str = "{:,}", missing: str = NONE) -> str:
+    """Escaped; what is None or not finite is `missing`."""
+    if value is None or (isinstance(value, float) and not math.isfinite(value)):
+        return missing
+    return escape(form.format(value)).replace("-", MINUS) if isinstance(value, int | float) else escape(str(value))
+
+
+def section(name: str, title: str, body: str) -> str:
+    return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
+
+
+def contents(places: Mapping[str, str]) -> str:
+    """Links to sections by their names."""
+    links = "".join(f'<li><a href="#{place}">{escape(name)}</a></li>' for place, name in places.items())
+    return f'<nav aria-label="Contents"><ul>{links}</ul></nav>'
 
 
 def swatch(style: int) -> str:

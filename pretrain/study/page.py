@@ -28,15 +28,24 @@ from pretrain.study.charts import (
     scatter,
     short,
 )
+from pretrain.study.layout import MINUS, NONE, written
 from pretrain.sustainability import LOSS_SPIKE, NORM_SPIKE, WINDOW
 
 # Absolute scales of the radar: worth at the centre, worth at the rim.
 J_PER_TOKEN = (1.0, 1e-6)  # logarithmic
 SECONDS_PER_TOKEN = (1e-1, 1e-6)  # logarithmic
 MOST_POINTS = 100  # of a training curve
-NONE = "-"
-MINUS = "\N{MINUS SIGN}"
 SHARE_90 = 0.9
+CONTENTS = {
+    "results": "Results",
+    "loss": "Loss",
+    "radar": "Radar",
+    "variance": "Variance",
+    "projection": "Projections",
+    "norms": "Lengths",
+    "sweep": "Learning rates",
+    "methods": "Methods and limits",
+}
 
 Head = Mapping[str, Any]
 
@@ -46,17 +55,17 @@ def page(results: Mapping[str, Any]) -> str:
     study = _Study(results)
     parts = [
         _opening(study),
-        _contents(study),
+        layout.contents(CONTENTS),
         _budget(study),
-        _section("results", "What came out", _findings(study) + _differences(study) + _table(study)),
+        layout.section("results", "What came out", _findings(study) + _differences(study) + _table(study)),
         layout.toggles("Choose the heads that the plots show", study.names),
-        _section("loss", "Loss", _losses(study)),
-        _section("radar", "Quality, interpretability, sustainability", _radars(study)),
-        _section("variance", "Where the variance of the prototypes lies", _scree(study)),
-        _section("projection", "The prototypes in a plane", _projections(study)),
-        _section("norms", "Lengths of the prototypes over training", _norms(study)),
-        _section("sweep", "Learning rates", _sweeps(study)),
-        _section("methods", "How it was done", _methods(study)),
+        layout.section("loss", "Loss", _losses(study)),
+        layout.section("radar", "Quality, interpretability, sustainability", _radars(study)),
+        layout.section("variance", "Where the variance of the prototypes lies", _scree(study)),
+        layout.section("projection", "The prototypes in a plane", _projections(study)),
+        layout.section("norms", "Lengths of the prototypes over training", _norms(study)),
+        layout.section("sweep", "Learning rates", _sweeps(study)),
+        layout.section("methods", "How it was done", _methods(study)),
         _footer(study),
     ]
     return layout.document(study.title, "\n".join(parts), len(study.heads))
@@ -128,19 +137,12 @@ def _figure(tree: Any, *keys: str) -> float | None:
     return found if isinstance(found, int | float) and known(found) else None
 
 
-def _told(value: Any, form: str = "{:,}", missing: str = NONE) -> str:
-    """Escaped; None is `missing`."""
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return missing
-    return escape(form.format(value)).replace("-", MINUS) if isinstance(value, int | float) else escape(str(value))
-
-
 def _rate(value: float | None) -> str:
     return NONE if value is None else f"{value:.4g}".replace("e-0", "e-")
 
 
 def _range(low: float | None, high: float | None, form: str) -> str:
-    return "" if low is None or high is None else f"[{_told(low, form)}, {_told(high, form)}]"
+    return "" if low is None or high is None else f"[{written(low, form)}, {written(high, form)}]"
 
 
 def _named(study: _Study, place: int, more: str = "") -> str:
@@ -172,7 +174,7 @@ def _no_result(head: Head) -> str:
         return f"all {started} runs diverged" if started != 1 else "its only run diverged"
     if not started:
         return "no run was started"
-    parts = [f"{_told(head.get('diverged'))} of {started} runs diverged", f"{failed} failed" if failed else ""]
+    parts = [f"{written(head.get('diverged'))} of {started} runs diverged", f"{failed} failed" if failed else ""]
     return "no result: " + ", ".join(part for part in parts if part)
 
 
@@ -182,10 +184,6 @@ def _failed(head: Head) -> int:
 
 
 # ---- (1) opening
-
-
-def _section(name: str, title: str, body: str) -> str:
-    return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
 
 
 def _opening(study: _Study) -> str:
@@ -202,40 +200,26 @@ def _opening(study: _Study) -> str:
     return f'<header><h1>{escape(study.title)}</h1><p class="lede">{escape(told)}</p></header>'
 
 
-def _contents(study: _Study) -> str:
-    places = {
-        "results": "Results",
-        "loss": "Loss",
-        "radar": "Radar",
-        "variance": "Variance",
-        "projection": "Projections",
-        "norms": "Lengths",
-        "sweep": "Learning rates",
-        "methods": "Methods and limits",
-    }
-    links = "".join(f'<li><a href="#{place}">{name}</a></li>' for place, name in places.items())
-    return f'<nav aria-label="Contents"><ul>{links}</ul></nav>'
-
-
 def _budget(study: _Study) -> str:
     model, data, budget = (study.at(part) or {} for part in ("model", "data", "budget"))
     seeds, rates = study.at("seeds") or [], study.at("lrs") or []
     versions = study.at("versions") or {}
     held_out = (
-        f"{_told(data.get('train_tokens'))} training tokens; held out {_told(data.get('val_tokens'))} tokens, "
-        f"{_told(data.get('val_documents'))} documents, {_told(data.get('val_bytes'))} bytes"
+        f"{written(data.get('train_tokens'))} training tokens; held out {written(data.get('val_tokens'))} tokens, "
+        f"{written(data.get('val_documents'))} documents, {written(data.get('val_bytes'))} bytes"
     )
     return layout.facts(
         [
             (
                 "Parameters",
-                _told(model.get("parameters")),
-                f"{_told(model.get('layers'))} layers, width {_told(model.get('dim'))}, {_told(model.get('heads'))} "
-                f"attention heads, {_told(model.get('vocab_size'))} tokens in the vocabulary, sequences of "
-                f"{_told(model.get('seq_len'))}",
+                written(model.get("parameters")),
+                f"{written(model.get('layers'))} layers, width {written(model.get('dim'))}, "
+                f"{written(model.get('heads'))} attention heads, "
+                f"{written(model.get('vocab_size'))} tokens in the vocabulary, sequences of "
+                f"{written(model.get('seq_len'))}",
             ),
-            ("Tokens per run", _told(budget.get("tokens")), f"{_told(budget.get('tokens_per_step'))} per step"),
-            ("Steps per run", _told(budget.get("steps")), ""),
+            ("Tokens per run", written(budget.get("tokens")), f"{written(budget.get('tokens_per_step'))} per step"),
+            ("Steps per run", written(budget.get("steps")), ""),
             ("Seeds", str(len(seeds)), escape(", ".join(map(str, seeds)))),
             (
                 "Learning rates tried",
@@ -244,13 +228,13 @@ def _budget(study: _Study) -> str:
             ),
             (
                 "Data",
-                f"<code>{_told(data.get('path'))}</code>",
-                f"fingerprint <code>{_told(data.get('fingerprint'))}</code>; {held_out}",
+                f"<code>{written(data.get('path'))}</code>",
+                f"fingerprint <code>{written(data.get('fingerprint'))}</code>; {held_out}",
             ),
-            ("Machine", _told(study.at("machine")), ""),
+            ("Machine", written(study.at("machine")), ""),
             (
                 "Versions",
-                f"revision <code>{_told(study.at('revision'))}</code>",
+                f"revision <code>{written(study.at('revision'))}</code>",
                 escape(", ".join(f"{name} {version or NONE}" for name, version in versions.items())),
             ),
         ]
@@ -318,7 +302,7 @@ def _differences(study: _Study) -> str:
                     off,
                     low,
                     high,
-                    tip=f"{_told(off, '{:+.4f}')} {_range(low, high, '{:+.4f}')}\n{verdict(gap) or 'no interval'}",
+                    tip=f"{written(off, '{:+.4f}')} {_range(low, high, '{:+.4f}')}\n{verdict(gap) or 'no interval'}",
                 )
             )
     baseline = escape(study.baseline)
@@ -377,18 +361,18 @@ def _row(study: _Study, place: int, head: Head, baseline_speed: float | None) ->
     gradient, learning = head.get("gradient_stability"), head.get("learning_stability")
     exponent = head.get("exponent")
     return [
-        _named(study, place, f"exponent {_told(exponent)}" if exponent is not None else ""),
+        _named(study, place, f"exponent {written(exponent)}" if exponent is not None else ""),
         rate,
         _mean(head) if head in study.trained else f'<span class="tag">{escape(_no_result(head))}</span>',
         _difference(study, head),
-        _told(speed, "{:,.0f}") + ratio,
-        _told(joules, "{:.3g}", '<span class="soft wrap">not measured</span>' if head in study.trained else NONE),
-        _told(_figure(head, "pca90"), "{:,.4g}"),
-        _told(_figure(head, "effective_rank"), "{:,.1f}"),
-        _told(_figure(gradient, "log_norm_variance"), "{:.3g}"),
+        written(speed, "{:,.0f}") + ratio,
+        written(joules, "{:.3g}", '<span class="soft wrap">not measured</span>' if head in study.trained else NONE),
+        written(_figure(head, "pca90"), "{:,.4g}"),
+        written(_figure(head, "effective_rank"), "{:,.1f}"),
+        written(_figure(gradient, "log_norm_variance"), "{:.3g}"),
         _spikes(gradient),
         _spikes(learning),
-        f"{_told(head.get('diverged'))} of {_told(head.get('started'))}"
+        f"{written(head.get('diverged'))} of {written(head.get('started'))}"
         + (f"<small>{_failed(head)} failed</small>" if _failed(head) else ""),
     ]
 
@@ -396,7 +380,7 @@ def _row(study: _Study, place: int, head: Head, baseline_speed: float | None) ->
 def _mean(head: Head) -> str:
     found = head["bits_per_byte"]
     interval = _range(_figure(found, "low"), _figure(found, "high"), "{:.4f}") or "no interval"
-    return f"{_told(_figure(found, 'mean'), '{:.4f}')}<small>{interval}</small>"
+    return f"{written(_figure(found, 'mean'), '{:.4f}')}<small>{interval}</small>"
 
 
 def _difference(study: _Study, head: Head) -> str:
@@ -409,7 +393,7 @@ def _difference(study: _Study, head: Head) -> str:
     kind = word if word in ("better", "worse") else ""
     over = _range(_figure(gap, "low"), _figure(gap, "high"), "{:+.4f}") or "no interval over seeds"
     documents = _range(_figure(gap, "documents_low"), _figure(gap, "documents_high"), "{:+.4f}")
-    told = f"{_told(_figure(gap, 'mean'), '{:+.4f}')}"
+    told = f"{written(_figure(gap, 'mean'), '{:+.4f}')}"
     if word:
         told += f' <span class="tag {kind}">{word}</span>'
     return f"{told}<small>{over}</small>" + (f"<small>{documents}</small>" if documents else "")
@@ -637,7 +621,7 @@ def _projections(study: _Study) -> str:
                 y,
                 shown(str(text)),
                 count or 0,
-                f"“{shown(str(text))}”\n{_told(count)} times in training",
+                f"“{shown(str(text))}”\n{written(count)} times in training",
                 shown(str(text)).lstrip("␣"),
             )
             for x, y, text, count in found.get("points") or []

@@ -15,12 +15,11 @@ from rich.table import Table
 
 from data.files import replace_file
 from data.shards import Split, open_split
-from data.workers import cores
 from pretrain import geometry, interpret
 from pretrain.checkpoint import find_given
 from pretrain.config import RunConfig
 from pretrain.evaluate import open_task, run_task
-from pretrain.metrics import cpu_name, read_records
+from pretrain.metrics import machine, read_records
 from pretrain.ranks import Ranks
 from pretrain.report import plain, summarise
 from pretrain.saver import versions
@@ -291,13 +290,6 @@ def about(cfg: RunConfig, train: Split, val: Split) -> dict[str, Any]:
             "tokens_per_step": cfg.train.tokens_per_step,
         },
     }
-
-
-def machine() -> str:
-    """The device, in words."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
-    return f"{cores()} cores of {cpu_name()}"
 
 
 def table(results: dict[str, Any]) -> Table:

@@ -20,15 +20,18 @@ from rich.console import Console
 
 from data.settings import ConfigError, read_tree, validate
 from pretrain.study import algorithmic
-from pretrain.study.algorithmic import AlgorithmicConfig, Cell, Learner, read_cell, run, summarise, train_cell
+from pretrain.study.algorithmic import AlgorithmicConfig, Cell, Learner, read_cell, run, train_cell
+from pretrain.study.algorithmic_results import MEASURES, compare, summarise, table
 from pretrain.study.tasks import TASKS, split, training_examples
 
 RECIPE = Path("configs/study-algorithmic.yaml")
 SMALL: dict[str, Any] = {
     "kind": "algorithmic",
+    "title": "Small",
     "tasks": {"permutation": {"fractions": [0.3, 0.6], "epochs": 3, "evaluate_every": 2}},
     "networks": [{"kind": "mlp", "hidden": 8}, {"kind": "transformer", "layers": 1, "heads": 2}],
     "heads": {"softmax": {"distance": "dot"}, "euclidean": {}},
+    "baseline": "softmax",
     "dim": 4,
     "choice": {"candidates": [{"lr": 0.01, "weight_decay": 1.0}]},
     "seeds": [1, 2],
@@ -218,8 +221,9 @@ def test_cells_of_changed_settings_are_trained_and_others_are_not(
 
     assert count() == 16 and count() == 0
     assert count(seeds=[1, 2, 3]) == 8
-    assert count(heads={"renamed": {"distance": "euclidean"}}) == 0  # a head is what it is, not its name
-    assert count(heads={"euclidean": {"exponent": 3.0}}) == 8
+    renamed = {"heads": {"renamed": {"distance": "euclidean"}}, "baseline": "renamed"}
+    assert count(**renamed) == 0  # a head is what it is, not its name
+    assert count(heads={"euclidean": {"exponent": 3.0}}, baseline="euclidean") == 8
     assert count(choice={"candidates": [{"lr": 0.02, "weight_decay": 1.0}]}) == 16
     assert count(networks=[{"kind": "mlp", "hidden": 9}]) == 8
     first, second, third = (tmp_path / "cells" / f"{one.key()}.json" for one in trained[:3])
@@ -253,6 +257,7 @@ def test_settings_are_chosen_on_seeds_of_their_own(tmp_path: Path) -> None:
         tasks={"in_context": task},
         networks=[{"kind": "mlp"}],
         heads={"euclidean": {}},
+        baseline="euclidean",
         dim=16,
         choice={"candidates": [slow, good], "seeds": [7]},
         seeds=[1],
@@ -272,7 +277,7 @@ def test_settings_are_chosen_on_seeds_of_their_own(tmp_path: Path) -> None:
 
 def figures(seed: int, fraction: float, reached: int | None, accuracy: float | None = 1.0) -> dict[str, Any]:
     settings = {"task": "circle", "network": "mlp", "head": "euclidean", "lr": 0.01, "weight_decay": 1.0, "epochs": 9}
-    measures = {**dict.fromkeys(algorithmic.MEASURES), "test_accuracy": accuracy}
+    measures = {**dict.fromkeys(MEASURES), "test_accuracy": accuracy}
     reached_both = {"epochs_to_generalise": reached, "epochs_to_memorise": 5}
     where = {"seed": seed, "fraction": fraction, "examples": round(186 * fraction), "diverged": None}
     return {**settings, **where, **reached_both, **measures}
@@ -295,18 +300,35 @@ def test_cells_that_never_generalise_are_counted() -> None:
     assert less["data_needed"] is None and less["examples_needed"] is None
 
 
+def test_heads_are_compared_at_the_same_examples_and_seed() -> None:
+    def cells(head: str, *reached: int | None) -> list[dict[str, Any]]:
+        places = itertools.product((0.5, 0.8), (1, 2))
+        return [figures(seed, part, r) | {"head": head} for (part, seed), r in zip(places, reached, strict=True)]
+
+    flat = cells("softmax", None, 20, 40, 40) + cells("far", 10, 10, 80, None) + cells("near", None, None, None, None)
+    flat[4]["test_accuracy"] = 0.9  # lost again
+    base, far, near = compare(flat, summarise(flat), "softmax")
+    assert base == dict(zip(base, ("mlp", "softmax", 4, 3, 0, *[None] * 6), strict=True))
+    # softmax has enough with 0.8, far with 0.5; both generalise in half the epochs once and in twice as many once
+    assert far == dict(zip(far, ("mlp", "far", 4, 3, 1, 1, 0, 1, 1, 2, 1.25), strict=True))
+    assert near == dict(zip(near, ("mlp", "near", 4, 0, 0, 0, 1, 0, 3, 0, None), strict=True))
+    never = [one | {"epochs_to_generalise": None} for one in flat]
+    assert all(one["less_data"] == one["more_data"] == 0 for one in compare(never, summarise(never), "softmax")[1:])
+
+
 def test_results_are_plain_and_their_table_and_rows_tell_all_cells(tmp_path: Path) -> None:
     results = run(config(tmp_path), quiet)
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    flat = algorithmic.rows(results)
+    flat = results["cells"]
     assert len(flat) == 16 and all(not isinstance(value, dict | list) for row in flat for value in row.values())
     assert {(row["network"], row["head"], row["fraction"], row["seed"]) for row in flat} == set(
         itertools.product(("mlp", "transformer"), ("softmax", "euclidean"), (0.3, 0.6), (1, 2))
     )
     assert all(row["epochs_to_generalise"] is None and math.isfinite(row["test_loss"]) for row in flat)
     assert [one["never"] for one in results["summary"]] == [4] * 4
+    assert results["comparison"] == compare(results["cells"], results["summary"], "softmax")
     console = Console(width=200, record=True, file=(tmp_path / "table").open("w"))
-    console.print(algorithmic.table(results))
+    console.print(table(results))
     told = console.export_text()
     assert told.count("4 of 4") == 4 and told.count("never") >= 4 and "transformer" in told
 
@@ -327,6 +349,7 @@ def test_results_are_plain_and_their_table_and_rows_tell_all_cells(tmp_path: Pat
         ({"networks": [{"kind": "mlp"}, {"kind": "mlp"}]}, "must differ"),
         ({"networks": [{"kind": "transformer", "heads": 3}]}, "dim=4 must be a multiple of the transformer's heads=3"),
         ({"heads": {"far": {"distance": "eucldean"}}}, "eucldean"),
+        ({"baseline": "cosine"}, "baseline=cosine is none of the heads: softmax, euclidean"),
         ({"heads": {}}, "heads"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] must differ"),
         ({"choice": {"candidates": [{"lr": 0.1, "weight_decay": 0}, {"lr": 1.0, "weight_decay": 0}]}}, "none given; 2"),
