@@ -79,6 +79,7 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
         "measured": measured_parts(records),
         "not_measured": missing_parts(records),
         "j_per_token": _per(train_j, tokens),
+        "j_per_step": _per(train_j, train[-1]["step"] if train else 0),
         "footprint": footprint(measured_joules(records), settings.pue, settings.grid, settings.price_per_kwh),
         "target_loss": settings.target_loss,
         "to_target": None if settings.target_loss is None else to_target(records, settings.target_loss),
@@ -88,8 +89,8 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
     }
 
 
-def _per(joules: float | None, tokens: int) -> float | None:
-    return joules / tokens if joules is not None and tokens else None
+def _per(joules: float | None, count: int) -> float | None:
+    return joules / count if joules is not None and count else None
 
 
 def _mfu(train: Sequence[dict[str, Any]]) -> float | None:
@@ -132,6 +133,7 @@ def table_of(found: dict[str, dict[str, Any]]) -> Table:
             for kind, told in zip(PHASES, ("training", "evaluation", "saving"), strict=True):
                 rows[f"{part.upper()} energy, {told}"] = partial(_joules, part, kind)
     rows["J/token"] = lambda s: _number(s["j_per_token"], "{:.3e}", UNMEASURED)
+    rows["J/step"] = lambda s: _number(s["j_per_step"], "{:.4g}", UNMEASURED)
     rows |= _footprint_rows(found) | _stability_rows()
     return _table(found, rows)
 

@@ -11,6 +11,7 @@ from html import escape
 from statistics import fmean
 from typing import Any
 
+from pretrain.scoring import UNIGRAM_TOKENS
 from pretrain.study import layout
 from pretrain.study.charts import (
     Axis,
@@ -36,6 +37,7 @@ J_PER_TOKEN = (1.0, 1e-6)  # logarithmic
 SECONDS_PER_TOKEN = (1e-1, 1e-6)  # logarithmic
 MOST_POINTS = 100  # of a training curve
 SHARE_90 = 0.9
+NOT_DONE = "not done"
 CONTENTS = {
     "results": "Results",
     "loss": "Loss",
@@ -106,10 +108,21 @@ class _Study:
     @property
     def no_energy(self) -> str:
         """Why energy was not measured, as a sentence."""
-        reasons = self.at("not_measured") or {}
-        told = "; ".join(f"{part.upper()}: {why}" for part, why in reasons.items() if why) or "No reason was recorded"
+        told = self.unmeasured or "No reason was recorded"
         some = any(_figure(head, "j_per_token") is not None for head in self.heads)
         return f"Energy was not measured{' for every head' if some else ''}. {told.rstrip('.')}."
+
+    @property
+    def unmeasured(self) -> str:
+        """Parts whose energy is not told, and why."""
+        reasons = self.at("not_measured") or {}
+        return "; ".join(f"{part.upper()}: {why}" for part, why in reasons.items() if why)
+
+    @property
+    def counted(self) -> str:
+        """What joules are of, as a sentence."""
+        told = f"Joules are those of {', '.join(map(str.upper, self.at('measured') or ())) or 'parts not recorded'}."
+        return f"{told} Not measured in every run: {self.unmeasured.rstrip('.')}." if self.unmeasured else told
 
     @property
     def unigram_nats(self) -> float | None:
@@ -194,8 +207,9 @@ def _opening(study: _Study) -> str:
     length = f" for {short(tokens)} tokens" if tokens is not None else ""
     told = (
         f"{others} distance-based output head{'s' * (others != 1)} compared with {study.baseline} on the same language "
-        f"model{size}, trained{length} on the same text in the same order, at {len(rates)} learning "
-        f"rate{'s' * (len(rates) != 1)} with {len(seeds)} seed{'s' * (len(seeds) != 1)}."
+        f"model{size}, trained{length} on the same text in the same order: with the first seed at {len(rates)} "
+        f"learning rate{'s' * (len(rates) != 1)}, and at the best of them with {len(seeds)} "
+        f"seed{'s' * (len(seeds) != 1)} in all."
     )
     return f'<header><h1>{escape(study.title)}</h1><p class="lede">{escape(told)}</p></header>'
 
@@ -247,6 +261,9 @@ def _budget(study: _Study) -> str:
 def _findings(study: _Study) -> str:
     """The table in sentences, which the figures write."""
     told = []
+    waiting = sum(run.get("outcome") is None for run in study.at("runs") or [])
+    if waiting:
+        told.append(f"{waiting} of {len(study.at('runs'))} runs are {NOT_DONE}: all of this may change.")
     if study.trained:
         best = min(study.trained, key=lambda head: head["bits_per_byte"]["mean"])
         told.append(
@@ -340,12 +357,12 @@ def _table(study: _Study) -> str:
         "PCA90",
         "effective rank",
         "variance of ln gradient norm",
-        "gradient spikes<small>of steps</small>",
-        "loss spikes<small>of steps</small>",
+        "gradient spikes<small>of steps, mean over seeds</small>",
+        "loss spikes<small>of steps, mean over seeds</small>",
         "diverged of runs started",
     )
     rows = [_row(study, place, head, baseline) for place, head in study.styled]
-    notes = [] if study.has_energy else [study.no_energy]
+    notes = [study.counted if study.has_energy else study.no_energy]
     if any(head.get("lr_at_edge") for head in study.heads):
         notes.append("edge: the chosen learning rate is the smallest or the largest of those tried.")
     told = "".join(f'<p class="note-text">{escape(note)}</p>' for note in notes)
@@ -400,11 +417,10 @@ def _difference(study: _Study, head: Head) -> str:
 
 
 def _spikes(stability: Mapping[str, Any] | None) -> str:
-    spikes = _figure(stability, "spikes")
+    spikes, judged = _figure(stability, "spikes"), _figure(stability, "judged")
     if spikes is None:
         return NONE
-    judged = _figure(stability, "judged")
-    return f"{spikes:,}" + (f"<small>of {judged:,}</small>" if judged is not None else "")
+    return precise(spikes) + (f"<small>of {precise(judged)}</small>" if judged is not None else "")
 
 
 # ---- (3) loss
@@ -644,7 +660,8 @@ def _projections(study: _Study) -> str:
         '<p class="soft">Prototypes of frequent tokens on the first two principal components of all prototypes, first '
         "seed; in brackets, the share of the variance along each axis: what is left out is the rest. Larger points: "
         "the more frequent half; some are named where there is room. Point at one, or tap, for its token (␣ blank, "
-        "⏎ new line). Directions, signs and units differ from head to head.</p>" + layout.grid(figures, "small")
+        f"⏎ new line), and how often it is among the first {short(UNIGRAM_TOKENS)} tokens of training. Directions, "
+        "signs and units differ from head to head.</p>" + layout.grid(figures, "small")
     )
 
 
@@ -741,8 +758,10 @@ def _methods(study: _Study) -> str:
     definitions = {
         "Matched budget": "Every run has the same decoder, the same data in the same order for a seed, the same number "
         "of tokens and steps; only the output head, the learning rate and the seed differ.",
-        "Learning rate": "For each head, the one of those tried with the lowest held-out bits/byte; the edge mark says "
-        "that a smaller or larger one might have been better still.",
+        "Learning rate": "For each head, the one of those tried with the lowest held-out bits/byte of the first seed, "
+        "which is also one of those reported; the edge mark says that a smaller or larger one might have been better "
+        "still.",
+        "Exponent": "n of the probabilities d^-n / sum of d^-n; sqrt_dim: the square root of the width.",
         "Bits/byte": "Negative log likelihood of the held-out text in bits, over its bytes; it does not depend on the "
         "tokenizer. Lower is better.",
         "95% interval": "Of the mean, over seeds; the second interval of a difference is over held-out documents and "
@@ -751,11 +770,13 @@ def _methods(study: _Study) -> str:
         "or includes 0; the last does not show that two heads are equal. No correction for comparing several heads.",
         "Tokens/s": "Median over a run's records but the first, and over seeds; beneath it, as a multiple of the "
         "baseline's.",
-        "J/token": "Measured joules of training over its tokens.",
+        "J/token": "Joules of training over its tokens, of the parts of the machine that every run measured.",
+        "Prototypes": "They are taken as the head's distance sees them (of length 1 for cosine, for one), less their "
+        "mean.",
         "PCA90": "The fewest principal components of the prototypes that hold 90% of their variance, mean over seeds; "
         "at most the width.",
-        "Effective rank": "exp of the entropy of the normalised singular values of the prototypes (Roy and Vetterli, "
-        "2007), mean over seeds.",
+        "Effective rank": "exp of the entropy of the singular values of the prototypes, taken as shares of their sum "
+        "(Roy and Vetterli, 2007), mean over seeds.",
         "Variance of ln gradient norm": "Over steps after the warm-up, of the global gradient norm before clipping.",
         "Gradient spikes": f"Steps with a norm above {NORM_SPIKE:g} times the median of the {WINDOW} steps before.",
         "Loss spikes": f"Steps with a training loss more than {LOSS_SPIKE:g} robust standard deviations above the "
@@ -782,7 +803,7 @@ def _footer(study: _Study) -> str:
     runs = study.at("runs") or []
     outcomes: dict[str, int] = {}
     for run in runs:
-        outcome = str(run.get("outcome"))
+        outcome = str(run.get("outcome") or NOT_DONE)
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
     told = ", ".join(f"{count} {name}" for name, count in sorted(outcomes.items()))
     counted = f"{len(runs)} runs ({told}). " if runs else ""

@@ -15,6 +15,8 @@ from rich.table import Table
 
 from data.files import replace_file
 from data.shards import Split, open_split
+from model.config import ExponentRamp, HeadConfig
+from model.distances import DISTANCES
 from pretrain import geometry, interpret
 from pretrain.checkpoint import find_given
 from pretrain.config import RunConfig
@@ -23,9 +25,9 @@ from pretrain.metrics import machine, read_records
 from pretrain.ranks import Ranks
 from pretrain.report import plain, summarise
 from pretrain.saver import versions
-from pretrain.scoring import INTERVAL, Evaluation, compare, unigram_bits_per_byte
+from pretrain.scoring import INTERVAL, UNIGRAM_TOKENS, Evaluation, compare, unigram_bits_per_byte
 from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
-from pretrain.sustainability import measured_joules
+from pretrain.sustainability import PARTS, measured_joules
 
 MEASURED = "measured.json"  # in a run folder
 DOCUMENTS = "documents.npz"  # its evaluation, by document
@@ -70,9 +72,11 @@ def scree(spectrum: interpret.Spectrum) -> list[float]:
 
 
 def projection(rows: torch.Tensor, spectrum: interpret.Spectrum, source: geometry.Source) -> dict[str, Any]:
-    """The first two principal components of the most frequent tokens' prototypes."""
+    """The first two principal components of the most frequent tokens' prototypes, and how often each token is among
+    the first UNIGRAM_TOKENS of training.
+    """
     train = open_split(source.cfg.data.path, "train")
-    counts = np.bincount(train.read(0, train.tokens), minlength=train.vocab_size)
+    counts = np.bincount(train.read(0, min(train.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size)
     chosen = counts.argsort()[::-1][:SHOWN].tolist()
     plane = interpret.plane(rows)
     points = [
@@ -107,7 +111,13 @@ def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
     kept = [cell for of_head in finished.values() for cell in of_head.values()]
     measured = {cell: measure(runs[cell], log) for cell in kept}
     summaries = {cell: summarise(cfg.run) for cell, cfg in runs.items() if _done(cfg)}
+    parts, missing = common_parts(list(summaries.values()))
     base = finished[study.baseline]
+    apart = {
+        cell: measured[cell]["evaluation"]["bits_per_byte"] - measured[base[cell.seed]]["evaluation"]["bits_per_byte"]
+        for cell in kept
+        if cell.head != study.baseline and cell.seed in base
+    }
     any_config = next(iter(runs.values()))
     train, val = (open_split(any_config.data.path, name) for name in ("train", "val"))
     heads = []
@@ -119,7 +129,8 @@ def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
         heads.append(
             {
                 "name": head,
-                **study.heads[head].model_dump(mode="json", include={"distance", "params", "exponent"}),
+                **study.heads[head].model_dump(mode="json", include={"distance", "params"}),
+                "exponent": exponent(study.heads[head]),
                 "lr": rates[head],
                 "lr_at_edge": len(study.lrs) > 1 and rates[head] in (min(study.lrs), max(study.lrs)),
                 "sweep": [_swept(cell, cfg) for cell, cfg in runs.items() if cell.head == head],
@@ -128,9 +139,10 @@ def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
                 "seeds": list(of_head),
                 "bits_per_byte": _over([measured[cell]["evaluation"]["bits_per_byte"] for cell in of_head.values()]),
                 "difference": difference(pairs) if pairs else None,
-                **_speed([summaries[cell] for cell in of_head.values()], [runs[cell] for cell in of_head.values()]),
+                **_speed([runs[cell] for cell in of_head.values()]),
+                **_spent([summaries[cell] for cell in of_head.values()], parts),
                 **_shape([measured[cell]["geometry"] for cell in of_head.values()]),
-                **(_first(first, runs[first], summaries[first], measured[first]) if first else {}),
+                **(_first(first, runs[first], summaries[first], measured[first], parts) if first else {}),
             }
         )
     return plain(
@@ -141,9 +153,13 @@ def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
             "seeds": list(study.seeds),
             "lrs": list(study.lrs),
             "baseline": study.baseline,
-            "not_measured": next((s["not_measured"] for s in summaries.values()), {}),
+            "measured": parts,
+            "not_measured": missing,
             "heads": heads,
-            "runs": [_row(cell, cfg, summaries.get(cell), cell in kept) for cell, cfg in runs.items()],
+            "runs": [
+                _row(cell, cfg, parts, summaries.get(cell), measured.get(cell)) | {"less_baseline": apart.get(cell)}
+                for cell, cfg in runs.items()
+            ],
         }
     )
 
@@ -179,14 +195,40 @@ def _swept(cell: Cell, cfg: RunConfig) -> dict[str, Any]:
     return {"lr": cell.lr, "seed": cell.seed, "bits_per_byte": held_out(cfg), "outcome": outcome(cfg)}
 
 
-def _speed(summaries: Sequence[dict[str, Any]], configs: Sequence[RunConfig]) -> dict[str, Any]:
-    """Medians over seeds; energy and stability are means."""
+def exponent(head: HeadConfig) -> float | str | None:
+    """As it was set; None where it means nothing, as for softmax."""
+    if not DISTANCES[head.distance].has_exponent:
+        return None
+    given = head.exponent
+    return f"{given.first:g} to {given.last:g}" if isinstance(given, ExponentRamp) else given
+
+
+def common_parts(summaries: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, str]]:
+    """The parts of the machines whose energy every run measured throughout, which alone can be compared, and why the
+    others were not.
+    """
+    parts = [part for part in PARTS if summaries and all(part in one["measured"] for one in summaries)]
+    reasons = {part: why for one in reversed(summaries) for part, why in one["not_measured"].items()}
+    return parts, {part: why for part, why in reasons.items() if part not in parts}
+
+
+def _speed(configs: Sequence[RunConfig]) -> dict[str, Any]:
+    """Medians over seeds."""
     rates = [rate for cfg in configs if (rate := _rate(cfg.run)) is not None]
     rate = statistics.median(rates) if rates else None
+    return {"tokens_per_s": rate, "seconds_per_token": 1 / rate if rate else None}
+
+
+def _j_per_token(summary: dict[str, Any], parts: Sequence[str]) -> float | None:
+    """Of training."""
+    joules = [summary[f"{part}_j"]["train"] for part in parts]
+    return sum(joules) / summary["tokens"] if joules and None not in joules and summary["tokens"] else None
+
+
+def _spent(summaries: Sequence[dict[str, Any]], parts: Sequence[str]) -> dict[str, Any]:
+    """Means over seeds."""
     return {
-        "tokens_per_s": rate,
-        "seconds_per_token": 1 / rate if rate else None,
-        "j_per_token": _mean([one["j_per_token"] for one in summaries]),
+        "j_per_token": _mean([_j_per_token(one, parts) for one in summaries]),
         "gradient_stability": {
             key: _mean([one["gradient_stability"][key] for one in summaries])
             for key in ("log_norm_variance", "spikes", "judged")
@@ -220,13 +262,15 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _first(cell: Cell, cfg: RunConfig, summary: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]:
+def _first(
+    cell: Cell, cfg: RunConfig, summary: dict[str, Any], measured: dict[str, Any], parts: Sequence[str]
+) -> dict[str, Any]:
     """What is shown of one seed alone."""
     records = read_records(cfg.run)
     return {
         "shown_seed": cell.seed,
-        "train_curve": curve(records, "train"),
-        "eval_curve": curve(records, "eval"),
+        "train_curve": curve(records, "train", parts),
+        "eval_curve": curve(records, "eval", parts),
         "unigram_bits_per_byte": summary["unigram_bits_per_byte"],
         "scree": measured["scree"],
         "projection": measured["projection"],
@@ -234,8 +278,8 @@ def _first(cell: Cell, cfg: RunConfig, summary: dict[str, Any], measured: dict[s
     }
 
 
-def curve(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    """Losses of a kind's records against what training had taken by then: tokens, seconds, joules."""
+def curve(records: Sequence[dict[str, Any]], kind: str, parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Losses of a kind's records against what training had taken by then: tokens, seconds, joules of the parts."""
     points, tokens, seconds = [], 0, 0.0
     for count, record in enumerate(records, start=1):
         if record["kind"] == "train":
@@ -243,24 +287,34 @@ def curve(records: Sequence[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
         if record["kind"] == kind:
             loss = record["loss_mean"] if kind == "train" else record["loss"]
             more = {} if kind == "train" else {"bits_per_byte": record["bits_per_byte"]}
-            joules = measured_joules(records[:count], "train")
+            joules = measured_joules(records[:count], "train", parts)
             point = {"step": record["step"], "tokens": tokens, "seconds": round(seconds, 3), "joules": joules}
             points.append({**point, "loss": loss, **more})
     return points
 
 
-def _row(cell: Cell, cfg: RunConfig, summary: dict[str, Any] | None, chosen: bool) -> dict[str, Any]:
-    """A run in a line, for CSV."""
+def _row(
+    cell: Cell,
+    cfg: RunConfig,
+    parts: Sequence[str],
+    summary: dict[str, Any] | None,
+    measured: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """A run in a line, for CSV. Its prototypes are measured if its learning rate was chosen."""
     found = summary or {}
-    stability = found.get("gradient_stability") or {}
-    names = ("bits_per_byte", "perplexity", "loss", "train_seconds", "j_per_token", "skipped")
+    gradient, learning = ((found.get(f"{name}_stability") or {}) for name in ("gradient", "learning"))
+    names = ("bits_per_byte", "perplexity", "loss", "train_seconds", "skipped")
+    shape = _shape([measured["geometry"]] if measured else [])
     return {
         **vars(cell),
-        "chosen": chosen,
+        "chosen": measured is not None,
         "outcome": outcome(cfg),
         **{name: found.get(name) for name in names},
         "tokens_per_s": _rate(cfg.run) if summary else None,
-        **{f"gradient_{key}": stability.get(key) for key in ("log_norm_variance", "spikes")},
+        "j_per_token": _j_per_token(summary, parts) if summary else None,
+        **shape,
+        **{f"gradient_{key}": gradient.get(key) for key in ("log_norm_variance", "spikes")},
+        "loss_spikes": learning.get("spikes"),
     }
 
 

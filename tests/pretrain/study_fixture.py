@@ -56,6 +56,7 @@ def study_results(energy: bool = False) -> dict[str, Any]:
         "seeds": list(SEEDS),
         "lrs": list(RATES),
         "baseline": "softmax",
+        "measured": ["gpu"] if energy else [],
         "not_measured": {} if energy else {"gpu": "no NVIDIA GPU", "cpu": "no RAPL counter that may be read"},
         "heads": [_head(name, place, energy, chance) for place, name in enumerate(HEADS)],
         "runs": [
@@ -125,7 +126,7 @@ def _head(name: str, place: int, energy: bool, chance: random.Random) -> dict[st
         "tokens_per_s": 1 / per_token,
         "seconds_per_token": per_token,
         "j_per_token": joules,
-        "gradient_stability": {"log_norm_variance": 0.02 * (1 + place), "spikes": place // 3, "judged": STEPS - 20},
+        "gradient_stability": {"log_norm_variance": 0.02 * (1 + place), "spikes": place / 3, "judged": STEPS - 20.0},
         "learning_stability": {"spikes": 0, "judged": STEPS - 20, "largest_rise": 0.001},
         "pca90": next(k for k, share in enumerate(scree, 1) if share >= 0.9) + 1 / 3,
         "effective_rank": 90.0 - 4 * place,

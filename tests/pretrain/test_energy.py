@@ -259,6 +259,7 @@ def test_a_run_with_a_counter_from_its_readings_to_the_report(tmp_path: Path, ca
     assert found["gpu_j"] == {"train": 3500.0, "eval": 200.0, "save": 20.0}
     assert found["cpu_j"] == {"train": None, "eval": None, "save": None}
     assert found["gpu_j_per_token"] == found["j_per_token"] == 3500 / tokens
+    assert found["j_per_step"] == 3500 / found["step"]
     assert found["to_target"] == {"loss": loss, "step": 4, "tokens": 4 * 64, "joules": 2500.0}
     site = 3720 / 3.6e6 * 1.2
     assert found["footprint"]["site_kwh"] == pytest.approx(site)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,12 +16,14 @@ import pytest
 import torch
 import yaml
 
-from data.settings import ConfigError, validate
+from data.settings import ConfigError, read_tree, validate
+from model.config import HeadConfig
 from pretrain.config import EXIT_DIVERGED, EXIT_PREEMPTED, EXIT_RECORD, load
 from pretrain.metrics import read_records
 from pretrain.study import grid
 from pretrain.study.__main__ import main
 from pretrain.study.grid import Cell, LanguageConfig
+from tests.pretrain.pages import Tree
 from tests.pretrain.tiny import make_text, outcome_of, text_config
 from tests.ranks import run_ranks
 
@@ -110,7 +113,14 @@ def test_a_study_from_the_grid_to_the_page(tmp_path: Path, launched: list[str], 
     with (tmp_path / "study" / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert [row["outcome"] for row in rows] == ["done"] * 6 and sum(row["chosen"] == "True" for row in rows) == 4
-    assert "<html" in (tmp_path / "study" / "study.html").read_text()
+    for row in rows:
+        assert all(bool(row[name]) == (row["chosen"] == "True") for name in ("pca90", "effective_rank", "first_2"))
+        assert bool(row["less_baseline"]) == (row["chosen"] == "True" and row["head"] == "cosine")
+    assert [float(row["less_baseline"]) for row in rows if row["less_baseline"]] == pytest.approx(told["values"])
+    assert (softmax["exponent"], cosine["exponent"]) == (None, "sqrt_dim")
+    page = Tree((tmp_path / "study" / "study.html").read_text())
+    assert page.row("softmax").startswith("softmax 0.0") and page.row("cosine").startswith("cosine exponent sqrt_dim")
+    assert not re.search(r"\d\.\d{7}", page.text), "a figure that nobody rounded"
     assert "cosine" in capsys.readouterr().out
 
     before = (tmp_path / "study" / "results.json").read_bytes()
@@ -120,6 +130,61 @@ def test_a_study_from_the_grid_to_the_page(tmp_path: Path, launched: list[str], 
     other["optim"]["weight_decay"] = 0.05
     assert main([asked(tmp_path, base=other)]) == 2
     assert "was trained with other settings" in capsys.readouterr().err and len(launched) == 6
+
+
+def test_a_study_that_is_not_done_has_a_report(tmp_path: Path, launched: list[str], monkeypatch: Any) -> None:
+    """It trains nothing, and tells what there is."""
+    train, stop = grid.start, ending(EXIT_PREEMPTED, EXIT_PREEMPTED)
+    monkeypatch.setattr(grid, "start", lambda config, options: (stop if len(launched) == 3 else train)(config, options))
+    assert main([asked(tmp_path)]) == EXIT_PREEMPTED and len(launched) == 3
+    monkeypatch.setattr(grid, "start", None)
+    assert main([asked(tmp_path), "--report"]) == 0
+    softmax, cosine = json.loads((tmp_path / "study" / "results.json").read_text())["heads"]
+    assert [one["outcome"] for one in softmax["sweep"]] == ["done", "done", None]
+    assert [one["outcome"] for one in cosine["sweep"]] == ["done", None, None]
+    assert softmax["seeds"] == [1] and softmax["bits_per_byte"]["low"] is None
+    assert (cosine["lr"], cosine["started"], cosine["seeds"]) == (0.001, 1, [1])
+    told = Tree((tmp_path / "study" / "study.html").read_text()).text
+    assert "3 of 6 runs are not done: all of this may change." in told and "6 runs (3 done, 3 not done)" in told
+
+
+def test_only_parts_that_every_run_measured_are_compared() -> None:
+    from pretrain.study.results import common_parts
+
+    gpu = {"measured": ["gpu"], "not_measured": {"cpu": "no RAPL", "dram": "no RAPL"}}
+    both = {"measured": ["gpu", "cpu"], "not_measured": {"dram": "no DRAM counter"}}
+    none = {"measured": [], "not_measured": {"gpu": "no GPU", "cpu": "no RAPL", "dram": "no RAPL"}}
+    assert common_parts([both, both]) == (["gpu", "cpu"], {"dram": "no DRAM counter"})
+    assert common_parts([both, gpu]) == (["gpu"], {"dram": "no DRAM counter", "cpu": "no RAPL"})
+    assert common_parts([gpu, none])[0] == [] and common_parts([gpu, none])[1]["gpu"] == "no GPU"
+    assert common_parts([]) == ([], {})
+
+
+def test_an_exponent_is_told_as_it_was_set() -> None:
+    from pretrain.study.results import exponent
+
+    ramp = {"first": 1.0, "last": 8.0}
+    heads: tuple[dict[str, Any], ...] = (
+        {"distance": "dot"},
+        {},
+        {"exponent": 28.0},
+        {"exponent": "learned"},
+        {"exponent": ramp},
+    )
+    told = [exponent(validate(HeadConfig, head)) for head in heads]
+    assert told == [None, "sqrt_dim", 28.0, "learned", "1 to 8"]
+
+
+def test_the_recipe_is_the_study_of_ten_heads() -> None:
+    recipe = Path("configs/study-small.yaml")
+    made = validate(LanguageConfig, read_tree(recipe))
+    grid.check(made)
+    distances = {name: head.distance for name, head in made.heads.items()}
+    names = "euclidean cosine manhattan chebyshev minkowski canberra braycurtis hamming mahalanobis"
+    assert distances == {"softmax": "dot", **{name: name for name in names.split()}}
+    assert made.heads["minkowski"].params == {"p": 3} and made.baseline == "softmax"
+    assert len(made.seeds) == 3 and len(made.lrs) == 3
+    assert f"python -m pretrain.study {recipe}" in recipe.read_text()
 
 
 def ending(code: int, record: int | None) -> Callable[[Path, list[str]], int]:
@@ -250,13 +315,13 @@ def test_a_curve_says_what_training_had_taken() -> None:
         {"kind": "eval", "step": 1, "loss": 4.0, "bits_per_byte": 2.0, "gpu_j": 9.0},
         train(2, 4.0),
     ]
-    assert curve(records, "train") == [
+    assert curve(records, "train", ["gpu"]) == [
         {"step": 1, "tokens": 10, "seconds": 2.0, "joules": 3.0, "loss": 5.0},
         {"step": 2, "tokens": 20, "seconds": 4.0, "joules": 7.0, "loss": 2.5},
     ]
-    (held_out,) = curve(records, "eval")
+    (held_out,) = curve(records, "eval", ["gpu"])
     assert held_out == {"step": 1, "tokens": 10, "seconds": 2.0, "joules": 3.0, "loss": 4.0, "bits_per_byte": 2.0}
-    assert [point["joules"] for point in curve([train(1, None), train(2, 4.0)], "train")] == [None, None]
+    assert [point["joules"] for point in curve([train(1, None), train(2, 4.0)], "train", ["gpu"])] == [None, None]
 
 
 def test_the_command_launches_real_runs(tmp_path: Path) -> None:
