@@ -1,8 +1,8 @@
 """A grid of language-model runs that differ in the head, the learning rate and the seed, and in nothing else.
 
-Every head is trained at every learning rate with the first seed; the rate with the best held-out bits/byte is then
-trained with the other seeds. A run is a run folder as any other, made by `python -m launch run`; what is done is
-skipped, and what was stopped goes on.
+Every head is trained at every learning rate with the first seed. The rate with the best mean of held-out bits/byte then
+gets the next seed, until the best one has them all: a rate that was lucky with one seed does not stay the best. A run
+is a run folder as any other, made by `python -m launch run`; what is done is skipped, and what was stopped goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
@@ -121,20 +122,39 @@ def held_out(cfg: RunConfig) -> float | None:
 
 
 def chosen_lr(study: LanguageConfig, head: str) -> float | None:
-    """The rate of the best run of the sweep; None if none was done."""
-    found = {lr: held_out(study.config(Cell(head, lr, study.seeds[0]))) for lr in study.lrs}
-    known = {lr: bits for lr, bits in found.items() if bits is not None}
-    return min(known, key=known.__getitem__) if known else None
+    """The rate with the best mean over its seeds so far, one with a run that diverged after those without; None if
+    none has a run that is done.
+    """
+    rank: dict[float, tuple[int, float]] = {}
+    for lr in study.lrs:
+        configs = [study.config(Cell(head, lr, seed)) for seed in study.seeds]
+        bits = [found for cfg in configs if (found := held_out(cfg)) is not None]
+        if bits:
+            rank[lr] = sum(outcome(cfg) == DIVERGED for cfg in configs), fmean(bits)
+    return min(rank, key=rank.__getitem__) if rank else None
 
 
 def cells(study: LanguageConfig) -> Iterator[Cell]:
-    """All cells, in their order. Those of the other seeds depend on the sweep, which has to be trained by then."""
+    """All cells, in their order: the sweep, what is there of other seeds, and then, as long as a head's best rate lacks
+    a seed, that cell, a head after the other. What is asked for next depends on what the last one came to.
+    """
     yield from study.sweep()
-    for seed in study.seeds[1:]:
+    given = set()
+    for cell in (Cell(head, lr, seed) for seed in study.seeds[1:] for lr in study.lrs for head in study.heads):
+        if outcome(study.config(cell)):
+            given.add(cell)
+            yield cell
+    asked = True
+    while asked:
+        asked = False
         for head in study.heads:
             lr = chosen_lr(study, head)
-            if lr is not None:
-                yield Cell(head, lr, seed)
+            left = [Cell(head, lr, seed) for seed in study.seeds[1:]] if lr is not None else []
+            cell = next((one for one in left if one not in given), None)
+            if cell is not None:
+                asked = True
+                given.add(cell)
+                yield cell
 
 
 class Stopped(Exception):
@@ -177,8 +197,9 @@ def train(study: LanguageConfig, launch: Sequence[str], log: Callable[[str], Non
         cfg = study.config(cell)
         if outcome(cfg):
             continue
-        left = f", about {clock(sum(seconds) / len(seconds) * (total - number + 1))} left" if seconds else ""
-        log(f"run {number} of {total}: {cell.name}{left}")
+        waiting = max(1, total - number + 1)
+        left = f", about {clock(sum(seconds) / len(seconds) * waiting)} left" if seconds else ""
+        log(f"run {number} of {max(number, total)}{' or more' if len(study.seeds) > 1 else ''}: {cell.name}{left}")
         path = study.out / "configs" / f"{cell.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, dump(cfg))

@@ -207,7 +207,7 @@ def _opening(study: _Study) -> str:
     length = f" for {short(tokens)} tokens" if tokens is not None else ""
     told = (
         f"{others} distance-based output head{'s' * (others != 1)} compared with {study.baseline} on the same language "
-        f"model{size}, trained{length} on the same text in the same order: with the first seed at {len(rates)} "
+        f"model{size}, trained{length} on the same text in the same order: with one seed at {len(rates)} "
         f"learning rate{'s' * (len(rates) != 1)}, and at the best of them with {len(seeds)} "
         f"seed{'s' * (len(seeds) != 1)} in all."
     )
@@ -758,9 +758,10 @@ def _methods(study: _Study) -> str:
     definitions = {
         "Matched budget": "Every run has the same decoder, the same data in the same order for a seed, the same number "
         "of tokens and steps; only the output head, the learning rate and the seed differ.",
-        "Learning rate": "For each head, the one of those tried with the lowest held-out bits/byte of the first seed, "
-        "which is also one of those reported; the edge mark says that a smaller or larger one might have been better "
-        "still.",
+        "Learning rate": "Every head is trained at every rate with the first seed. The rate with the lowest mean of "
+        "held-out bits/byte over its seeds so far gets the next one, until the best has them all; a rate with a run "
+        "that diverged comes after those without. The seeds that chose are those that are reported. The edge mark says "
+        "that a smaller or larger rate might have been better still.",
         "Exponent": "n of the probabilities d^-n / sum of d^-n; sqrt_dim: the square root of the width.",
         "Bits/byte": "Negative log likelihood of the held-out text in bits, over its bytes; it does not depend on the "
         "tokenizer. Lower is better.",
