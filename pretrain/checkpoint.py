@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 DRAFT = "draft-"  # what has this prefix was never finished
 LATEST = "latest"  # a file that names the newest checkpoint
+ABANDONED = "abandoned-"  # begins the name of one that was set aside
 MANIFEST, STATE = "manifest.json", "state.json"
 
 Check = Literal["full", "size"]
@@ -172,11 +173,17 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
     fresh start. With `ranks`, all of them call it and share the reading.
 
     Raises:
-        ConfigError: there are checkpoints but none is whole; `never` in a folder that has some; a path that is no
-        checkpoint.
+        ConfigError: there are checkpoints but none is whole, or there were some; `never` in a folder that has some; a
+        path that is no checkpoint.
     """
+    path = Path(resume)
     if resume in ("auto", "never"):
         candidates = checkpoints(folder)
+    else:
+        candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / "checkpoints")
+    if ranks and ranks.world > 1:  # a network file system may show others an older listing
+        candidates = [Path(name) for name in ranks.gather([str(one) for one in candidates])[0]]
+    if resume in ("auto", "never"):
         if resume == "never":
             if candidates:
                 raise ConfigError(
@@ -186,12 +193,16 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
                 )
             return None
         if not candidates:
+            traces = [*folder.glob(LATEST), *sorted(folder.glob(f"{ABANDONED}*"))]
+            if traces:
+                raise ConfigError(
+                    f"resume={resume}: {folder} has no checkpoint, but there were some, as {traces[0]} tells. Put them "
+                    "back (one that was set aside is whole: give its path as resume=...), or start afresh with "
+                    "resume=never or in another run folder (run=...). Nothing was changed."
+                )
             return None
-    else:
-        path = Path(resume)
-        candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / "checkpoints")
-        if not candidates:
-            raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
+    elif not candidates:
+        raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 import numpy as np
@@ -30,6 +29,7 @@ from pretrain.metrics import Recorder, peak_flops, read_records
 from pretrain.ranks import Ranks
 from pretrain.saver import SaveError, Saver, versions
 from pretrain.scoring import evaluate, figure, scoring
+from pretrain.signals import StopSignal
 from pretrain.sustainability import COUNTERS
 
 log = logging.getLogger(__name__)
@@ -42,30 +42,6 @@ class Outcome:
     code: int
     reason: str
     step: int
-
-
-class StopSignal:
-    """Remembers a SIGTERM, SIGINT or SIGUSR1 until the ranks agree on it; a second SIGINT interrupts at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
 
 class Run:
@@ -170,12 +146,13 @@ class Run:
         if self.recorder is not None:
             self.recorder.say(text)
 
-    def train(self) -> Outcome:
-        """Trains to the last step, or to a signal, or until evaluations have not improved for too long, the budget of
-        joules is spent, too many steps in a row were not finite, or no checkpoint can be written.
+    def train(self, stop: StopSignal | None = None) -> Outcome:
+        """Trains to the last step, or to a signal (`stop`: that listens already), or until evaluations have not
+        improved for too long, the budget of joules is spent, too many steps in a row were not finite, or no checkpoint
+        can be written.
         """
         cfg = self.cfg
-        with StopSignal() as stop:
+        with StopSignal() if stop is None else nullcontext(stop) as stop:
             window = _Window(self)
             for step in () if self._stopped_early() else range(self.progress.step, cfg.train.steps):
                 taken = self.step(step)
@@ -274,6 +251,13 @@ class Run:
             self.recorder.record("eval", step, values)
             bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits/byte"
             self.say(f"held-out {figure(cfg.model)} {found.perplexity:.2f}{bits} at step {step}")
+            if spent[0].seconds > cfg.checkpoint.grace_s:
+                log.warning(
+                    "an evaluation takes %.0f s, in which a preempted job does not save, and it has %.0f s "
+                    "(checkpoint.grace_s): it may be cut off",
+                    spent[0].seconds,
+                    cfg.checkpoint.grace_s,
+                )
         least = self.progress.best_nats
         best = math.isfinite(found.loss) and (least is None or found.loss < least)
         changed = (

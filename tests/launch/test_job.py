@@ -208,7 +208,7 @@ def test_the_second_signal_kills(start):
     before = time.monotonic()
     job.process.send_signal(signal.SIGTERM)
     code, _ = job.end()
-    assert code == 137 and time.monotonic() - before < 10
+    assert code == 137 and time.monotonic() - before < 45
 
 
 def test_ranks_whose_launcher_was_killed(start):
