@@ -75,10 +75,19 @@ class Progress:
     updates: int = 0  # updates taken: steps that were not skipped
     tokens: int = 0  # seen in training; the cursor of the data is step * sequences per step
     train_seconds: float = 0.0
-    joules: float | None = None  # measured so far, of all phases and counters; None: not throughout
+    joules: Mapping[str, float] | None = None  # so far, of all phases, by the parts measured throughout; None: of none
     best_nats: float | None = None  # per held-out token: the least of all evaluations, that of `best_step`
     best_step: int | None = None
     stale: int = 0  # evaluations in a row since the best one
+
+    @property
+    def total_j(self) -> float | None:
+        return total_j(self.joules)
+
+
+def total_j(joules: object) -> float | None:
+    """Of all parts in a checkpoint's `joules`; None if they are not told by part."""
+    return float(sum(joules.values())) if isinstance(joules, Mapping) and joules else None
 
 
 def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str | None) -> dict[str, Any]:
@@ -307,7 +316,8 @@ def load(checkpoint: Path, fragments: Mapping[str, Fragment]) -> Progress:
     """Fills the fragments of all ranks from a checkpoint of any layout."""
     dcp.load(dict(fragments), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     state = read_state(checkpoint)
-    return Progress(**{key: state.get(key, default) for key, default in asdict(Progress()).items()})
+    found = {key: state.get(key, default) for key, default in asdict(Progress()).items()}
+    return Progress(**{**found, "joules": found["joules"] if total_j(found["joules"]) is not None else None})
 
 
 def load_weights(checkpoint: Path, decoder: Decoder, head: HarmonicHead) -> None:

@@ -66,10 +66,11 @@ class Run:
         self._lock = self._claim()
         self.trainer = Trainer(cfg, ranks, train.eos_id)
         self.saver = Saver(self.folder, ranks, cfg.checkpoint, cfg.timeouts.save_s)
-        self.progress = Progress(joules=0.0)
+        self.progress = Progress(joules=dict.fromkeys(self.meter.measured, 0.0))
         if found is not None:
             self.progress = checkpoint.load(found, self._fragments())
             finish_load(self.trainer.engine, self.trainer.head_optimizer, self.progress.updates)
+        self._counted = set(self.progress.joules or ())  # the parts of the machine that a budget is of
         self.trainer.head.progress = cfg.head_progress(self.progress.step - 1)  # as the last update left it
         self.recorder = None
         if ranks.first:
@@ -119,8 +120,15 @@ class Run:
             why = "no energy is measured here: " + "; ".join(
                 f"{part}: {told}" for part, told in self.meter.missing.items()
             )
-        elif found is not None and checkpoint.read_state(found).get("joules") is None:
-            why = f"{found} does not know what was spent before it"
+        elif found is not None:
+            before = checkpoint.read_state(found).get("joules")
+            lost = sorted(before.keys() - set(self.meter.measured)) if isinstance(before, dict) else []
+            if checkpoint.total_j(before) is None:
+                why = f"{found} does not know what was spent before it"
+            elif lost:
+                why = f"{found} counts {' and '.join(lost)} too: " + "; ".join(
+                    self.meter.missing[part] for part in lost
+                )
         if why:
             raise ConfigError(
                 f"energy.stop_at_joules={budget:g}: the run could never stop by it, since {why}. Leave it out, or see "
@@ -138,8 +146,9 @@ class Run:
 
     def _account(self, spent: Spent) -> None:
         """Adds a phase's joules to the run's."""
-        before, joules = self.progress.joules, spent.total_j
-        self.progress = replace(self.progress, joules=None if before is None or joules is None else before + joules)
+        before = self.progress.joules or {}
+        joules = {part: before[part] + spent.joules[part] for part in before if part in spent.joules}
+        self.progress = replace(self.progress, joules=joules or None)
         self._tell_counters()
 
     def say(self, text: str) -> None:
@@ -206,10 +215,10 @@ class Run:
         early = f"stopped early at step {done.step}: "
         if patience is not None and done.stale >= patience:
             return f"{early}no evaluation was better than that of step {done.best_step} since"
-        if budget is not None and done.joules is None:
+        if budget is not None and self._counted != set(done.joules or ()):
             return f"{early}energy is no longer measured, so energy.stop_at_joules={budget:g} cannot be kept"
-        if budget is not None and done.joules is not None and done.joules >= budget:
-            return f"{early}{done.joules:,.0f} J were spent of energy.stop_at_joules={budget:g}"
+        if budget is not None and (spent := done.total_j or 0.0) >= budget:
+            return f"{early}{spent:,.0f} J were spent of energy.stop_at_joules={budget:g}"
         return None
 
     def step(self, step: int) -> Step:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.settings import ConfigError
-from pretrain import checkpoint, saver
+from pretrain import checkpoint, loop, saver
 from pretrain.checkpoint import Progress
 from pretrain.config import EXIT_NOT_SAVED, CheckpointConfig, RunConfig
 from pretrain.fragments import Fragment
@@ -268,6 +268,20 @@ def test_ranks_go_on_from_the_first_ones_listing(tmp_path: Path) -> None:
     assert outcome_of(config(tmp_path, train__steps=2)).code == 0
     found = run_ranks(check_listing, 2, tmp_path, folder=tmp_path / "run" / "checkpoints")
     assert found == ["step-00000002"] * 2
+
+
+def check_grace(base: Path) -> list[str]:
+    told: list[str] = []
+    loop.log.warning = lambda text, *values: told.append(text % values)  # type: ignore[assignment]
+    assert outcome_of(config(base, train__steps=2, checkpoint__grace_s=1e-6, checkpoint__every=9)).code == 0
+    return told
+
+
+def test_what_a_preempted_job_has_no_time_for_is_told(tmp_path: Path) -> None:
+    make_data(tmp_path / "data")
+    ((evaluation, save),) = run_ranks(check_grace, 1, tmp_path, base=tmp_path)
+    assert evaluation.startswith("an evaluation takes 0 s, in which a preempted job does not save, and it has 0 s")
+    assert save.startswith("a save takes 0 s, but a preempted job has 0 s (checkpoint.grace_s)")
 
 
 def check_tidying(base: Path) -> int:
