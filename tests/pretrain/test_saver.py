@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.settings import ConfigError
-from pretrain import checkpoint, loop, saver
+from pretrain import checkpoint, saver
 from pretrain.checkpoint import Progress
 from pretrain.config import EXIT_NOT_SAVED, CheckpointConfig, RunConfig
 from pretrain.fragments import Fragment
@@ -271,6 +271,8 @@ def test_ranks_go_on_from_the_first_ones_listing(tmp_path: Path) -> None:
 
 
 def check_grace(base: Path) -> list[str]:
+    from pretrain import loop
+
     told: list[str] = []
     loop.log.warning = lambda text, *values: told.append(text % values)  # type: ignore[assignment]
     assert outcome_of(config(base, train__steps=2, checkpoint__grace_s=1e-6, checkpoint__every=9)).code == 0
