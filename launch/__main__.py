@@ -27,7 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="check a config, its data and the layout, then train it with deepspeed",
         description="Check a config, its data, the layout and the hosts, then train it with deepspeed. Exit codes: 0 "
         "done; 2 bad input; 3 too many non-finite steps; 4 a checkpoint could not be written; 75 stopped by a signal "
-        "after a save, the same command goes on; 128 + N: a rank was killed by signal N; others: a rank failed.",
+        "after a save, the same command goes on; 128 + N: a rank was killed by signal N and none told why; others: a "
+        "rank failed.",
     )
     job.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
     _add_job(job)
@@ -124,6 +125,11 @@ def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], pl
     deepspeed.check(cfg, placement)
     if asked.max_restarts < 0:
         raise ConfigError(f"--max-restarts {asked.max_restarts}: expected 0 or more")
+    if asked.max_restarts and cfg.resume != "auto":
+        raise ConfigError(
+            f"--max-restarts with resume={cfg.resume}: a job that is started again would not go on from its own newest "
+            "checkpoint. Set resume=auto; to begin elsewhere, train to the first checkpoint without --max-restarts"
+        )
     by_ssh = placement.hostfile is not None and asked.launcher in ("pdsh", "openmpi")
     if asked.elastic and not by_ssh:
         raise ConfigError("--elastic: it chooses among the hosts of a --hostfile, which pdsh or OpenMPI reaches")

@@ -149,7 +149,7 @@ def compared(found: Mapping[str, Facts | str], with_config: bool) -> list[str]:
 
 
 def _revision(told: Facts) -> str:
-    return f"{told['revision']}{', changed' if told['changed'] else ''}"
+    return f"{told['revision']}, changed ({told['changed']})" if told["changed"] else str(told["revision"])
 
 
 def _odd(what: str, values: Mapping[str, Any], remedy: str) -> list[str]:

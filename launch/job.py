@@ -146,7 +146,7 @@ def run(
             _kill(job.pid)
     child = job.wait()
     other_writes = remote or bool(node)
-    found = _record_of(record, RECORD_S if child == 0 and other_writes else 0)
+    found = _record_of(record, RECORD_S if other_writes and (child == 0 or received) else 0)
     code, reason = exit_code(child, found, remote)
     if code not in (0, EXIT_PREEMPTED) or (code == 0 and failures.read_failures(folder)):
         gone = _reap(placement, lease.path) if remote else frozenset()

@@ -118,6 +118,7 @@ def _export(given: Path, out: Path) -> None:
 
 def _facts(run: Path, state: Mapping[str, Any], cfg: RunConfig, parameters: int) -> dict[str, str]:
     """What a run had come to at a checkpoint, by name."""
+    from pretrain.checkpoint import total_j
     from pretrain.inference import DATA
     from pretrain.inference import TOKENIZER as VOCABULARY
     from pretrain.metrics import clock, read_records
@@ -126,7 +127,7 @@ def _facts(run: Path, state: Mapping[str, Any], cfg: RunConfig, parameters: int)
     recorded = read_records(run) if (run / "metrics.jsonl").exists() else []
     before = [one for one in recorded if one["kind"] == "eval" and one["step"] <= state["step"]]
     held_out = before[-1] if before else {}
-    joules, identity = state["joules"], state["identity"]
+    joules, identity = total_j(state["joules"]), state["identity"]
     forms = {
         figure(cfg.model): "perplexity",
         "nats/token": "loss",
@@ -138,7 +139,9 @@ def _facts(run: Path, state: Mapping[str, Any], cfg: RunConfig, parameters: int)
         "updates": f"{state['step']:,} of {cfg.train.steps:,}",
         "training tokens": f"{state['tokens']:,}",
         "training time (h:mm:ss)": clock(state["train_seconds"]),
-        "energy, of all phases and counters": "not measured" if joules is None else f"{joules:,.0f} J",
+        "energy, of all phases": "not measured"
+        if joules is None
+        else f"{joules:,.0f} J ({', '.join(state['joules'])})",
         "precision of training": f"{cfg.train.precision}; the weights here are the float32 masters",
         **{f"held-out {name}": _figure(held_out.get(key)) for name, key in forms.items()},
         "held-out figures are of update": f"{held_out['step']:,}" if held_out else "not measured",

@@ -18,6 +18,7 @@ from collections.abc import MutableMapping
 
 from data.settings import ConfigError
 from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, RunConfig, check_data, check_layout, load, ranks_per_node
+from pretrain.signals import StopSignal
 from pretrain.watch import Watch
 
 OPEN_MPI = {
@@ -52,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             check_layout(cfg, int(os.environ.get("WORLD_SIZE", "1")), ranks_per_node(os.environ))
             check_data(cfg)
-            return _train(cfg, watch)
+            with StopSignal() as stop:  # to the end: whoever stops a rank may say so again, and it would lose its code
+                return _train(cfg, watch, stop)
         except ConfigError as error:
             if first_here:
                 print(f"error: {error}", file=sys.stderr)
@@ -67,7 +69,7 @@ def adopt(environment: MutableMapping[str, str]) -> None:
                 environment[ours] = environment[theirs]
 
 
-def _train(cfg: RunConfig, watch: Watch) -> int:
+def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
     from pretrain import ranks as process  # torch: after the input was checked
 
     ranks = process.start()
@@ -77,7 +79,7 @@ def _train(cfg: RunConfig, watch: Watch) -> int:
     watch.join(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
     run = Run(cfg, ranks, watch.pulse)
-    outcome = run.train()
+    outcome = run.train(stop)
     run.close()
     watch.leave()
     process.stop()

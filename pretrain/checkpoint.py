@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 DRAFT = "draft-"  # what has this prefix was never finished
 LATEST = "latest"  # a file that names the newest checkpoint
+ABANDONED = "abandoned-"  # begins the name of one that was set aside
 MANIFEST, STATE = "manifest.json", "state.json"
 
 Check = Literal["full", "size"]
@@ -74,10 +75,19 @@ class Progress:
     updates: int = 0  # updates taken: steps that were not skipped
     tokens: int = 0  # seen in training; the cursor of the data is step * sequences per step
     train_seconds: float = 0.0
-    joules: float | None = None  # measured so far, of all phases and counters; None: not throughout
+    joules: Mapping[str, float] | None = None  # so far, of all phases, by the parts measured throughout; None: of none
     best_nats: float | None = None  # per held-out token: the least of all evaluations, that of `best_step`
     best_step: int | None = None
     stale: int = 0  # evaluations in a row since the best one
+
+    @property
+    def total_j(self) -> float | None:
+        return total_j(self.joules)
+
+
+def total_j(joules: object) -> float | None:
+    """Of all parts in a checkpoint's `joules`; None if they are not told by part."""
+    return float(sum(joules.values())) if isinstance(joules, Mapping) and joules else None
 
 
 def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str | None) -> dict[str, Any]:
@@ -172,11 +182,17 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
     fresh start. With `ranks`, all of them call it and share the reading.
 
     Raises:
-        ConfigError: there are checkpoints but none is whole; `never` in a folder that has some; a path that is no
-        checkpoint.
+        ConfigError: there are checkpoints but none is whole, or there were some; `never` in a folder that has some; a
+        path that is no checkpoint.
     """
+    path = Path(resume)
     if resume in ("auto", "never"):
         candidates = checkpoints(folder)
+    else:
+        candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / "checkpoints")
+    if ranks and ranks.world > 1:  # a network file system may show others an older listing
+        candidates = [Path(name) for name in ranks.gather([str(one) for one in candidates])[0]]
+    if resume in ("auto", "never"):
         if resume == "never":
             if candidates:
                 raise ConfigError(
@@ -186,12 +202,16 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
                 )
             return None
         if not candidates:
+            traces = [*folder.glob(LATEST), *sorted(folder.glob(f"{ABANDONED}*"))]
+            if traces:
+                raise ConfigError(
+                    f"resume={resume}: {folder} has no checkpoint, but there were some, as {traces[0]} tells. Put them "
+                    "back (one that was set aside is whole: give its path as resume=...), or start afresh with "
+                    "resume=never or in another run folder (run=...). Nothing was changed."
+                )
             return None
-    else:
-        path = Path(resume)
-        candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / "checkpoints")
-        if not candidates:
-            raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
+    elif not candidates:
+        raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):
@@ -296,7 +316,8 @@ def load(checkpoint: Path, fragments: Mapping[str, Fragment]) -> Progress:
     """Fills the fragments of all ranks from a checkpoint of any layout."""
     dcp.load(dict(fragments), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     state = read_state(checkpoint)
-    return Progress(**{key: state.get(key, default) for key, default in asdict(Progress()).items()})
+    found = {key: state.get(key, default) for key, default in asdict(Progress()).items()}
+    return Progress(**{**found, "joules": found["joules"] if total_j(found["joules"]) is not None else None})
 
 
 def load_weights(checkpoint: Path, decoder: Decoder, head: HarmonicHead) -> None:

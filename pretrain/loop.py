@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, TextIO
 
 import numpy as np
@@ -30,6 +29,7 @@ from pretrain.metrics import Recorder, peak_flops, read_records
 from pretrain.ranks import Ranks
 from pretrain.saver import SaveError, Saver, versions
 from pretrain.scoring import evaluate, figure, scoring
+from pretrain.signals import StopSignal
 from pretrain.sustainability import COUNTERS
 
 log = logging.getLogger(__name__)
@@ -42,30 +42,6 @@ class Outcome:
     code: int
     reason: str
     step: int
-
-
-class StopSignal:
-    """Remembers a SIGTERM, SIGINT or SIGUSR1 until the ranks agree on it; a second SIGINT interrupts at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-
-    def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
 
 class Run:
@@ -90,10 +66,11 @@ class Run:
         self._lock = self._claim()
         self.trainer = Trainer(cfg, ranks, train.eos_id)
         self.saver = Saver(self.folder, ranks, cfg.checkpoint, cfg.timeouts.save_s)
-        self.progress = Progress(joules=0.0)
+        self.progress = Progress(joules=dict.fromkeys(self.meter.measured, 0.0))
         if found is not None:
             self.progress = checkpoint.load(found, self._fragments())
             finish_load(self.trainer.engine, self.trainer.head_optimizer, self.progress.updates)
+        self._counted = set(self.progress.joules or ())  # the parts of the machine that a budget is of
         self.trainer.head.progress = cfg.head_progress(self.progress.step - 1)  # as the last update left it
         self.recorder = None
         if ranks.first:
@@ -143,8 +120,15 @@ class Run:
             why = "no energy is measured here: " + "; ".join(
                 f"{part}: {told}" for part, told in self.meter.missing.items()
             )
-        elif found is not None and checkpoint.read_state(found).get("joules") is None:
-            why = f"{found} does not know what was spent before it"
+        elif found is not None:
+            before = checkpoint.read_state(found).get("joules")
+            lost = sorted(before.keys() - set(self.meter.measured)) if isinstance(before, dict) else []
+            if checkpoint.total_j(before) is None:
+                why = f"{found} does not know what was spent before it"
+            elif lost:
+                why = f"{found} counts {' and '.join(lost)} too: " + "; ".join(
+                    self.meter.missing[part] for part in lost
+                )
         if why:
             raise ConfigError(
                 f"energy.stop_at_joules={budget:g}: the run could never stop by it, since {why}. Leave it out, or see "
@@ -162,20 +146,22 @@ class Run:
 
     def _account(self, spent: Spent) -> None:
         """Adds a phase's joules to the run's."""
-        before, joules = self.progress.joules, spent.total_j
-        self.progress = replace(self.progress, joules=None if before is None or joules is None else before + joules)
+        before = self.progress.joules or {}
+        joules = {part: before[part] + spent.joules[part] for part in before if part in spent.joules}
+        self.progress = replace(self.progress, joules=joules or None)
         self._tell_counters()
 
     def say(self, text: str) -> None:
         if self.recorder is not None:
             self.recorder.say(text)
 
-    def train(self) -> Outcome:
-        """Trains to the last step, or to a signal, or until evaluations have not improved for too long, the budget of
-        joules is spent, too many steps in a row were not finite, or no checkpoint can be written.
+    def train(self, stop: StopSignal | None = None) -> Outcome:
+        """Trains to the last step, or to a signal (`stop`: that listens already), or until evaluations have not
+        improved for too long, the budget of joules is spent, too many steps in a row were not finite, or no checkpoint
+        can be written.
         """
         cfg = self.cfg
-        with StopSignal() as stop:
+        with StopSignal() if stop is None else nullcontext(stop) as stop:
             window = _Window(self)
             for step in () if self._stopped_early() else range(self.progress.step, cfg.train.steps):
                 taken = self.step(step)
@@ -229,10 +215,10 @@ class Run:
         early = f"stopped early at step {done.step}: "
         if patience is not None and done.stale >= patience:
             return f"{early}no evaluation was better than that of step {done.best_step} since"
-        if budget is not None and done.joules is None:
+        if budget is not None and self._counted != set(done.joules or ()):
             return f"{early}energy is no longer measured, so energy.stop_at_joules={budget:g} cannot be kept"
-        if budget is not None and done.joules is not None and done.joules >= budget:
-            return f"{early}{done.joules:,.0f} J were spent of energy.stop_at_joules={budget:g}"
+        if budget is not None and (spent := done.total_j or 0.0) >= budget:
+            return f"{early}{spent:,.0f} J were spent of energy.stop_at_joules={budget:g}"
         return None
 
     def step(self, step: int) -> Step:
@@ -274,6 +260,13 @@ class Run:
             self.recorder.record("eval", step, values)
             bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits/byte"
             self.say(f"held-out {figure(cfg.model)} {found.perplexity:.2f}{bits} at step {step}")
+            if spent[0].seconds > cfg.checkpoint.grace_s:
+                log.warning(
+                    "an evaluation takes %.0f s, in which a preempted job does not save, and it has %.0f s "
+                    "(checkpoint.grace_s): it may be cut off",
+                    spent[0].seconds,
+                    cfg.checkpoint.grace_s,
+                )
         least = self.progress.best_nats
         best = math.isfinite(found.loss) and (least is None or found.loss < least)
         changed = (

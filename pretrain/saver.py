@@ -30,7 +30,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from data.files import flush, publish, replace_file, sha256_of
-from pretrain.checkpoint import DRAFT, FORMAT, LATEST, MANIFEST, STATE, Progress, checkpoints, name_of, remove, step_of
+from pretrain.checkpoint import (
+    ABANDONED,
+    DRAFT,
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    STATE,
+    Progress,
+    checkpoints,
+    name_of,
+    remove,
+    step_of,
+)
 from pretrain.config import CheckpointConfig
 from pretrain.fragments import Fragment
 from pretrain.ranks import Ranks
@@ -175,9 +187,12 @@ class Saver:
             if step_of(later) >= step_of(final):
                 abandon(later)
         publish(draft, final)
-        replace_file(self.folder / LATEST, f"{final.name}\n")
-        for old in superfluous(checkpoints(self.folder), self.cfg, best):
-            remove(old)
+        try:
+            replace_file(self.folder / LATEST, f"{final.name}\n")
+            for old in superfluous(checkpoints(self.folder), self.cfg, best):
+                remove(old)
+        except OSError as problem:  # the checkpoint is there all the same
+            log.warning("%s is saved, but putting the folder in order failed: %r", final, problem)
 
 
 def _told(problem: BaseException, rank: int) -> str:
@@ -190,7 +205,7 @@ def _told(problem: BaseException, rank: int) -> str:
 
 def abandon(later: Path) -> None:
     """Sets aside a checkpoint of steps that this run, resumed from before, trains anew: or `auto` would find it."""
-    names = (f"abandoned-{later.name}{end}" for end in ("", *(f"-{k}" for k in range(2, 1000))))
+    names = (f"{ABANDONED}{later.name}{end}" for end in ("", *(f"-{k}" for k in range(2, 1000))))
     aside = next(later.with_name(name) for name in names if not later.with_name(name).exists())
     log.warning("%s is of an earlier run beyond this one's resume: kept as %s", later.name, aside.name)
     os.replace(later, aside)

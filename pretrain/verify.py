@@ -1,10 +1,11 @@
 """`python -m pretrain.verify RUN [key=value ...]`: is a run folder whole, and does its training repeat?
 
 Every checkpoint's files are compared with its manifest, and `latest` with them. Then the first logged steps after a
-checkpoint, the newest one that has enough of them, are trained again in a folder of their own: batch fingerprints must
-be those of metrics.jsonl, and losses too, bit for bit on the same layout and machine, to rounding elsewhere. Prints
-PASS and how near the losses are (exit code 0), or FAIL and the first difference (1); 2 for bad input. The run folder is
-only read. `deepspeed --module pretrain.verify RUN` does so on many ranks.
+checkpoint, the newest one that has enough of them, are trained again in a folder of their own; with --last, all those
+up to the last ones. Batch fingerprints must be those of metrics.jsonl, and losses too: to rounding, or with --exact bit
+for bit, as they are on the same layout and machine. Prints PASS and how near the losses are (exit code 0), or FAIL and
+the first difference (1); 2 for bad input. The run folder is only read. `deepspeed --module pretrain.verify RUN` does so
+on many ranks.
 """
 
 from __future__ import annotations
@@ -65,28 +66,38 @@ def check_files(folder: Path, ranks: Ranks) -> int:
     return len(found)
 
 
-def plan(run: Path, steps: int) -> Replay | None:
-    """The first `steps` logged steps after the newest checkpoint that has so many, else after the one that has most;
-    None if no step was logged after a checkpoint.
+def plan(run: Path, steps: int, last: bool = False) -> Replay | None:
+    """The first `steps` logged steps after the newest checkpoint that has so many, else after the one that has most.
+
+    Args:
+        last: the last `steps` logged steps, and those before them up to a checkpoint.
+    Returns:
+        None if no step, or with `last` not so many, was logged after a checkpoint.
     """
     records = [record for record in read_records(run) if record["kind"] == "train"]
     found = checkpoint.checkpoints(run / "checkpoints")
 
     def after(path: Path) -> list[dict[str, Any]]:
-        return [record for record in records if record["step"] > checkpoint.step_of(path)][:steps]
+        later = [record for record in records if record["step"] > checkpoint.step_of(path)]
+        return later if last else later[:steps]
 
-    start = max(found, key=lambda path: (len(after(path)), path.name))
-    if not after(start):
+    if last:
+        found = [path for path in found if len(after(path)) >= steps][-1:]
+    start = max(found, key=lambda path: (len(after(path)), path.name), default=None)
+    if start is None or not after(start):
         return None
-    led_to = next((path for path in found if path > start), start)
+    led_to = next((path for path in checkpoint.checkpoints(run / "checkpoints") if path > start), start)
     return Replay(start, checkpoint.read_state(led_to), after(start))
 
 
-def replay(cfg: RunConfig, planned: Replay, ranks: Ranks) -> float:
+def replay(cfg: RunConfig, planned: Replay, ranks: Ranks, tolerance: float) -> float:
     """Trains the planned steps again; returns the largest difference of a loss, in nats. Collective.
 
+    Args:
+        tolerance: nats by which a loss may differ from the logged one.
+
     Raises:
-        Differs: another batch than the logged one, or a loss further from the logged one than rounding explains.
+        Differs: another batch than the logged one, or a loss further from the logged one than `tolerance`.
         ConfigError: these ranks cannot repeat the run.
     """
     from pretrain.loop import Run  # DeepSpeed: after it was told the device
@@ -104,7 +115,7 @@ def replay(cfg: RunConfig, planned: Replay, ranks: Ranks) -> float:
             run = Run(cfg.model_copy(update=aside), ranks)
             try:
                 _check_noise(run, planned.trained)
-                return _largest_difference(run, planned.records)
+                return _largest_difference(run, planned.records, tolerance)
             finally:
                 run.close()
 
@@ -124,7 +135,7 @@ def _check_noise(run: Any, trained: dict[str, Any]) -> None:
         )
 
 
-def _largest_difference(run: Any, records: list[dict[str, Any]]) -> float:
+def _largest_difference(run: Any, records: list[dict[str, Any]], tolerance: float) -> float:
     logged = {record["step"]: record for record in records}
     largest = 0.0
     for step in range(run.progress.step, max(logged)):
@@ -137,7 +148,7 @@ def _largest_difference(run: Any, records: list[dict[str, Any]]) -> float:
         if batch != record.get("batch"):
             raise Differs(f"step {step + 1}: the batch {batch} is not the logged {record.get('batch')}")
         difference = _distance(loss, record["loss"])
-        if difference > TOLERANCE[run.cfg.train.precision]:
+        if difference > tolerance:
             raise Differs(f"step {step + 1}: the loss {loss!r} is not the logged {record['loss']!r}")
         largest = max(largest, difference)
     return largest
@@ -151,7 +162,9 @@ def _distance(loss: float, logged: float) -> float:
     return difference if math.isfinite(difference) else math.inf
 
 
-def verify(folder: Path, overrides: Sequence[str], steps: int, ranks: Ranks) -> str:
+def verify(
+    folder: Path, overrides: Sequence[str], steps: int, ranks: Ranks, *, last: bool = False, exact: bool = False
+) -> str:
     """What was found to be right, in words. Collective. Raises Differs and ConfigError."""
     if steps < 1:
         raise ConfigError(f"--steps {steps}: must be 1 or more")
@@ -161,11 +174,12 @@ def verify(folder: Path, overrides: Sequence[str], steps: int, ranks: Ranks) -> 
     check_layout(cfg, ranks.world, ranks.local_world)
     count = check_files(folder / "checkpoints", ranks)
     whole = f"{count} checkpoint{'s are' if count > 1 else ' is'} whole"
-    planned = plan(folder, steps)
+    planned = plan(folder, steps, last)
     if planned is None:
-        return f"{whole}; no step was logged after one, so none was trained again"
+        fewer = f"fewer than {steps} steps were" if last else "no step was"
+        return f"{whole}; {fewer} logged after one, so none was trained again"
     check_data(cfg)
-    largest = replay(cfg, planned, ranks)
+    largest = replay(cfg, planned, ranks, 0.0 if exact else TOLERANCE[cfg.train.precision])
     near = "bit for bit" if largest == 0 else f"to {largest:.1e} nats"
     first, last = planned.records[0]["step"], planned.records[-1]["step"]
     again = f"{f'steps {first} to {last}' if last > first else f'step {first}'} again from {planned.start.name}"
@@ -177,6 +191,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the layout, such as train.micro_batch=4")
     parser.add_argument("--steps", type=int, default=5, help="logged steps to train again (default %(default)s)")
+    parser.add_argument("--last", action="store_true", help="the last ones logged, and those before to a checkpoint")
+    parser.add_argument("--exact", action="store_true", help="losses must be the logged ones bit for bit")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds this one
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
@@ -184,7 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
     ranks = process.start()
     try:
-        code, told = 0, f"PASS: {verify(args.run, args.overrides, args.steps, ranks)}"
+        code, told = 0, f"PASS: {verify(args.run, args.overrides, args.steps, ranks, last=args.last, exact=args.exact)}"
     except Differs as wrong:
         code, told = 1, f"FAIL: {wrong}"
     except ConfigError as error:

@@ -141,6 +141,8 @@ class Watch:
         (self.cfg.run / FAILURES / f"rank-{self.rank}.json").unlink(missing_ok=True)  # of an earlier run
         if self._lease is not None:
             if self._lease.exists():
+                with suppress(OSError, IndexError):  # the sign tells of that
+                    self._read_lease()  # before any other start could replace it
                 self._lease_sign = _Sign("lease", self._read_lease)
                 self._lease_sign.start()
             else:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
 from data.workers import cores
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes at once, and the same sums in all of them
+
+# In the background of a shell without job control it is ignored, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The longest, which mostly wait for processes and timeouts: beside them the other workers have the cores.
 FIRST = ("test_hosts_job.py", "test_slurm.py", "test_hosts_doctor.py", "test_main_job.py", "test_chaos.py")

@@ -26,7 +26,7 @@ from typing import Any
 
 import pytest
 
-START_S = 20.0
+START_S = 60.0
 TOOLS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh", "unshare", "nsenter", "setpriv")
 SSHD = """
 Port 22

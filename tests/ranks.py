@@ -13,7 +13,7 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
-TIMEOUT_S = 240
+TIMEOUT_S = 540  # below pytest's own
 
 
 class _Caller:

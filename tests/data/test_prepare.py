@@ -11,12 +11,14 @@ import subprocess
 import sys
 import time
 from collections import Counter, namedtuple
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 
@@ -524,12 +526,16 @@ def test_workers_end_with_a_run_that_is_killed(corpus):
     found = subprocess.run([sys.executable, corpus / "killed.py"], env=environment, capture_output=True, text=True)
     *results, processes = found.stdout.splitlines()
     assert results == ["0", "-1", "-2", "-3", "-4", "-5"]
-    for _ in range(100):
-        if not any(Path(f"/proc/{process}").exists() for process in processes.split()):
-            break
+
+    def lives(pid: int) -> bool:
+        with suppress(psutil.NoSuchProcess):
+            return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        return False
+
+    deadline = time.monotonic() + 60
+    while any(lives(int(process)) for process in processes.split()):
+        assert time.monotonic() < deadline, "workers are still there"
         time.sleep(0.1)
-    else:
-        pytest.fail("workers are still there")
 
 
 def test_a_worker_that_dies_is_told(corpus):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
+
+import pytest
 
 from data.files import sha256_of
 from launch.doctor import compared, skewed
@@ -12,7 +15,7 @@ from tests.pretrain.tiny import make_data
 
 
 def host(tmp_path: Any, **changes: Any) -> Facts:
-    fine = {**facts(), **more_facts(tmp_path / "run", tmp_path / "data", "token"), "shares_run": True, "changed": False}
+    fine = {**facts(), **more_facts(tmp_path / "run", tmp_path / "data", "token"), "shares_run": True, "changed": ""}
     data = {"sha256": "a" * 64, "problem": None}
     return {**fine, "data": data, "free_bytes": 2**40, "compiler": "g++", "ninja": "ninja", **changes}
 
@@ -25,6 +28,25 @@ def test_a_host_that_differs_from_the_most_is_named(tmp_path: Any) -> None:
     others = {name: host(tmp_path, revision="1") for name in "acd"}
     (told,) = compared({**others, "b": host(tmp_path, revision="2")}, with_config=True)
     assert told.startswith("b: the checkout is 2, but 1 on most hosts; check out the same revision")
+
+
+def test_checkouts_with_other_changes_differ(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        for words in (["init", "-q"], ["add", "file"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qmc"]):
+            (tmp_path / name / "file").write_text("one\n")
+            subprocess.run(["git", *words], check=True)
+        assert more_facts(tmp_path / "run", tmp_path / "data", "token")["changed"] == ""
+        (tmp_path / name / "file").write_text(f"{name}\n")
+    hosts = {}
+    for name in "ab":
+        monkeypatch.chdir(tmp_path / name)
+        changed = more_facts(tmp_path / "run", tmp_path / "data", "token")["changed"]
+        hosts[name] = host(tmp_path, revision="1", changed=changed)
+    (told,) = compared(hosts, with_config=False)
+    assert "the checkout is 1, changed (" in told
+    assert compared({"a": hosts["a"], "c": hosts["a"]}, with_config=False) == []
 
 
 def test_a_hosts_own_problems(tmp_path: Any) -> None:

@@ -163,6 +163,12 @@ def test_under_slurm_srun_starts_a_launcher_on_every_host(config, spawned, monke
     assert main([*words, "--max-restarts", "1"]) == 2
 
 
+@pytest.mark.parametrize("resume", ["never", "runs/other"])
+def test_restarts_go_on_from_the_jobs_own_checkpoints_alone(config, spawned, capsys, resume):
+    assert main(["run", str(config), "--max-restarts", "1", f"resume={resume}"]) == 2
+    assert f"--max-restarts with resume={resume}" in capsys.readouterr().err and not spawned
+
+
 def test_without_a_launcher_every_host_has_its_command(config, spawned, capsys):
     hosts = config.parent / "hosts"
     hosts.write_text("127.0.0.1 slots=2\n198.51.100.1 slots=1\n198.51.100.2 slots=1\n")

@@ -151,8 +151,9 @@ def test_what_slurm_refuses_is_an_error(tmp_path, capsys, monkeypatch):
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost=node1
-AuthType=auth/none
-CredType=cred/none
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
 SchedulerParameters=sched_interval=2
 SlurmUser=root
 SlurmdUser=root
@@ -175,15 +176,17 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def why_no_slurm() -> str | None:
-    missing = [tool for tool in ("slurmctld", "slurmd", "sbatch", "srun") if shutil.which(tool, path=PATH) is None]
-    return f"missing: {', '.join(missing)} (Debian: slurm-wlm)" if missing else why_not()
+    missing = [
+        tool for tool in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if shutil.which(tool, path=PATH) is None
+    ]
+    return f"missing: {', '.join(missing)} (Debian: slurm-wlm, munge)" if missing else why_not()
 
 
 needs_slurm = pytest.mark.skipif(why_no_slurm() is not None, reason=why_no_slurm() or "")
 
 
 class Slurm:
-    """slurmctld on the first of two hosts, and slurmd on both; they end with the hosts."""
+    """munged and slurmctld on the first of two hosts, and slurmd on both; they end with the hosts."""
 
     def __init__(self, hosts: Hosts, folder: Path) -> None:
         (folder / "state").mkdir(parents=True)
@@ -194,6 +197,13 @@ class Slurm:
         own = folder / "hosts"
         own.write_text((hosts.folder / "hosts").read_text().replace("10.77.0.1 node1", "127.0.1.1 node1"))
         self.head.hide(Path("/etc/hosts"), own)
+        (folder / "munge.key").write_bytes(os.urandom(128))
+        (folder / "munge.key").chmod(0o400)
+        files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed"}
+        places = [f"--{option}={folder}/munge.{end}" for option, end in files.items()]
+        log = (folder / "munged").open("w")  # --force: though only root may go to its folder
+        self.head.start("munged", "--foreground", "--force", *places, stdout=log, stderr=subprocess.STDOUT)
+        self.wait_for((folder / "munge.socket").exists, 60)
         for host in hosts:
             for daemon in ("slurmctld", "slurmd")[host is not self.head :]:
                 log = (folder / f"{host.name}-{daemon}").open("w")

@@ -105,11 +105,11 @@ def test_the_card_tells_what_the_run_came_to(trained: Path, tmp_path: Path) -> N
     assert cells["held-out perplexity"] == f"{held_out['perplexity']:.4f}"
     assert cells["held-out bits/byte"] == f"{held_out['bits_per_byte']:.4f}"
     assert cells["held-out figures are of update"] == "4"
-    assert cells["energy, of all phases and counters"] == "not measured"
+    assert cells["energy, of all phases"] == "not measured"
     assert cells["fingerprint of the data"] == f"`{fingerprint(read_manifest(trained / 'data'))}`"
     cfg, state = load(trained / "causal" / "config.yaml"), read_state(find_given(trained / "causal")[0])
-    measured = _facts(trained / "causal", {**state, "joules": 1234.6}, cfg, 1)
-    assert measured["energy, of all phases and counters"] == "1,235 J"
+    measured = _facts(trained / "causal", {**state, "joules": {"gpu": 1000.0, "cpu": 234.6}}, cfg, 1)
+    assert measured["energy, of all phases"] == "1,235 J (gpu, cpu)"
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert cells["parameters"] == f"{sum(w.numel() for w in weights.values()):,}"
     assert (trained / "causal" / "config.yaml").read_text().strip() in card

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -246,7 +248,7 @@ def check_a_run(base: Path) -> None:
     ]  # fmt: skip
     assert records[0]["kind"] == "counters" and records[0]["measured"] == ["gpu"]
     assert all(len(r["grad_norms"]) == len(r["losses"]) == 2 for r in records if r["kind"] == "train")
-    assert checkpoint.read_state(checkpoint.checkpoints(cfg.run / "checkpoints")[-1])["joules"] == 3700.0
+    assert checkpoint.read_state(checkpoint.checkpoints(cfg.run / "checkpoints")[-1])["joules"] == {"gpu": 3700.0}
 
 
 def test_a_run_with_a_counter_from_its_readings_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -298,6 +300,53 @@ def test_without_a_counter_all_joules_are_null_and_a_budget_is_refused(tmp_path:
     assert found["not_measured"]["gpu"] == NO_COUNTER and found["measured"] == []
     assert main([str(tmp_path / "run")]) == 0
     assert f"GPU energy was not measured: {NO_COUNTER}" in capsys.readouterr().out
+
+
+def check_lost_part(base: Path) -> None:
+    def both(*readings: float) -> Replay:
+        return Replay([{"gpu": [x], "cpu": [2 * x]} for x in readings], missing={"dram": "no DRAM"})
+
+    def joules() -> Any:
+        return checkpoint.read_state(checkpoint.checkpoints(base / "run" / "checkpoints")[-1])["joules"]
+
+    assert measured(config(base, energy__stop_at_joules=25), both(0, 10)).step == 2
+    assert joules() == {"gpu": 10.0, "cpu": 20.0}
+    with pytest.raises(ConfigError, match="step-00000002 counts cpu too: RAPL: no permission"):
+        measured(config(base, energy__stop_at_joules=100), Replay(gpus(0, 1)))
+    assert measured(config(base), Replay(gpus(100, 107))).step == 6
+    assert joules() == {"gpu": 17.0}
+
+
+def test_a_sum_is_of_the_parts_that_were_measured_throughout(tmp_path: Path) -> None:
+    make_data(tmp_path / "data")
+    run_ranks(check_lost_part, 1, tmp_path, base=tmp_path)
+
+
+FAKE_ZEUS = """
+def get_gpus():
+    return Gpus()
+
+class Gpus:
+    mj = [5_000, 7_000, 11_000]
+    def supports_get_total_energy_consumption(self, k):
+        return k != 2
+    def get_total_energy_consumption(self, k):
+        Gpus.mj[k] += 1_500
+        return Gpus.mj[k]
+"""
+
+
+def test_gpus_are_read_in_joules_and_refused_without_a_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Zeus' interface, on a machine without a GPU."""
+    fake = types.ModuleType("zeus.device")
+    exec(FAKE_ZEUS, fake.__dict__)
+    monkeypatch.setitem(sys.modules, "zeus.device", fake)
+    two = ZeusCounter(2)
+    assert "gpu" not in two.missing
+    first, second = two.read()["gpu"], two.read()["gpu"]
+    assert [b - a for a, b in zip(first, second, strict=True)] == [1.5, 1.5] and len(first) == 2
+    assert ZeusCounter(3).missing["gpu"] == "a GPU has no energy counter (NVIDIA's have one since Volta)"
+    assert ZeusCounter(0).missing["gpu"] == "no GPU is used"
 
 
 def check_budget(base: Path) -> None:

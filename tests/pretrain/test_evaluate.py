@@ -158,7 +158,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 def test_command(trained: Path, capsys: pytest.CaptureFixture) -> None:
     command = [sys.executable, "-m", "pretrain.evaluate", str(trained / "run" / "checkpoints" / "step-00000004")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     found = told(capsys, trained / "run")
     assert f"perplexity {found['perplexity']:.3f}" in done.stdout

@@ -104,7 +104,7 @@ def test_without_deepspeed_in_small_files(trained, tmp_path: Path) -> None:
     base, masters = trained
     blocked = "import sys; sys.modules['deepspeed'] = None; from pretrain.export import main; sys.exit(main())"
     arguments = [str(base / "zero-3"), "--out", str(tmp_path / "new" / "out"), "--max-gb", "3e-5"]
-    done = subprocess.run([sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not done.stderr and "step-00000004" in done.stdout
     out = tmp_path / "new" / "out"

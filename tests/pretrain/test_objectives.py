@@ -14,10 +14,12 @@ import torch
 from data.shards import open_split
 from data.tokenizer import EOS, MASK
 from model.reference import scores_reference
+from pretrain import geometry, report
 from pretrain.batches import inputs_and_targets
 from pretrain.checkpoint import load_weights
 from pretrain.config import RunConfig
 from pretrain.evaluate import open_task, run_task
+from pretrain.inference import load_model
 from pretrain.modules import build_modules, score_positions
 from pretrain.ranks import Ranks
 from pretrain.scoring import MASKINGS, scoring
@@ -98,6 +100,22 @@ def test_a_masked_model_is_scored_token_by_token_as_defined(trained: Path) -> No
     assert found.sum().item() == pytest.approx(nats, rel=1e-5)
     for place, expected in losses.items():
         assert found[place].item() == pytest.approx(expected, rel=1e-4)
+
+
+@torch.no_grad()
+def test_hidden_states_of_a_masked_model_are_those_behind_the_mask(trained: Path) -> None:
+    decoder, _, stream = held_out(trained, "masked")
+    source = geometry.open_run(trained / "masked-1", (), strict=False)
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    model = load_model(source.checkpoint, source.cfg, source.tokenizer.sha256, source.split.eos_id, ranks)
+    hidden, targets = geometry.hidden_states(model, source.split, MASK)
+    assert targets.tolist() == stream and len(hidden) == len(stream)
+    for place in range(0, len(stream), 29):
+        first, at = place // T * T, place % T
+        window = (stream[first : first + T] + [EOS] * T)[:T]
+        given = [MASK if k % MASKINGS == at % MASKINGS else one for k, one in enumerate(window)]
+        torch.testing.assert_close(hidden[place].double(), decoder(torch.tensor([given]))[0, at], atol=1e-4, rtol=1e-4)
+    assert report.main([str(trained / "masked-1"), "--interpret"]) == 0
 
 
 @torch.no_grad()

@@ -183,6 +183,13 @@ def test_resume_settings(finished: Path) -> None:
     assert checkpoint.find(folder, "auto") == checkpoint.find(folder, str(newest)) == newest
     assert checkpoint.find(finished / "new" / "checkpoints", str(finished / "run")) == newest
     assert checkpoint.find(finished / "new" / "checkpoints", "auto") is None
+    for trace in (checkpoint.LATEST, f"{checkpoint.ABANDONED}step-00000008"):
+        gone = finished / f"gone-{trace}"
+        gone.mkdir()
+        (gone / trace).touch()
+        with pytest.raises(ConfigError, match=f"has no checkpoint, but there were some, as .*{trace} tells"):
+            checkpoint.find(gone, "auto")
+        assert checkpoint.find(gone, "never") is None
     with pytest.raises(ConfigError, match="resume=never, but .* holds 2 checkpoints"):
         checkpoint.find(folder, "never")
     with pytest.raises(ConfigError, match="neither a checkpoint nor a run folder"):

@@ -251,6 +251,57 @@ def test_ranks_share_the_verification_and_agree(tmp_path: Path) -> None:
     assert all("can be used" in one and "does not list state.json" in one for one in told)
 
 
+def check_listing(folder: Path) -> str:
+    """What a rank finds whose file system does not show it the newest checkpoint yet."""
+    from pretrain import ranks as process
+
+    ranks = process.start()
+    seen = checkpoint.checkpoints(folder)
+    checkpoint.checkpoints = lambda _: seen if ranks.first else seen[:1]  # type: ignore[assignment]
+    found = checkpoint.find(folder, "auto", ranks)
+    process.stop()
+    return str(found and found.name)
+
+
+def test_ranks_go_on_from_the_first_ones_listing(tmp_path: Path) -> None:
+    make_data(tmp_path / "data")
+    assert outcome_of(config(tmp_path, train__steps=2)).code == 0
+    found = run_ranks(check_listing, 2, tmp_path, folder=tmp_path / "run" / "checkpoints")
+    assert found == ["step-00000002"] * 2
+
+
+def check_grace(base: Path) -> list[str]:
+    from pretrain import loop
+
+    told: list[str] = []
+    loop.log.warning = lambda text, *values: told.append(text % values)  # type: ignore[assignment]
+    assert outcome_of(config(base, train__steps=2, checkpoint__grace_s=1e-6, checkpoint__every=9)).code == 0
+    return told
+
+
+def test_what_a_preempted_job_has_no_time_for_is_told(tmp_path: Path) -> None:
+    make_data(tmp_path / "data")
+    ((evaluation, save),) = run_ranks(check_grace, 1, tmp_path, base=tmp_path)
+    assert evaluation.startswith("an evaluation takes 0 s, in which a preempted job does not save, and it has 0 s")
+    assert save.startswith("a save takes 0 s, but a preempted job has 0 s (checkpoint.grace_s)")
+
+
+def check_tidying(base: Path) -> int:
+    def fails(path: Path) -> None:
+        raise OSError(errno.ENOTEMPTY, "Directory not empty", str(path))
+
+    saver.remove = fails  # type: ignore[assignment]
+    return outcome_of(config(base, train__steps=3, checkpoint__keep=1)).code
+
+
+def test_a_save_is_one_even_if_the_old_ones_stay(tmp_path: Path) -> None:
+    make_data(tmp_path / "data")
+    assert run_ranks(check_tidying, 1, tmp_path, base=tmp_path) == [0]
+    assert kept(tmp_path) == [1, 2, 3]
+    saves = [record["step"] for record in read_records(tmp_path / "run") if record["kind"] == "save"]
+    assert saves == [1, 2, 3]
+
+
 def test_what_differs_is_told_and_refused_or_allowed(caplog: pytest.LogCaptureFixture) -> None:
     state = {
         "identity": {"optim.lr": 0.1, "model.dim": 8, "the data's fingerprint": "a"},

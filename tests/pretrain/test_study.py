@@ -217,7 +217,7 @@ def test_the_recipe_is_the_study_of_ten_heads() -> None:
     names = "euclidean cosine manhattan chebyshev minkowski canberra braycurtis hamming mahalanobis"
     assert distances == {"softmax": "dot", **{name: name for name in names.split()}}
     assert made.heads["minkowski"].params == {"p": 3} and made.baseline == "softmax"
-    assert len(made.seeds) == 3 and len(made.lrs) == 3
+    assert len(made.seeds) == 3 and len(made.lrs) == 5
     assert f"python -m pretrain.study {recipe}" in recipe.read_text()
 
 

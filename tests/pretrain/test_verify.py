@@ -169,6 +169,28 @@ def test_bad_input(base: Path, arguments: list[str], told: str, capsys) -> None:
     assert captured.err.startswith("error: ") and told in captured.err and not captured.out
 
 
+def test_the_last_steps_can_be_asked_for(base: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(base / "one", run)
+    assert verify.main([str(run), "--steps", "2", "--last", "--exact"]) == 0
+    assert "steps 4 to 6 again from step-00000003" in capsys.readouterr().out
+    assert verify.main([str(run), "--steps", "4", "--last"]) == 0
+    assert "; fewer than 4 steps were logged after one" in capsys.readouterr().out
+
+
+def test_exact_losses_can_be_asked_for(base: Path, tmp_path: Path, capsys) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(base / "one", run)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    last = next(record for record in records if record["kind"] == "train" and record["step"] == 6)
+    last["loss"] += 1e-6
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert verify.main([str(run)]) == 0
+    assert "the logged losses to 1.0e-06 nats" in capsys.readouterr().out
+    assert verify.main([str(run), "--exact"]) == 1
+    assert "FAIL: step 6: the loss" in capsys.readouterr().out
+
+
 def test_which_steps_are_trained_again(tmp_path: Path) -> None:
     """The first ones after the newest checkpoint that has enough: not all thousand that may follow it."""
 

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from launch.deepspeed import free_port
 from pretrain.watch import phase_of
 from tests.pretrain.tiny import tiny_tree
 
@@ -49,9 +48,7 @@ class Ranks:
     def __init__(self, folder: Path, world: int, environment: dict[str, str], **plan: Any) -> None:
         self.run = folder / "run"
         self.run.mkdir()
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         tree = tiny_tree(run=str(self.run), timeouts__heartbeat_s=5, checkpoint__grace_s=1)
         whole = {
             "config": tree,
@@ -173,7 +170,6 @@ def test_another_launchers_lease_is_not_this_ranks(start: Callable[..., Ranks], 
     lease.write_text("a 1")
     ranks = start(1, {"OVERTONE_LEASE": str(lease)})
     ranks.up()
-    time.sleep(2)  # it reads its own
     lease.write_text("b 1")
     assert ranks.end() == [-signal.SIGTERM]
     assert "another one has begun" in ranks.processes[0].communicate()[1]
