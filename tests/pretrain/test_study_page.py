@@ -6,6 +6,7 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,3 +206,32 @@ def test_an_unmeasured_figure_is_a_dash_and_never_zero() -> None:
 )
 def test_a_verdict_needs_an_interval_without_zero(low: float | None, high: float | None, word: str | None) -> None:
     assert verdict({"mean": 0.5, "low": low, "high": high}) == word
+
+
+def test_the_document_tells_the_published_results() -> None:
+    results = json.loads(Path("benchmarks/results/study-small.json").read_text())
+    baseline = next(head for head in results["heads"] if head["name"] == results["baseline"])
+
+    def bounds(found: dict[str, Any], form: str, prefix: str = "") -> str:
+        return f"[{found[f'{prefix}low']:{form}}, {found[f'{prefix}high']:{form}}]"
+
+    told = []
+    for head in results["heads"]:
+        bits, apart, speed = head["bits_per_byte"], head["difference"], head["tokens_per_s"]
+        gaps = ["", ""]
+        if apart is not None:
+            gaps = [f"{apart['mean']:+.4f} {bounds(apart, '+.4f')}", bounds(apart, "+.4f", "documents_")]
+        stable = head["gradient_stability"]
+        told.append(
+            [
+                *(head["name"], f"{head['lr']:g}{' (edge)' if head['lr_at_edge'] else ''}"),
+                *(f"{bits['mean']:.4f} {bounds(bits, '.4f')}", *gaps),
+                *(f"{speed:,.0f} ({speed / baseline['tokens_per_s']:.2f})", f"{head['pca90']:.1f}"),
+                *(f"{head['effective_rank']:.1f}", f"{stable['log_norm_variance']:.3f}", f"{stable['spikes']:.2f}"),
+                f"{head['diverged']} of {head['started']}",
+            ]
+        )
+    table = Path("docs/study-small.md").read_text().split("## Results\n\n")[1].split("\n\n")[0].splitlines()[2:]
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table] == told
+    html = Path("benchmarks/results/study-small.html").read_text()
+    assert html == page(results), "the published page is that of the published results"
