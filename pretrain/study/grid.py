@@ -150,8 +150,7 @@ def cells(study: LanguageConfig) -> Iterator[Cell]:
         for head in study.heads:
             lr = chosen_lr(study, head)
             left = [Cell(head, lr, seed) for seed in study.seeds[1:]] if lr is not None else []
-            cell = next((one for one in left if one not in given), None)
-            if cell is not None:
+            for cell in [one for one in left if one not in given][:1]:
                 asked = True
                 given.add(cell)
                 yield cell
