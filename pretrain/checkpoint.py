@@ -190,27 +190,24 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
         candidates = checkpoints(folder)
     else:
         candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / "checkpoints")
-    if ranks and ranks.world > 1:  # a network file system may show others an older listing
-        candidates = [Path(name) for name in ranks.gather([str(one) for one in candidates])[0]]
-    if resume in ("auto", "never"):
-        if resume == "never":
-            if candidates:
-                raise ConfigError(
-                    f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest "
-                    f"{candidates[-1].name}. Use resume=auto to go on from it, or another run folder (run=...) to "
-                    "start afresh."
-                )
+    candidates = _as_the_first_sees_them(candidates, ranks)
+    if resume == "never":
+        if candidates:
+            raise ConfigError(
+                f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest {candidates[-1].name}. "
+                "Use resume=auto to go on from it, or another run folder (run=...) to start afresh."
+            )
+        return None
+    if not candidates and resume == "auto":
+        traces = _as_the_first_sees_them([*folder.glob(LATEST), *sorted(folder.glob(f"{ABANDONED}*"))], ranks)
+        if not traces:
             return None
-        if not candidates:
-            traces = [*folder.glob(LATEST), *sorted(folder.glob(f"{ABANDONED}*"))]
-            if traces:
-                raise ConfigError(
-                    f"resume={resume}: {folder} has no checkpoint, but there were some, as {traces[0]} tells. Put them "
-                    "back (one that was set aside is whole: give its path as resume=...), or start afresh with "
-                    "resume=never or in another run folder (run=...). Nothing was changed."
-                )
-            return None
-    elif not candidates:
+        raise ConfigError(
+            f"resume=auto: {folder} has no checkpoint, but there were some, as {traces[0]} tells. Put them back (one "
+            "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
+            "another run folder (run=...). Nothing was changed."
+        )
+    if not candidates:
         raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
@@ -228,6 +225,13 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
         f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore one, or "
         "start afresh in another run folder (run=...). Nothing was changed."
     )
+
+
+def _as_the_first_sees_them(paths: list[Path], ranks: Ranks | None) -> list[Path]:
+    """The first rank's paths, for all: a network file system may show others an older listing."""
+    if ranks is None or ranks.world == 1:
+        return paths
+    return [Path(name) for name in ranks.gather([str(path) for path in paths])[0]]
 
 
 def run_of(path: Path) -> Path:
