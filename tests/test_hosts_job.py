@@ -177,7 +177,7 @@ def test_a_frozen_rank_is_named_and_its_stacks_are_kept(tmp_path: Path, hosts: H
 
 def test_a_failed_job_finishes_on_the_hosts_that_answer(tmp_path: Path, hosts: Hosts) -> None:
     more = ["--max-restarts", "2", "--elastic"]
-    job = Job(hosts, tmp_path, *more, train__steps=60, checkpoint__every=2, optim__lr=0.01)
+    job = Job(hosts, tmp_path, *more, train__steps=30, checkpoint__every=2, optim__lr=0.01)
     hosts[1].cut()
     code = job.process.wait(400)
     assert code == 0, job.told()
