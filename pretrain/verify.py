@@ -3,7 +3,7 @@
 Every checkpoint's files are compared with its manifest, and `latest` with them. Then the first logged steps after a
 checkpoint, the newest one that has enough of them, are trained again in a folder of their own; with --last, all those
 up to the last ones. Batch fingerprints must be those of metrics.jsonl, and losses too: to rounding, or with --exact bit
-for bit, as they are on the same layout and machine. Prints PASS and how near the losses are (exit code 0), or FAIL and
+for bit, as they are on the same layout and machine with as many threads. Prints PASS and how near the losses are (exit code 0), or FAIL and
 the first difference (1); 2 for bad input. The run folder is only read. `deepspeed --module pretrain.verify RUN` does so
 on many ranks.
 """
@@ -192,7 +192,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the layout, such as train.micro_batch=4")
     parser.add_argument("--steps", type=int, default=5, help="logged steps to train again (default %(default)s)")
     parser.add_argument("--last", action="store_true", help="the last ones logged, and those before to a checkpoint")
-    parser.add_argument("--exact", action="store_true", help="losses must be the logged ones bit for bit")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="losses must be the logged ones bit for bit: same machine, layout, OMP_NUM_THREADS",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds this one
     args = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
