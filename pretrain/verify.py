@@ -3,9 +3,9 @@
 Every checkpoint's files are compared with its manifest, and `latest` with them. Then the first logged steps after a
 checkpoint, the newest one that has enough of them, are trained again in a folder of their own; with --last, all those
 up to the last ones. Batch fingerprints must be those of metrics.jsonl, and losses too: to rounding, or with --exact bit
-for bit, as they are on the same layout and machine with as many threads. Prints PASS and how near the losses are (exit code 0), or FAIL and
-the first difference (1); 2 for bad input. The run folder is only read. `deepspeed --module pretrain.verify RUN` does so
-on many ranks.
+for bit, as they are on the same layout and machine with as many threads. Prints PASS and how near the losses are (exit
+code 0), or FAIL and the first difference (1); 2 for bad input. The run folder is only read. `deepspeed --module
+pretrain.verify RUN` does so on many ranks.
 """
 
 from __future__ import annotations

@@ -312,6 +312,9 @@ def test_heads_are_compared_at_the_same_examples_and_seed() -> None:
     # softmax has enough with 0.8, far with 0.5; both generalise in half the epochs once and in twice as many once
     assert far == dict(zip(far, ("mlp", "far", 4, 3, 1, 1, 0, 1, 1, 2, 1.25), strict=True))
     assert near == dict(zip(near, ("mlp", "near", 4, 0, 0, 0, 1, 0, 3, 0, None), strict=True))
+    even = [one | {"head": "even"} for one in flat[:4]]
+    same = compare(flat + even, summarise(flat + even), "softmax")[-1]
+    assert same == dict(zip(same, ("mlp", "even", 4, 3, 0, 0, 0, 0, 0, 3, 1.0), strict=True))
     never = [one | {"epochs_to_generalise": None} for one in flat]
     assert all(one["less_data"] == one["more_data"] == 0 for one in compare(never, summarise(never), "softmax")[1:])
 
