@@ -17,7 +17,7 @@ import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -320,8 +320,8 @@ def load(checkpoint: Path, fragments: Mapping[str, Fragment]) -> Progress:
     """Fills the fragments of all ranks from a checkpoint of any layout."""
     dcp.load(dict(fragments), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     state = read_state(checkpoint)
-    found = {key: state.get(key, default) for key, default in asdict(Progress()).items()}
-    return Progress(**{**found, "joules": found["joules"] if total_j(found["joules"]) is not None else None})
+    found = Progress(**{key: state.get(key, default) for key, default in asdict(Progress()).items()})
+    return found if found.total_j is not None else replace(found, joules=None)
 
 
 def load_weights(checkpoint: Path, decoder: Decoder, head: HarmonicHead) -> None:

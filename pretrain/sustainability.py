@@ -98,11 +98,11 @@ def measured_parts(records: Records) -> list[str]:
     return [part for part in PARTS if joules_of(records, part) is not None]
 
 
-def measured_joules(records: Records, kind: str | None = None, parts: Sequence[str] | None = None) -> float | None:
-    """Of the given parts, None if one of them was not measured throughout; or of all that were (`parts` None)."""
-    found = [joules_of(records, part, kind) for part in (measured_parts(records) if parts is None else parts)]
+def measured_joules(records: Records, kind: str | None = None) -> float | None:
+    """Of all parts that were measured throughout; None if none was."""
+    found = [joules_of(records, part, kind) for part in measured_parts(records)]
     known = [joules for joules in found if joules is not None]
-    return sum(known) if known and (parts is None or len(known) == len(parts)) else None
+    return sum(known) if known else None
 
 
 def footprint(

@@ -69,8 +69,7 @@ class _Study:
         return [one for one in self.cells if (one["task"], one["network"], one["head"], one["fraction"]) == wanted]
 
     def named(self, head: str, more: str = "") -> str:
-        small = f"<small>{escape(more)}</small>" if more else ""
-        return f"{layout.swatch(self.heads.index(head))}{escape(head)}{small}"
+        return layout.named(self.heads.index(head), head, escape(more))
 
     def rows(self) -> Iterable[tuple[str, str]]:
         """Networks and heads, in the order of tables."""
@@ -86,7 +85,7 @@ def _opening(study: _Study) -> str:
         "share of all examples does a small network come to answer the rest, in how many epochs, and how do its "
         "prototypes lie then?"
     )
-    return f'<header><h1>{escape(study.title)}</h1><p class="lede">{escape(told)}</p></header>'
+    return layout.opening(study.title, told)
 
 
 def _facts(study: _Study) -> str:
@@ -133,9 +132,10 @@ def _comparison(study: _Study) -> str:
             ]
         )
     words = (
-        "A cell generalises if 95% of the test examples are right at some epoch. Pairs are of the same task, network, "
-        "share and seed. Cells of one seed are no independent trials: its smaller shares lie within its larger ones."
-    ).replace("95%", percent(study.results["goal"]))
+        f"A cell generalises if {percent(study.results['goal'])} of the test examples are right at some epoch. Pairs "
+        "are of the same task, network, share and seed. Cells of one seed are no independent trials: its smaller "
+        "shares lie within its larger ones."
+    )
     return f'<p class="soft">{escape(words)}</p>' + layout.table("Heads compared", columns, rows)
 
 
@@ -317,6 +317,4 @@ def _methods(study: _Study) -> str:
         "Few directions are no proof of having learnt, and a crystal is a crystal of these tasks alone.",
         "Networks of this size on a few hundred examples say nothing of language.",
     ]
-    terms = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(told)}</dd></div>" for name, told in definitions.items())
-    lines = "".join(f"<li>{escape(line)}</li>" for line in limits)
-    return f'<dl class="methods">{terms}</dl><h3>Limits</h3><ul class="findings soft">{lines}</ul>'
+    return layout.methods(definitions, limits)

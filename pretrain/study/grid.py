@@ -150,10 +150,11 @@ def cells(study: LanguageConfig) -> Iterator[Cell]:
         for head in study.heads:
             lr = chosen_lr(study, head)
             left = [Cell(head, lr, seed) for seed in study.seeds[1:]] if lr is not None else []
-            for cell in [one for one in left if one not in given][:1]:
+            wanted = next((one for one in left if one not in given), None)
+            if wanted is not None:
                 asked = True
-                given.add(cell)
-                yield cell
+                given.add(wanted)
+                yield wanted
 
 
 class Stopped(Exception):

@@ -223,6 +223,17 @@ def written(value: object, form: str = "{:,}", missing: str = NONE) -> str:
     return escape(form.format(value)).replace("-", MINUS) if isinstance(value, int | float) else escape(str(value))
 
 
+def opening(title: str, lede: str) -> str:
+    return f'<header><h1>{escape(title)}</h1><p class="lede">{escape(lede)}</p></header>'
+
+
+def methods(definitions: Mapping[str, str], limits: Sequence[str]) -> str:
+    """Terms with what they mean, and what the page cannot say."""
+    terms = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(told)}</dd></div>" for name, told in definitions.items())
+    lines = "".join(f"<li>{escape(line)}</li>" for line in limits)
+    return f'<dl class="methods">{terms}</dl><h3>Limits</h3><ul class="findings soft">{lines}</ul>'
+
+
 def section(name: str, title: str, body: str) -> str:
     return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
 
@@ -235,6 +246,11 @@ def contents(places: Mapping[str, str]) -> str:
 
 def swatch(style: int) -> str:
     return f'<span class="swatch {style_class(style)}" aria-hidden="true"></span>'
+
+
+def named(style: int, name: str, more: str = "") -> str:
+    """A name beside its swatch; `more` is HTML, beneath it."""
+    return f"{swatch(style)}{escape(name)}" + (f"<small>{more}</small>" if more else "")
 
 
 def toggles(legend: str, names: Sequence[str]) -> str:

@@ -159,8 +159,7 @@ def _range(low: float | None, high: float | None, form: str) -> str:
 
 
 def _named(study: _Study, place: int, more: str = "") -> str:
-    small = f"<small>{more}</small>" if more else ""
-    return f"{layout.swatch(place)}{escape(study.names[place])}{small}"
+    return layout.named(place, study.names[place], more)
 
 
 def _list(names: Sequence[str]) -> str:
@@ -211,7 +210,7 @@ def _opening(study: _Study) -> str:
         f"learning rate{'s' * (len(rates) != 1)}, and at the best of them with {len(seeds)} "
         f"seed{'s' * (len(seeds) != 1)} in all."
     )
-    return f'<header><h1>{escape(study.title)}</h1><p class="lede">{escape(told)}</p></header>'
+    return layout.opening(study.title, told)
 
 
 def _budget(study: _Study) -> str:
@@ -795,9 +794,7 @@ def _methods(study: _Study) -> str:
     ]
     if not study.has_energy:
         limits.append(study.no_energy)
-    terms = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(told)}</dd></div>" for name, told in definitions.items())
-    lines = "".join(f"<li>{escape(line)}</li>" for line in limits)
-    return f'<dl class="methods">{terms}</dl><h3>Limits</h3><ul class="findings soft">{lines}</ul>'
+    return layout.methods(definitions, limits)
 
 
 def _footer(study: _Study) -> str:

@@ -27,7 +27,7 @@ from pretrain.report import plain, summarise
 from pretrain.saver import versions
 from pretrain.scoring import INTERVAL, UNIGRAM_TOKENS, Evaluation, compare, unigram_bits_per_byte
 from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
-from pretrain.sustainability import PARTS, measured_joules
+from pretrain.sustainability import PARTS, joules_of
 
 MEASURED = "measured.json"  # in a run folder
 DOCUMENTS = "documents.npz"  # its evaluation, by document
@@ -281,13 +281,18 @@ def _first(
 def curve(records: Sequence[dict[str, Any]], kind: str, parts: Sequence[str]) -> list[dict[str, Any]]:
     """Losses of a kind's records against what training had taken by then: tokens, seconds, joules of the parts."""
     points, tokens, seconds = [], 0, 0.0
-    for count, record in enumerate(records, start=1):
+    so_far: dict[str, float] = {}
+    counted = all(joules_of(records, part, "train") is not None for part in parts)
+    for record in records:
         if record["kind"] == "train":
             tokens, seconds = record["tokens"], seconds + record["seconds"]
+            for part in parts:
+                if (spent := record.get(f"{part}_j")) is not None:
+                    so_far[part] = so_far.get(part, 0.0) + spent
         if record["kind"] == kind:
             loss = record["loss_mean"] if kind == "train" else record["loss"]
             more = {} if kind == "train" else {"bits_per_byte": record["bits_per_byte"]}
-            joules = measured_joules(records[:count], "train", parts)
+            joules = sum(so_far.values()) if so_far and counted and len(so_far) == len(parts) else None
             point = {"step": record["step"], "tokens": tokens, "seconds": round(seconds, 3), "joules": joules}
             points.append({**point, "loss": loss, **more})
     return points

@@ -137,3 +137,5 @@ def test_the_document_tells_the_published_comparison(results: dict[str, Any]) ->
         told.append(cells)
     table = DOCUMENT.read_text().split("## Findings\n\n")[1].split("\n\n")[0].splitlines()[2:]
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table] == told
+    published = PUBLISHED.with_suffix(".html").read_text()
+    assert published == page(results), "the published page is that of the published results"
