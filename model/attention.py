@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 Backend = Literal["flash", "flex", "sdpa"]
 
 SHORT = 256  # positions up to which (T, T) scores in float32 beat torch's CPU kernel, whose small products are slow
+NARROWEST_FLEX = 16  # entries of a head: the kernels of torch's flex attention serve none narrower
 FLASH = (  # version, module, and the major compute capabilities that it serves; the first that fits is taken
     (3, "flash_attn_interface", (9,)),
     (4, "flash_attn.cute", (9, 10)),
@@ -66,7 +67,8 @@ def choose_backend(config: DecoderConfig, device: str, capability: int, half: bo
     """
     flash = flash_attention(capability) if device == "cuda" and half else None
     serving: list[Backend] = ["sdpa"]
-    if device == "cuda" and not config.dropout:  # flex attention has no dropout, and no backward pass on CPUs
+    # Flex attention has no dropout, and no backward pass on CPUs.
+    if device == "cuda" and not config.dropout and config.head_size() >= NARROWEST_FLEX:
         serving.insert(0 if config.document_mask or config.window is not None else 1, "flex")
     if flash is not None and (flash.version == 2 or not config.dropout):  # later versions have none
         serving.insert(0, "flash")
@@ -81,7 +83,8 @@ def choose_backend(config: DecoderConfig, device: str, capability: int, half: bo
 
 def _told(config: DecoderConfig, half: bool) -> str:
     dropout = f"dropout {config.dropout}" if config.dropout else "no dropout"
-    return f"{'bf16' if half else 'more than 16 bits'}, {dropout} and what is installed; going on without it"
+    bits = "bf16" if half else "more than 16 bits"
+    return f"{bits}, heads {config.head_size()} wide, {dropout} and what is installed; going on without it"
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,7 @@ def pattern_of(config: DecoderConfig, x: Tensor, positions: Tensor | None, past:
     if past:
         place = torch.arange(past + t, device=x.device)
         everything = t == 1 and (config.window is None or config.window > past)
-        seen = None if everything else _visible(config, place[past:, None], place)[None, None]
+        seen = None if everything else _visible(config, place[past:, None], place, _reach(config, x.device))[None, None]
         return Pattern("sdpa", causal=False, mask=seen, turns=turns)
     gpu = x.device.type == "cuda"
     half = x.dtype in (torch.bfloat16, torch.float16) or (gpu and torch.is_autocast_enabled("cuda"))
@@ -141,16 +144,23 @@ def pattern_of(config: DecoderConfig, x: Tensor, positions: Tensor | None, past:
     if documents is None and (config.window is None or config.window >= t):
         return Pattern(backend, config.causal, turns=turns)
     place = torch.arange(t, device=x.device)
-    seen = _visible(config, place[:, None], place)[None, None]
+    seen = _visible(config, place[:, None], place, _reach(config, x.device))[None, None]
     if documents is not None:
         seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
     return Pattern(backend, config.causal, mask=seen, turns=turns)
 
 
-def _visible(config: DecoderConfig, query: Tensor, key: Tensor) -> Tensor:
-    """Whether the token at place `query` of a row sees the one at `key`, documents aside."""
-    apart, reach = query - key, config.window or config.seq_len
+def _visible(config: DecoderConfig, query: Tensor, key: Tensor, reach: Tensor) -> Tensor:
+    """Whether the token at place `query` of a row sees the one at `key`, documents aside; `reach` as `_reach` gives."""
+    apart = query - key
     return (apart < reach) & (apart > (-1 if config.causal else -reach))
+
+
+def _reach(config: DecoderConfig, device: torch.device) -> Tensor:
+    """How far a token sees, 0-d. A number would be compiled into flex attention's kernel, and another one in the same
+    process makes torch 2.11 take both for a shape, which fails.
+    """
+    return torch.tensor(config.window or config.seq_len, device=device)
 
 
 def _bounds(positions: Tensor | None) -> Tensor | None:
@@ -164,15 +174,20 @@ def _block_mask(config: DecoderConfig, documents: Tensor | None, t: int, device:
     if documents is None:
         return _block_mask_of_rows(config, t, device)
 
+    reach = _reach(config, device)
+
     def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _visible(config, query, key) & (documents[row, query] == documents[row, key])
+        return _visible(config, query, key, reach) & (documents[row, query] == documents[row, key])
 
     return _compiled(create_block_mask, device)(sees, len(documents), None, t, t, device=device)
 
 
 @lru_cache(maxsize=8)
 def _block_mask_of_rows(config: DecoderConfig, t: int, device: torch.device) -> BlockMask:
-    return create_block_mask(lambda _, __, query, key: _visible(config, query, key), None, None, t, t, device=device)
+    reach = _reach(config, device)
+    return create_block_mask(
+        lambda _, __, query, key: _visible(config, query, key, reach), None, None, t, t, device=device
+    )
 
 
 def _compiled(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
@@ -250,7 +265,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, dropout: float = 0
     q, k, v = (one.transpose(1, 2) for one in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if isinstance(pattern.mask, BlockMask):
-        y = _compiled(flex_attention, q.device)(q, k, v, block_mask=pattern.mask, enable_gqa=grouped)
+        options: Any = {"BACKEND": "TRITON"}  # else rows of fewer than 128 get a kernel for decoding, with gaps
+        y = _compiled(flex_attention, q.device)(
+            q, k, v, block_mask=pattern.mask, enable_gqa=grouped, kernel_options=options
+        )
     else:
         causal = pattern.causal and pattern.mask is None
         y = F.scaled_dot_product_attention(

@@ -140,11 +140,12 @@ def test_every_kernel_is_the_definition(kernel: str, kind: str, with_documents: 
 def test_kernels_of_a_gpu_are_as_near_as_bf16_allows(kernel: str, kind: str, with_documents: bool) -> None:
     if kernel == "flash" and attention.flash_attention(torch.cuda.get_device_capability()[0]) is None:
         pytest.skip("flash-attn is not installed")
-    config = DecoderConfig(**SIZES, **KINDS[kind], attention=kernel)
+    config = DecoderConfig(**SIZES | {"dim": 64}, **KINDS[kind], attention=kernel)  # no kernel but sdpa has heads of 8
     positions = some_positions() if with_documents else None
     documents = torch.zeros(2, T) if positions is None else (positions == 0).cumsum(1)
     on_gpu = None if positions is None else positions.cuda()
-    pattern = pattern_of(config, torch.zeros(2, T, 32, device="cuda", dtype=torch.bfloat16), on_gpu, 0)
+    pattern = pattern_of(config, torch.zeros(2, T, 64, device="cuda", dtype=torch.bfloat16), on_gpu, 0)
+    assert pattern.backend == kernel
     heads = q, k, v = some_heads(config, differentiable=True, dtype=torch.bfloat16)
     found, expected = attend(q.cuda(), k.cuda(), v.cuda(), pattern).cpu(), by_hand(q, k, v, config, documents)
     upstream = torch.randn_like(expected)
@@ -164,7 +165,7 @@ def test_flash_gets_dropout_in_training_alone(slow_flash) -> None:
 
 def test_the_kernel_is_chosen_once_and_said(caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
     choose_backend.cache_clear()
-    plain, masked = DecoderConfig(**SIZES), DecoderConfig(**SIZES, document_mask=True)
+    plain, masked = DecoderConfig(**SIZES), DecoderConfig(**SIZES | {"dim": 64}, document_mask=True)
     with caplog.at_level(logging.INFO):
         for _ in range(3):
             assert choose_backend(plain, "cpu", 0, True) == "sdpa"
@@ -173,7 +174,9 @@ def test_the_kernel_is_chosen_once_and_said(caplog: pytest.LogCaptureFixture, mo
     assert choose_backend(plain, "cuda", 7, True) == "sdpa"
     assert choose_backend(masked, "cuda", 7, True) == "flex"
     assert choose_backend(masked, "cpu", 0, True) == "sdpa"
-    noisy = DecoderConfig(**SIZES, dropout=0.1, document_mask=True)
+    narrow = DecoderConfig(**SIZES | {"heads": 8}, document_mask=True)
+    assert choose_backend(narrow, "cuda", 7, True) == "sdpa", "flex attention has no heads 4 wide"
+    noisy = DecoderConfig(**SIZES | {"dim": 64}, dropout=0.1, document_mask=True)
     assert choose_backend(noisy, "cuda", 7, True) == "sdpa", "flex attention has no dropout"
     for version, expected in ((2, "flash"), (3, "sdpa")):  # nor has version 3
         installed = attention.FlashAttention(version, Slow.flash_attn_func, Slow.flash_attn_varlen_func)
@@ -182,7 +185,7 @@ def test_the_kernel_is_chosen_once_and_said(caplog: pytest.LogCaptureFixture, mo
         assert choose_backend(plain, "cuda", 9, True) == choose_backend(masked, "cuda", 9, True) == "flash"
         assert choose_backend(plain, "cuda", 9, False) == "sdpa", "flash-attn takes no float32"
         assert choose_backend(noisy, "cuda", 9, True) == expected
-        assert choose_backend(DecoderConfig(**SIZES, attention="flex"), "cuda", 9, True) == "flex"
+        assert choose_backend(DecoderConfig(**SIZES | {"dim": 64}, attention="flex"), "cuda", 9, True) == "flex"
         assert choose_backend(DecoderConfig(**SIZES, attention="sdpa"), "cuda", 9, True) == "sdpa"
 
 
@@ -193,7 +196,7 @@ def test_a_kernel_that_cannot_serve_is_told_and_done_without(asked: str, caplog:
     for _ in range(2):
         decoder(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
     (told,) = caplog.messages
-    assert told.startswith(f"attention={asked} cannot serve on this cpu with more than 16 bits, no dropout"), told
+    assert told.startswith(f"attention={asked} cannot serve on this cpu with more than 16 bits, heads 8 wide, no dropout"), told
 
 
 @settings(max_examples=30, deadline=None)

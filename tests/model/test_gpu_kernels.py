@@ -102,6 +102,8 @@ def test_contract(terms: Terms, size: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize(("terms", "size"), cases((5, 137, 9)), ids=str)  # more rows than are summed at a time
 def test_contract_gradient(terms: Terms, size: tuple[int, int, int]) -> None:
     x, w, _ = draw(size)
+    if terms.kind == "linf":  # sums that do not round, so that what ties in float32 ties in float64
+        x, w = ((t * 2**12).round() / 2**12 for t in (x, w))
     values = eager.contract(terms, x, eager.Rows(w))
     grads = torch.randn_like(values) * (values > 1e-3)  # the floor keeps matches out
     start = torch.randn_like(w)
@@ -252,6 +254,7 @@ def test_gradients(size: tuple[int, int, int], exponent: float, blocks: dict[str
     check(fast, plain, truth, exponent, (-logs.double()).exp())
 
     lse = dots.logsumexp(1)
+    slack += 2.0**-23 * dots.abs().max().item()  # these scores are the products
     fast = torch.empty_like(dots, dtype=dtype)
     triton_scores.gradients("dot", dots.clone(), triton_scores.Given(local), lse, weight, fast, **blocks)
     plain = eager.dot_gradient(dots.clone(), lse, weight, local, dtype)

@@ -111,7 +111,7 @@ def test_ranks_share_a_step() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_gets_its_batches_from_pinned_memory(windows: Windows) -> None:
     reader = Batches(windows, tiny_config(), replace(ALONE, device=torch.device("cuda", 0)))
-    assert reader.read(0)[0].is_pinned()
+    assert reader.read(0).tokens.is_pinned()
     assert np.array_equal(torch.cat(list(reader.of(0))).cpu().numpy(), windows.batch(0, SEQUENCES))
 
 
