@@ -84,7 +84,7 @@ class Contraction(Protocol):
         return
 
 
-def _nothing() -> None:
+def nothing() -> None:
     pass
 
 
@@ -196,7 +196,7 @@ class Elementwise(DirectDistance):
     ) -> tuple[Tensor, Later]:
         *_, values = stats.kept
         grads = self.log_gradient(stats, given)
-        return kernels_for(x).contract_gradient(self.terms, x, rows, values, grads, into.products), _nothing
+        return kernels_for(x).contract_gradient(self.terms, x, rows, values, grads, into.products), nothing
 
 
 class Ratio(DirectDistance):
@@ -239,7 +239,7 @@ class Ratio(DirectDistance):
             into.columns += of_below.sum(0)
         else:
             hidden += ops.contract_gradient(self.below, x, rows, of_below, of_below, into.products)
-        return hidden, _nothing
+        return hidden, nothing
 
     def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
         if self.separable:
@@ -275,7 +275,7 @@ class Broadcast(DirectDistance):
             over_x, over_rows = torch.autograd.grad(values, sides, grads[:, block])
             hidden += over_x
             into.products[block] += over_rows
-        return hidden, _nothing
+        return hidden, nothing
 
 
 def _copy(values: Tensor) -> Tensor:

@@ -6,8 +6,9 @@ one, write one class below `Distance` and put it into DISTANCES: `between` is en
 broadcast rows); a `transform` and a `contraction` of model/contractions.py make it fast. The other distances than the
 Euclidean follow arXiv:2603.10225 by name and scipy.spatial.distance by formula.
 
-Units. Where a common factor of x and w changes no probability (`scaled`), both sides are brought to a largest entry of
-about 1 first, by a power of two.
+Units. Where a common factor of x and w changes no probability (`scaled`), both sides are multiplied first by the power of
+two that brings the largest entries of the prototypes to about 1 (their geometric mean: `_power` of model/harmonic.py),
+or the longest of them to 2^20. Tokens have no part in it, so that none can reach another.
 
 Floor. At a match log d is infinite, and where a matrix product takes d^2, a near match loses its digits. So a distance
 is at least `floor`, in proportion to its value between x and the origin: 2^-19 of that, and 2^-9.5 where d^2 comes
@@ -17,6 +18,7 @@ the definition of the loss: at or below the floor a distance is a constant, with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -32,7 +34,8 @@ from model.kernels.eager import Terms
 
 RELATIVE_FLOOR = 2.0**-19  # of d, and of d^2 where d^2 comes from a product
 ABSOLUTE_FLOOR = 2.0**-40  # of d
-DENOMINATOR_FLOOR = 2.0**-20  # of a sum of entries that something is divided by
+LARGEST_ROW = 20  # power of two: no prototype has a larger entry once both sides are scaled
+DENOMINATOR_FLOOR = 2.0**-40  # of a sum of entries that something is divided by
 
 
 class Start(NamedTuple):
@@ -92,6 +95,12 @@ class Distance:
         all ranks agree on.
         """
         return self
+
+    def check(self, dim: int, dtype: torch.dtype) -> None:
+        """Raises ValueError unless rows (N, dim) can be scored in `dtype`."""
+        for name, tensor in self.tensors.items():
+            if tensor.shape[0] != dim:
+                raise ValueError(f"{name} is {tuple(tensor.shape)}, but rows are {dim} wide")
 
     def evaluated(self) -> Distance:
         """This one as it is when a model does not train."""
@@ -186,11 +195,21 @@ class Minkowski(Distance):
         if isinstance(self.p, str) or not 0 < self.p < float("inf"):
             raise ValueError(f"p={self.p!r}: expected a positive number (for the limit of large p, use chebyshev)")
 
+    def check(self, dim: int, dtype: torch.dtype) -> None:
+        """A distance is up to dim^(1/p) times the largest entry, which must not pass the largest numbers."""
+        super().check(dim, dtype)
+        most = math.log2(torch.finfo(dtype).max) / 2
+        if math.log2(dim) > most * self.p:
+            least = math.log2(dim) / most
+            raise ValueError(f"p={self.p}: distances of rows {dim} wide overflow {dtype}; expected {least:.3g} or more")
+
     def between(self, x: Tensor, w: Tensor) -> Tensor:
         size = (x - w).abs()
+        unit = size.detach().amax(-1, keepdim=True)  # in units of the largest, no power over- or underflows
+        size = size / torch.where(unit > 0, unit, 1)
         terms = torch.where(size > 0, size, 1).pow(self.p) * (size > 0)  # 0^p has no slope for p < 1
         total = terms.sum(-1)
-        return torch.where(total > 0, total, 1).pow(1 / self.p) * (total > 0)
+        return unit[..., 0] * torch.where(total > 0, total, 1).pow(1 / self.p) * (total > 0)
 
     @property
     def contraction(self) -> Contraction:
@@ -265,7 +284,7 @@ class BrayCurtis(Distance):
     """d = sum_k |x_k - w_k| / sum_k |x_k + w_k| (scipy: braycurtis), or with denominator="abs" over
     sum_k (|x_k| + |w_k|), which is bounded by 1. Where x_k = w_k or x_k = -w_k the slope is that of sgn(0) = 0.
 
-    The denominator has a floor too, for x = -w: 2^-19 sum |x|, plus 2^-20; there it is a constant.
+    The denominator has a floor too, for x = -w: 2^-19 sum |x|, plus 2^-40; there it is a constant.
     """
 
     formula = "sum |x - w| / sum |x + w|"

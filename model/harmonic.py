@@ -14,6 +14,7 @@ tokens; V prototypes in all, R real ones on this rank, D width.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.contractions import RowsGradient, Statistics, Upstream
-from model.distances import Distance, resolve
+from model.contractions import RowsGradient, Statistics, Upstream, nothing
+from model.distances import LARGEST_ROW, Distance, resolve
 from model.kernels import eager
 from model.kernels.choose import kernels_for
 from model.vocab_parallel import (
@@ -43,7 +44,7 @@ from model.vocab_parallel import (
 
 # 500 tokens of 50,000 prototypes on a CPU, 4,000 on a GPU: each chunk passes over w twice and over its gradient once
 CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
-MOST_SCALING = 60  # powers of two; beyond, gradients of tiny rows would overflow
+SPARE = 13  # powers of two between the largest square and the largest number: sums of 2^26 of them
 ROW_BLOCK = 1024  # prototypes transformed at a time
 
 
@@ -57,6 +58,7 @@ class _Call:
     ignore_index: int
     chunk_bytes: int
     differentiate: bool
+    summed: bool = True  # over tokens: losses, or the prototypes' gradients
 
     @property
     def overlapped(self) -> bool:
@@ -194,7 +196,7 @@ def harmonic_predictions(
     exponent = _checked(hidden, prototypes, targets, entry, exponent, "none", ignore_index, shard)
     entry = entry.prepared(hidden.dtype, lambda: _drawn(hidden.device, shard))
     half = _budget(hidden, chunk_bytes) // 2  # a chunk's scores are made a second time
-    call = _Call(entry, shard, "none", ignore_index, half, differentiate=False)
+    call = _Call(entry, shard, "none", ignore_index, half, differentiate=False, summed=False)
     side = _Prototypes(hidden, prototypes, entry, shard)
     losses = torch.zeros(hidden.shape[0], dtype=side.wide, device=hidden.device)
     predictions = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
@@ -225,7 +227,7 @@ def harmonic_log_probs(
     with torch.no_grad():
         entry = entry.prepared(hidden.dtype, lambda: _drawn(hidden.device, shard))
         side = _Prototypes(hidden, prototypes, entry, shard)
-        x = side.tokens(hidden, side.positions(hidden, slice(0, hidden.shape[0])))
+        x = side.tokens(hidden, side.positions(hidden, slice(0, hidden.shape[0])), side.token_scales(hidden))
         stats = entry.contraction.statistics(x, side.rows, side.floor(x), none, exponent)
         scores = entry.contraction.scores(stats, none, exponent)
         return scores - (stats.top + stats.total.log())[:, None]
@@ -261,9 +263,7 @@ def _checked(
         raise ValueError(f"expected targets ({hidden.shape[0]},), got {tuple(targets.shape)}")
     if not 0 <= shard.real <= prototypes.shape[0]:
         raise ValueError(f"the shard has {shard.real} real rows, but {prototypes.shape[0]} prototypes were given")
-    for name, tensor in distance.tensors.items():
-        if tensor.shape[0] != hidden.shape[1]:
-            raise ValueError(f"{name} is {tuple(tensor.shape)}, but hidden {tuple(hidden.shape)}")
+    distance.check(hidden.shape[1], eager.accumulator(hidden.dtype))
     if targets.device.type == "cpu" and targets.numel():
         last = targets.max().item()
         first = torch.where(targets == ignore_index, last, targets).min().item()
@@ -287,13 +287,14 @@ class _Prototypes:
         self.source = prototypes.detach()[: shard.real]
         kind = type(distance)
         self.as_they_are = kind.transform is Distance.transform and kind.perturb is Distance.perturb
-        self.scale = _scale(hidden, self.source, shard) if distance.scaled else None
+        self.power = _power(self.source, shard) if distance.scaled else None
+        self.scale = None if self.power is None else torch.exp2(self.power.to(self.wide))
         self.tensors = {name: torch.zeros_like(t, dtype=self.wide) for name, t in distance.tensors.items()}
         rows = kernels_for(self.source.new_empty(0, dtype=self.dtype)).empty(
             self.source.shape, self.dtype, hidden.device
         )
         for block, index in self._blocks():
-            rows[block] = self._transformed(self.source[block], index)
+            rows[block] = self._transformed(self.source[block], index, self.scale)
         self.rows = kernels_for(rows).Rows(rows, chunks=1 if shard.group is None else 2)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
@@ -308,43 +309,55 @@ class _Prototypes:
         ranks = torch.arange(self.shard.ranks, device=hidden.device) * hidden.shape[0]
         return -1 - (ranks[:, None] + torch.arange(part.start, part.stop, device=hidden.device)).reshape(-1)
 
-    def _scaled(self, rows: Tensor) -> Tensor:
-        rows = rows.to(self.wide)
-        return rows if self.scale is None else rows * self.scale
+    def token_scales(self, hidden: Tensor) -> Tensor | None:
+        """(M, 1) power of two of each token: that of the prototypes, less where its squares would overflow. A token so
+        long is as far from every prototype, to the last digit, as one farther out.
+        """
+        if self.power is None:
+            return None
+        power = torch.minimum(self.power, _largest_power(self.wide) // 2 - SPARE - _exponents(_sizes(hidden)))
+        return torch.exp2(power.to(self.wide))[:, None]
 
-    def _transformed(self, rows: Tensor, index: Tensor) -> Tensor:
-        rows = self._scaled(rows)
+    def _scaled(self, rows: Tensor, scale: Tensor | None) -> Tensor:
+        rows = rows.to(self.wide)
+        return rows if scale is None else rows * scale
+
+    def _transformed(self, rows: Tensor, index: Tensor, scale: Tensor | None) -> Tensor:
+        rows = self._scaled(rows, scale)
         return rows if self.as_they_are else self.distance.transform(self.distance.perturb(rows, index))
 
-    def _pulled_back(self, source: Tensor, index: Tensor, grad: Tensor) -> Tensor:
-        """Gradient of the rows before the transform, from the one after it; those of the distance's tensors are added
-        up on the way.
+    def _pulled_back(self, source: Tensor, index: Tensor, scale: Tensor | None, grad: Tensor) -> Tensor:
+        """Gradient of the scaled rows before the transform, from the one after it; those of the distance's tensors are
+        added up on the way.
         """
         if self.as_they_are:
-            return grad if self.scale is None else grad.mul_(self.scale)
-        back, others = self.distance.pull_back(self._scaled(source), index, grad)
+            return grad
+        back, others = self.distance.pull_back(self._scaled(source, scale), index, grad)
         for total, more in zip(self.tensors.values(), others, strict=True):
             total += more
-        return back if self.scale is None else back.mul_(self.scale)
+        return back
 
     def floor(self, x: Tensor) -> Tensor:
         """(M,) of transformed tokens, in the accumulator's dtype."""
         return self.distance.floor(x.to(self.wide))
 
-    def tokens(self, hidden: Tensor, index: Tensor) -> Tensor:
+    def tokens(self, hidden: Tensor, index: Tensor, scale: Tensor | None) -> Tensor:
         """(M, D) hidden states, transformed, in the dtype that the contraction reads."""
-        return self._transformed(hidden, index).to(self.dtype)
+        return self._transformed(hidden, index, scale).to(self.dtype)
 
-    def tokens_back(self, hidden: Tensor, index: Tensor, grad: Tensor) -> Tensor:
-        return self._pulled_back(hidden, index, grad)
+    def tokens_back(self, hidden: Tensor, index: Tensor, scale: Tensor | None, grad: Tensor) -> Tensor:
+        """Up to the scale, which can wait until the group's parts are added up."""
+        return self._pulled_back(hidden, index, scale, grad)
 
     def rows_back(self, into: RowsGradient, prototypes: Tensor) -> Tensor:
         """The gradient of all stored prototypes (zero for padding), in their dtype."""
         grad = into.products
         for block, index in self._blocks():
             self.distance.contraction.finish(into, self.rows, block)
-            if not self.as_they_are or self.scale is not None:
-                grad[block] = self._pulled_back(self.source[block], index, grad[block])
+            if not self.as_they_are:
+                grad[block] = self._pulled_back(self.source[block], index, self.scale, grad[block])
+            if self.scale is not None:
+                grad[block] = _unscaled(grad[block], self.scale, prototypes.dtype)
         padding = prototypes.shape[0] - grad.shape[0]
         return (torch.nn.functional.pad(grad, (0, 0, 0, padding)) if padding else grad).to(prototypes.dtype)
 
@@ -356,18 +369,45 @@ class _Prototypes:
         ]
 
 
-def _scale(hidden: Tensor, rows: Tensor, shard: VocabShard) -> Tensor:
-    """The power of two that brings the group's largest entry to about 1.
-
-    HarMax does not change, nor does a digit of it: squares cannot overflow, and log q stays small.
+def _unscaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of rows from that of rows * scale, in place: of the tiniest of rows it passes the largest number
+    of `dtype`, and stays there.
     """
-    largest = hidden.new_zeros((), dtype=eager.accumulator(hidden.dtype))
-    for side in (hidden.detach(), rows):
-        if side.numel():
-            low, high = side.aminmax()
-            largest = torch.maximum(largest, torch.maximum(-low, high).to(largest.dtype))
-    max_across(largest, shard.group)
-    return torch.exp2(-largest.log2().ceil().clamp_min(-MOST_SCALING))
+    most = torch.finfo(dtype).max
+    return grad.mul_(scale).clamp_(-most, most)
+
+
+def _power(rows: Tensor, shard: VocabShard) -> Tensor:
+    """0-d int64: the power of two that brings the group's prototypes to entries of about 1, by the mean over rows of
+    the exponent of the largest entry; less where one prototype would be too long then.
+
+    HarMax does not change, nor does a digit of it: squares cannot overflow, and log q stays small. Tokens have no say,
+    so that none can reach another.
+    """
+    sizes = _sizes(rows)
+    counts = (sizes > 0) & sizes.isfinite()
+    found, none = _exponents(sizes), -(2**31)
+    total = torch.stack((torch.where(counts, found, 0).sum(), counts.sum()))
+    highest = torch.cat((found.new_full((1,), none), torch.where(counts, found, none))).max()
+    total, highest = sum_across(total, shard.group), max_across(highest, shard.group)
+    typical = torch.round(total[0].double() / total[1].clamp_min(1)).long()
+    least = 1 - _largest_power(sizes.dtype)  # beyond, the scale itself would be no normal number
+    return torch.minimum(-typical, LARGEST_ROW - highest).clamp(least, -least)
+
+
+def _sizes(rows: Tensor) -> Tensor:
+    """(N, D) -> (N,) largest entries, in the accumulator's dtype."""
+    return torch.linalg.vector_norm(rows.detach(), torch.inf, dim=1).to(eager.accumulator(rows.dtype))
+
+
+def _exponents(sizes: Tensor) -> Tensor:
+    """The least powers of two above, int64; 0 for 0."""
+    return sizes.frexp().exponent.long()
+
+
+def _largest_power(dtype: torch.dtype) -> int:
+    """Of two, that `dtype` holds."""
+    return math.frexp(torch.finfo(dtype).max)[1] - 1
 
 
 class _Chunk:
@@ -380,11 +420,15 @@ class _Chunk:
     ) -> None:
         self.call, self.side, self.exponent = call, side, exponent
         group = call.shard.group
-        gathered, chosen = start_gather(hidden[part], group), start_gather(targets[part], group)
+        own = hidden[part]
+        if call.summed:  # what an ignored token holds must not get into sums over tokens, be it no number
+            own = own.masked_fill((targets[part] == call.ignore_index)[:, None], 0)
+        gathered, chosen = start_gather(own, group), start_gather(targets[part], group)
         self.index = side.positions(hidden, part)
         self.hidden, self.targets = gathered.wait(), chosen.wait()  # (M, D), (M,)
         self.local = local_targets(self.targets, call.shard)
-        self.x = side.tokens(self.hidden, self.index)
+        self.scale = side.token_scales(self.hidden)
+        self.x = side.tokens(self.hidden, self.index, self.scale)
         self.stats = self._statistics()
         self._top = start_reduce(self.stats.top.clone(), group, dist.ReduceOp.MAX)
 
@@ -432,16 +476,17 @@ class _Chunk:
         """Of sum(weight * losses): returns that of this rank's tokens (m, D), adds that of its prototypes to `into`
         while the first is under way.
         """
-        if not self.call.shard.real:
-            return self._scattered(torch.zeros(self.x.shape, dtype=self.side.wide, device=self.x.device)).wait()
-        given = Upstream(self.local, self.lse, weight, self.exponent)
-        grad, add_rows = self.call.distance.contraction.gradients(self.stats, self.x, self.side.rows, given, into)
-        scattered = self._scattered(grad)
+        grad, add_rows = torch.zeros(self.x.shape, dtype=self.side.wide, device=self.x.device), nothing
+        if self.call.shard.real:
+            given = Upstream(self.local, self.lse, weight, self.exponent)
+            grad, add_rows = self.call.distance.contraction.gradients(self.stats, self.x, self.side.rows, given, into)
+        back = self.side.tokens_back(self.hidden, self.index, self.scale, grad)
+        scattered = start_scatter(back, self.call.shard.group)
         add_rows()
-        return scattered.wait()
-
-    def _scattered(self, grad: Tensor) -> Pending:
-        return start_scatter(self.side.tokens_back(self.hidden, self.index, grad), self.call.shard.group)
+        found = scattered.wait()
+        if self.scale is None:
+            return found
+        return _unscaled(found, own_rows(self.scale, self.call.shard), self.hidden.dtype)
 
 
 class _Reduced(torch.autograd.Function):

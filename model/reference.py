@@ -5,13 +5,14 @@ Every fast path is tested against this file. Legend: N tokens, V prototypes, D w
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.distances import Distance, resolve
+from model.distances import LARGEST_ROW, Distance, resolve
 
 
 def distances_reference(
@@ -28,15 +29,14 @@ def scores_reference(
 ) -> Tensor:
     """(N, V) float64 scores: -exponent * log max(d, floor), or the dot product of the softmax baseline.
 
-    Distances that do not mind are taken in units in which the largest entry is about 1.
+    Distances that do not mind are taken in units in which the prototypes' entries are about 1.
     """
     x, w = hidden.double(), prototypes.double()
     entry = _prepared(distance, params)
     if not entry.has_exponent:
         return x @ w.t()
     if entry.scaled and x.numel() and w.numel():
-        largest = torch.maximum(x.detach().abs().max(), w.detach().abs().max())
-        unit = torch.exp2(largest.clamp_min(2.0**-60).log2().ceil())
+        unit = _unit(w)
         x, w = x / unit, w / unit
     x, w = _perturbed(entry, x, w)
     floor = entry.floor(entry.transform(x)).detach()[:, None]
@@ -44,6 +44,13 @@ def scores_reference(
     # where a distance is the constant floor, its formula (which may have no slope there) is asked elsewhere
     d = entry.between(x[:, None], torch.where(apart[..., None], w[None], w[None] + 1))
     return -exponent * torch.where(apart, d, floor).log()
+
+
+def _unit(w: Tensor) -> float:
+    """(V, D) -> the power of two that is next to the geometric mean of the rows' largest entries, as frexp rounds."""
+    powers = [math.frexp(size)[1] for size in w.detach().abs().amax(1).tolist() if 0 < size < math.inf]
+    typical = round(sum(powers) / len(powers)) if powers else 0
+    return 2.0 ** max(typical, max(powers, default=0) - LARGEST_ROW)
 
 
 def _prepared(distance: str | Distance, params: dict[str, Any]) -> Distance:
@@ -69,5 +76,6 @@ def harmonic_loss_reference(
 
     `params` are the distance's, as in `model.harmonic.harmonic_loss`.
     """
+    hidden = hidden.masked_fill((targets == ignore_index)[:, None], 1)  # what an ignored token holds touches nobody
     scores = scores_reference(hidden, prototypes, distance, exponent, **params)
     return F.cross_entropy(scores, targets, reduction="none", ignore_index=ignore_index)

@@ -27,12 +27,16 @@ def tokens(world: int, v: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor
 
 
 def check_sharded(v: int, variant: str, dtype: torch.dtype = torch.float32) -> None:
-    """On each rank: losses and gradients of its own part equal those of the whole, every reduction."""
+    """On each rank: losses and gradients of its own part equal those of the whole, every reduction. What ignored tokens
+    hold there is no number.
+    """
     group = dist.group.WORLD if dist.get_world_size() > 1 else None
     world, rank = dist.get_world_size(), dist.get_rank()
     shard = shard_of(v, group)
     x, w, y = tokens(world, v)
     x = x.to(dtype)
+    poisoned = x.clone()
+    poisoned[::5] = torch.tensor([torch.nan, torch.inf], dtype=dtype).repeat(D // 2)
     mine = slice(rank * N_LOCAL, (rank + 1) * N_LOCAL)
     rows = rows_of(v, world)
     for reduction in ("mean", "sum", "none"):
@@ -44,7 +48,7 @@ def check_sharded(v: int, variant: str, dtype: torch.dtype = torch.float32) -> N
         (expected @ weights if reduction == "none" else expected).backward()
         stored = torch.zeros(rows, D)
         stored[: shard.real] = w[shard.start : shard.stop]
-        part = [x[mine].clone().requires_grad_(), stored.requires_grad_(), torch.tensor(3.0).requires_grad_()]
+        part = [poisoned[mine].clone().requires_grad_(), stored.requires_grad_(), torch.tensor(3.0).requires_grad_()]
         found = harmonic_loss(
             part[0], part[1], y[mine], exponent=part[2], shard=shard, chunk_bytes=4000, **options, **of_part
         )  # fmt: skip
@@ -64,6 +68,7 @@ def check_sharded(v: int, variant: str, dtype: torch.dtype = torch.float32) -> N
 def check_every_head() -> None:
     for variant in VARIANTS:
         check_sharded(37, variant)
+        check_sharded(5, variant)  # over 4 ranks: one without rows
     for variant in ("euclidean", "cosine", "manhattan", "mahalanobis full", "dot"):
         check_sharded(4, variant)  # over 3 ranks, and 1 over 2: a rank without real rows
         check_sharded(1, variant)
