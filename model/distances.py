@@ -6,9 +6,9 @@ one, write one class below `Distance` and put it into DISTANCES: `between` is en
 broadcast rows); a `transform` and a `contraction` of model/contractions.py make it fast. The other distances than the
 Euclidean follow arXiv:2603.10225 by name and scipy.spatial.distance by formula.
 
-Units. Where a common factor of x and w changes no probability (`scaled`), both sides are multiplied first by the power of
-two that brings the largest entries of the prototypes to about 1 (their geometric mean: `_power` of model/harmonic.py),
-or the longest of them to 2^20. Tokens have no part in it, so that none can reach another.
+Units. Where a common factor of x and w changes no probability (`scaled`), both sides are multiplied first by the power
+of two that brings the largest entries of the prototypes to about 1 (their geometric mean: `_power` of
+model/harmonic.py), or the longest of them to 2^20. Tokens have no part in it, so that none can reach another.
 
 Floor. At a match log d is infinite, and where a matrix product takes d^2, a near match loses its digits. So a distance
 is at least `floor`, in proportion to its value between x and the origin: 2^-19 of that, and 2^-9.5 where d^2 comes

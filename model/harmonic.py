@@ -29,7 +29,6 @@ from model.distances import LARGEST_ROW, Distance, resolve
 from model.kernels import eager
 from model.kernels.choose import kernels_for
 from model.vocab_parallel import (
-    Pending,
     VocabShard,
     gather_rows,
     local_targets,
