@@ -24,7 +24,8 @@ class FilesSource(BaseModel, extra="forbid", frozen=True):
 class HubSource(BaseModel, extra="forbid", frozen=True):
     """A dataset of the Hugging Face Hub, or a local folder in the same layout: its data files, streamed.
 
-    The folder may also be one that `save_to_disk` wrote. `openwebtext` is `hub` under a name that says what the default is.
+    The folder may also be one that `save_to_disk` wrote.
+    `openwebtext` is `hub` under a name that says what the default is.
     """
 
     kind: Literal["hub", "openwebtext"]

@@ -42,7 +42,8 @@ def test_embedded_corpus_says_nothing_twice(embedded):
 def test_embedded_corpus_is_the_same_in_another_process(embedded):
     code = (
         "import hashlib, sys; sys.excepthook = lambda *a: None; sys.excepthook.__doc__ = 'a hook of the program';"
-        "from data.embedded import embedded_texts as texts; print(hashlib.sha256('\\0'.join(texts()).encode()).hexdigest())"
+        "from data.embedded import embedded_texts as texts\n"
+        "print(hashlib.sha256('\\0'.join(texts()).encode()).hexdigest())"
     )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True

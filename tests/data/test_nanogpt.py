@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from data import nanogpt as module
+from data import token_files
 from data.__main__ import main
 from data.config import DataConfig
 from data.nanogpt import EOS, VOCAB_SIZE, Gpt2Vocabulary, import_nanogpt
@@ -55,7 +56,7 @@ def folder(tmp_path) -> Path:
 
 @pytest.mark.parametrize("block", [1, 7, 1 << 24])
 def test_the_stream_stays_as_it_is(tmp_path, folder, monkeypatch, block):
-    monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(token_files, "BLOCK", block)
     monkeypatch.setattr(module, "SHARD_TOKENS", 100)
     manifest = import_nanogpt(folder, tmp_path / "out", log=quiet)
     assert verify_folder(tmp_path / "out") == manifest
