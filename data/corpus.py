@@ -12,7 +12,7 @@ from pathlib import Path
 from data.config import EmbeddedSource, FilesSource, HubSource
 from data.embedded import embedded_texts
 from data.formats import SUFFIXES, Part, check_column, rows_of
-from data.hub import folder_of, hub_parts
+from data.hub import ONLY_PART, PARTIAL, folder_of, hub_parts, is_partial
 from data.settings import ConfigError
 
 EMBEDDED = "embedded"
@@ -121,5 +121,9 @@ def files_of(source: FilesSource) -> list[Path]:
         for file in found:
             if not file.name.endswith(SUFFIXES):
                 raise ConfigError(f"{file}: cannot read this type of file; expected one of {', '.join(SUFFIXES)}")
+            if is_partial(str(file)) and PARTIAL not in pattern:
+                raise ConfigError(
+                    f"{file}: {ONLY_PART}; leave it out of data.source.paths, or name its folder there to train on it"
+                )
             files[file] = None
     return list(files)

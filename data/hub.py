@@ -10,12 +10,18 @@ from data.settings import ConfigError
 
 CONVERTED = "refs/convert/parquet"  # the branch of a dataset's own copy in parquet files
 PARTIAL = "partial-"  # begins the names of its folders that hold no more than the first 5 GB of a split
+ONLY_PART = f"by its folder's name only the first part of a dataset, as the Hub's {CONVERTED} has it of large ones"
 
 
 def folder_of(source: HubSource) -> Path | None:
     """The local folder that the source names, or None: it is on the Hub."""
     folder = Path(source.name).expanduser()
     return folder if folder.is_dir() else None
+
+
+def is_partial(path: str) -> bool:
+    """Whether a folder in the path is named as those that hold only the first part of a split."""
+    return any(folder.startswith(PARTIAL) for folder in path.split("/")[:-1])
 
 
 def hub_parts(source: HubSource) -> list[Part]:
@@ -44,12 +50,11 @@ def hub_parts(source: HubSource) -> list[Part]:
         if not name.endswith(SUFFIXES):
             hint = "" if folder else f" The Hub's own copy in parquet files is data.source.revision={CONVERTED}"
             raise ConfigError(f"{name}: cannot read this type of file; expected one of {', '.join(SUFFIXES)}.{hint}")
-    partial = [name for name in names if any(step.startswith(PARTIAL) for step in name.split("/"))]
-    if partial and not source.partial:
+    above = f"{folder.resolve().parent}/" if folder else ""
+    partial = next((name for name in names if is_partial(name.removeprefix(above))), None)
+    if partial is not None and not source.partial:
         raise ConfigError(
-            f"{partial[0]}: the folder's name says that this is only the first part of the dataset (of large ones the "
-            f"Hub's {CONVERTED} keeps the first 5 GB); read the dataset's own files, or set data.source.partial=true "
-            "to train on that part"
+            f"{partial}: {ONLY_PART}; read the dataset's own files, or set data.source.partial=true to train on it"
         )
     return [Part(name, _size(name), source.text_field) for name in names]
 

@@ -53,7 +53,7 @@ def _parse(text: str, origin: str) -> Any:
         raise ConfigError(f"{origin}{line}: not valid YAML: {problem}") from None
     except RecursionError:
         raise ConfigError(f"{origin}: not valid YAML: it is nested too deeply") from None
-    except ValueError as error:  # of a number or a date
+    except (ValueError, AttributeError) as error:  # of a number or a date
         raise ConfigError(f"{origin}: a value cannot be read ({error}); put it in quotes if it is text") from None
 
 
@@ -225,5 +225,8 @@ def _show(value: Any) -> str:
         return "an empty mapping"
     if value is None:
         return "empty (null)"
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:  # it holds itself
+        text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."

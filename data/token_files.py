@@ -180,7 +180,7 @@ def check_ids(files: list[TokenFile], split: str, layout: Layout, asked: Asked, 
                 tell(read / total, f"{read:,} tokens")
     if not ended and not asked.one_document:
         raise ConfigError(
-            f"{files[0].path}: the end-of-text id {layout.eos_id} is not among the {total:,} tokens of {split}, so they "
+            f"{files[0].path}: end-of-text id {layout.eos_id} is not among the {total:,} tokens of {split}, so they "
             "may be another tokenizer's; give --eos-id, --vocab-size and --dtype of the one that made them, or "
             "--one-document if the ids are right and the file is one text"
         )
