@@ -191,8 +191,8 @@ def _check_width(file: TokenFile, layout: Layout) -> None:
     block = file.ids[:BLOCK]
     if len(block) < FEW:
         return
-    low, high = int(block[::2].max()), int(block[1::2].max())
-    if low and (high == 0 or (high < SMALL and low >= 1 << 8)):
+    low, high = block[::2], int(block[1::2].max())
+    if low.any() and (high == 0 or (high < SMALL and (low >= 1 << 8).mean() > 0.5)):
         wider = "add --dtype uint32" if layout.dtype == "uint16" else "write them as uint32"
         what = "0" if high == 0 else f"below {SMALL}"
         raise ConfigError(

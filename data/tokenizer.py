@@ -5,6 +5,7 @@ import io
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -194,13 +195,13 @@ class Tokenizer:
 
     def changes(self) -> dict[str, str]:
         """Texts that do not come back as they were, and what comes back; none for a model that is exact."""
-        found = {text: back for text in PROBES if (back := self.decode(self.encode(text))) != text}
-        if not found:
-            blocks = ("".join(map(chr, range(start, start + 256))) for start in (*range(0, 0xD800, 256), *LATER_BLOCKS))
-            suspects = (c for block in blocks if self.decode(self.encode(block)) != block for c in block)
-            changed = next((c for c in suspects if self.decode(self.encode(c)) != c), None)
-            found = {} if changed is None else {changed: self.decode(self.encode(changed))}
-        return found
+        blocks = ("".join(map(chr, range(start, start + 256))) for start in (*range(0, 0xD800, 256), *LATER_BLOCKS))
+        changed = (c for block in blocks if self._changes(block) for c in block if self._changes(c))
+        texts = [*(text for text in PROBES if self._changes(text)), *islice(changed, 1)]
+        return {text: self.decode(self.encode(text)) for text in texts}
+
+    def _changes(self, text: str) -> bool:
+        return self.decode(self.encode(text)) != text
 
     def byte_ids(self) -> np.ndarray:
         """Ids of the single bytes that stand for what no other piece covers, int64; empty without byte fallback."""

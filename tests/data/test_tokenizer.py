@@ -105,7 +105,7 @@ def test_a_model_of_others_that_changes_text_says_what(tmp_path):
             ({**exact, "add_dummy_prefix": False, "byte_fallback": False}, {"水", "🎉", "\0"}),
             ({**exact, "remove_extra_whitespaces": True}, {"a  b", " a", "a "}),
             ({**exact, "normalization_rule_name": "nmt_nfkc_cf"}, {"A", "ﬁ ½", "e\u0301", "a\tb", "a\nb", "a\u3000b"}),
-            ({**exact, "normalization_rule_tsv": rule(tmp_path)}, {"Ω"}),
+            ({**exact, "normalization_rule_name": "", "normalization_rule_tsv": rule(tmp_path)}, {"Ω"}),
         )
     ):
         sentencepiece.SentencePieceTrainer.train(
