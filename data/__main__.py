@@ -13,7 +13,7 @@ COMMANDS = {
     "verify": "compare every byte in data.path with the hashes taken when it was written",
     "inspect": "tell what data.path holds: counts, lengths, frequent tokens, a sample",
 }
-IMPORT = "turn nanoGPT's train.bin and val.bin (GPT-2 tokens) into a prepared folder"
+IMPORT = "turn nanoGPT's train.bin and val.bin (GPT-2 tokens), or llm.c's token files, into a prepared folder"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -22,8 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if asked.command == "import-nanogpt":
             from data.nanogpt import import_nanogpt
+            from data.token_files import Asked
 
-            import_nanogpt(asked.folder, asked.out, asked.vocab)
+            ids = Asked(asked.dtype, asked.vocab_size, asked.eos_id, asked.one_document)
+            import_nanogpt(asked.folder, asked.out, asked.vocab, asked=ids)
         else:
             _run(asked)
     except ConfigError as error:
@@ -51,11 +53,15 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that encode (default: one for each core); the data do not depend on it",
     )
     importing = commands.add_parser("import-nanogpt", help=IMPORT, description=IMPORT.capitalize() + ".")
-    importing.add_argument("folder", type=Path, metavar="FOLDER", help="where train.bin and val.bin are")
+    importing.add_argument("folder", type=Path, metavar="FOLDER", help="where the files are")
     importing.add_argument("--out", type=Path, required=True, metavar="DIR", help="the prepared folder to make")
     importing.add_argument(
         "--vocab", type=Path, metavar="FILE", help="GPT-2's vocab.json or encoder.json; without it no bits/byte"
     )
+    importing.add_argument("--dtype", choices=("uint16", "uint32"), help="width of the ids (default: uint16)")
+    importing.add_argument("--vocab-size", type=_count, metavar="N", help="number of ids (default: GPT-2's 50257)")
+    importing.add_argument("--eos-id", type=int, metavar="K", help="the id between documents (default: GPT-2's 50256)")
+    importing.add_argument("--one-document", action="store_true", help="take a split without that id as one document")
     return parser
 
 
@@ -82,7 +88,7 @@ def _run(asked: argparse.Namespace) -> None:
 def _count(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} processes are too few; give 1 or more")
+        raise argparse.ArgumentTypeError(f"{number} is too small; give 1 or more")
     return number
 
 

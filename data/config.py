@@ -13,17 +13,18 @@ class EmbeddedSource(BaseModel, extra="forbid", frozen=True):
 
 
 class FilesSource(BaseModel, extra="forbid", frozen=True):
-    """Local files: .txt, .jsonl, .jsonl.gz, .jsonl.zst and .parquet."""
+    """Local files: .txt and JSON lines (.jsonl, .ndjson, .json), as they are or as .gz or .zst; .parquet and .arrow."""
 
     kind: Literal["files"]
     paths: Annotated[tuple[str, ...], Field(min_length=1)]  # files or globs, read in this order
-    text_field: str = "text"  # key of a JSON line or column of a parquet file
+    text_field: str = "text"  # key of a JSON line or column of a parquet or arrow file
     separator: Annotated[str, Field(min_length=1)] | None = None  # between the documents of a .txt; null: one document
 
 
 class HubSource(BaseModel, extra="forbid", frozen=True):
     """A dataset of the Hugging Face Hub, or a local folder in the same layout: its data files, streamed.
 
+    The folder may also be one that `save_to_disk` wrote.
     `openwebtext` is `hub` under a name that says what the default is.
     """
 
@@ -33,6 +34,7 @@ class HubSource(BaseModel, extra="forbid", frozen=True):
     revision: str | None = None
     split: str = "train"
     text_field: str = "text"
+    partial: bool = False  # take files of `partial-...` folders, which hold only the first part of a split
 
 
 class PreparedSource(BaseModel, extra="forbid", frozen=True):
@@ -106,7 +108,7 @@ class DataConfig(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _imported_as_they_are(self) -> "DataConfig":
-        given = self.model_fields_set - {"path", "source", "tokenizer"}
+        given = self.model_fields_set - {"path", "source", "tokenizer", "dtype"}
         changed = sorted(name for name in given if getattr(self, name) != type(self).model_fields[name].default)
         if isinstance(self.source, PreparedSource) and (changed or self.tokenizer.model is not None):
             raise ValueError(

@@ -36,7 +36,7 @@ class Draft:
     def commit(self, progress: dict[str, Any]) -> None:
         """Notes how far the work is; what it says must be on the disk by now."""
         self.progress = progress
-        replace_file(self.path / JOURNAL, json.dumps({"job": self.job, "progress": progress}))
+        replace_file(self.path / JOURNAL, json.dumps({"job": self.job, "progress": progress}, allow_nan=False))
 
     @property
     def whole(self) -> bool:
@@ -53,7 +53,7 @@ class Draft:
             return json.loads((self.path / JOURNAL).read_text())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{self.path}/{JOURNAL}: damaged ({error}); delete {self.path} and start anew") from None
 
     def clear(self) -> None:

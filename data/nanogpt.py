@@ -1,14 +1,15 @@
-"""Import of what nanoGPT's data/*/prepare.py writes: train.bin and val.bin, GPT-2 ids as little-endian uint16.
+"""Import of ids that nanoGPT's data/*/prepare.py or llm.c's dev/data wrote: GPT-2's as uint16, or what is asked for.
 
-Its stream of tokens is taken as it is; <|endoftext|> ends a document. GPT-2's vocabulary is not in those files. With a
-vocabulary file (vocab.json or encoder.json: the same mapping of byte strings to ids) the bytes of each document's text
-are known and text can be shown. Without one they are not, and so neither are bits per byte.
+The stream of tokens is taken as it is; the end-of-text id ends a document. The vocabulary is not in those files. With
+GPT-2's vocabulary file (vocab.json or encoder.json: the same mapping of byte strings to ids) the bytes of each
+document's text are known and text can be shown. Without one they are not, and so neither are bits per byte.
 """
 
 import json
 import shutil
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ from data.prepare import SPLITS, tell_splits
 from data.progress import Log, progress, say
 from data.settings import ConfigError
 from data.shards import FORMAT, MANIFEST, ShardWriter, fingerprint, read_manifest, split_entry, write_manifest
+from data.token_files import GPT2, Asked, Layout, TokenFile, check_ids, files_of, open_files
 
-VOCAB_SIZE = 50257
-EOS = 50256
+VOCAB_SIZE, EOS = GPT2.vocab_size, GPT2.eos_id
 VOCABULARY = "vocab.json"
-BLOCK = 1 << 24  # tokens that are looked at together
 SHARD_TOKENS = 100_000_000
 
 
@@ -38,7 +38,7 @@ class Gpt2Vocabulary:
     def __init__(self, path: Path) -> None:
         try:
             ids = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); give GPT-2's vocab.json or encoder.json") from None
         if not isinstance(ids, dict) or sorted(ids.values(), key=str) != sorted(range(VOCAB_SIZE), key=str):
             raise ConfigError(f"{path}: not GPT-2's vocabulary, which maps {VOCAB_SIZE:,} pieces to the ids from 0 on")
@@ -74,42 +74,56 @@ def _alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
 
 
-def import_nanogpt(folder: Path, out: Path, vocabulary: Path | None = None, log: Log = say) -> dict[str, Any]:
-    """Makes a prepared folder `out` of nanoGPT's train.bin and val.bin; returns its manifest.
+def import_nanogpt(
+    folder: Path, out: Path, vocabulary: Path | None = None, log: Log = say, asked: Asked | None = None
+) -> dict[str, Any]:
+    """Makes a prepared folder `out` of the train and val files of nanoGPT or llm.c; returns its manifest.
 
+    Args:
+        folder: where the files are.
+        out: the prepared folder to make.
+        vocabulary: GPT-2's vocab.json or encoder.json, for GPT-2's ids.
+        log: takes lines of text.
+        asked: width and vocabulary of the ids, where they are not GPT-2's as uint16 and no header tells them.
     Raises:
-        ConfigError: the files are missing, no GPT-2 tokens, or of another vocabulary; or `out` holds something else.
+        ConfigError: files are missing, or hold no ids of that width and vocabulary; or `out` holds something else.
     """
-    streams = {split: _stream(folder / f"{split}.bin") for split in SPLITS}
+    asked = asked or Asked()
+    paths = {split: files_of(folder, split) for split in SPLITS}
     if (folder / "meta.pkl").exists():
         raise ConfigError(
             f"{folder}: meta.pkl says that these are characters, not GPT-2 tokens; prepare the text itself with "
             "`python -m data prepare CONFIG`"
         )
+    layout, files = open_files([path for found in paths.values() for path in found], asked)
+    streams = {split: [file for file in files if file.path in found] for split, found in paths.items()}
+    if vocabulary is not None and (layout.vocab_size, layout.eos_id) != (VOCAB_SIZE, EOS):
+        raise ConfigError(f"{vocabulary}: --vocab is GPT-2's vocabulary, but the ids are of another one; leave it out")
     known = None if vocabulary is None else Gpt2Vocabulary(vocabulary)
-    settings = {"source": {"kind": "prepared"}}
-    inputs = {"nanogpt": [[str(file.absolute()), file.stat().st_size] for file in map(folder.joinpath, _names())]}
     if (out / MANIFEST).exists():
         raise ConfigError(f"{out}: holds prepared data already; set --out to a new folder")
+    for split, stream in streams.items():
+        check_ids(stream, split, layout, asked, log)
+    inputs = [[str(file.path.absolute()), file.path.stat().st_size] for file in files]
     with draft_of(out, {}) as draft:
         if draft.read() is not None:
             raise ConfigError(f"{draft.path}: holds an unfinished preparation; delete it or set --out to a new folder")
         draft.clear()  # of what a killed import left
-        shards = {split: _copy(stream, split, draft.path, known, log) for split, stream in streams.items()}
+        shards = {split: _copy(stream, split, layout, draft.path, known, log) for split, stream in streams.items()}
         if vocabulary is not None:
             shutil.copyfile(vocabulary, draft.path / VOCABULARY)
         manifest: dict[str, Any] = {
             "format": FORMAT,
-            "dtype": "uint16",
-            "vocab_size": VOCAB_SIZE,
+            "dtype": layout.dtype,
+            "vocab_size": layout.vocab_size,
             "tokenizer_file": None if vocabulary is None else VOCABULARY,
             "tokenizer_sha256": None if vocabulary is None else sha256_of(vocabulary),
-            "eos_id": EOS,
+            "eos_id": layout.eos_id,
             "sources": ["nanogpt"],
             "splits": {split: split_entry(entries, ["nanogpt"]) for split, entries in shards.items()},
             "dropped": {},
-            "settings": settings,
-            "inputs": inputs,
+            "settings": {"source": {"kind": "prepared"}},
+            "inputs": {"nanogpt": inputs},
         }
         manifest["fingerprint"] = fingerprint(manifest)
         write_manifest(draft.path, manifest)
@@ -117,49 +131,37 @@ def import_nanogpt(folder: Path, out: Path, vocabulary: Path | None = None, log:
     if vocabulary is None:
         log("the bytes of the text are not known without --vocab, so there will be no bits/byte")
     log(f"imported {out}: fingerprint {manifest['fingerprint'][:12]}. To train on it, set")
-    log(f"  data: {{path: {out}, source: {{kind: prepared}}, tokenizer: {{vocab_size: {VOCAB_SIZE}}}}}")
+    dtype = "" if layout.dtype == "uint16" else f", dtype: {layout.dtype}"
+    log(f"  data: {{path: {out}, source: {{kind: prepared}}, tokenizer: {{vocab_size: {layout.vocab_size}}}{dtype}}}")
     return read_manifest(out)
 
 
-def _names() -> list[str]:
-    return [f"{split}.bin" for split in SPLITS]
-
-
-def _stream(path: Path) -> np.ndarray:
-    """The ids in a file, uint16 (tokens,), memory-mapped."""
-    if not path.is_file():
-        raise ConfigError(
-            f"{path}: missing; give the folder in which nanoGPT's prepare.py wrote {' and '.join(_names())}"
-        )
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise ConfigError(f"{path}: {size} bytes are no uint16 ids; run nanoGPT's prepare.py again")
-    return np.memmap(path, dtype="<u2", mode="r")
-
-
 def _copy(
-    stream: np.ndarray, split: str, folder: Path, vocabulary: Gpt2Vocabulary | None, log: Log
+    files: list[TokenFile], split: str, layout: Layout, folder: Path, vocabulary: Gpt2Vocabulary | None, log: Log
 ) -> list[dict[str, Any]]:
-    """Writes a stream's documents as shards. The end mark is added if it lacks one."""
-    writer = ShardWriter(folder, split, "uint16", EOS, SHARD_TOKENS)
+    """Writes the documents of a split's files as shards. The end mark is added if the last one lacks it."""
+    writer = ShardWriter(folder, split, layout.dtype, layout.eos_id, SHARD_TOKENS)
+    total = sum(len(file.ids) for file in files)
+    written = 0
 
-    def add(ids: np.ndarray) -> None:
+    def add(parts: list[np.ndarray]) -> None:
+        ids = np.concatenate(parts)
         writer.add(ids, None if vocabulary is None else int(vocabulary.lengths[ids].sum()))
 
     try:
-        start = 0  # of the document that is not ended yet
+        begun: list[np.ndarray] = []  # the document that is not ended yet
         with progress(f"importing {split}", log) as tell:
-            for first in range(0, len(stream), BLOCK):
-                block = stream[first : first + BLOCK]
-                if int(block.max()) >= VOCAB_SIZE:
-                    at = first + int(np.argmax(block >= VOCAB_SIZE))
-                    raise ConfigError(f"{split}.bin, token {at}: {stream[at]} is no GPT-2 id, which end at {EOS}")
-                for end in (first + np.flatnonzero(block == EOS)).tolist():
-                    add(stream[start:end])
-                    start = end + 1
-                tell((first + len(block)) / len(stream), f"{first + len(block):,} tokens")
-        if start < len(stream):
-            add(stream[start:])
+            for block in chain.from_iterable(file.blocks() for file in files):
+                start = 0
+                for end in np.flatnonzero(block == layout.eos_id).tolist():
+                    add([*begun, block[start:end]])
+                    begun, start = [], end + 1
+                if start < len(block):
+                    begun.append(block[start:])
+                written += len(block)
+                tell(written / total, f"{written:,} tokens")
+        if begun:
+            add(begun)
         return writer.close()
     finally:
         writer.abandon()

@@ -36,8 +36,10 @@ from data.corpus import (
 from data.draft import HELD_OUT, SEEN, Draft, draft_of
 from data.encode import EMPTY, SHORT, Encoded, Encoder, HeldOutRuns, digest_of, held_out
 from data.files import flush, sha256_of
+from data.formats import LINES
 from data.overlap import union
 from data.progress import Log, progress, say
+from data.separators import check_separators
 from data.settings import ConfigError
 from data.shards import (
     DTYPES,
@@ -89,6 +91,7 @@ def prepare(cfg: DataConfig, log: Log = say, workers: int | None = None) -> dict
             if not resumed:
                 for found in parts.values():
                     check_columns(found)
+                    check_separators(found, log)
             _build(cfg, parts, draft, log, workers or cores())
     manifest = _reuse(cfg, log) if made_before else read_manifest(cfg.path)
     log(f"prepared {cfg.path}: fingerprint {manifest['fingerprint'][:12]}")
@@ -165,6 +168,12 @@ def _make_tokenizer(cfg: DataConfig, path: Path, log: Log) -> None:
         raise ConfigError(
             f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but {given} has {tokenizer.vocab_size} pieces; "
             f"set it to {tokenizer.vocab_size}"
+        )
+    if changes := tokenizer.changes():
+        examples = ", ".join(f"{text!r} becomes {back!r}" for text, back in changes.items())
+        log(
+            f"{given}: this model does not give every text back as it was: {examples}. It is used as it is; for exact "
+            "text leave data.tokenizer.model out, and one is trained"
         )
     shutil.copyfile(given, path)
 
@@ -523,6 +532,8 @@ def _reuse(cfg: DataConfig, log: Log) -> dict[str, Any]:
     differences = list(_differences(manifest["settings"]["source"]["kind"], cfg.source.kind, "data.source.kind"))
     if imported and manifest["vocab_size"] != cfg.tokenizer.vocab_size:
         differences.append(f"its vocabulary is {manifest['vocab_size']}: set data.tokenizer.vocab_size to that")
+    if imported and manifest["dtype"] != cfg.dtype:
+        differences.append(f"its ids are {manifest['dtype']}: set data.dtype to that")
     if not imported:
         differences = list(_differences(manifest["settings"], _settings(cfg)))
         for source, files in _local_inputs(cfg).items():
@@ -561,7 +572,7 @@ def _differences(made: Any, asked: Any, path: str = "data") -> Iterator[str]:
     if isinstance(made, dict) and isinstance(asked, dict):
         for key in {**made, **asked}:
             yield from _differences(made.get(key), asked.get(key), f"{path}.{key}")
-    elif made != asked:
+    elif made != asked and not (made is None and asked is False):  # a switch that there was not yet was off
         yield f"{path} was {made!r} and is now {asked!r}"
 
 
@@ -570,7 +581,7 @@ def _check_disk(cfg: DataConfig, parts: dict[str, list[Part]], draft: Path) -> N
     if cfg.limit_documents is not None or isinstance(cfg.source, MixtureSource):
         return  # no telling how much of the sources that is
     files = [part for part in chain.from_iterable(parts.values()) if part.name != EMBEDDED]
-    text_bytes = sum(part.size * (1 if part.name.endswith((".txt", ".jsonl")) else 3) for part in files)
+    text_bytes = sum(part.size * (1 if part.name.endswith((".txt", *LINES, ".arrow")) else 3) for part in files)
     needed = text_bytes // 4 * DTYPES[cfg.dtype].itemsize - sum(f.stat().st_size for f in draft.iterdir())
     free = shutil.disk_usage(draft).free
     if needed > free:

@@ -28,7 +28,7 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
         for key, _ in node.value:
-            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
             if isinstance(key, yaml.ScalarNode):
                 seen.add(key.value)
@@ -51,6 +51,10 @@ def _parse(text: str, origin: str) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
         raise ConfigError(f"{origin}{line}: not valid YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{origin}: not valid YAML: it is nested too deeply") from None
+    except (ValueError, AttributeError) as error:  # of a number or a date
+        raise ConfigError(f"{origin}: a value cannot be read ({error}); put it in quotes if it is text") from None
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict:
@@ -221,5 +225,8 @@ def _show(value: Any) -> str:
         return "an empty mapping"
     if value is None:
         return "empty (null)"
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    try:
+        text = json.dumps(value, default=str, ensure_ascii=False)
+    except ValueError:  # it holds itself
+        text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."

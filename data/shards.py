@@ -197,12 +197,12 @@ def _totals(entries: list[dict[str, Any]]) -> dict[str, int | None]:
 def fingerprint(manifest: dict[str, Any]) -> str:
     """SHA-256 over what determines the batches: format, tokenizer, counts and hashes of shards; no settings."""
     keys = ("format", "dtype", "vocab_size", "tokenizer_sha256", "eos_id", "sources", "splits")
-    canonical = json.dumps({key: manifest[key] for key in keys}, sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps({key: manifest[key] for key in keys}, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1))
+    replace_file(folder / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False))
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
@@ -216,7 +216,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{folder}: no prepared data here ({MANIFEST} is missing); run `{PREPARE}`") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); {REMAKE}") from None
     found = manifest.get("format") if isinstance(manifest, dict) else None
     if found != FORMAT:

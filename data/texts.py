@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.encoding import without_mark
 from data.settings import ConfigError
 from data.tokenizer import Tokenizer
 
@@ -46,7 +47,7 @@ class Texts:
 
 def _read(path: Path) -> str:
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = without_mark(path.read_bytes(), str(path)).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}); give a text file") from None
     if not text:

@@ -5,6 +5,7 @@ import io
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,25 @@ PIECE_CHARS = 16_000
 # To look a word up is many times faster than to ask the library for its ids, and most words come again.
 WORD = re.compile(" *[^ ]+| +")
 KNOWN_CHARS = 1 << 23  # words with so many characters in all are remembered
+# What models of others are known to change: blanks, line ends, capitals, compatibility forms, rare characters.
+PROBES = (
+    "one two",
+    "a  b",
+    " a",
+    "a ",
+    "a\nb",
+    "a\tb",
+    "A",
+    "ﬁ ½",
+    "e\u0301",
+    "a\u3000b",
+    "水",
+    "🎉",
+    "\0",
+    "a▁b",
+    "\ufeffa",
+)
+LATER_BLOCKS = (*range(0xE000, 0x10000, 256), *range(0x1F000, 0x20000, 256))  # behind the surrogates; emoji
 
 
 def train(texts: Iterable[str], vocab_size: int, model_path: Path, nfkc: bool = False) -> None:
@@ -54,6 +74,7 @@ def train(texts: Iterable[str], vocab_size: int, model_path: Path, nfkc: bool = 
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
+            required_chars=BLANK,  # text with few blanks must not cost the blank its piece
             max_sentence_length=4 * PIECE_CHARS,  # bytes
             num_threads=1,  # is written into the model, so the machine must not choose it
             minloglevel=2,
@@ -171,6 +192,16 @@ class Tokenizer:
     def piece(self, index: int) -> str:
         """How an id is written, with U+2581 for a blank and <0x..> for a byte."""
         return self._model.id_to_piece(index)
+
+    def changes(self) -> dict[str, str]:
+        """Texts that do not come back as they were, and what comes back; none for a model that is exact."""
+        blocks = ("".join(map(chr, range(start, start + 256))) for start in (*range(0, 0xD800, 256), *LATER_BLOCKS))
+        changed = (c for block in blocks if self._changes(block) for c in block if self._changes(c))
+        texts = [*(text for text in PROBES if self._changes(text)), *islice(changed, 1)]
+        return {text: self.decode(self.encode(text)) for text in texts}
+
+    def _changes(self, text: str) -> bool:
+        return self.decode(self.encode(text)) != text
 
     def byte_ids(self) -> np.ndarray:
         """Ids of the single bytes that stand for what no other piece covers, int64; empty without byte fallback."""

@@ -1,20 +1,15 @@
 """Sources: every kind is read whole and in order; every kind of damage is named by file and place."""
 
 import gzip
-import hashlib
 import json
 import re
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 
 import pyarrow  # type: ignore[import-untyped]
 import pytest
 from pyarrow import parquet  # type: ignore[import-untyped]
 
-from data import corpus
-from data.config import EmbeddedSource, FilesSource, HubSource
+from data.config import FilesSource
 from data.corpus import Part, check_columns, documents, parts_of, read
 from data.settings import ConfigError
 
@@ -46,55 +41,6 @@ def write_rows(path: Path, texts: list[str]) -> None:
         path.write_bytes(gzip.compress(lines))
     else:
         path.write_bytes("|".join(texts).encode() if path.suffix == ".txt" else lines)
-
-
-# ---- embedded
-
-
-@pytest.fixture(scope="module")
-def embedded() -> list[str]:
-    return list(documents(EmbeddedSource(kind="embedded")))
-
-
-def test_embedded_corpus_is_large_and_english(embedded):
-    text = "\n".join(embedded)
-    assert len(text.encode()) > 2_000_000
-    assert len(embedded) > 400
-    words = Counter(re.findall(r"[a-z]+", text.lower()))
-    assert {"the", "is", "of", "to", "a", "and"} <= {word for word, _ in words.most_common(10)}
-
-
-def test_embedded_corpus_is_clean(embedded):
-    for text in embedded:
-        assert text.strip()
-        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]|[ \t]\n|[ \t]\Z|\A\n|\n\Z", text), text[:80]
-
-
-def test_embedded_corpus_says_nothing_twice(embedded):
-    assert len(set(embedded)) == len(embedded)
-    inherited = "Return repr(self)."  # the docstring of hundreds of slots
-    assert sum(text.split("\n\n").count(inherited) for text in embedded) == 1
-
-
-def test_embedded_corpus_is_the_same_in_another_process(embedded):
-    code = (
-        "import hashlib, sys; sys.excepthook = lambda *a: None; sys.excepthook.__doc__ = 'a hook of the program';"
-        "from data.corpus import _embedded; print(hashlib.sha256('\\0'.join(_embedded()).encode()).hexdigest())"
-    )
-    found = subprocess.run(
-        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True
-    )
-    assert found.stdout.strip() == hashlib.sha256("\0".join(embedded).encode()).hexdigest()
-    assert found.stderr == ""
-
-
-def test_docstrings_come_in_source_order(tmp_path):
-    file = tmp_path / "m.py"
-    file.write_text(
-        '"""one"""\nclass A:\n    """two"""\n    def f(self):\n        """three"""\n        "no"\n'
-        'if True:\n    def g():\n        """four"""\n        async def h():\n            """five"""\nraise SystemExit\n'
-    )
-    assert [text for text in corpus._docstrings(file) if text] == ["one", "two", "three", "four", "five"]
 
 
 # ---- files
@@ -244,72 +190,3 @@ def test_files_of_another_file_system(tmp_path, name):
     assert [document.text for document in read(parts)] == TEXTS
     with pytest.raises(ConfigError, match="memory://none.parquet: unreadable after row 0 .* check the network"):
         list(read([Part("memory://none.parquet", 1)]))
-
-
-# ---- hub, on a local folder of parquet files in the layout of a dataset
-
-
-@pytest.fixture
-def dataset(tmp_path, monkeypatch) -> Path:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    write_parquet(folder / "train-00000-of-00002.parquet", text=TEXTS[:3])
-    write_parquet(folder / "train-00001-of-00002.parquet", text=TEXTS[3:])
-    return folder
-
-
-def hub(folder: object, **settings: str) -> HubSource:
-    return HubSource(kind="hub", name=str(folder), **settings)  # type: ignore[arg-type]
-
-
-def test_hub_streams_in_order(dataset):
-    assert list(documents(hub(dataset))) == TEXTS
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"split": "test"}, "no split 'test'; set data.source.split to one of train"),
-        ({"text_field": "body"}, "no column 'body'; set data.source.text_field to one of text"),
-    ],
-)
-def test_hub_with_wrong_names(dataset, settings, message):
-    with pytest.raises(ConfigError, match=message):
-        list(documents(hub(dataset, **settings)))
-
-
-def test_hub_with_a_damaged_file(dataset):
-    (dataset / "train-00001-of-00002.parquet").write_bytes(b"garbage")
-    with pytest.raises(ConfigError, match="train-00001-of-00002.parquet: unreadable after row 0"):
-        list(documents(hub(dataset)))
-
-
-def test_hub_runs_no_script(dataset):
-    (dataset / "dataset.py").write_text(f"open({str(dataset / 'ran')!r}, 'w')")
-    with pytest.raises(ConfigError, match="cannot be read"):
-        list(documents(hub(dataset)))
-    assert not (dataset / "ran").exists()
-
-
-def test_hub_with_files_of_another_type(tmp_path):
-    (tmp_path / "train.csv").write_text("text\na\n")
-    with pytest.raises(ConfigError, match=r"train\.csv: cannot read this type .*revision=refs/convert/parquet"):
-        list(documents(hub(tmp_path)))
-
-
-def test_hub_with_subsets(tmp_path):
-    for subset in ("plain", "other"):
-        (tmp_path / subset).mkdir()
-        write_parquet(tmp_path / subset / "train-00000.parquet", text=[f"of {subset}"])
-    names = "".join(f"- config_name: {s}\n  data_files: {s}/train-*.parquet\n" for s in ("plain", "other"))
-    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{names}---\n")
-    assert list(documents(hub(tmp_path, subset="plain"))) == ["of plain"]
-    assert list(documents(hub(tmp_path, subset="other"))) == ["of other"]
-    with pytest.raises(ConfigError, match="check name, subset and network"):
-        list(documents(hub(tmp_path)))
-
-
-def test_hub_folder_that_is_missing(tmp_path):
-    with pytest.raises(ConfigError, match="is not a folder"):
-        list(documents(hub(tmp_path / "none")))

@@ -13,12 +13,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import datasets  # type: ignore[import-untyped]
 import pyarrow  # type: ignore[import-untyped]
 import pytest
 import yaml
 from pyarrow import parquet  # type: ignore[import-untyped]
 
+from data.config import HubSource
+from data.hub import hub_parts
 from data.prepare import prepare
+from data.settings import ConfigError
 from tests.data.test_prepare import ROOT, TEXTS, assert_same, config, quiet, settings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -32,6 +36,7 @@ class Hub(ThreadingHTTPServer):
         self.folder = folder
         self.broken: set[str] = set()
         self.read: set[str] = set()
+        self.refusal: tuple[int, str] | None = None  # status and the Hub's code for why
 
 
 class Answer(BaseHTTPRequestHandler):
@@ -43,6 +48,9 @@ class Answer(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         place, folder = self.path.split("?")[0], self.server.folder
+        if self.server.refusal:
+            code, reason = self.server.refusal
+            return self._send(code, b"{}", {"X-Error-Code": reason})
         if found := re.fullmatch(r"/api/datasets/own/texts/tree/\w+/?(.*)", place):
             below = folder / found[1]
             if below.is_dir():
@@ -95,9 +103,9 @@ def hub(tmp_path) -> Iterator[Hub]:
         server.shutdown()
 
 
-def run(hub: Hub, tmp_path: Path) -> subprocess.CompletedProcess[str]:
+def run(hub: Hub, tmp_path: Path, **source: Any) -> subprocess.CompletedProcess[str]:
     """The command, with the Hub's client pointed at the server."""
-    given = settings(tmp_path, source={"kind": "hub", "name": "own/texts"}, tokenizer={"vocab_size": 350})
+    given = settings(tmp_path, source={"kind": "hub", "name": "own/texts", **source}, tokenizer={"vocab_size": 350})
     given["tokenizer"]["model"] = str(tmp_path / "local" / "tokenizer.model")
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"data": given}))
     address = f"http://127.0.0.1:{hub.server_address[1]}"
@@ -126,3 +134,55 @@ def test_a_dataset_of_the_hub_gives_what_its_local_copy_gives(tmp_path, hub, mon
 
     hub.broken = {path.name for path in (hub.folder / "plain_text").iterdir()}
     assert run(hub, tmp_path).returncode == 0  # what is prepared needs no Hub
+
+
+@pytest.mark.parametrize(
+    ("refusal", "remedy"),
+    [
+        ((401, "GatedRepo"), r"accept the terms on https://huggingface.co/datasets/own/texts, then set HF_TOKEN"),
+        ((403, "GatedRepo"), r"accept the terms on https://huggingface.co/datasets/own/texts, then set HF_TOKEN"),
+        (
+            (401, "RepoNotFound"),
+            r"check data.source.name; if .*own/texts is private, set HF_TOKEN or run `hf auth login`",
+        ),
+        ((404, "RepoNotFound"), r"check data.source.name; if .*own/texts is private"),
+        ((404, "RevisionNotFound"), r"set data.source.revision to one of the dataset's branches"),
+    ],
+)
+def test_a_refusal_of_the_hub_names_what_helps(tmp_path, hub, refusal, remedy):
+    hub.refusal = refusal
+    found = run(hub, tmp_path)
+    assert found.returncode == 2 and re.search(remedy, found.stderr), found.stderr
+
+
+def test_a_hub_that_is_not_asked_or_not_there_is_told_apart(tmp_path, hub, monkeypatch):
+    source = HubSource(kind="hub", name="own/texts")
+    for offline, remedy in (
+        (True, "HF_HUB_OFFLINE is set, so the Hub was not asked: unset it"),
+        (False, "check the network"),
+    ):
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+        with pytest.raises(ConfigError, match=remedy):
+            hub_parts(source)
+
+
+def unreachable(*_: Any, **__: Any) -> None:
+    raise ConnectionError("Couldn't reach 'own/texts' on the Hub")
+
+
+def test_the_first_part_of_a_dataset_of_the_hub_is_taken_only_if_asked_for(tmp_path, hub):
+    (hub.folder / "plain_text").rename(hub.folder / "partial-train")
+    found = run(hub, tmp_path)
+    assert found.returncode == 2 and re.search(r"partial-train/.*data\.source\.partial=true", found.stderr), (
+        found.stderr
+    )
+    prepare(
+        config(
+            tmp_path, source={"kind": "hub", "name": str(hub.folder), "partial": True}, path=str(tmp_path / "local")
+        ),
+        quiet,
+    )
+    found = run(hub, tmp_path, partial=True)
+    assert found.returncode == 0, found.stderr
+    assert_same(tmp_path / "prepared", tmp_path / "local")

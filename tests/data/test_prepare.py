@@ -189,6 +189,23 @@ def test_a_given_tokenizer_is_used(corpus, prepared):
     assert not (corpus / "other").exists()
 
 
+def test_a_given_tokenizer_that_changes_text_is_told_once(corpus, monkeypatch):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS), model_prefix=str(corpus / "lossy"), vocab_size=60, model_type="bpe",
+        hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    size = Tokenizer(corpus / "lossy.model").vocab_size
+    told: list[str] = []
+    given = config(corpus, tokenizer={"vocab_size": size, "model": str(corpus / "lossy.model")})
+    prepare(given, told.append)
+    (line,) = [line for line in told if "does not give every text back" in line]
+    assert "lossy.model" in line and "'a  b' becomes 'a b'" in line and "leave data.tokenizer.model out" in line
+    prepare(given, told.append)
+    assert len([line for line in told if "does not give every text back" in line]) == 1
+
+
 def test_the_sample_is_even_capped_and_without_held_out_documents(corpus):
     cfg = config(corpus, tokenizer={"vocab_size": 350, "train_bytes": 20_000})
     sample = module._sample(cfg)

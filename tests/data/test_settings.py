@@ -216,3 +216,20 @@ def test_settings_import_without_heavy_libraries():
     root = Path(__file__).parents[2]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 2026-13-45", "a value cannot be read .*put it in quotes"),
+        ("a: " + "1" * 5000, "a value cannot be read .*4300 digits"),
+        ("a: !!timestamp x", "a value cannot be read"),
+        ("? [1]\n: 2", "not valid YAML: found unhashable key"),
+        ("[" * 3000, "not valid YAML: it is nested too deeply"),
+        ("&a [*a]", "the top level must be a mapping"),
+    ],
+)
+def test_values_that_yaml_cannot_make_are_named(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=rf"c\.yaml.*{message}"):
+        read_tree(tmp_path / "c.yaml")

@@ -6,9 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.draft import Draft
 from data.files import sha256_of
 from data.settings import ConfigError
-from data.shards import FORMAT, ShardWriter, fingerprint, open_split, read_manifest, split_entry, verify_folder
+from data.shards import (
+    FORMAT,
+    ShardWriter,
+    fingerprint,
+    open_split,
+    read_manifest,
+    split_entry,
+    verify_folder,
+    write_manifest,
+)
 
 EOS = 2
 
@@ -165,3 +175,12 @@ def test_no_folder_no_manifest_no_split(folder, tmp_path):
             open_split(missing, "train")
     with pytest.raises(ConfigError, match="no split 'test'; it has train, val"):
         open_split(folder, "test")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_what_is_no_json_is_never_written(tmp_path, number):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_manifest(tmp_path, {"settings": number})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        Draft(tmp_path, {}).commit({"share": number})
+    assert list(tmp_path.iterdir()) == []

@@ -1,5 +1,6 @@
 """Tokenizer: any text comes back byte for byte; no text makes a special id; training is deterministic."""
 
+import re
 import unicodedata
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -54,6 +55,72 @@ def test_any_text_round_trips(tokenizer, text):
     assert not SPECIAL & set(ids)
     assert all(0 <= i < VOCAB for i in ids)
     assert tokenizer.encode(text) == ids  # as remembered
+
+
+FEW_BLANKS = {
+    "Han": ["".join(chr(0x4E00 + (7 * n + m * m) % 151) for m in range(300)) for n in range(60)],
+    "DNA": ["".join("ACGT"[(n * m + m // 3) % 4] for m in range(400)) for n in range(40)],
+    "one blank": ["アイウエオ" * 200 + " " + "カキクケコ" * 2000] * 20,
+    "blanks alone": [" " * n for n in range(1, 2000, 7)],
+    "line ends": ["a\n\tb\n" * 300] * 20,
+    "reserved": ["▁▅\0x" * 500] * 20,
+}
+
+
+@pytest.fixture(scope="module", params=FEW_BLANKS)
+def of_few_blanks(tmp_path_factory, request) -> Tokenizer:
+    path = tmp_path_factory.mktemp("few") / "m"
+    try:
+        train(FEW_BLANKS[request.param], 266, path)
+    except ConfigError as error:  # as many as the sample needs
+        train(FEW_BLANKS[request.param], int(re.search(r"set (?:it to )?(\d+) or", str(error))[1]), path)
+    return Tokenizer(path)
+
+
+@settings(max_examples=150, deadline=None)
+@given(characters)
+@example("one two")
+@example(" ")
+@example("    ")
+@example(" \n \t ")
+@example("▁ ▁a▁▁ ▅ \0 \ufffd ⁇ \ufeff")
+@example("👩‍👩‍👧‍👦 \U000f0000 \U0010ffff \ue000 ꙮ नमस्ते ไทย العربية \x7f\x80\x1b")
+@example("ＡＣＧＴ 休买ア 佉 ")
+def test_any_text_round_trips_whatever_the_tokenizer_was_trained_on(of_few_blanks, text):
+    assert of_few_blanks.decode(of_few_blanks.encode(text)) == text
+
+
+def test_a_model_trained_here_changes_no_character(of_few_blanks, tokenizer):
+    assert of_few_blanks.changes() == tokenizer.changes() == {}
+
+
+def test_a_model_of_others_that_changes_text_says_what(tmp_path):
+    import sentencepiece
+
+    exact = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "byte_fallback": True}
+    for number, (given_settings, changed) in enumerate(
+        (
+            ({**exact, "add_dummy_prefix": False}, set()),
+            (exact, {"a▁b"}),  # the reserved character alone
+            ({**exact, "add_dummy_prefix": False, "byte_fallback": False}, {"水", "🎉", "\0"}),
+            ({**exact, "remove_extra_whitespaces": True}, {"a  b", " a", "a "}),
+            ({**exact, "normalization_rule_name": "nmt_nfkc_cf"}, {"A", "ﬁ ½", "e\u0301", "a\tb", "a\nb", "a\u3000b"}),
+            ({**exact, "normalization_rule_name": "", "normalization_rule_tsv": rule(tmp_path)}, {"Ω"}),
+        )
+    ):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(TEXTS), model_prefix=str(tmp_path / str(number)), vocab_size=400,
+            model_type="bpe", hard_vocab_limit=False, minloglevel=2, **given_settings,
+        )  # fmt: skip
+        found = Tokenizer(tmp_path / f"{number}.model").changes()
+        assert changed <= set(found) and bool(changed) == bool(found)
+        assert all(text != back for text, back in found.items())
+
+
+def rule(folder: Path) -> str:
+    """A rule of one's own: Ω is written W."""
+    (folder / "rule.tsv").write_text("3A9\t57\n")
+    return str(folder / "rule.tsv")
 
 
 def test_text_stays_as_it_is_unless_a_normal_form_is_asked_for(tokenizer, tmp_path):
