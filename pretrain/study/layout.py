@@ -37,6 +37,7 @@ h2{font-size:1.35rem;letter-spacing:-.01em;line-height:1.3;margin:56px 0 6px}
 h3{font-size:1rem;margin:22px 0 8px}
 p{margin:0 0 14px;max-width:72ch}
 .lede{font-size:1.12rem;max-width:62ch}
+.notice{border-left:4px solid var(--bad);padding:10px 14px;background:var(--card);color:var(--text)}
 .soft,figcaption,.note-text{color:var(--soft)}
 .note-text{font-size:.9rem}
 a{color:inherit;text-decoration-color:var(--axis);text-underline-offset:3px}
@@ -223,8 +224,10 @@ def written(value: object, form: str = "{:,}", missing: str = NONE) -> str:
     return escape(form.format(value)).replace("-", MINUS) if isinstance(value, int | float) else escape(str(value))
 
 
-def opening(title: str, lede: str) -> str:
-    return f'<header><h1>{escape(title)}</h1><p class="lede">{escape(lede)}</p></header>'
+def opening(title: str, lede: str, notice: str | None = None) -> str:
+    """`notice`: what a reader must know before anything else, such as that a result does not stand."""
+    warning = f'<p class="notice" role="note"><strong>{escape(notice)}</strong></p>' if notice else ""
+    return f'<header><h1>{escape(title)}</h1>{warning}<p class="lede">{escape(lede)}</p></header>'
 
 
 def methods(definitions: Mapping[str, str], limits: Sequence[str]) -> str:

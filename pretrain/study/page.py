@@ -210,7 +210,7 @@ def _opening(study: _Study) -> str:
         f"learning rate{'s' * (len(rates) != 1)}, and at the best of them with {len(seeds)} "
         f"seed{'s' * (len(seeds) != 1)} in all."
     )
-    return layout.opening(study.title, told)
+    return layout.opening(study.title, told, study.at("notice"))
 
 
 def _budget(study: _Study) -> str:

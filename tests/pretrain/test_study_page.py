@@ -235,3 +235,27 @@ def test_the_document_tells_the_published_results() -> None:
     assert [[cell.strip() for cell in line.strip("|").split("|")] for line in table] == told
     html = Path("benchmarks/results/study-small.html").read_text()
     assert html == page(results), "the published page is that of the published results"
+
+
+def test_a_notice_comes_before_all_else(html: str) -> None:
+    """Of results that do not stand, that is what a reader sees first."""
+    assert 'class="notice"' not in html
+    told = rendered({**study_results(), "notice": "Wrong, by <0.2>."}).split("</style>")[1]
+    assert told.index("Wrong, by &lt;0.2&gt;.") < told.index('class="lede"') < told.index("<h2>")
+
+
+def test_what_is_wrong_with_the_published_study_is_told_wherever_it_is() -> None:
+    """The figures are those of the three runs."""
+    runs = json.loads(Path("benchmarks/results/study-small-softmax-start.json").read_text())["runs"]
+    assert [(run["lr"], run["seed"], run["outcome"]) for run in runs] == [(0.003, seed, "done") for seed in (1, 2, 3)]
+    bits = [f"{run['bits_per_byte']:.3f}" for run in runs]
+    table = json.loads(Path("benchmarks/results/study-small.json").read_text())
+    assert all(float(max(bits)) < head["bits_per_byte"]["mean"] for head in table["heads"])
+    for place, told in {
+        "docs/study-small.md": f"{bits[0]}, {bits[1]} and {bits[2]} bits/byte",
+        "benchmarks/results/study-small.html": f"{bits[0]}, {bits[1]} and {bits[2]} bits/byte",
+        "docs/study.md": f"{min(bits)} to {max(bits)} bits/byte",
+        "README.md": f"{min(bits)} to {max(bits)} bits/byte",
+    }.items():
+        opening = " ".join(Path(place).read_text().split("</style>")[-1][:2000].replace("\n> ", " ").split())
+        assert told in opening and "do not stand" in opening, place
