@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TORCH = HERE / "torch-cpu.txt"
-BUILD = ("setuptools", "wheel")  # packages without a wheel are built with these, not with the newest
+BUILD = ("setuptools", "packaging")  # packages without a wheel are built with these, not with the newest
 HEADER = "# Written by `make lock` from pyproject.toml: see requirements/lock.py.\n"
 
 Lock = dict[str, str]  # by name: the lines of a package, one block for each version, with its hashes
