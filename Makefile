@@ -3,16 +3,19 @@
 #   make setup PYTHON=/path/to/python3.12     take this interpreter instead of the first that fits
 #   make setup TORCH_INDEX=...                another index of CPU builds of torch
 #
-# The set-up leaves stamps in .venv; a second run does nothing until pyproject.toml changes.
+# What is installed is in the lock, requirements/*.txt, with hashes: a new release of anything changes nothing until `make
+# lock`. The set-up leaves stamps in .venv; a second run does nothing until the lock or pyproject.toml changes.
 
 PYTHON ?=
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-TORCH_CPU ?= torch==2.13.0+cpu
-TORCH ?= torch>=2.11
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip -qq --disable-pip-version-check --no-input install
+LATEST := .venv-latest
+LOCKER := .venv-lock
+PIP := -m pip -qq --disable-pip-version-check --no-input install
+# The lock holds what packages without a wheel are built with; their own code is not compiled (deepspeed compiles at use).
+INSTALL := DS_BUILD_OPS=0 $(BIN)/python $(PIP) --no-build-isolation
 
 # Fails with one line that says why an interpreter will not do. It must run under any Python.
 PROBE := import sys; \
@@ -21,14 +24,16 @@ PROBE := import sys; \
 	from importlib.util import find_spec; \
 	find_spec("ensurepip") or sys.exit(v + " without ensurepip (on Debian: install python3-venv)")
 
-.PHONY: help quickstart test setup lint clean
+.PHONY: help quickstart test setup lint lock test-latest clean
 
 help:
 	@echo "make quickstart   set up, then train, evaluate and report configs/quickstart.yaml"
 	@echo "make test         set up, then lint, types and tests"
 	@echo "make setup        .venv with everything that training needs"
 	@echo "make lint         ruff and mypy"
-	@echo "make clean        remove .venv and caches; prepared/ and runs/ stay"
+	@echo "make lock         resolve pyproject.toml anew and write requirements/*.txt"
+	@echo "make test-latest  types and tests with the newest release of everything, in $(LATEST)"
+	@echo "make clean        remove environments and caches; prepared/ and runs/ stay"
 
 quickstart: setup
 	@$(BIN)/python -m data prepare configs/quickstart.yaml
@@ -40,8 +45,10 @@ quickstart: setup
 	@echo "  $(BIN)/python -m pretrain.report runs/quickstart runs/quickstart-softmax"
 	@echo "  $(BIN)/tensorboard --logdir runs"
 
+PYTEST := -m pytest -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
+
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/python -m ruff check
@@ -50,8 +57,22 @@ lint: $(VENV)/.ready-dev
 
 setup: $(VENV)/.ready
 
+lock: $(VENV)/.python
+	@test -x $(LOCKER)/bin/uv || { $(BIN)/python -m venv --clear $(LOCKER) && $(LOCKER)/bin/python $(PIP) uv; }
+	@$(LOCKER)/bin/python requirements/lock.py
+
+test-latest: $(VENV)/.python
+	@echo "test-latest: installing the newest release of everything in $(LATEST) (some minutes)"
+	@$(BIN)/python -m venv --clear $(LATEST)
+	@$(LATEST)/bin/python $(PIP) --upgrade pip setuptools wheel
+	@nvidia-smi -L >/dev/null 2>&1 || $(LATEST)/bin/python $(PIP) --extra-index-url '$(TORCH_INDEX)' torch
+	@DS_BUILD_OPS=0 $(LATEST)/bin/python $(PIP) $$($(LATEST)/bin/python requirements/lock.py newest)
+	@$(LATEST)/bin/python -m pip list
+	$(LATEST)/bin/python -m mypy
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST)
+
 clean:
-	rm -rf $(VENV) .ruff_cache .mypy_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(LATEST) $(LOCKER) .ruff_cache .mypy_cache .pytest_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:
@@ -70,31 +91,32 @@ $(VENV)/.python:
 	echo "Install one of them, or name it: make setup PYTHON=/path/to/python3.12" >&2; \
 	exit 1
 
-# Without a GPU, the CPU build spares several GB: from the sources that pip is configured with, else from TORCH_INDEX.
-$(VENV)/.torch: $(VENV)/.python
-	@if $(BIN)/python -c 'import torch' >/dev/null 2>&1; then \
-		echo "setup: torch is there"; \
-	elif nvidia-smi -L >/dev/null 2>&1; then \
-		echo "setup: installing torch for GPUs (several GB)"; \
-		$(PIP) '$(TORCH)'; \
+# Says cpu or gpu. Without a GPU, the CPU build spares several GB: from the sources that pip is configured with, else from
+# TORCH_INDEX.
+$(VENV)/.torch: $(VENV)/.python requirements/torch-cpu.txt
+	@if nvidia-smi -L >/dev/null 2>&1; then \
+		echo gpu >$@; \
+	elif echo "setup: installing torch for the CPU" && \
+		{ $(INSTALL) --no-deps --retries 0 -r requirements/torch-cpu.txt 2>/dev/null || \
+		$(INSTALL) --no-deps --extra-index-url '$(TORCH_INDEX)' -r requirements/torch-cpu.txt; }; then \
+		echo cpu >$@; \
 	else \
-		echo "setup: installing torch for the CPU"; \
-		$(PIP) --retries 0 '$(TORCH_CPU)' 2>/dev/null || \
-		$(PIP) --extra-index-url '$(TORCH_INDEX)' '$(TORCH_CPU)' || { \
-			echo "setup: no CPU build is to be had; installing the default build of torch (several GB)"; \
-			$(PIP) '$(TORCH)'; \
-		}; \
+		echo "setup: no CPU build is to be had; taking the build of torch for GPUs (several GB)"; \
+		echo gpu >$@; \
 	fi
-	@touch $@
 
-$(VENV)/.ready: $(VENV)/.torch pyproject.toml
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml $(wildcard requirements/*.txt)
 	@echo "setup: installing dependencies (some minutes the first time)"
-	@DS_BUILD_OPS=0 $(PIP) --editable .
+	@$(INSTALL) -r requirements/build.txt
+	@$(INSTALL) -r requirements/run-$$(cat $(VENV)/.torch).txt
+	@$(INSTALL) --no-deps --editable .
 	@touch $@
 	@echo "setup: done"
 
-$(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml
+$(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml $(wildcard requirements/*.txt)
 	@echo "setup: installing dependencies and development tools (some minutes the first time)"
-	@DS_BUILD_OPS=0 $(PIP) --editable '.[dev]'
+	@$(INSTALL) -r requirements/build.txt
+	@$(INSTALL) -r requirements/dev-$$(cat $(VENV)/.torch).txt
+	@$(INSTALL) --no-deps --editable .
 	@touch $(VENV)/.ready $@
 	@echo "setup: done"
