@@ -93,7 +93,8 @@ $(VENV)/.python:
 
 # Says cpu or gpu. Without a GPU, the CPU build spares several GB: from the sources that pip is configured with, else from
 # TORCH_INDEX.
-$(VENV)/.torch: $(VENV)/.python requirements/torch-cpu.txt
+$(VENV)/.torch: $(VENV)/.python requirements/build.txt requirements/torch-cpu.txt
+	@$(INSTALL) -r requirements/build.txt
 	@if nvidia-smi -L >/dev/null 2>&1; then \
 		echo gpu >$@; \
 	elif echo "setup: installing torch for the CPU" && \
@@ -107,7 +108,6 @@ $(VENV)/.torch: $(VENV)/.python requirements/torch-cpu.txt
 
 $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(wildcard requirements/*.txt)
 	@echo "setup: installing dependencies (some minutes the first time)"
-	@$(INSTALL) -r requirements/build.txt
 	@$(INSTALL) -r requirements/run-$$(cat $(VENV)/.torch).txt
 	@$(INSTALL) --no-deps --editable .
 	@touch $@
@@ -115,7 +115,6 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml $(wildcard requirements/*.txt)
 
 $(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml $(wildcard requirements/*.txt)
 	@echo "setup: installing dependencies and development tools (some minutes the first time)"
-	@$(INSTALL) -r requirements/build.txt
 	@$(INSTALL) -r requirements/dev-$$(cat $(VENV)/.torch).txt
 	@$(INSTALL) --no-deps --editable .
 	@touch $(VENV)/.ready $@
