@@ -1,5 +1,5 @@
 """An Overtone model for the transformers library: a decoder, and a head whose scores are -n log d, the logarithms of
-its probabilities up to a constant of each token. It needs torch and transformers alone.
+its probabilities up to a constant of each token. It needs torch and transformers (5.0 or later) alone.
 
 Legend: B sequences, T tokens given, S with those in the cache, N = B * T, V vocabulary, D width, d that of a head.
 """
@@ -14,7 +14,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput
+from transformers.utils import ModelOutput
 
+CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"  # its name before transformers 5.24
+# What `generate` tells the maker of its masks, by the names of every version; what it may ask for beside that is None.
+MASK_ARGUMENTS = {"config", "inputs_embeds", "input_embeds", "cache_position", "past_key_values", "cache"}
+MASK_ARGUMENTS |= {"position_ids", "is_first_iteration"}
 RELATIVE_FLOOR = 2.0**-19  # of a distance between a token and the origin; its root where products give squares
 ABSOLUTE_FLOOR = 2.0**-40
 DENOMINATOR_FLOOR = 2.0**-20
@@ -27,7 +32,7 @@ class OvertoneConfig(PreTrainedConfig):
     """The decoder's sizes and options, and the head's distance."""
 
     model_type = "overtone"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]
     attribute_map = {
         "hidden_size": "dim",
         "num_hidden_layers": "layers",
@@ -335,6 +340,7 @@ class OvertonePreTrainedModel(PreTrainedModel):
     _no_split_modules = ["OvertoneBlock"]
     _supports_sdpa = True
     _keep_in_fp32_modules_strict = ["head"]  # scores are taken in float32, of prototypes in float32
+    accepts_loss_kwargs = True  # num_items_in_batch, by which the library's trainer divides a loss
 
     def __init__(self, config: OvertoneConfig) -> None:
         super().__init__(config)
@@ -389,6 +395,24 @@ class OvertonePreTrainedModel(PreTrainedModel):
             inputs = F.embedding(input_ids, self.head.prototypes).to(self.decoder.dtype)
         return self.decoder(inputs, position_ids, real, cache)
 
+    def _refuse(self, inputs_embeds: None, output_attentions: bool | None) -> None:
+        """What the library's callers name at every call, and what this model does not have."""
+        if inputs_embeds is not None:
+            raise ValueError("inputs_embeds: the model takes token ids alone; give input_ids")
+        if self.config.output_attentions if output_attentions is None else output_attentions:
+            raise ValueError("output_attentions=True: attention weights are not given out; leave it out")
+
+    def _given_back(self, found: ModelOutput, return_dict: bool | None) -> Any:
+        as_named = self.config.return_dict if return_dict is None else return_dict
+        return found if as_named else found.to_tuple()
+
+
+def one_cache(past_key_values: Cache | None, cache: Cache | None) -> Cache | None:
+    """The cache by either of its names: past_key_values before transformers 5.24, cache since."""
+    if past_key_values is not None and cache is not None:
+        raise TypeError("past_key_values and cache are two names of one argument: give one of them")
+    return past_key_values if cache is None else cache
+
 
 def document_places(tokens: Tensor, eos_id: int, real: Tensor | None = None) -> Tensor:
     """(B, T) tokens -> (B, T) places in their documents, each opened by an end of text, or by the row's first token
@@ -419,44 +443,74 @@ class OvertoneForCausalLM(OvertonePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        *,
+        cache: Cache | None = None,
+        shift_labels: Tensor | None = None,
+        ignore_index: int = -100,
+        num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: None = None,
+        output_attentions: bool | None = None,
     ) -> CausalLMOutputWithPast | tuple:
         """
         Args:
             input_ids: (B, T).
             attention_mask: (B, S), 0 for padding.
             position_ids: (B, T) places in documents; None: they are counted.
-            labels: (B, T), the inputs themselves (they are moved by one here), or -100.
+            past_key_values, cache: two names of one argument. The output has the one of the installed transformers.
+            labels: (B, T), the inputs themselves (they are moved by one here), or `ignore_index`.
+            shift_labels: (B, T), labels that were moved already; they count instead of `labels`.
+            num_items_in_batch: the loss is a sum divided by it; None: a mean.
             logits_to_keep: so many of the last tokens are scored (0: all), or the indices of those that are.
+            inputs_embeds, output_attentions: may be named, but ask for what is not there.
         """
+        self._refuse(inputs_embeds, output_attentions)
+        cache = one_cache(past_key_values, cache)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
-        hidden = self.hidden_states(input_ids, attention_mask, position_ids, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
+        hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(hidden[-1][:, kept])
         loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+                shift_labels=shift_labels,
+            )
         told = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        found = CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=past_key_values if use_cache else None,
-            hidden_states=tuple(hidden) if told else None,
-        )
-        return found.to_tuple() if return_dict is False else found
+        named: dict[str, Any] = {CACHE: cache if use_cache else None}
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=tuple(hidden) if told else None, **named)
+        return self._given_back(found, return_dict)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """That of the library, which takes the cache by either name."""
+        cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
+        if cache is not None:
+            kwargs[CACHE] = cache
+        if self.config.document_mask and kwargs.get("position_ids") is not None:
+            raise ValueError("position_ids: a model with document_mask counts them from ends of text; leave them out")
+        return super().generate(*args, **kwargs)
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         if self.config.document_mask:  # a step is given its last tokens alone, which cannot tell
-            mask = kwargs.get("attention_mask")
+            mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
+            if cache is not None and input_ids.shape[1] <= int(cache.get_seq_length()):
+                raise ValueError("prefill_chunk_size: a model with document_mask needs the whole row; leave it out")
             real = None if mask is None or mask.dim() != 2 else mask.bool()
             kwargs["position_ids"] = document_places(input_ids, self.config.eos_token_id, real)
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        inputs.pop("cache_position", None)  # of early versions; the cache tells it
+        return inputs
 
     @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **_: Any) -> Tensor | None:
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **told: Any) -> Tensor | None:
         """For a static cache too, `OvertoneDecoder` makes the mask."""
+        if unknown := [name for name, value in told.items() if name not in MASK_ARGUMENTS and value is not None]:
+            raise TypeError(f"{', '.join(unknown)}: masks of Overtone's models do not know it")
         return attention_mask
 
 
@@ -471,19 +525,32 @@ class OvertoneForMaskedLM(OvertonePreTrainedModel):
         labels: Tensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        **kwargs: Any,
+        *,
+        ignore_index: int = -100,
+        num_items_in_batch: Tensor | int | None = None,
+        inputs_embeds: None = None,
+        output_attentions: bool | None = None,
     ) -> MaskedLMOutput | tuple:
         """
         Args:
             input_ids: (B, T).
             attention_mask: (B, T), 0 for padding.
-            labels: (B, T), -100 where no token is hidden.
+            labels: (B, T), `ignore_index` where no token is hidden.
+            num_items_in_batch: the loss is a sum divided by it; None: a mean.
+            inputs_embeds, output_attentions: may be named, but ask for what is not there.
         """
+        self._refuse(inputs_embeds, output_attentions)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, None)
         logits = self.head(hidden[-1])
         loss = None
         if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+                ignore_index=ignore_index,
+            )
         told = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         found = MaskedLMOutput(loss=loss, logits=logits, hidden_states=tuple(hidden) if told else None)
-        return found.to_tuple() if return_dict is False else found
+        return self._given_back(found, return_dict)
