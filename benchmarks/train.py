@@ -38,6 +38,7 @@ from pretrain import ranks as process
 from pretrain.batches import Batches
 from pretrain.config import RunConfig, check_data, check_layout, load
 from pretrain.optim import parameter_groups
+from pretrain.plain import to_json
 
 WARM_UP = 2
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "all_gather")
@@ -281,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.inner:
         found = measure(cfg, args.steps)
         if found["rank"] == 0:
-            print(json.dumps(found))
+            print(to_json(found))
         process.stop()
         return 0
     two = None

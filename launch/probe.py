@@ -151,4 +151,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 4:
         found |= more_facts(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
     found["time"] = time.time()  # as late as can be
-    sys.stdout.write(MARK + json.dumps(found) + "\n")
+    sys.stdout.write(MARK + json.dumps(found, allow_nan=False) + "\n")

@@ -9,7 +9,6 @@ the run folder's `exit.json`; see pretrain/watch.py for what a rank that fails l
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -18,6 +17,7 @@ from collections.abc import MutableMapping
 
 from data.settings import ConfigError
 from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, RunConfig, check_data, check_layout, load, ranks_per_node
+from pretrain.plain import to_json
 from pretrain.signals import StopSignal
 from pretrain.watch import Watch
 
@@ -93,7 +93,7 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
 def _leave_record(cfg: RunConfig, outcome: object) -> None:
     try:
         if cfg.run.is_dir():
-            (cfg.run / EXIT_RECORD).write_text(json.dumps(vars(outcome)))
+            (cfg.run / EXIT_RECORD).write_text(to_json(vars(outcome)))
     except OSError as error:
         logging.error("%s: %s", cfg.run / EXIT_RECORD, error)
 

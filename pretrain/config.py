@@ -6,7 +6,7 @@ Derived values (accumulation, group size, learning rate) are functions here, not
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -269,12 +269,29 @@ def _divisors(sequences: int, world: int) -> str:
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
     """Checks plain values. `model.vocab_size` is the tokenizer's and may be left out. Raises ConfigError."""
+    for path, number in _numbers(tree):
+        if not math.isfinite(number):
+            raise ConfigError(
+                f"{path}: given {number}; expected a finite number. Where a setting may be empty (null), that is no bound"
+            )
     try:
         given = tree["data"]["tokenizer"]["vocab_size"]
         tree = {**tree, "model": {"vocab_size": given, **tree["model"]}}
     except (KeyError, TypeError):
         pass  # the sections' own checks will say what is missing
     return validate(RunConfig, tree)
+
+
+def _numbers(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """The fractions in plain values, with their dotted paths."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _numbers(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple):
+        for place, value in enumerate(tree):
+            yield from _numbers(value, f"{path}.{place}")
+    elif isinstance(tree, float):
+        yield path, tree
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -11,7 +11,6 @@ log-likelihood: no smoothing, no clamp.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from data.settings import ConfigError
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
+from pretrain.plain import to_json
 
 if TYPE_CHECKING:  # torch: --help does without
     from data.loader import EvaluationWindows
@@ -176,7 +176,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             (a, _), (b, _) = found
             told.append(vars(compare(a, b)))
-        print(json.dumps(told if args.paired else told[0])) if args.json else _tell(told)
+        print(to_json(told if args.paired else told[0])) if args.json else _tell(told)
     process.stop()
     return code
 

@@ -5,7 +5,6 @@ What is timed is what training does: all-reduces over the interface and by the l
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
@@ -13,6 +12,7 @@ import time
 
 from pretrain.__main__ import adopt
 from pretrain.config import LINK_MARK
+from pretrain.plain import to_json
 
 SMALL, LARGE = 2, 2**22  # float32 values: latency, bandwidth
 REPEATS = 5
@@ -42,14 +42,14 @@ def main() -> int:
             seconds[count] = min(took)
     except RuntimeError as error:
         told = {"host": socket.gethostname(), "error": str(error).strip().splitlines()[0]}
-        print(LINK_MARK + json.dumps(told), flush=True)
+        print(LINK_MARK + to_json(told), flush=True)
         os._exit(1)
     if ranks.first:
         # A ring moves 2 (N - 1) / N of the bytes over each link.
         moved = 2 * (ranks.world - 1) / ranks.world * 4 * LARGE
         name = os.environ.get("NCCL_SOCKET_IFNAME" if ranks.device.type == "cuda" else "GLOO_SOCKET_IFNAME")
         found = {"latency_s": seconds[SMALL], "bytes_per_s": moved / seconds[LARGE], "interface": name}
-        print(LINK_MARK + json.dumps(found), flush=True)
+        print(LINK_MARK + to_json(found), flush=True)
     process.stop()
     return 0
 

@@ -373,17 +373,18 @@ class _Window:
         rate = tokens / spent.seconds
         peak = peak_flops(run.ranks.device)
         norms = [_finite(norm) for norm in torch.stack(self.norms).tolist()]
+        losses = [_finite(one) for one in loss.tolist()]
         joules = spent.as_dict()
         head = run.trainer.head
         values: dict[str, Any] = {
-            "loss": loss[-1].item(),
-            "loss_mean": loss.mean().item(),
+            "loss": losses[-1],
+            "loss_mean": _finite(loss.mean().item()),
             "tokens": run.progress.tokens,
             "tokens_by_source": by_source,
             "batch": batch,
             "lr": lr,
             "exponent": torch.as_tensor(head.exponent).item() if head.has_exponent else None,
-            "losses": [_finite(one) for one in loss.tolist()],  # of every step, as the norms
+            "losses": losses,  # of every step, as the norms; None: not finite
             "grad_norms": norms,
             "grad_norm": norms[-1],
             "grad_norm_clipped": None if norms[-1] is None else min(norms[-1], cfg.optim.clip or norms[-1]),

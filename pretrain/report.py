@@ -7,8 +7,6 @@ the newest whole checkpoint and held-out text, and written to interpret.json in 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -23,6 +21,7 @@ from data.settings import ConfigError
 from data.shards import open_split
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 from pretrain.metrics import clock, read_records
+from pretrain.plain import plain, to_json
 from pretrain.scoring import unigram_bits_per_byte
 from pretrain.sustainability import (
     LOSS_SPIKE,
@@ -222,15 +221,6 @@ def geometry_of(runs: Sequence[Path], words: Sequence[str] | None) -> dict[str, 
     return plain({"runs": figures, "cka": geometry.compare(measured)})
 
 
-def plain(tree: Any) -> Any:
-    """The same with None for numbers that are not finite: JSON has none."""
-    if isinstance(tree, dict):
-        return {key: plain(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [plain(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
 def geometry_tables(found: dict[str, Any]) -> list[Table]:
     """Figures by run, CKA by pair of runs, and each run's nearest prototypes."""
     runs = found["runs"]
@@ -303,7 +293,7 @@ def _write(run: Path, figures: dict[str, Any], cka: list[dict[str, Any]]) -> Pat
     path = run / INTERPRETED
     draft = path.with_suffix(".draft")
     mine = [pair for pair in cka if str(run) in pair["runs"]]
-    draft.write_text(json.dumps({**figures, "cka": mine}, indent=1, allow_nan=False) + "\n")
+    draft.write_text(to_json({**figures, "cka": mine}, indent=1) + "\n")
     os.replace(draft, path)
     return path
 
@@ -338,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if args.json:
-        print(json.dumps(plain({"runs": found, **({"geometry": geometry} if geometry else {})}), allow_nan=False))
+        print(to_json({"runs": found, **({"geometry": geometry} if geometry else {})}))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
     console.print(table_of(found))

@@ -154,12 +154,13 @@ def _largest_difference(run: Any, records: list[dict[str, Any]], tolerance: floa
     return largest
 
 
-def _distance(loss: float, logged: float) -> float:
-    """Between two losses, which need not be finite: 0 for equals, infinite for a number and what is none."""
-    if loss == logged or (math.isnan(loss) and math.isnan(logged)):
-        return 0.0
-    difference = abs(loss - logged)
-    return difference if math.isfinite(difference) else math.inf
+def _distance(loss: float, logged: float | None) -> float:
+    """Between two losses: 0 for equals and for two that are not finite (None where logged), infinite for one of them
+    and a number.
+    """
+    if logged is None or not math.isfinite(loss):
+        return 0.0 if logged is None and not math.isfinite(loss) else math.inf
+    return abs(loss - logged)
 
 
 def verify(

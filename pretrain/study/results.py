@@ -22,8 +22,9 @@ from pretrain.checkpoint import find_given
 from pretrain.config import RunConfig
 from pretrain.evaluate import open_task, run_task
 from pretrain.metrics import machine, read_records
+from pretrain.plain import plain, to_json
 from pretrain.ranks import Ranks
-from pretrain.report import plain, summarise
+from pretrain.report import summarise
 from pretrain.saver import versions
 from pretrain.scoring import INTERVAL, UNIGRAM_TOKENS, Evaluation, compare, unigram_bits_per_byte
 from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
@@ -61,7 +62,7 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
             "projection": projection(looked_at.prototypes, spectrum, source),
         }
     )
-    replace_file(files[0], json.dumps(found, allow_nan=False))
+    replace_file(files[0], to_json(found))
     return found
 
 
