@@ -147,20 +147,21 @@ def _largest_difference(run: Any, records: list[dict[str, Any]], tolerance: floa
             continue
         if batch != record.get("batch"):
             raise Differs(f"step {step + 1}: the batch {batch} is not the logged {record.get('batch')}")
-        difference = _distance(loss, record["loss"])
+        logged_loss = math.nan if record["loss"] is None else record["loss"]
+        difference = _distance(loss, logged_loss)
         if difference > tolerance:
-            raise Differs(f"step {step + 1}: the loss {loss!r} is not the logged {record['loss']!r}")
+            raise Differs(f"step {step + 1}: the loss {loss!r} is not the logged {logged_loss!r}")
         largest = max(largest, difference)
     return largest
 
 
-def _distance(loss: float, logged: float | None) -> float:
-    """Between two losses: 0 for equals and for two that are not finite (None where logged), infinite for one of them
-    and a number.
+def _distance(loss: float, logged: float) -> float:
+    """Between two losses: 0 for equals, and for two that are not finite, which are logged alike; infinite for one of
+    them and a number.
     """
-    if logged is None or not math.isfinite(loss):
-        return 0.0 if logged is None and not math.isfinite(loss) else math.inf
-    return abs(loss - logged)
+    if math.isfinite(loss) and math.isfinite(logged):
+        return abs(loss - logged)
+    return math.inf if math.isfinite(loss) or math.isfinite(logged) else 0.0
 
 
 def verify(
