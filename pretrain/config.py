@@ -272,7 +272,7 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     for path, number in _numbers(tree):
         if not math.isfinite(number):
             raise ConfigError(
-                f"{path}: given {number}; expected a finite number. Where a setting may be empty (null), that is no bound"
+                f"{path}: given {number}; expected a finite number (where a setting may be empty, null, that is no bound)"
             )
     try:
         given = tree["data"]["tokenizer"]["vocab_size"]
