@@ -172,7 +172,7 @@ def loading(cfg: RunConfig, steps: int) -> Loading:
     from pretrain.batches import Batches
     from pretrain.engine import Trainer
 
-    ranks = process.with_groups(process.start(), 1)
+    ranks = process.with_groups(process.start_command(), 1)
     split = open_split(cfg.data.path, "train")
     batches = Batches(Windows(split, cfg.model.seq_len, cfg.train.seed), cfg, ranks)
     tokens = cfg.train.tokens_per_step

@@ -156,7 +156,7 @@ def phases(trainer: Any, device: torch.device) -> Iterator[dict[str, float]]:
 
 def measure(cfg: RunConfig, steps: int, plain: PlainProcess | None = None) -> dict[str, Any]:
     """Times this rank's world: steps in turn with the baseline's, then steps with their phases."""
-    ranks = process.start()
+    ranks = process.start_command()
     from pretrain.engine import Trainer  # DeepSpeed: after it was told the device
 
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))

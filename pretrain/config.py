@@ -26,7 +26,8 @@ EXIT_PREEMPTED = 75  # stopped by a signal after a save: start again to go on
 EXIT_RECORD = "exit.json"  # how the run ended, in its folder
 FAILURES = "failures"  # a folder in it: `rank-N.json` of each rank that failed or was ended
 LEASE_VARIABLE = "OVERTONE_LEASE"  # names the file by which a launcher tells its ranks that it lives
-BIND_VARIABLE = "OVERTONE_BIND_CORES"  # set: each rank keeps to its share of the host's cores
+BIND_VARIABLE = "OVERTONE_BIND_CORES"  # 1: each rank keeps to its share of the host's cores
+RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")  # that tell the ranks on this host; the first that is set
 LINK_MARK = "overtone-link:"  # before what pretrain/link.py prints
 STOP = "stop"  # what it says when they are to save and leave
 
@@ -50,10 +51,9 @@ OWNED_BY_US = {
 
 def ranks_per_node(environment: Mapping[str, str]) -> int:
     """Ranks on this host, by what the launcher said: deepspeed and OpenMPI in LOCAL_SIZE, torchrun in LOCAL_WORLD_SIZE,
-    which a job that was started from within another may have inherited.
+    which a job that was started from within another may have inherited. See pretrain/environment.py for their check.
     """
-    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
-    return next((int(environment[name]) for name in names if environment.get(name)), 1)
+    return next((int(environment[name]) for name in RANKS_HERE if environment.get(name)), 1)
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,7 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     for path, number in _numbers(tree):
         if not math.isfinite(number):
             raise ConfigError(
-                f"{path}: given {number}; expected a finite number (where a setting may be empty, null, that is no bound)"
+                f"{path}: given {number}; expected a finite number (a setting that may be empty, null, has no bound so)"
             )
     try:
         given = tree["data"]["tokenizer"]["vocab_size"]

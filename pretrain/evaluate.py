@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pretrain import ranks as process
 
-    ranks = process.start()
+    ranks = process.start_command()
     try:
         tasks = [open_task(path, args.split, args.data, args.text, args.stride) for path in args.runs]
         if args.paired:

@@ -10,7 +10,6 @@ import socket
 import sys
 import time
 
-from pretrain.__main__ import adopt
 from pretrain.config import LINK_MARK
 from pretrain.plain import to_json
 
@@ -20,13 +19,12 @@ MEET_S = 30.0  # for the ranks to find each other
 
 
 def main() -> int:
-    adopt(os.environ)
     import torch
 
     from pretrain import ranks as process
 
     try:
-        ranks = process.start(MEET_S)
+        ranks = process.start_command(MEET_S)
         seconds = {}
         for count in (SMALL, LARGE):
             x = torch.ones(count, device=ranks.device)
