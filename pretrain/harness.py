@@ -34,6 +34,7 @@ except ImportError as error:
     raise SystemExit(f"error: lm-eval cannot be imported ({error}); pip install -e '.[eval]'") from None
 
 MAX_NEW_TOKENS = 256  # where a task does not say
+LM_EVALS_DEVICE = "cuda:0"  # what it hands over where no --device is given
 GENERATION_SETTINGS = {"until", "max_gen_toks", "do_sample", "temperature"}
 
 NOTHING_TO_SCORE = (
@@ -306,9 +307,9 @@ def _batch(batch_size: int | str | None, max_batch_size: int | str | None) -> in
 
 
 def _check_device(asked: str | None, own: torch.device) -> None:
-    """Raises ConfigError for another device than the process's own."""
+    """Raises ConfigError for another device than the process's own, but for lm-eval's default, which nobody asked for."""
     try:
-        device = None if asked is None else torch.device(asked)
+        device = None if asked in (None, LM_EVALS_DEVICE) else torch.device(asked)
     except RuntimeError:
         device = torch.device("meta")  # none of ours
     if device is not None and (device.type != own.type or device.index not in (None, own.index)):

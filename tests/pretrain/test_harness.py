@@ -290,6 +290,7 @@ def test_arguments_that_cannot_be_kept_are_refused(
 def test_an_automatic_batch_has_its_limit(model: Overtone, english: Path) -> None:  # noqa: F811
     run = str(english / "small")
     assert Overtone(run=run, batch_size="auto:2", max_batch_size=2, device="cpu").batch == 2
+    assert Overtone(run=run, device=harness.LM_EVALS_DEVICE).batch == 4
     assert Overtone(run=run).batch == 4 and Overtone(run=run, batch_size="16", max_batch_size=2).batch == 16
 
 
