@@ -307,7 +307,7 @@ def _batch(batch_size: int | str | None, max_batch_size: int | str | None) -> in
 
 
 def _check_device(asked: str | None, own: torch.device) -> None:
-    """Raises ConfigError for another device than the process's own, but for lm-eval's default, which nobody asked for."""
+    """Raises ConfigError for another device than the process's own; lm-eval's default is nobody's wish."""
     try:
         device = None if asked in (None, LM_EVALS_DEVICE) else torch.device(asked)
     except RuntimeError:
