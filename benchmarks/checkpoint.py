@@ -66,7 +66,7 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         cfg = config(layers, dim, folder)
-        ranks = process.with_groups(process.start(), 1)
+        ranks = process.with_groups(process.start_command(), 1)
         trainer = Trainer(cfg, ranks)
         trainer.train_step([torch.randint(0, VOCAB, (1, LENGTH + 1))], 1e-4)
 

@@ -90,7 +90,7 @@ def preparation(texts: list[str], repeats: int) -> Iterator[Speed]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         with (folder / "text.jsonl").open("w") as stream:
-            stream.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+            stream.writelines(json.dumps({"text": text}, allow_nan=False) + "\n" for text in texts)
         train(_sample(texts), VOCAB, folder / "model")
         library = sentencepiece.SentencePieceProcessor(model_file=str(folder / "model"))
         other = tiktoken_of(Tokenizer(folder / "model"))
@@ -172,7 +172,7 @@ def loading(cfg: RunConfig, steps: int) -> Loading:
     from pretrain.batches import Batches
     from pretrain.engine import Trainer
 
-    ranks = process.with_groups(process.start(), 1)
+    ranks = process.with_groups(process.start_command(), 1)
     split = open_split(cfg.data.path, "train")
     batches = Batches(Windows(split, cfg.model.seq_len, cfg.train.seed), cfg, ranks)
     tokens = cfg.train.tokens_per_step

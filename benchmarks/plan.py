@@ -119,7 +119,7 @@ def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
     """The same, counted on this rank."""
     from pretrain import ranks as process
 
-    ranks = process.start()
+    ranks = process.start_command()
     from pretrain.engine import Trainer  # DeepSpeed asks which accelerator there is: start() has said
 
     found = []

@@ -38,6 +38,7 @@ from pretrain import ranks as process
 from pretrain.batches import Batches
 from pretrain.config import RunConfig, check_data, check_layout, load
 from pretrain.optim import parameter_groups
+from pretrain.plain import to_json
 
 WARM_UP = 2
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "all_gather")
@@ -155,7 +156,7 @@ def phases(trainer: Any, device: torch.device) -> Iterator[dict[str, float]]:
 
 def measure(cfg: RunConfig, steps: int, plain: PlainProcess | None = None) -> dict[str, Any]:
     """Times this rank's world: steps in turn with the baseline's, then steps with their phases."""
-    ranks = process.start()
+    ranks = process.start_command()
     from pretrain.engine import Trainer  # DeepSpeed: after it was told the device
 
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
@@ -281,7 +282,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.inner:
         found = measure(cfg, args.steps)
         if found["rank"] == 0:
-            print(json.dumps(found))
+            print(to_json(found))
         process.stop()
         return 0
     two = None

@@ -47,13 +47,20 @@ def env_file(added: Mapping[str, str]) -> str:
     """A `.deepspeed_env` for pdsh that exports `added` and what is exported of this process's environment.
 
     Raises:
-        ConfigError: a value that the file's format cannot carry.
+        ConfigError: a value that the file's format cannot carry, or a file of the user's that cannot be read.
     """
     lines = [f"{name}={_value(name, value)}" for name, value in {**exported(os.environ), **added}.items()]
     given = os.environ.get("DS_ENV_FILE")
+    if given and not Path(given).is_file():
+        raise ConfigError(
+            f"DS_ENV_FILE={given}: there is no such file; name one with a line NAME=VALUE each, or unset it"
+        )
     for path in (Path(given),) if given else USERS_FILES:
         if path.is_file():
-            written = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+            try:
+                written = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"{path}: cannot be read as UTF-8 text ({error}), and deepspeed reads it") from None
             lines += [line for line in written if "=" in line and not line.startswith("#")]  # deepspeed fails on others
     return "".join(line + "\n" for line in lines)
 

@@ -8,7 +8,6 @@ energy rest on assumptions, all of which are printed with the plan.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -31,6 +30,7 @@ from launch.footprint import (
 from launch.traffic import Collective, collectives
 from pretrain.config import RunConfig, check_layout
 from pretrain.gpus import GIB, GPUS
+from pretrain.plain import to_json
 
 
 @dataclass(frozen=True)
@@ -347,7 +347,7 @@ def tell(asked: argparse.Namespace, cfg: RunConfig) -> int:
     )
     found = plan(cfg, cluster, asked.budget_tokens)
     if asked.json:
-        print(json.dumps(found.as_dict(), indent=1))
+        print(to_json(found.as_dict(), indent=1))
     else:
         _print(found)
     return 0

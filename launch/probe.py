@@ -43,8 +43,8 @@ def cores() -> int:
 
 def gpus() -> int:
     """GPUs of this host."""
-    if not os.environ.get("CUDA_VISIBLE_DEVICES", "all"):
-        return 0
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "all").partition(",")[0].strip() in ("", "-1"):
+        return 0  # as CUDA reads it
     with suppress(OSError, subprocess.TimeoutExpired):
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
         return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
@@ -80,7 +80,9 @@ def more_facts(run: Path, data: Path, token: str) -> dict[str, Any]:
         "writable": os.access(above, os.W_OK),
         "shares_run": (above / token).exists(),
         "compiler": shutil.which("g++"),
-        "ninja": shutil.which("ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])),
+        "ninja": shutil.which(
+            "ninja", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        ),
         "energy": energy(),
     }
 
@@ -151,4 +153,4 @@ if __name__ == "__main__":
     if len(sys.argv) == 4:
         found |= more_facts(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
     found["time"] = time.time()  # as late as can be
-    sys.stdout.write(MARK + json.dumps(found) + "\n")
+    sys.stdout.write(MARK + json.dumps(found, allow_nan=False) + "\n")

@@ -24,9 +24,17 @@ Facts = dict[str, Any]
 
 
 def ssh_arguments() -> str:
-    """What pdsh adds to its ssh commands: the user's PDSH_SSH_ARGS_APPEND, then ours."""
-    ours = " ".join(f"-o {option}" for option in SSH_OPTIONS)
-    return f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {ours}".strip()
+    """What pdsh adds to its ssh commands: the user's PDSH_SSH_ARGS_APPEND, then ours. Raises ConfigError if the former
+    is malformed.
+    """
+    ours, users = " ".join(f"-o {option}" for option in SSH_OPTIONS), os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+    try:
+        shlex.split(users)
+    except ValueError as error:
+        raise ConfigError(
+            f"PDSH_SSH_ARGS_APPEND={users}: not arguments as a shell reads them ({error}); mend it, or unset it"
+        ) from None
+    return f"{users} {ours}".strip()
 
 
 def ask(hosts: Sequence[str], words: Sequence[str] = ("-m", "launch.probe")) -> dict[str, Facts | str]:

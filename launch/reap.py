@@ -32,4 +32,4 @@ if __name__ == "__main__":
     for pid in pids:
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-    sys.stdout.write(MARK + json.dumps({"killed": pids}) + "\n")
+    sys.stdout.write(MARK + json.dumps({"killed": pids}, allow_nan=False) + "\n")

@@ -9,24 +9,17 @@ the run folder's `exit.json`; see pretrain/watch.py for what a rank that fails l
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
 import warnings
-from collections.abc import MutableMapping
 
 from data.settings import ConfigError
-from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, RunConfig, check_data, check_layout, load, ranks_per_node
+from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, RunConfig, check_data, check_layout, load
+from pretrain.environment import adopt, place_of
+from pretrain.plain import to_json
 from pretrain.signals import StopSignal
 from pretrain.watch import Watch
-
-OPEN_MPI = {
-    "RANK": "OMPI_COMM_WORLD_RANK",
-    "WORLD_SIZE": "OMPI_COMM_WORLD_SIZE",
-    "LOCAL_RANK": "OMPI_COMM_WORLD_LOCAL_RANK",
-    "LOCAL_SIZE": "OMPI_COMM_WORLD_LOCAL_SIZE",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,8 +29,13 @@ def main(argv: list[str] | None = None) -> int:
     # deepspeed adds this one; the environment has it too
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    adopt(os.environ)
-    first, first_here = (os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK"))
+    try:
+        adopt(os.environ)
+        place = place_of(os.environ)
+    except ConfigError as error:  # who is the first is not known: each says it
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    first, first_here = place.rank == 0, place.local_rank == 0
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for noisy in ("torch", "DeepSpeed", "deepspeed", "zeus"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -51,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_BAD_INPUT
     with Watch(cfg, os.environ) as watch:
         try:
-            check_layout(cfg, int(os.environ.get("WORLD_SIZE", "1")), ranks_per_node(os.environ))
+            check_layout(cfg, place.world, place.local_world)
             check_data(cfg)
             with StopSignal() as stop:  # to the end: whoever stops a rank may say so again, and it would lose its code
                 return _train(cfg, watch, stop)
@@ -59,14 +57,6 @@ def main(argv: list[str] | None = None) -> int:
             if first_here:
                 print(f"error: {error}", file=sys.stderr)
             watch.fail(error, EXIT_BAD_INPUT)
-
-
-def adopt(environment: MutableMapping[str, str]) -> None:
-    """Adds the variables that deepspeed's launcher sets where it left them to OpenMPI, which has names of its own."""
-    if "RANK" not in environment:
-        for ours, theirs in OPEN_MPI.items():
-            if theirs in environment:
-                environment[ours] = environment[theirs]
 
 
 def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
@@ -93,7 +83,7 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
 def _leave_record(cfg: RunConfig, outcome: object) -> None:
     try:
         if cfg.run.is_dir():
-            (cfg.run / EXIT_RECORD).write_text(json.dumps(vars(outcome)))
+            (cfg.run / EXIT_RECORD).write_text(to_json(vars(outcome)))
     except OSError as error:
         logging.error("%s: %s", cfg.run / EXIT_RECORD, error)
 

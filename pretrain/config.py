@@ -6,7 +6,7 @@ Derived values (accumulation, group size, learning rate) are functions here, not
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,8 @@ EXIT_PREEMPTED = 75  # stopped by a signal after a save: start again to go on
 EXIT_RECORD = "exit.json"  # how the run ended, in its folder
 FAILURES = "failures"  # a folder in it: `rank-N.json` of each rank that failed or was ended
 LEASE_VARIABLE = "OVERTONE_LEASE"  # names the file by which a launcher tells its ranks that it lives
-BIND_VARIABLE = "OVERTONE_BIND_CORES"  # set: each rank keeps to its share of the host's cores
+BIND_VARIABLE = "OVERTONE_BIND_CORES"  # 1: each rank keeps to its share of the host's cores
+RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")  # that tell the ranks on this host; the first that is set
 LINK_MARK = "overtone-link:"  # before what pretrain/link.py prints
 STOP = "stop"  # what it says when they are to save and leave
 
@@ -50,10 +51,9 @@ OWNED_BY_US = {
 
 def ranks_per_node(environment: Mapping[str, str]) -> int:
     """Ranks on this host, by what the launcher said: deepspeed and OpenMPI in LOCAL_SIZE, torchrun in LOCAL_WORLD_SIZE,
-    which a job that was started from within another may have inherited.
+    which a job that was started from within another may have inherited. See pretrain/environment.py for their check.
     """
-    names = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")
-    return next((int(environment[name]) for name in names if environment.get(name)), 1)
+    return next((int(environment[name]) for name in RANKS_HERE if environment.get(name)), 1)
 
 
 @dataclass(frozen=True)
@@ -269,12 +269,29 @@ def _divisors(sequences: int, world: int) -> str:
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
     """Checks plain values. `model.vocab_size` is the tokenizer's and may be left out. Raises ConfigError."""
+    for path, number in _numbers(tree):
+        if not math.isfinite(number):
+            raise ConfigError(
+                f"{path}: given {number}; expected a finite number (a setting that may be empty, null, has no bound so)"
+            )
     try:
         given = tree["data"]["tokenizer"]["vocab_size"]
         tree = {**tree, "model": {"vocab_size": given, **tree["model"]}}
     except (KeyError, TypeError):
         pass  # the sections' own checks will say what is missing
     return validate(RunConfig, tree)
+
+
+def _numbers(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """The fractions in plain values, with their dotted paths."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            yield from _numbers(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(tree, list | tuple):
+        for place, value in enumerate(tree):
+            yield from _numbers(value, f"{path}.{place}")
+    elif isinstance(tree, float):
+        yield path, tree
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

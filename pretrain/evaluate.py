@@ -11,7 +11,6 @@ log-likelihood: no smoothing, no clamp.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from data.settings import ConfigError
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
+from pretrain.heldout import documents_of, text_sha256
+from pretrain.plain import to_json
 
 if TYPE_CHECKING:  # torch: --help does without
     from data.loader import EvaluationWindows
@@ -119,7 +120,9 @@ def check_same_documents(a: Task, b: Task) -> None:
             f"{told}: their data have {one.documents} and {other.documents} documents, or documents of other lengths; "
             "give the data of one of them (--data), or text files (--text)"
         )
-    texts = [_contents(task, decoded=a.tokenizer_sha256 != b.tokenizer_sha256) for task in (a, b)]
+    texts: list[Iterator[str | bytes]] = [
+        _contents(task, decoded=a.tokenizer_sha256 != b.tokenizer_sha256) for task in (a, b)
+    ]
     for number, (mine, theirs) in enumerate(zip(*texts, strict=True)):
         if mine != theirs:
             raise ConfigError(
@@ -131,11 +134,12 @@ def check_same_documents(a: Task, b: Task) -> None:
 def _contents(task: Task, decoded: bool) -> Iterator[str | bytes]:
     """What tells documents apart, one after the other: bytes of their tokens, or their text."""
     split = task.windows.split
-    tokenizer = open_tokenizer(task.folder) if decoded else None
+    if decoded:
+        yield from documents_of(split, open_tokenizer(task.folder))
+        return
     starts = split.document_starts().tolist()
     for start, end in zip(starts, [*starts[1:], split.tokens], strict=True):
-        ids = split.read(start, end - start)
-        yield tokenizer.decode(ids.tolist()) if tokenizer else ids.tobytes()
+        yield split.read(start, end - start).tobytes()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from pretrain import ranks as process
 
-    ranks = process.start()
+    ranks = process.start_command()
     try:
         tasks = [open_task(path, args.split, args.data, args.text, args.stride) for path in args.runs]
         if args.paired:
@@ -176,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             (a, _), (b, _) = found
             told.append(vars(compare(a, b)))
-        print(json.dumps(told if args.paired else told[0])) if args.json else _tell(told)
+        print(to_json(told if args.paired else told[0])) if args.json else _tell(told)
     process.stop()
     return code
 
@@ -185,6 +189,8 @@ def _figures(task: Task, result: Evaluation, checkpoint: Path) -> dict[str, Any]
     sources = {name: {**part.as_dict(), **part.standard_errors()} for name, part in by_source(task, result).items()}
     about = {"checkpoint": str(checkpoint), "split": task.windows.split.name, "stride": task.windows.stride}
     about["objective"] = task.cfg.model.objective
+    about["text_sha256"] = text_sha256(task.windows.split, task.folder)
+    about["tokenizer_sha256"] = task.tokenizer_sha256
     return {**about, **result.as_dict(), **result.standard_errors(), **({"sources": sources} if sources else {})}
 
 

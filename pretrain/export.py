@@ -8,7 +8,6 @@ run's config.yaml. One file's tensors are in memory at a time.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +26,7 @@ from pretrain.checkpoint import DRAFT, find_given, load_alone, step_of
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
 from pretrain.fragments import Fragment
 from pretrain.modules import build_modules
+from pretrain.plain import to_json
 from pretrain.ranks import Ranks
 
 INDEX = "model.safetensors.index.json"
@@ -118,7 +118,7 @@ def write_weights(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Pat
         where.update(dict.fromkeys(names, file))
     total = sum(4 * shape.numel() for shape in sizes.values())
     about = {"total_size": total, "step": step_of(checkpoint)}
-    (folder / INDEX).write_text(json.dumps({"metadata": about, "weight_map": where}, indent=1))
+    (folder / INDEX).write_text(to_json({"metadata": about, "weight_map": where}, indent=1))
     for file in set(where.values()):  # safetensors lets only their owner read them
         shutil.copymode(folder / INDEX, folder / file)
     return total

@@ -5,14 +5,13 @@ What is timed is what training does: all-reduces over the interface and by the l
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import sys
 import time
 
-from pretrain.__main__ import adopt
 from pretrain.config import LINK_MARK
+from pretrain.plain import to_json
 
 SMALL, LARGE = 2, 2**22  # float32 values: latency, bandwidth
 REPEATS = 5
@@ -20,13 +19,12 @@ MEET_S = 30.0  # for the ranks to find each other
 
 
 def main() -> int:
-    adopt(os.environ)
     import torch
 
     from pretrain import ranks as process
 
     try:
-        ranks = process.start(MEET_S)
+        ranks = process.start_command(MEET_S)
         seconds = {}
         for count in (SMALL, LARGE):
             x = torch.ones(count, device=ranks.device)
@@ -42,14 +40,14 @@ def main() -> int:
             seconds[count] = min(took)
     except RuntimeError as error:
         told = {"host": socket.gethostname(), "error": str(error).strip().splitlines()[0]}
-        print(LINK_MARK + json.dumps(told), flush=True)
+        print(LINK_MARK + to_json(told), flush=True)
         os._exit(1)
     if ranks.first:
         # A ring moves 2 (N - 1) / N of the bytes over each link.
         moved = 2 * (ranks.world - 1) / ranks.world * 4 * LARGE
         name = os.environ.get("NCCL_SOCKET_IFNAME" if ranks.device.type == "cuda" else "GLOO_SOCKET_IFNAME")
         found = {"latency_s": seconds[SMALL], "bytes_per_s": moved / seconds[LARGE], "interface": name}
-        print(LINK_MARK + json.dumps(found), flush=True)
+        print(LINK_MARK + to_json(found), flush=True)
     process.stop()
     return 0
 

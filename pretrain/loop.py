@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +26,7 @@ from pretrain.config import EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED, RunCo
 from pretrain.energy import Meter, Spent, zeus_counter
 from pretrain.engine import Step, Trainer
 from pretrain.fragments import Fragment, finish_load, head_fragments, trunk_fragments
+from pretrain.heldout import identify
 from pretrain.metrics import Recorder, peak_flops, read_records
 from pretrain.ranks import Ranks
 from pretrain.saver import SaveError, Saver, versions
@@ -251,12 +253,13 @@ class Run:
     def evaluate(self) -> bool:
         """Scores the whole held-out split; its time and energy are accounted apart. Returns whether it is the best."""
         cfg, step = self.cfg, self.progress.step
+        about = self._held_out if self.recorder is not None else {}
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
             found = evaluate(scoring(self._score, cfg.model, cfg.data.path), self.val, micro_batch, self.ranks)
         self._account(spent[0])
         if self.recorder is not None:
-            values = {**found.as_dict(), "seconds": spent[0].seconds, **spent[0].as_dict()}
+            values = {**found.as_dict(), **about, "seconds": spent[0].seconds, **spent[0].as_dict()}
             self.recorder.record("eval", step, values)
             bits = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits/byte"
             self.say(f"held-out {figure(cfg.model)} {found.perplexity:.2f}{bits} at step {step}")
@@ -274,6 +277,10 @@ class Run:
         )
         self.progress = replace(self.progress, **changed)
         return best
+
+    @cached_property
+    def _held_out(self) -> dict[str, str | None]:
+        return identify(self.cfg)
 
     def _score(self, inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         self.pulse(None)
@@ -373,17 +380,18 @@ class _Window:
         rate = tokens / spent.seconds
         peak = peak_flops(run.ranks.device)
         norms = [_finite(norm) for norm in torch.stack(self.norms).tolist()]
+        losses = [_finite(one) for one in loss.tolist()]
         joules = spent.as_dict()
         head = run.trainer.head
         values: dict[str, Any] = {
-            "loss": loss[-1].item(),
-            "loss_mean": loss.mean().item(),
+            "loss": losses[-1],
+            "loss_mean": _finite(loss.mean().item()),
             "tokens": run.progress.tokens,
             "tokens_by_source": by_source,
             "batch": batch,
             "lr": lr,
             "exponent": torch.as_tensor(head.exponent).item() if head.has_exponent else None,
-            "losses": [_finite(one) for one in loss.tolist()],  # of every step, as the norms
+            "losses": losses,  # of every step, as the norms; None: not finite
             "grad_norms": norms,
             "grad_norm": norms[-1],
             "grad_norm_clipped": None if norms[-1] is None else min(norms[-1], cfg.optim.clip or norms[-1]),

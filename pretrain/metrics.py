@@ -1,6 +1,7 @@
 """What a run tells: `metrics.jsonl` and TensorBoard with the same figures, and a line on the console. Rank 0 only.
 
-A record of metrics.jsonl has a `kind` (train, eval, save) and a `step`; what was not measured is null.
+A record of metrics.jsonl has a `kind` (train, eval, save) and a `step`; what was not measured, or is not finite, is
+null.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from data.workers import cores
 from pretrain.gpus import PEAK_FLOPS
+from pretrain.plain import from_json, plain, to_json
 
 log = logging.getLogger(__name__)
 
@@ -51,11 +53,11 @@ def machine() -> str:
 
 
 def read_records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl; a last line that was cut off is left out."""
+    """The records of a run's metrics.jsonl; a last line that was cut off is left out, a NaN of an older one is None."""
     records = []
     for line in (run / "metrics.jsonl").read_text().splitlines():
         try:
-            records.append(json.loads(line))
+            records.append(from_json(line))
         except json.JSONDecodeError:
             log.warning("%s: a line that was cut off is left out", run / "metrics.jsonl")
     return records
@@ -74,7 +76,7 @@ class Recorder:
         if path.exists():
             kept = [record for record in read_records(run) if record["step"] <= first_step]
             draft = path.with_suffix(".draft")
-            draft.write_text("".join(json.dumps(record) + "\n" for record in kept))
+            draft.write_text("".join(to_json(record) + "\n" for record in kept))
             os.replace(draft, path)
         self._file = path.open("ab", buffering=0)
         self._pending = b""
@@ -94,8 +96,8 @@ class Recorder:
 
     def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
         """Appends one record, and its numbers to TensorBoard."""
-        waiting = bool(self._pending)
-        self._pending += json.dumps({"kind": kind, "step": step, **values}).encode() + b"\n"
+        waiting, values = bool(self._pending), plain(values)
+        self._pending += to_json({"kind": kind, "step": step, **values}).encode() + b"\n"
         try:
             while self._pending:
                 self._pending = self._pending[self._file.write(self._pending) :]
@@ -138,7 +140,7 @@ class Recorder:
 
 def training_line(values: dict[str, Any]) -> str:
     parts = [
-        f"loss {values['loss']:.4f}",
+        "loss not finite" if values["loss"] is None else f"loss {values['loss']:.4f}",
         f"{values['tokens_per_s']:,.0f} tok/s",
         "norm not finite"
         if values["grad_norm"] is None

@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,8 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from data.settings import ConfigError
 from model.vocab_parallel import VocabShard, group_members, shard_of
-from pretrain.config import BIND_VARIABLE, ranks_per_node
+from pretrain.config import EXIT_BAD_INPUT
+from pretrain.environment import adopt, binds_cores, place_of
 
 log = logging.getLogger(__name__)
 
@@ -71,24 +74,31 @@ class Ranks:
 
 
 def start(timeout_s: float = 1800) -> Ranks:
-    """Joins the process group that the launcher described in the environment, or makes one of a single process."""
-    if "RANK" not in os.environ:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1"}
-        os.environ.update({key: str(value) for key, value in {**alone, "MASTER_PORT": port}.items()})
-    rank, world, local_rank = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    local_world = ranks_per_node(os.environ)
+    """Joins the process group that the launcher described in the environment, or makes one of a single process.
+
+    Raises:
+        ConfigError: the environment is at odds with itself or with this machine.
+    """
+    adopt(os.environ)
+    place = place_of(os.environ, meeting=not dist.is_initialized())
+    rank, world, local_rank, local_world = place.rank, place.world, place.local_rank, place.local_world
+    if world == 1:
+        _describe_alone()
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"LOCAL_RANK={local_rank}: this process sees {torch.cuda.device_count()} GPU(s) (CUDA_VISIBLE_DEVICES="
+                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Start as many ranks as there are GPUs, each of "
+                "which sees all GPUs of its host"
+            )
         torch.cuda.set_device(local_rank)
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
     else:
         _keep_memory()
-        if os.environ.get(BIND_VARIABLE):
+        if binds_cores(os.environ):
             _bind_cores(local_rank, local_world)
         device, backend = torch.device("cpu"), "gloo"
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed guesses, with a warning
+    _choose_accelerator(device)
     if world > 1:
         _choose_interface(os.environ["MASTER_ADDR"], world > local_world)
     if not dist.is_initialized():
@@ -96,6 +106,38 @@ def start(timeout_s: float = 1800) -> Ranks:
         met: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **met)
     return Ranks(rank, world, local_rank, local_world, device)
+
+
+def start_command(timeout_s: float = 1800) -> Ranks:
+    """`start` for a command, which ends with the code of bad input and a message if the environment is not right."""
+    try:
+        return start(timeout_s)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_INPUT) from None
+
+
+def _describe_alone() -> None:
+    """Says in the environment, for DeepSpeed, that this process is alone, where it does not say so yet."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone: dict[str, object] = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    alone |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
+
+
+def _choose_accelerator(device: torch.device) -> None:
+    """Has DeepSpeed use this device: it would guess, with a warning. Raises ConfigError if it was told another."""
+    given = os.environ.get("DS_ACCELERATOR", "").strip()
+    if given and given != device.type:
+        remedy = (
+            "set CUDA_VISIBLE_DEVICES= (empty) to use the CPU" if given == "cpu" else "no such device is found here"
+        )
+        raise ConfigError(f"DS_ACCELERATOR={given}: this process uses {device.type}; `unset DS_ACCELERATOR`: {remedy}")
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"
 
 
 def interface_to(address: str) -> str | None:
@@ -115,7 +157,19 @@ def _choose_interface(address: str, many_hosts: bool) -> None:
     """Has gloo, and NCCL's bootstrap between hosts, use the interface to rank 0, unless the user chose one.
 
     Left alone, gloo takes the address of the host's own name, which is a loopback one on many systems.
+
+    Raises:
+        ConfigError: the user chose one that this host does not have.
     """
+    if given := os.environ.get("GLOO_SOCKET_IFNAME", "").strip():
+        names = psutil.net_if_addrs()
+        if unknown := [one for one in given.split(",") if one.strip() not in names]:
+            raise ConfigError(
+                f"GLOO_SOCKET_IFNAME={given}: this host has no network interface {', '.join(unknown)}, but "
+                f"{', '.join(names)}. Name one of these, or unset it to have the one that leads to {address}"
+            )
+    else:
+        os.environ.pop("GLOO_SOCKET_IFNAME", None)
     name = interface_to(address)
     if name is None or (many_hosts and name == "lo"):
         return

@@ -1,4 +1,5 @@
-"""`python -m pretrain.report RUN [RUN ...]`: what runs came to, side by side, from their metrics.jsonl.
+"""`python -m pretrain.report RUN [RUN ...]`: what runs came to, side by side, from their metrics.jsonl, those that
+were scored on one held-out text in one table.
 
 With `--interpret`, also how their prototypes, embeddings and hidden states lie (docs/interpretability.md): measured on
 the newest whole checkpoint and held-out text, and written to interpret.json in each run folder.
@@ -7,11 +8,9 @@ the newest whole checkpoint and held-out text, and written to interpret.json in 
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from rich.table import Table
 from data.settings import ConfigError
 from data.shards import open_split
 from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
+from pretrain.heldout import HeldOut, comparable, held_out_of, told_of
 from pretrain.metrics import clock, read_records
+from pretrain.plain import plain, to_json
 from pretrain.scoring import unigram_bits_per_byte
 from pretrain.sustainability import (
     LOSS_SPIKE,
@@ -41,6 +42,12 @@ from pretrain.sustainability import (
 
 UNMEASURED = "not measured: no energy counter"
 INTERPRETED = "interpret.json"  # in the run folder
+PER_TOKEN = (  # rows whose figures depend on how a text is cut into tokens
+    "final training loss (nats/token)",
+    "held-out perplexity",
+    "training energy to the target loss",
+    "largest rise of the held-out loss (nats)",
+)
 
 
 def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,6 +68,8 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
     joules = {f"{part}_j": {kind: joules_of(records, part, kind) for kind in PHASES} for part in PARTS}
     train_j = measured_joules(records, "train")
     settings = cfg.energy
+    scored_on = held_out_of(run, cfg, last)
+    of_this_text = [one["loss"] for one in held_out if one.get("text_sha256") == last.get("text_sha256")]
     return {
         "head": cfg.head.distance,
         "step": max((record["step"] for record in records), default=0),
@@ -69,7 +78,8 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
         "loss": train[-1]["loss_mean"] if train else None,
         "perplexity": last.get("perplexity"),
         "bits_per_byte": last.get("bits_per_byte"),
-        "unigram_bits_per_byte": _unigram(cfg),
+        "held_out": vars(scored_on),
+        "unigram_bits_per_byte": _unigram(cfg, scored_on.data_fingerprint),
         "train_seconds": seconds,
         "tokens_per_s": tokens / seconds if seconds else None,
         "gflops_per_token": cfg.model.flops_per_token() / 1e9,
@@ -85,7 +95,7 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
         "to_target": None if settings.target_loss is None else to_target(records, settings.target_loss),
         "skipped": sum(record["skipped"] for record in train),
         "gradient_stability": gradient_stability(_of_steps(train, "grad_norms"), cfg.optim.warmup_steps),
-        "learning_stability": learning_stability(_of_steps(train, "losses"), [record["loss"] for record in held_out]),
+        "learning_stability": learning_stability(_of_steps(train, "losses"), of_this_text),
     }
 
 
@@ -105,15 +115,48 @@ def _of_steps(train: Sequence[dict[str, Any]], name: str) -> list[float | None]:
     return [value for record in train for value in record[name]] if all(name in record for record in train) else []
 
 
-def _unigram(cfg: RunConfig) -> float | None:
+def _unigram(cfg: RunConfig, fingerprint: str | None) -> float | None:
+    """Of the run's data, if they are where they were (and what they were, where that is known)."""
     try:
-        return unigram_bits_per_byte(open_split(cfg.data.path, "train"), open_split(cfg.data.path, "val"))
+        train, val = (open_split(cfg.data.path, name) for name in ("train", "val"))
     except ConfigError:
         return None  # the data are elsewhere; the run's own figures stand
+    return unigram_bits_per_byte(train, val) if fingerprint in (None, val.fingerprint) else None
+
+
+def groups_of(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The runs in groups whose held-out figures compare."""
+    return comparable({name: HeldOut(**summary["held_out"]) for name, summary in found.items()})
+
+
+def tables_of(found: dict[str, dict[str, Any]]) -> Iterator[Table | str]:
+    """A table for each held-out text, and why there are several."""
+    groups, about = groups_of(found), {name: HeldOut(**summary["held_out"]) for name, summary in found.items()}
+    if len(groups) > 1:
+        yield (
+            "These runs were scored on held-out texts that differ, or are not known to be the same, or by another "
+            "objective: their held-out figures do not compare. A table for each:"
+        )
+    for group in groups:
+        if len(groups) > 1:
+            yield f"\n{told_of(group, about)}"
+        of_group = {name: found[name] for name in group}
+        yield table_of(of_group)
+        if _many_tokenizers(of_group):
+            yield (
+                "Their tokenizers differ: bits/byte compare, figures per token do not. Left out: "
+                + ", ".join(PER_TOKEN)
+                + " (one RUN at a time, or --json, shows them)."
+            )
+
+
+def _many_tokenizers(found: dict[str, dict[str, Any]]) -> bool:
+    scored = [one["held_out"] for one in found.values() if one["held_out"]["scored"]]
+    return len({one["tokenizer_sha256"] for one in scored}) > 1
 
 
 def table_of(found: dict[str, dict[str, Any]]) -> Table:
-    """Runs by column."""
+    """Runs by column; without what does not compare if they have several tokenizers."""
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "head": lambda s: s["head"],
         "steps": lambda s: f"{s['step']:,} of {s['steps']:,}",
@@ -135,7 +178,8 @@ def table_of(found: dict[str, dict[str, Any]]) -> Table:
     rows["J/token"] = lambda s: _number(s["j_per_token"], "{:.3e}", UNMEASURED)
     rows["J/step"] = lambda s: _number(s["j_per_step"], "{:.4g}", UNMEASURED)
     rows |= _footprint_rows(found) | _stability_rows()
-    return _table(found, rows)
+    left_out = PER_TOKEN if _many_tokenizers(found) else ()
+    return _table(found, {name: told for name, told in rows.items() if name not in left_out})
 
 
 def _joules(part: str, kind: str, summary: dict[str, Any]) -> str:
@@ -222,15 +266,6 @@ def geometry_of(runs: Sequence[Path], words: Sequence[str] | None) -> dict[str, 
     return plain({"runs": figures, "cka": geometry.compare(measured)})
 
 
-def plain(tree: Any) -> Any:
-    """The same with None for numbers that are not finite: JSON has none."""
-    if isinstance(tree, dict):
-        return {key: plain(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [plain(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
-
-
 def geometry_tables(found: dict[str, Any]) -> list[Table]:
     """Figures by run, CKA by pair of runs, and each run's nearest prototypes."""
     runs = found["runs"]
@@ -303,7 +338,7 @@ def _write(run: Path, figures: dict[str, Any], cka: list[dict[str, Any]]) -> Pat
     path = run / INTERPRETED
     draft = path.with_suffix(".draft")
     mine = [pair for pair in cka if str(run) in pair["runs"]]
-    draft.write_text(json.dumps({**figures, "cka": mine}, indent=1, allow_nan=False) + "\n")
+    draft.write_text(to_json({**figures, "cka": mine}, indent=1) + "\n")
     os.replace(draft, path)
     return path
 
@@ -338,14 +373,19 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if args.json:
-        print(json.dumps(plain({"runs": found, **({"geometry": geometry} if geometry else {})}), allow_nan=False))
+        compare = {"comparable": groups_of(found)}
+        print(to_json({"runs": found, **compare, **({"geometry": geometry} if geometry else {})}))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(table_of(found))
+    for part in tables_of(found):
+        console.print(part, soft_wrap=isinstance(part, str))
     for note in notes_of(found):
         console.print(note, soft_wrap=True)
     if geometry:
-        console.print(*geometry_tables(geometry), sep="\n")
+        for group in groups_of(found):
+            of_group = {name: geometry["runs"][name] for name in group}
+            pairs = [pair for pair in geometry["cka"] if set(pair["runs"]) <= set(group)]
+            console.print(*geometry_tables({"runs": of_group, "cka": pairs}), sep="\n")
         for run in args.runs:
             console.print(f"written: {_write(run, geometry['runs'][str(run)], geometry['cka'])}", soft_wrap=True)
     return 0

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -45,6 +44,7 @@ from pretrain.checkpoint import (
 )
 from pretrain.config import CheckpointConfig
 from pretrain.fragments import Fragment
+from pretrain.plain import to_json
 from pretrain.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -179,10 +179,10 @@ class Saver:
     ) -> None:
         if not self.ranks.first:
             return
-        (draft / STATE).write_text(json.dumps(state, indent=1))
+        (draft / STATE).write_text(to_json(state, indent=1))
         listed = {name: entry for part in files for name, entry in part.items()}
         listed[STATE] = {"size": (draft / STATE).stat().st_size, "sha256": sha256_of(draft / STATE)}
-        (draft / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listed}, indent=1))
+        (draft / MANIFEST).write_text(to_json({"format": FORMAT, "files": listed}, indent=1))
         for later in checkpoints(self.folder):
             if step_of(later) >= step_of(final):
                 abandon(later)

@@ -86,7 +86,10 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))  # e**710 is no float
+        try:
+            return math.exp(self.loss)
+        except OverflowError:  # e**710 is no float
+            return math.inf
 
     @property
     def bits_per_byte(self) -> float | None:

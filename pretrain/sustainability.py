@@ -132,7 +132,7 @@ def to_target(records: Records, target_nats: float) -> dict[str, Any] | None:
     """Step, tokens and joules of training up to the first evaluation whose held-out loss is at or below a target, in
     nats per token; None if there is none. Joules of evaluations and saves are not among them.
     """
-    held_out = (record for record in records if record["kind"] == "eval" and record["loss"] <= target_nats)
+    held_out = (record for record in records if record["kind"] == "eval" and _reached(record, target_nats))
     first = min(held_out, key=lambda record: record["step"], default=None)
     if first is None:
         return None
@@ -144,6 +144,10 @@ def to_target(records: Records, target_nats: float) -> dict[str, Any] | None:
         "tokens": tokens,
         "joules": measured_joules(before, "train"),
     }
+
+
+def _reached(record: Mapping[str, Any], target_nats: float) -> bool:
+    return record["loss"] is not None and record["loss"] <= target_nats
 
 
 def gradient_stability(norms: Sequence[float | None], warmup_steps: int = 0) -> dict[str, Any]:
@@ -159,19 +163,20 @@ def gradient_stability(norms: Sequence[float | None], warmup_steps: int = 0) -> 
     return {"log_norm_variance": variance, **_spikes(norms, _norm_limit)}
 
 
-def learning_stability(losses: Sequence[float | None], held_out: Sequence[float]) -> dict[str, Any]:
-    """Of training losses by step and held-out losses by evaluation, in nats per token.
+def learning_stability(losses: Sequence[float | None], held_out: Sequence[float | None]) -> dict[str, Any]:
+    """Of training losses by step and held-out losses by evaluation, in nats per token (None: not finite).
 
     Returns:
         spikes: steps with a loss more than LOSS_SPIKE robust standard deviations (1.4826 times the median absolute
             deviation) above the median of the WINDOW steps before; None if none is judged.
         judged: steps that had ENOUGH steps before them to be judged.
-        rises: evaluations with a loss above the least before them; None with fewer than two.
+        rises: finite evaluations with a loss above the least before them; None with fewer than two.
         largest_rise: the most by which one was above it, 0.0 if none was.
     """
     above: list[float] = []
-    for k, loss in enumerate(held_out[1:], start=1):
-        above.append(loss - min(held_out[:k]))
+    finite = [loss for loss in held_out if loss is not None]
+    for k, loss in enumerate(finite[1:], start=1):
+        above.append(loss - min(finite[:k]))
     return {
         **_spikes(losses, _loss_limit),
         "rises": sum(rise > 0 for rise in above) if above else None,

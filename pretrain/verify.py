@@ -147,19 +147,21 @@ def _largest_difference(run: Any, records: list[dict[str, Any]], tolerance: floa
             continue
         if batch != record.get("batch"):
             raise Differs(f"step {step + 1}: the batch {batch} is not the logged {record.get('batch')}")
-        difference = _distance(loss, record["loss"])
+        logged_loss = math.nan if record["loss"] is None else record["loss"]
+        difference = _distance(loss, logged_loss)
         if difference > tolerance:
-            raise Differs(f"step {step + 1}: the loss {loss!r} is not the logged {record['loss']!r}")
+            raise Differs(f"step {step + 1}: the loss {loss!r} is not the logged {logged_loss!r}")
         largest = max(largest, difference)
     return largest
 
 
 def _distance(loss: float, logged: float) -> float:
-    """Between two losses, which need not be finite: 0 for equals, infinite for a number and what is none."""
-    if loss == logged or (math.isnan(loss) and math.isnan(logged)):
-        return 0.0
-    difference = abs(loss - logged)
-    return difference if math.isfinite(difference) else math.inf
+    """Between two losses: 0 for equals, and for two that are not finite, which are logged alike; infinite for one of
+    them and a number.
+    """
+    if math.isfinite(loss) and math.isfinite(logged):
+        return abs(loss - logged)
+    return math.inf if math.isfinite(loss) or math.isfinite(logged) else 0.0
 
 
 def verify(
@@ -202,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for kind in (UserWarning, FutureWarning):  # as in training
         warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
-    ranks = process.start()
+    ranks = process.start_command()
     try:
         code, told = 0, f"PASS: {verify(args.run, args.overrides, args.steps, ranks, last=args.last, exact=args.exact)}"
     except Differs as wrong:

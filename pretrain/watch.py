@@ -34,6 +34,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from pretrain.config import EXIT_RECORD, FAILURES, LEASE_VARIABLE, STOP, Failure, RunConfig
+from pretrain.plain import to_json
 
 BEAT_S = 1.0  # between two signs of life, and two looks
 LOST_S = 3.0  # after which a store that refuses is gone, and rank 0 with it
@@ -316,17 +317,17 @@ class Watch:
             with (folder / f"rank-{self.rank}.stacks").open("w") as file:
                 faulthandler.dump_traceback(file)
         draft = folder / f"draft-{self.rank}"
-        draft.write_text(json.dumps(asdict(failure), indent=1))
+        draft.write_text(to_json(asdict(failure), indent=1))
         os.replace(draft, folder / f"rank-{self.rank}.json")
         if self.rank == 0:
             record = {"code": failure.code, "reason": failure.error, "step": None}
-            (self.cfg.run / EXIT_RECORD).write_text(json.dumps(record))
+            (self.cfg.run / EXIT_RECORD).write_text(to_json(record))
 
     def _tell(self, failure: Failure) -> None:
         if self._store is None:
             return
         with suppress(Exception):  # the store may be what is gone
-            short = json.dumps(asdict(failure) | {"traceback": ""})
+            short = to_json(asdict(failure) | {"traceback": ""})
             self._store.compare_set("watch/failed", "", short)
             ended = self._store.add("watch/ended", 1)
             deadline = time.monotonic() + LINGER_S

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from data.files import lock, replace_file
 from data.progress import say
 from data.settings import ConfigError, read_tree, validate
 from pretrain.config import EXIT_BAD_INPUT
+from pretrain.plain import to_json
 
 PAGE, RESULTS, ROWS = "study.html", "results.json", "results.csv"
 
@@ -110,7 +110,7 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def write(folder: Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
     """Replaces a study's results, whole, and as rows."""
-    replace_file(folder / RESULTS, json.dumps(found, allow_nan=False) + "\n")
+    replace_file(folder / RESULTS, to_json(found) + "\n")
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()

@@ -41,6 +41,7 @@ from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.interpret import circle_score, lattice_score, spectrum
 from pretrain.metrics import machine
+from pretrain.plain import to_json
 from pretrain.study.algorithmic_results import GOAL, MEASURES, at_fraction, compare, finite, kept, median, summarise
 from pretrain.study.tasks import TASKS, Task, split, training_examples
 
@@ -184,7 +185,7 @@ class Cell(BaseModel, extra="forbid", frozen=True):
         return {"version": VERSION, **self.model_dump(mode="json")}
 
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:32]
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
 
     def file(self, folder: Path) -> Path:
         return folder / f"{self.key()}.json"
@@ -454,7 +455,7 @@ def _finish(cells: Sequence[Cell], processes: int, folder: Path, say: Log, what:
 def _train_and_keep(folder: Path, cell: Cell) -> dict[str, Any]:
     figures = train_cell(cell)
     kept = {"cell": cell.settings(), "figures": figures}
-    replace_file(cell.file(folder), json.dumps(kept, indent=1, allow_nan=False) + "\n")
+    replace_file(cell.file(folder), to_json(kept, indent=1) + "\n")
     return figures
 
 

@@ -197,9 +197,8 @@ def _svg(size: Pixel, label: str, body: str) -> str:
 
 def _tips(tips: Iterable[tuple[float, float, str]]) -> str:
     """An attribute; in single quotes, since JSON has many double ones."""
-    found = json.dumps(
-        [[round(x, 1), round(y, 1), text] for x, y, text in tips], ensure_ascii=False, separators=(",", ":")
-    )
+    points = [[round(x, 1), round(y, 1), text] for x, y, text in tips]
+    found = json.dumps(points, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return "data-tips='" + found.replace("&", "&amp;").replace("<", "&lt;").replace("'", "&#39;") + "'"
 
 

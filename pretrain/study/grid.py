@@ -106,19 +106,28 @@ def check(study: LanguageConfig) -> None:
 
 
 def outcome(cfg: RunConfig) -> str | None:
-    """DONE or DIVERGED; None for a run that has not ended."""
+    """DONE or DIVERGED, as is a run whose last held-out loss is not finite; None for a run that has not ended."""
     try:
         code = json.loads((cfg.run / EXIT_RECORD).read_text())["code"]
     except FileNotFoundError:
         return None
-    return {0: DONE, EXIT_DIVERGED: DIVERGED}.get(code)
+    if code == 0:
+        return DIVERGED if _last_evaluation(cfg).get("loss", 0.0) is None else DONE
+    return DIVERGED if code == EXIT_DIVERGED else None
 
 
 def held_out(cfg: RunConfig) -> float | None:
     """Bits/byte of a run's last evaluation, if it is done."""
     if outcome(cfg) != DONE:
         return None
-    return [record for record in read_records(cfg.run) if record["kind"] == "eval"][-1]["bits_per_byte"]
+    return _last_evaluation(cfg).get("bits_per_byte")
+
+
+def _last_evaluation(cfg: RunConfig) -> dict[str, Any]:
+    """Its record; empty if the run left none."""
+    path = cfg.run / "metrics.jsonl"
+    found = [record for record in read_records(cfg.run) if record["kind"] == "eval"] if path.exists() else []
+    return found[-1] if found else {}
 
 
 def chosen_lr(study: LanguageConfig, head: str) -> float | None:

@@ -21,9 +21,11 @@ from pretrain import geometry, interpret
 from pretrain.checkpoint import find_given
 from pretrain.config import RunConfig
 from pretrain.evaluate import open_task, run_task
+from pretrain.heldout import HeldOut, check_one_text
 from pretrain.metrics import machine, read_records
+from pretrain.plain import plain, to_json
 from pretrain.ranks import Ranks
-from pretrain.report import plain, summarise
+from pretrain.report import summarise
 from pretrain.saver import versions
 from pretrain.scoring import INTERVAL, UNIGRAM_TOKENS, Evaluation, compare, unigram_bits_per_byte
 from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
@@ -61,7 +63,7 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
             "projection": projection(looked_at.prototypes, spectrum, source),
         }
     )
-    replace_file(files[0], json.dumps(found, allow_nan=False))
+    replace_file(files[0], to_json(found))
     return found
 
 
@@ -111,6 +113,7 @@ def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
     kept = [cell for of_head in finished.values() for cell in of_head.values()]
     measured = {cell: measure(runs[cell], log) for cell in kept}
     summaries = {cell: summarise(cfg.run) for cell, cfg in runs.items() if _done(cfg)}
+    check_one_text({str(runs[cell].run): HeldOut(**one["held_out"]) for cell, one in summaries.items()})
     parts, missing = common_parts(list(summaries.values()))
     base = finished[study.baseline]
     apart = {

@@ -7,26 +7,8 @@ import socket
 import subprocess
 import sys
 
-from pretrain.__main__ import adopt
-from pretrain.config import ranks_per_node
 from pretrain.ranks import _bind_cores, interface_to
 from tests.ranks import run_ranks
-
-
-def test_open_mpis_names_are_taken_where_deepspeeds_are_missing() -> None:
-    theirs = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
-    found = {**theirs, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}
-    adopt(found)
-    assert [found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")] == ["3", "4", "1", "2"]
-    ours = {**theirs, "RANK": "0"}
-    adopt(ours)
-    assert ours == {**theirs, "RANK": "0"}
-
-
-def test_deepspeeds_word_on_the_ranks_here_is_before_an_inherited_one() -> None:
-    assert ranks_per_node({"LOCAL_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "WORLD_SIZE": "4"}) == 2
-    assert ranks_per_node({"LOCAL_WORLD_SIZE": "3", "WORLD_SIZE": "6"}) == 3
-    assert ranks_per_node({"WORLD_SIZE": "6", "LOCAL_SIZE": ""}) == 6 and ranks_per_node({}) == 1
 
 
 def test_the_interface_to_an_address() -> None:
