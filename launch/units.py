@@ -7,7 +7,13 @@ import math
 # Unit, its size, and the least amount that is told in it.
 TIMES = (("days", 86400.0, 2 * 86400.0), ("hours", 3600.0, 2 * 3600.0), ("minutes", 60.0, 120.0), ("s", 1.0, 1.0),
          ("ms", 1e-3, 1e-3), ("us", 1e-6, 0.0))  # fmt: skip
-ENERGIES = (("GWh", 3.6e12, 3.6e12), ("MWh", 3.6e9, 3.6e9), ("kWh", 3.6e6, 3.6e6), ("Wh", 3.6e3, 3.6e3), ("J", 1.0, 0.0))
+ENERGIES = (
+    ("GWh", 3.6e12, 3.6e12),
+    ("MWh", 3.6e9, 3.6e9),
+    ("kWh", 3.6e6, 3.6e6),
+    ("Wh", 3.6e3, 3.6e3),
+    ("J", 1.0, 0.0),
+)
 
 
 def duration(seconds: float) -> str:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from functools import cached_property, lru_cache
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
-
-if TYPE_CHECKING:  # a config is read without torch
-    from model.head import HarmonicHead
 
 
 class Llama3Scaling(BaseModel, extra="forbid", frozen=True):
@@ -49,11 +46,11 @@ class Weight:
     shape: tuple[int, ...]
     kind: Literal["matrices", "norms", "biases", "embeddings"]
 
-    @property
+    @cached_property
     def size(self) -> int:
         return math.prod(self.shape)
 
-    @property
+    @cached_property
     def module(self) -> str:
         """The name of the module that holds it."""
         return self.name.rpartition(".")[0]
@@ -329,17 +326,18 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         moves a logit of softmax, with length sqrt(dim) by sqrt(dim) less. (The published recipe raised the learning
         rate tenfold instead.)
         """
-        return self._on_meta(1, dim).feature_length
+        from model.head import HarmonicHead
+
+        return HarmonicHead(1, dim, seed=0, device="meta", **self.arguments()).feature_length
 
     def parameters(self, prototypes: int, dim: int) -> dict[str, int]:
         """Trained numbers of a head by parameter: `prototypes` rows, and what the distance and the exponent add."""
-        head = self._on_meta(prototypes, dim)
-        return {name: parameter.numel() for name, parameter in head.named_parameters()}
-
-    def _on_meta(self, prototypes: int, dim: int) -> HarmonicHead:
         import torch
 
-        from model.head import HarmonicHead
+        from model.distances import distance_named
 
+        kind = distance_named(self.distance)
         with torch.device("meta"):
-            return HarmonicHead(prototypes, dim, seed=0, **self.arguments())
+            _, trained = kind.settings(dim, **self.params)
+        found = {"prototypes": prototypes * dim, **{name: value.numel() for name, value in trained.items()}}
+        return found | ({"log_exponent": 1} if self.exponent == "learned" and kind.has_exponent else {})
