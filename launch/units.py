@@ -27,7 +27,8 @@ def energy(joules: float) -> str:
 
 
 def _fitting(amount: float, units: tuple[tuple[str, float, float], ...]) -> str:
+    if not amount:
+        return f"0 {next(name for name, size, _ in units if size == 1)}"
     name, size, _ = next(unit for unit in units if amount >= unit[2])
-    number = amount / size
-    decimals = max(0, 2 - math.floor(math.log10(number))) if number else 0
-    return f"{number:,.{min(decimals, 2)}f} {name}"
+    decimals = min(2, max(0, 2 - math.floor(math.log10(amount / size))))
+    return f"{amount / size:,.{decimals}f} {name}"

@@ -196,7 +196,9 @@ def test_a_kernel_that_cannot_serve_is_told_and_done_without(asked: str, caplog:
     for _ in range(2):
         decoder(torch.zeros(1, 4, dtype=torch.int64)).sum().backward()
     (told,) = caplog.messages
-    assert told.startswith(f"attention={asked} cannot serve on this cpu with more than 16 bits, heads 8 wide, no dropout"), told
+    assert told.startswith(
+        f"attention={asked} cannot serve on this cpu with more than 16 bits, heads 8 wide, no dropout"
+    ), told
 
 
 @settings(max_examples=30, deadline=None)

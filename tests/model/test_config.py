@@ -19,7 +19,8 @@ HEADS: list[dict[str, Any]] = [
     {"distance": distance, "exponent": exponent, "params": params}
     for exponent in ("sqrt_dim", "learned", 3.0)
     for distance, params in (
-        ("euclidean", {}), ("dot", {}), ("minkowski", {"p": 3.0}), ("mahalanobis", {}), ("mahalanobis", {"factor": "full"})
+        ("euclidean", {}), ("dot", {}), ("minkowski", {"p": 3.0}), ("mahalanobis", {}),
+        ("mahalanobis", {"factor": "full"}),
     )
 ]  # fmt: skip
 
