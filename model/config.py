@@ -332,12 +332,8 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
 
     def parameters(self, prototypes: int, dim: int) -> dict[str, int]:
         """Trained numbers of a head by parameter: `prototypes` rows, and what the distance and the exponent add."""
-        import torch
-
         from model.distances import distance_named
 
         kind = distance_named(self.distance)
-        with torch.device("meta"):
-            _, trained = kind.settings(dim, **self.params)
-        found = {"prototypes": prototypes * dim, **{name: value.numel() for name, value in trained.items()}}
+        found = {"prototypes": prototypes * dim, **kind.trained_sizes(dim, **self.params)}
         return found | ({"log_exponent": 1} if self.exponent == "learned" and kind.has_exponent else {})
