@@ -9,9 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from launch.cluster import Cluster
-from launch.footprint import Memory, memory, prototype_elements
+from launch.footprint import Memory, memory, parameters, prototype_elements
 from launch.plan import StepTime, altered, assumptions, step_time
 from launch.traffic import collectives
 from pretrain.config import RunConfig, from_tree
@@ -24,7 +25,7 @@ MICRO_BATCHES = (1, 2, 4, 8, 16)
 BAR = 40  # characters
 
 
-def shape(layers: int, heads: int, dim: int, vocab: int, length: int, sequences: int) -> RunConfig:
+def shape(vocab: int, sequences: int, seq_len: int, **model: Any) -> RunConfig:
     return from_tree(
         {
             "run": "unused",
@@ -34,17 +35,22 @@ def shape(layers: int, heads: int, dim: int, vocab: int, length: int, sequences:
                 "tokenizer": {"vocab_size": vocab},
                 "dtype": "uint32",
             },
-            "model": {"seq_len": length, "layers": layers, "heads": heads, "dim": dim},
-            "train": {"steps": 1, "tokens_per_step": sequences * length, "micro_batch": 1},
+            "model": {"seq_len": seq_len, **model},
+            "train": {"steps": 1, "tokens_per_step": sequences * seq_len, "micro_batch": 1},
             "optim": {"lr": 1e-4},
         }
     )
 
 
 SHAPES = {
-    "GPT-2 1.5B: 48 layers, D 1600, V 51,200, T 1,024": shape(48, 25, 1600, 51_200, 1024, 1024),
-    "Llama 3 8B's size: 32 layers, D 4096, V 128,256, T 8,192": shape(32, 32, 4096, 128_256, 8192, 1024),
-}
+    "GPT-2 1.5B, untied: 48 layers, D 1600, V 51,200, T 1,024": shape(
+        51_200, 1024, 1024, layers=48, heads=25, dim=1600
+    ),
+    "Llama 3 8B: 32 layers, D 4096, V 128,256, T 8,192": shape(
+        128_256, 1024, 8192, layers=32, heads=32, kv_heads=8, dim=4096, mlp_dim=14_336, positions={"theta": 500_000},
+        norm="rmsnorm", mlp="swiglu",
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -172,7 +178,7 @@ small runs on a CPU allocate and send (`python -m benchmarks.plan`); time was co
 
 A row is the fastest plan that fits for its number of GPUs and its vocabulary group: 1 (every GPU holds all prototypes),
 node or world. The layout is the ZeRO stage of the trunk, the micro-batch, and whether blocks are recomputed. Waiting is
-for communication that nothing hides. The decoder is this one in every case, whatever the model that lends its size.
+for communication that nothing hides.
 Differences of a percent are less than such a plan can tell.
 
 Assumed:
@@ -187,6 +193,8 @@ def document() -> Iterator[str]:
         found = curve(base)
         yield ""
         yield f"## {name}, {base.train.tokens_per_step:,} tokens per step"
+        yield ""
+        yield f"{parameters(base).total:,} parameters."
         yield ""
         yield from table(found)
         yield ""

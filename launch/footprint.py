@@ -1,5 +1,5 @@
 """What a run keeps in a GPU's memory, from its configuration alone: the trunk as DeepSpeed 0.19's ZeRO holds it, the
-prototypes beside it, activations, and the head's working memory.
+prototypes beside it, activations, and the head's working memory. The model's sizes are model/config.py's.
 
 `python -m benchmarks.plan` compares this with what is really allocated.
 
@@ -9,6 +9,7 @@ ranks in a vocabulary group, b bytes of the compute dtype.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,8 +37,8 @@ ZERO_DEFAULTS: dict[str, Any] = {
 class Parameters:
     trunk: int  # all of the DeepSpeed engine's module, the embeddings below included
     token_embedding: int  # 0: tied
-    positions: int
-    head: int
+    positions: int  # 0: no table
+    head: int  # the prototypes, and what the distance and the exponent add
 
     @property
     def total(self) -> int:
@@ -61,38 +62,27 @@ class Memory:
         return sum(self.standing.values()) + sum(self.phases[self.fullest].values())
 
 
-def block_modules(cfg: RunConfig) -> list[int]:
-    """Parameters of a block's modules, in the order of the forward pass."""
-    d, bias = cfg.model.dim, int(cfg.model.bias)
-    norm = d * (1 + bias)
-    return [norm, 3 * d * (d + bias), d * (d + bias), norm, 4 * d * (d + bias), d * (4 * d + bias)]
-
-
-def outer_modules(cfg: RunConfig) -> list[int]:
-    """Token embedding (unless tied) and positions."""
-    positions = cfg.model.seq_len * cfg.model.dim
-    return [positions] if cfg.model.tied else [cfg.model.vocab_size * cfg.model.dim, positions]
-
-
-def final_norm(cfg: RunConfig) -> int:
-    return cfg.model.dim * (1 + int(cfg.model.bias))
-
-
 def replicated_head(cfg: RunConfig) -> int:
     """Trained parameters of the head that every rank holds: Mahalanobis' factor, a learned exponent."""
-    d = cfg.model.dim
-    factor = {"diagonal": d, "full": d * d}[str(cfg.head.params.get("factor", "diagonal"))]
-    return factor * (cfg.head.distance == "mahalanobis") + (cfg.head.exponent == "learned")
+    return sum(size for name, size in cfg.head.parameters(1, cfg.model.dim).items() if name != "prototypes")
 
 
 def parameters(cfg: RunConfig) -> Parameters:
-    outer = outer_modules(cfg)
+    sizes = module_sizes(cfg)
     return Parameters(
-        trunk=sum(outer) + cfg.model.layers * sum(block_modules(cfg)) + final_norm(cfg),
-        token_embedding=0 if cfg.model.tied else outer[0],
-        positions=outer[-1],
-        head=cfg.model.vocab_size * cfg.model.dim + replicated_head(cfg),
+        trunk=cfg.model.parameters(),
+        token_embedding=sizes.get("tokens", 0),
+        positions=sizes.get("positions", 0),
+        head=sum(cfg.head.parameters(cfg.model.vocab_size, cfg.model.dim).values()),
     )
+
+
+def module_sizes(cfg: RunConfig, least: float = 0) -> dict[str, int]:
+    """Of the trunk's modules, the elements in parameters of more than `least`."""
+    found: dict[str, int] = {}
+    for weight in cfg.model.weights():
+        found[weight.module] = found.get(weight.module, 0) + (weight.size if weight.size > least else 0)
+    return found
 
 
 def prototype_elements(cfg: RunConfig, cluster: Cluster) -> int:
@@ -100,12 +90,16 @@ def prototype_elements(cfg: RunConfig, cluster: Cluster) -> int:
     return -(-cfg.model.vocab_size // vocab_ranks(cfg, cluster)) * cfg.model.dim + replicated_head(cfg)
 
 
-def optimizer_groups(cfg: RunConfig) -> tuple[list[int], list[int]]:
-    """Trunk parameters that decay by default (matrices), and the rest: DeepSpeed flattens them apart."""
-    d = cfg.model.dim
-    matrices = [3 * d * d, d * d, 4 * d * d, 4 * d * d]
-    others = sum(block_modules(cfg)) - sum(matrices)
-    return matrices * cfg.model.layers, [*outer_modules(cfg), *[others] * cfg.model.layers, final_norm(cfg)]
+def optimizer_groups(cfg: RunConfig) -> list[list[int]]:
+    """Elements of the trunk's parameters in the groups of pretrain.optim.parameter_groups, which a test compares:
+    matrices first. DeepSpeed flattens each group.
+    """
+    found: dict[tuple[bool, float], list[int]] = {}
+    for weight in cfg.model.weights():
+        matrix = weight.kind == "matrices"
+        group = (matrix or weight.kind in cfg.optim.also_decay, cfg.model.width_scale() if matrix else 1.0)
+        found.setdefault(group, []).append(weight.size)
+    return [sizes for _, sizes in sorted(found.items(), reverse=True)]
 
 
 def vocab_ranks(cfg: RunConfig, cluster: Cluster) -> int:
@@ -132,35 +126,8 @@ def pass_tokens(cfg: RunConfig) -> int:
 
 
 def activations(cfg: RunConfig) -> int:
-    """Bytes that the trunk's forward pass keeps for the backward pass.
-
-    Of a block per token: its input, two normalised inputs, q, k, v and their mix, the sum before the MLP, and the MLP's
-    inside before and after GELU: 16 D; means and deviations of two norms, and the attention's log-sum-exp per head, in
-    float32; a byte per masked entry where there is dropout. Recomputed: only the block's input.
-    """
-    model, b = cfg.model, width(cfg)
-    kept = model.dim * b if model.activation_checkpointing else _block_activations(cfg)
-    return pass_tokens(cfg) * model.layers * kept + _final_activations(cfg)
-
-
-def _final_activations(cfg: RunConfig) -> int:
-    """Bytes of the last block's output and of the hidden states: gone when the blocks' gradients are taken."""
-    return 2 * pass_tokens(cfg) * cfg.model.dim * width(cfg)
-
-
-def _block_activations(cfg: RunConfig) -> int:
-    """Bytes per token."""
-    model = cfg.model
-    masks = 2 * model.dim if model.dropout else 0
-    return 16 * model.dim * width(cfg) + 4 * (4 + model.heads) + masks
-
-
-def _backward_work(cfg: RunConfig) -> int:
-    """Bytes on top at the widest place of a block, GELU's gradient: 9 D of gradients where 4 D are no longer needed;
-    and the block itself where it is recomputed.
-    """
-    again = _block_activations(cfg) if cfg.model.activation_checkpointing else 0
-    return pass_tokens(cfg) * (5 * cfg.model.dim * width(cfg) + again)
+    """Bytes that the trunk's forward pass keeps for the backward pass."""
+    return cfg.model.activations(cfg.train.micro_batch, width(cfg))
 
 
 def by_product(cfg: RunConfig) -> bool:
@@ -200,8 +167,8 @@ def memory(cfg: RunConfig, cluster: Cluster) -> Memory:
         "gradient of hidden states": hidden,
     }
     backward = {
-        "activations": kept - _final_activations(cfg),
-        "gradients of activations, recomputed ones": _backward_work(cfg),
+        "activations": kept - cfg.model.final_activations(cfg.train.micro_batch, b),
+        "gradients of activations, recomputed ones": n * cfg.model.gradient_work(b),
     }
     phases = {"head": {**head, **trunk.turn}, "backward": {**backward, **trunk.backward}, "update": trunk.update}
     if cfg.model.tied:
@@ -225,8 +192,8 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
     """As DeepSpeed 0.19's optimiser classes hold the trunk; which class runs is pretrain.engine's doing."""
     total, b, stage = parameters(cfg).trunk, width(cfg), zero_stage(cfg)
     share, bucket = -(-total // world), int(zero_settings(cfg)["reduce_bucket_size"])
-    matrices, rest = optimizer_groups(cfg)
-    largest = max(sum(matrices), sum(rest))
+    groups = optimizer_groups(cfg)
+    largest = max(map(sum, groups))
     several = cfg.accumulation(world) > 1
 
     def made(
@@ -243,10 +210,10 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
         return made(standing, 4 * total, {"gradients in one piece": 4 * min(total, FLAT_BUCKET)})
     standing = {"trunk weights": b * total, "trunk masters": 4 * share, "trunk moments": 8 * share}
     if stage == 1 and b == 2:  # BF16_Optimizer: every rank adds all gradients up in float32
-        reduced = {"gradients to be reduced": 2 * largest if sum(matrices) > FLAT_BUCKET else 6 * total}
+        reduced = {"gradients to be reduced": 2 * largest if sum(groups[0]) > FLAT_BUCKET else 6 * total}
         return made({**standing, "trunk gradients in float32": 4 * total}, 2 * total, reduced)
     if stage < 3:  # DeepSpeedZeroOptimizer: float32 gradients stay views of whole parameters
-        own = share if b == 2 else sum(_most_overlapped(group, world) for group in (matrices, rest))
+        own = share if b == 2 else sum(_most_overlapped(group, world) for group in groups)
         whole = {"gradients before they are reduced": 4 * total} if stage == 1 and several else {}
         buckets = 2 if zero_settings(cfg)["overlap_comm"] else 1  # and a copy while one is reduced
         buffers = {"reduction buffers": b * (buckets * bucket + min(bucket, total))}
@@ -277,31 +244,32 @@ def stage3_gathers(cfg: RunConfig) -> tuple[int, int, int]:
     DeepSpeed's rules (runtime/zero/partitioned_param_coordinator.py): a module's parameters are gathered when it runs,
     and those of the next modules while `stage3_prefetch_bucket_size` and `stage3_max_live_parameters` allow; they are
     freed behind it unless they are used again within `stage3_max_reuse_distance`, or prefetching has passed over that
-    use. Parameters up to `stage3_param_persistence_threshold` are gathered once in an update.
+    use. Parameters up to `stage3_param_persistence_threshold` are gathered once in an update, and so is the table of
+    positions where the decoder reads it itself.
     """
     zero = zero_settings(cfg)
-    sizes = [*outer_modules(cfg), *block_modules(cfg) * cfg.model.layers, final_norm(cfg)]
+    whole, sizes = module_sizes(cfg), module_sizes(cfg, zero["stage3_param_persistence_threshold"])
+    if not cfg.model.document_mask and "positions" in sizes:
+        sizes["positions"] = 0
     order = module_order(cfg)
-    persistent = {i for i, size in enumerate(sizes) if size <= zero["stage3_param_persistence_threshold"]}
-    persistent.add(len(outer_modules(cfg)) - 1)  # the positions, which the decoder reads itself
     walked = [0]  # elements before each step of the order
     for i in order:
-        walked.append(walked[-1] + sizes[i])
+        walked.append(walked[-1] + whole[i])
     following: list[int | None] = [None] * len(order)  # the step that uses a step's module again
-    last: dict[int, int] = {}
+    last: dict[str, int] = {}
     for step in reversed(range(len(order))):
         following[step] = last.get(order[step])
         last[order[step]] = step
-    there: set[int] = set()
+    there: set[str] = set()
     gathered = live = most = passed = 0
     for step, i in enumerate(order):
-        wanted = [] if i in there or i in persistent else [i]
+        wanted = [] if i in there else [i]
         passed, ahead = max(passed, step + 1), 0
         room = min(zero["stage3_max_live_parameters"] - live - sum(sizes[j] for j in wanted),
                    zero["stage3_prefetch_bucket_size"])  # fmt: skip
         while passed < len(order) and ahead < room:
             j = order[passed]
-            if j not in there and j not in persistent and j not in wanted:
+            if j not in there and j not in wanted:
                 wanted.append(j)
                 ahead += sizes[j]
             passed += 1
@@ -314,19 +282,19 @@ def stage3_gathers(cfg: RunConfig) -> tuple[int, int, int]:
         if i in there and not near and not (again is not None and again < passed):
             there.discard(i)
             live -= sizes[i]
-    staying = sum(sizes[i] for i in persistent)
+    staying = sum(whole.values()) - sum(sizes.values())
     return gathered, most + staying, staying
 
 
-def module_order(cfg: RunConfig) -> list[int]:
-    """Modules by index, as a pass runs through them: forward, then backward, blocks again where they are recomputed."""
-    first, per_block = len(outer_modules(cfg)), len(block_modules(cfg))
-    blocks = [
-        list(range(first + layer * per_block, first + (layer + 1) * per_block)) for layer in range(cfg.model.layers)
-    ]
-    outer, norm = list(range(first)), first + cfg.model.layers * per_block
-    forward = [*outer, *(i for block in blocks for i in block), norm]
+def module_order(cfg: RunConfig) -> list[str]:
+    """Modules as a pass runs through them: forward, then backward, blocks again where they are recomputed."""
+    forward = list(cfg.model.modules())
     if not cfg.model.activation_checkpointing:
         return forward + forward[::-1]
-    backward = [i for block in reversed(blocks) for i in (block[-1], *block, *block[-2::-1])]
-    return [*forward, norm, *backward, *reversed(outer)]
+    parts = [list(part) for _, part in itertools.groupby(forward, key=lambda name: name.split(".")[:2])]
+    backward = [
+        name
+        for part in reversed(parts)
+        for name in ((part[-1], *part, *part[-2::-1]) if part[0].startswith("blocks.") else part)
+    ]
+    return forward + backward

@@ -28,6 +28,7 @@ from launch.footprint import (
     zero_stage,
 )
 from launch.traffic import Collective, collectives
+from launch.units import duration, energy
 from pretrain.config import RunConfig, check_layout
 from pretrain.gpus import GIB, GPUS
 from pretrain.plain import to_json
@@ -108,6 +109,7 @@ class Plan:
             "time": {**asdict(self.time), "total_s": self.time.total_s},
             "tokens_per_s": self.tokens_per_s,
             "budget_tokens": self.budget_tokens,
+            "seconds": self.seconds,
             "days": self.seconds / 86400,
             "gpu_kwh": self.gpu_j / 3.6e6,
             "largest_micro_batch": self.largest_micro_batch,
@@ -191,7 +193,7 @@ def step_time(cfg: RunConfig, cluster: Cluster) -> StepTime:
     bytes for each parameter of a rank.
     """
     model, gpu = cfg.model, cluster.hardware
-    head = 6 * model.vocab_size * model.dim
+    head = model.head_flops_per_token()
     trunk = (model.flops_per_token() - head) * (4 / 3 if model.activation_checkpointing else 1)
     peak = gpu.bf16_flops if cfg.train.precision == "bf16" else gpu.float32_flops
     rate = cluster.gpus * cluster.mfu * peak
@@ -363,11 +365,11 @@ def _print(found: Plan) -> None:
 
     console = Console(width=max(120, Console().width), highlight=False)
     own, cluster, time = found.parameters, found.cluster, found.time
-    console.print(
-        f"{own.total / 1e6:,.1f} M parameters: trunk {own.trunk / 1e6:,.1f} M "
-        f"({'tied embedding' if not own.token_embedding else f'token embedding {own.token_embedding / 1e6:,.1f} M'}, "
-        f"positions {own.positions / 1e6:,.1f} M), head {own.head / 1e6:,.1f} M"
-    )
+    tables = [
+        f"token embedding {own.token_embedding:,}" if own.token_embedding else "tied: the prototypes embed tokens too",
+        *([f"positions {own.positions:,}"] if own.positions else []),
+    ]
+    console.print(f"{own.total:,} parameters: trunk {own.trunk:,} ({', '.join(tables)}), head {own.head:,}")
     passes = f"{found.accumulation} pass{'es' * (found.accumulation > 1)}"
     console.print(
         f"{cluster.gpus} x {cluster.gpu}, {cluster.ranks_per_node} in a node; ZeRO {found.zero}, vocabulary groups of "
@@ -386,24 +388,21 @@ def _print(found: Plan) -> None:
         console.print(f"it would with {' '.join(found.changes)}")
     console.print(f"largest micro-batch that fits: {found.largest_micro_batch or 'none'}")
     table = Table(
-        "", "", "ranks", "calls", "sent in its node, MB", "between nodes, MB", "ms", "hidden behind",
+        "", "", "ranks", "calls", "sent in its node, MB", "between nodes, MB", "takes", "hidden behind",
         title="what a GPU sends in a step", title_justify="left",
     )  # fmt: skip
     for one in found.collectives:
         sent = (one.wire - one.between_nodes, one.between_nodes)
         table.add_row(
             one.what, one.kind, str(one.ranks), f"{one.calls:,}", *(f"{size / 1e6:,.1f}" for size in sent),
-            f"{one.seconds(cluster.hardware) * 1e3:,.2f}", one.behind,
+            duration(one.seconds(cluster.hardware)), one.behind,
         )  # fmt: skip
     console.print(table)
     console.print(
-        f"a step takes {time.total_s * 1e3:,.1f} ms: {time.compute_s * 1e3:,.1f} computing, "
-        f"{time.exposed_s * 1e3:,.1f} waiting for communication, {time.update_s * 1e3:,.1f} updating; "
-        f"{found.tokens_per_s:,.0f} tokens/s"
+        f"a step takes {duration(time.total_s)}: {duration(time.compute_s)} computing, {duration(time.exposed_s)} "
+        f"waiting for communication, {duration(time.update_s)} updating; {found.tokens_per_s:,.0f} tokens/s"
     )
-    console.print(
-        f"{found.budget_tokens:,} tokens take {found.seconds / 86400:,.2f} days and {found.gpu_j / 3.6e6:,.0f} kWh"
-    )
+    console.print(f"{found.budget_tokens:,} tokens take {duration(found.seconds)} and {energy(found.gpu_j)}")
     for note in found.notes:
         console.print(f"note: {note}")
     console.print("assumed:")

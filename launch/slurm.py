@@ -48,7 +48,7 @@ SHARING = {"exclusive", "oversubscribe", "cpus-per-task", "cpus-per-gpu", "mem",
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/gpt2-124m.yaml")
+    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/gpt2-124m-untied.yaml")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as train.steps=100")
     parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes to ask for")
     parser.add_argument(

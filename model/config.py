@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
@@ -34,8 +38,29 @@ class Rope(BaseModel, extra="forbid", frozen=True):
     scaling: Annotated[float, Field(ge=1)] | Llama3Scaling = 1.0
 
 
+@dataclass(frozen=True)
+class Weight:
+    """One parameter of a decoder, named and shaped as in `Decoder.named_parameters()`."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Literal["matrices", "norms", "biases", "embeddings"]
+
+    @cached_property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+    @cached_property
+    def module(self) -> str:
+        """The name of the module that holds it."""
+        return self.name.rpartition(".")[0]
+
+
 class DecoderConfig(BaseModel, extra="forbid", frozen=True):
-    """A stack of attention and MLP blocks; as it stands, GPT-2's without biases. docs/models.md has the families."""
+    """A stack of attention and MLP blocks; as it stands, GPT-2's without biases. docs/models.md has the families.
+
+    Sizes are counted here and nowhere else: tests compare them with the built decoder.
+    """
 
     vocab_size: int = Field(gt=0)
     seq_len: int = Field(gt=0)
@@ -107,38 +132,143 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
         """
         return 1.0 if self.base_dim is None else self.base_dim / self.dim
 
-    def block_matmul_parameters(self) -> int:
-        """Weights of the blocks that meet every token in a matrix product."""
-        attention = self.dim * (self.qkv_width() + self.heads * self.head_size())
-        mlp = self.dim * (self.up_width() + self.mlp_width())
-        return self.layers * (attention + mlp)
-
-    def parameters(self) -> int:
-        """All weights of the decoder. The prototypes, vocab_size x dim, are the head's: the embedding too when tied."""
-        per_norm = 2 if self.bias else 1
-        vectors = 2 * per_norm * (self.dim + self.head_size() * self.qk_norm)
-        vectors += self.bias * (self.up_width() + 2 * self.dim) + self.has_qkv_bias() * self.qkv_width()
-        tables = self.vocab_size * (not self.tied) + self.seq_len * (self.positions == "learned")
-        return self.block_matmul_parameters() + self.layers * vectors + (tables + per_norm) * self.dim
-
     def qkv_width(self) -> int:
         return self.head_size() * (self.heads + 2 * self.key_heads())
 
     def has_qkv_bias(self) -> bool:
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
+    def attention_width(self) -> int:
+        """Width of what attention mixes: all heads of values side by side, one for each head of queries."""
+        return self.heads * self.head_size()
+
+    def weights(self) -> tuple[Weight, ...]:
+        """Every parameter of the decoder, in the order of `Decoder.named_parameters()`. The prototypes are the head's:
+        of a tied model the token embedding too.
+        """
+        return _weights(self)
+
+    def modules(self) -> tuple[str, ...]:
+        """Names of the modules that hold weights, in the order in which a forward pass runs through them."""
+        norms = ("attention.query_norm", "attention.key_norm") if self.qk_norm else ()
+        attention, mlp = ("attention.qkv", *norms, "attention.projection"), ("mlp.up", "mlp.projection")
+        block = ("attention_norm", *attention, "mlp_norm", *mlp)
+        if self.post_norm:
+            block = (*attention, "attention_norm", *mlp, "mlp_norm")
+        tables = [name for name, there in (("tokens", not self.tied), ("positions", self.has_table())) if there]
+        blocks = [f"blocks.{layer}.{name}" for layer in range(self.layers) for name in block]
+        return (*tables, "norm", *blocks) if self.post_norm else (*tables, *blocks, "norm")
+
+    def parameters(self) -> int:
+        """All weights of the decoder."""
+        return sum(weight.size for weight in self.weights())
+
+    def has_table(self) -> bool:
+        """Whether positions are a table of weights."""
+        return self.positions == "learned"
+
+    def block_matmul_parameters(self) -> int:
+        """Weights of the blocks that meet every token in a matrix product."""
+        return sum(weight.size for weight in self.weights() if weight.kind == "matrices")
+
+    def head_flops_per_token(self) -> int:
+        """The head's part of `flops_per_token`."""
+        return 6 * self.vocab_size * self.dim
+
     def flops_per_token(self) -> int:
         """Matrix-product floating-point operations of forward and backward per token, head included (PaLM, appendix
         B). Of attention, every pair that a sequence of one document computes is counted, those after it too.
         """
-        products = self.block_matmul_parameters() + self.vocab_size * self.dim
-        return 6 * products + 12 * self.layers * self.heads * self.head_size() * self.span()
+        attention = 12 * self.layers * self.attention_width() * self.span()
+        return 6 * self.block_matmul_parameters() + attention + self.head_flops_per_token()
+
+    def block_activations(self, width: int) -> int:
+        """Bytes per token that a block's forward pass keeps for its backward pass.
+
+        Args:
+            width: bytes of the compute dtype.
+
+        Of the residual stream, as wide as the model: two inputs of norms and the two that they give. Of attention: the
+        product that holds q, k and v, what it mixes, and q and k once more where they are normalised or turned. Of the
+        MLP: its inside before and after GELU; with SwiGLU gates and values, silu of the gates, and the product. In
+        float32: the deviation of every norm and, for LayerNorm, the mean; attention's log-sum-exp of each head. A byte
+        for each entry where there is dropout.
+        """
+        again = self.head_size() * (self.heads + self.key_heads())
+        changed = self.qk_norm or isinstance(self.positions, Rope)
+        attention = self.qkv_width() + self.attention_width() + (again if changed else 0)
+        mlp = self.up_width() + self.mlp_width() * (2 if self.mlp == "swiglu" else 1)
+        norms = 2 + (self.heads + self.key_heads() if self.qk_norm else 0)
+        statistics = norms * (2 if self.norm == "layernorm" else 1) + self.heads
+        masks = 2 * self.dim if self.dropout else 0
+        return (4 * self.dim + attention + mlp) * width + 4 * statistics + masks
+
+    def activations(self, sequences: int, width: int) -> int:
+        """Bytes that a forward pass over whole sequences keeps for the backward pass, hidden states included;
+        `block_activations` of each block, or its input alone where blocks are recomputed.
+        """
+        tokens = sequences * self.seq_len
+        block = self.dim * width if self.activation_checkpointing else self.block_activations(width)
+        mask = self.dim if self.dropout else 0  # of the embeddings
+        turned = tokens if self.document_mask else self.seq_len  # cosines and sines in float32
+        turns = 4 * turned * self.head_size() if isinstance(self.positions, Rope) else 0
+        ends = 2 * self.dim * width  # the hidden states, and the input of the norm outside of the blocks
+        return tokens * (self.layers * block + mask + ends) + turns
+
+    def final_activations(self, sequences: int, width: int) -> int:
+        """Of `activations`, the bytes that are gone when the blocks' gradients are taken: the hidden states and the
+        last norm's input; of a decoder with norms after its sums that one is the embeddings', and stays.
+        """
+        return (1 if self.post_norm else 2) * sequences * self.seq_len * self.dim * width
+
+    def gradient_work(self, width: int) -> int:
+        """Bytes per token on top of the activations where a block's backward pass takes most: at the gradient of the
+        MLP's inside, beside that of the residual stream, when the inside after it is no longer needed; and the block
+        itself where it is recomputed.
+        """
+        inside = self.mlp_width() * (2 if self.mlp == "swiglu" else 1)
+        again = self.block_activations(width) if self.activation_checkpointing else 0
+        return (self.dim + inside) * width + again
 
     def span(self) -> int:
         """Keys per query: the sequence's, or a window's."""
         if self.window is None:
             return self.seq_len
         return min(self.seq_len, self.window if self.causal else 2 * self.window - 1)
+
+
+@lru_cache(maxsize=64)
+def _weights(config: DecoderConfig) -> tuple[Weight, ...]:
+    return tuple(_each_weight(config))
+
+
+def _each_weight(config: DecoderConfig) -> Iterator[Weight]:
+    def linear(name: str, taken: int, made: int, bias: bool) -> Iterator[Weight]:
+        yield Weight(f"{name}.weight", (made, taken), "matrices")
+        if bias:
+            yield Weight(f"{name}.bias", (made,), "biases")
+
+    def norm(name: str, width: int) -> Iterator[Weight]:
+        yield Weight(f"{name}.weight", (width,), "norms")
+        if config.bias:
+            yield Weight(f"{name}.bias", (width,), "norms")
+
+    if not config.tied:
+        yield Weight("tokens.weight", (config.vocab_size, config.dim), "embeddings")
+    if config.has_table():
+        yield Weight("positions.weight", (config.seq_len, config.dim), "embeddings")
+    for layer in range(config.layers):
+        block = f"blocks.{layer}"
+        yield from norm(f"{block}.attention_norm", config.dim)
+        yield from linear(f"{block}.attention.qkv", config.dim, config.qkv_width(), config.has_qkv_bias())
+        yield from linear(f"{block}.attention.projection", config.attention_width(), config.dim, config.bias)
+        if config.qk_norm:
+            yield from norm(f"{block}.attention.query_norm", config.head_size())
+            yield from norm(f"{block}.attention.key_norm", config.head_size())
+        yield from norm(f"{block}.mlp_norm", config.dim)
+        yield from linear(f"{block}.mlp.up", config.dim, config.up_width(), config.bias)
+        yield from linear(f"{block}.mlp.projection", config.mlp_width(), config.dim, config.bias)
+    yield from norm("norm", config.dim)
 
 
 class ExponentRamp(BaseModel, extra="forbid", frozen=True):
@@ -199,3 +329,11 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         from model.head import HarmonicHead
 
         return HarmonicHead(1, dim, seed=0, device="meta", **self.arguments()).feature_length
+
+    def parameters(self, prototypes: int, dim: int) -> dict[str, int]:
+        """Trained numbers of a head by parameter: `prototypes` rows, and what the distance and the exponent add."""
+        from model.distances import distance_named
+
+        kind = distance_named(self.distance)
+        found = {"prototypes": prototypes * dim, **kind.trained_sizes(dim, **self.params)}
+        return found | ({"log_exponent": 1} if self.exponent == "learned" and kind.has_exponent else {})

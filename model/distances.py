@@ -126,6 +126,13 @@ class Distance:
         return params, {}
 
     @classmethod
+    def trained_sizes(cls, dim: int, **params: Any) -> dict[str, int]:
+        """How many numbers a head trains of each of its parameters. Raises ValueError."""
+        with torch.device("meta"):
+            _, trained = cls.settings(dim, **params)
+        return {name: value.numel() for name, value in trained.items()}
+
+    @classmethod
     def constrained(cls, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters from the unconstrained values that a head trains."""
         return dict(trained)

@@ -1,30 +1,47 @@
-"""Every recipe in configs/ parses, says how it is run, builds on the meta device and has the size that its name
-says.
-"""
+"""Every recipe in configs/ parses, says how it is run, builds on the meta device, and is what name and header tell."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from data.settings import read_tree, validate
+from launch.footprint import parameters
+from launch.plan import altered
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.config import RunConfig, check_layout, dump, load
+from pretrain.config import RunConfig, check_layout, dump, from_tree, load
+from pretrain.study.algorithmic import TASKS, AlgorithmicConfig, Learner, cell_of
 
+GPT2 = {"vocab_size": 50_257, "bias": True, "mlp": "gelu_tanh"}
+QWEN = {"vocab_size": 151_936}
 CONFIGS = sorted(path for path in Path("configs").glob("*.yaml") if not path.stem.startswith("study-"))
-SIZES = {  # embedding counted once, as most are tied; that of GPT-2 and Llama is the recipe's own
-    "gpt2-124m": 124e6,
-    "gpt2-350m": 355e6,
-    "gpt2-774m": 774e6,
-    "gpt2-1.5b": 1558e6,
-    "qwen2-0.5b": 494e6 - (151_936 - 51_200) * 896,
-    "qwen3-0.6b": 596e6 - (151_936 - 51_200) * 1024,
-    "bert-base": 109.5e6,
-    "llama3-8b": 8.03e9 - 128_256 * 4096,
+OWN_FORM: dict[str, tuple[int, dict[str, Any]]] = {  # recipe -> published parameters, what makes the recipe that form
+    "gpt2-124m": (124_439_808, GPT2),
+    "gpt2-350m": (354_823_168, GPT2),
+    "gpt2-774m": (774_030_080, GPT2),
+    "gpt2-1.5b": (1_557_611_200, GPT2),
+    "qwen2-0.5b": (494_032_768, QWEN),
+    "qwen3-0.6b": (596_049_920, QWEN),
+    "llama3-8b": (8_030_261_248, {"vocab_size": 128_256}),
+    "bert-base": (109_482_240, {"vocab_size": 30_522}),
 }
+ELSEWHERE = {"bert-base": 2 * 768 + 768 * 769}  # segments and a pooler, which only the original has
+NAMED = {
+    "124m": 124e6,
+    "350m": 350e6,
+    "774m": 774e6,
+    "1.5b": 1.5e9,
+    "8b": 8e9,
+}  # of the tied form, by the end of a name
+COUNTED = re.compile(
+    r"^# Parameters: ([\d,]+): ([\d,]+) of the trunk(?:, ([\d,]+) of them the token embedding,)? and "
+    r"([\d,]+) prototypes(, which embed tokens too)?\.", re.MULTILINE,
+)  # fmt: skip
 WORLDS = {
     "quickstart": (1, 2),
     "benchmark-cpu": (1, 2),
@@ -39,9 +56,23 @@ WORLDS = {
 }
 
 
+def family_of(path: Path) -> str:
+    return re.sub("-(untied|cosine|softmax)", "", path.stem)
+
+
+def numbers(path: Path) -> tuple[int, int, int, int]:
+    """All, trunk, token embedding and prototypes, as a header tells them."""
+    found = COUNTED.search(path.read_text())
+    assert found, f"{path} does not say how many parameters it has"
+    assert bool(found[3]) != bool(found[5]), "either an embedding of its own, or the prototypes'"
+    total, trunk, embedding, prototypes = (int((group or "0").replace(",", "")) for group in found.groups()[:4])
+    return total, trunk, embedding, prototypes
+
+
 def test_the_recipes_are_there() -> None:
-    expected = {"quickstart", "gpt2-124m-cosine", "gpt2-124m-softmax", *SIZES}
-    assert expected <= {path.stem for path in CONFIGS}
+    forms = {f"gpt2-124m{tied}{head}" for tied in ("", "-untied") for head in ("", "-cosine", "-softmax")}
+    forms |= {f"{name}-untied" for name in OWN_FORM if name.startswith(("gpt2", "qwen"))}
+    assert {"quickstart", *forms, *OWN_FORM} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -49,31 +80,109 @@ def test_recipe(path: Path, tmp_path: Path) -> None:
     cfg = load(path)
     header = re.match(r"(#.*\n)+", path.read_text())
     assert header and f"python -m data prepare {path}" in header[0] and f"python -m launch run {path}" in header[0]
-    family = path.stem.removesuffix("-cosine").removesuffix("-softmax")
-    for world in WORLDS[family]:
+    for world in WORLDS[family_of(path)]:
         check_layout(cfg, world, min(world, 8))
     assert cfg.data.tokenizer.vocab_size % 1024 == 0
     (tmp_path / "again.yaml").write_text(dump(cfg))
     assert load(tmp_path / "again.yaml") == cfg
 
-    with torch.device("meta"):
-        decoder = Decoder(cfg.model.model_copy(update={"compile": False}))  # there is nothing to compile for on meta
-        head = HarmonicHead(cfg.model.vocab_size, cfg.model.dim, distance=cfg.head.distance, device="meta")
+    decoder, head = built(cfg)
     inputs = torch.zeros(2, cfg.model.seq_len, dtype=torch.int64, device="meta")
     hidden = decoder(head.embed(inputs) if cfg.model.tied else inputs)
     assert hidden.shape == (2, cfg.model.seq_len, cfg.model.dim)
     assert head.prototypes.shape == (cfg.model.vocab_size, cfg.model.dim)
-    if family in SIZES:
-        counted = sum(p.numel() for p in decoder.parameters())
-        assert counted == cfg.model.parameters()
-        embedding = cfg.model.vocab_size * cfg.model.dim if cfg.model.tied else 0  # it is the head's
-        assert counted + embedding == pytest.approx(SIZES[family], rel=0.02)
 
 
-def test_124m_recipes_differ_in_the_head_alone() -> None:
+def built(cfg: RunConfig) -> tuple[Decoder, HarmonicHead]:
+    with torch.device("meta"):
+        decoder = Decoder(cfg.model.model_copy(update={"compile": False}))  # there is nothing to compile for on meta
+        return decoder, HarmonicHead(cfg.model.vocab_size, cfg.model.dim, seed=0, **cfg.head.arguments())
+
+
+def check_numbers(path: Path, cfg: RunConfig) -> None:
+    """The header, the plan and the built model agree."""
+    decoder, head = built(cfg)
+    trunk, rows = sum(p.numel() for p in decoder.parameters()), head.prototypes.numel()
+    embedding = 0 if decoder.tokens is None else decoder.tokens.weight.numel()
+    planned = parameters(cfg)
+    assert (planned.trunk, planned.token_embedding) == (trunk, embedding)
+    assert planned.positions == (0 if decoder.positions is None else decoder.positions.weight.numel())
+    assert planned.head == sum(p.numel() for p in head.parameters())
+    assert planned.total == trunk + planned.head
+    assert numbers(path) == (trunk + rows, trunk, embedding, rows)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_header_plan_and_built_model_have_the_same_parameters(path: Path) -> None:
+    check_numbers(path, load(path))
+
+
+def test_a_study_says_how_many_parameters_its_heads_have() -> None:
+    path = Path("configs/study-small.yaml")
+    study = read_tree(path, [])
+    base = {**study["base"], "run": "unused", "optim": {"lr": 1e-3}}
+    check_numbers(path, from_tree({**base, "head": study["heads"]["softmax"]}))
+    more = from_tree({**base, "head": study["heads"]["mahalanobis"]})
+    assert f"Mahalanobis trains {parameters(more).total - numbers(path)[0]} more." in path.read_text()
+
+
+def test_the_algorithmic_study_says_how_many_parameters_its_learners_have() -> None:
+    path = Path("configs/study-algorithmic.yaml")
+    study = validate(AlgorithmicConfig, read_tree(path, []))
+    names = [(task, network.kind, head) for task in study.tasks for network in study.networks for head in study.heads]
+    cells = [cell_of(study, name, 0.5, 1, study.choice.candidates[0]) for name in names]
+    sizes = [sum(p.numel() for p in Learner(cell, TASKS[cell.task]()).parameters()) for cell in cells]
+    assert f"# Parameters: {min(sizes):,} to {max(sizes):,}, by task and network." in path.read_text()
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if family_of(path) in OWN_FORM], ids=lambda path: path.stem)
+def test_a_recipe_is_what_it_is_called(path: Path) -> None:
+    """Tied where the original is, unless its name says untied; with the original's parameters, biases and vocabulary
+    apart, which its header tells.
+    """
+    cfg, family = load(path), family_of(path)
+    assert cfg.model.tied == ("-untied" not in path.stem and family != "llama3-8b")
+    for head in ("cosine", "softmax"):
+        assert (cfg.head.distance == {"softmax": "dot"}.get(head, head)) == path.stem.endswith(head)
+    published, changes = OWN_FORM[family]
+    own = altered(cfg, model={**changes, "tied": family != "llama3-8b"})
+    assert sum(p.numel() for module in built(own) for p in module.parameters()) == published - ELSEWHERE.get(family, 0)
+    if "-untied" not in path.stem:
+        assert f"{published:,}" in path.read_text()
+    size = NAMED.get(family.rpartition("-")[2])
+    if size is not None and "-untied" not in path.stem:
+        assert numbers(path)[0] == pytest.approx(size, rel=0.05)
+
+
+@pytest.mark.parametrize("tied", ["", "-untied"])
+def test_124m_recipes_differ_in_the_head_alone(tied: str) -> None:
     def without_head(cfg: RunConfig) -> dict:
         return {key: value for key, value in cfg.model_dump().items() if key not in ("run", "head")}
 
-    euclidean, cosine, softmax = (load(f"configs/gpt2-124m{kind}.yaml") for kind in ("", "-cosine", "-softmax"))
+    heads = [load(f"configs/gpt2-124m{tied}{kind}.yaml") for kind in ("", "-cosine", "-softmax")]
+    euclidean, cosine, softmax = heads
     assert without_head(euclidean) == without_head(cosine) == without_head(softmax)
-    assert [cfg.head.distance for cfg in (euclidean, cosine, softmax)] == ["euclidean", "cosine", "dot"]
+    assert [cfg.head.distance for cfg in heads] == ["euclidean", "cosine", "dot"]
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "-untied" in path.stem], ids=lambda path: path.stem)
+def test_an_untied_recipe_differs_in_that_alone(path: Path) -> None:
+    untied, tied = load(path), load(path.with_name(path.name.replace("-untied", "")))
+    assert altered(untied, model={"tied": True}).model_dump(exclude={"run"}) == tied.model_dump(exclude={"run"})
+    assert str(untied.run) == f"runs/{path.stem}"
+
+
+def test_nothing_names_a_recipe_that_is_not_there() -> None:
+    pages = [
+        Path("README.md"),
+        *Path("docs").glob("*.md"),
+        *Path("benchmarks").rglob("*.md"),
+        *Path("configs").glob("*"),
+    ]
+    sources = [path for folder in ("launch", "pretrain", "benchmarks", "tests") for path in Path(folder).rglob("*.py")]
+    for path in [*pages, *sources]:
+        text = path.read_text()
+        named = set(re.findall(r"configs/[\w.-]+?\.yaml", text))
+        if path.suffix in (".md", ".yaml"):
+            named |= {f"configs/{name}" for name in re.findall(r"(?<![\w/.])(?:gpt2|qwen|llama)[\w.-]*?\.yaml", text)}
+        assert not [name for name in named if not Path(name).is_file()], path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -21,10 +22,21 @@ from data.settings import ConfigError
 from launch import footprint
 from launch.__main__ import main
 from launch.cluster import Cluster
-from launch.footprint import ZERO_DEFAULTS, by_product, head_chunks, memory, optimizer_groups, parameters, zero_stage
+from launch.footprint import (
+    ZERO_DEFAULTS,
+    by_product,
+    head_chunks,
+    memory,
+    optimizer_groups,
+    parameters,
+    replicated_head,
+    stage3_gathers,
+    zero_stage,
+)
 from launch.plan import altered, plan, step_time
 from launch.traffic import Collective, collectives
 from pretrain.gpus import GPUS
+from tests.model.decoders import decoder_settings
 from tests.pretrain.tiny import tiny_config
 
 RECIPE = "configs/gpt2-1.5b.yaml"
@@ -47,14 +59,20 @@ def test_what_two_ranks_allocate_and_send_is_as_planned(tmp_path: Path) -> None:
     assert not [one for one in compared if not one.agrees]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("head", HEADS, ids=str)
-def test_parameters_are_those_of_decoder_and_head(head: dict[str, Any], tied: bool) -> None:
+@settings(max_examples=60, deadline=None)
+@given(
+    model=decoder_settings(vocab_size=67),
+    head=st.sampled_from([*HEADS, {"distance": "dot", "exponent": "learned"}]),
+    also_decay=st.sets(st.sampled_from(["norms", "biases", "embeddings"])),
+)
+def test_parameters_are_those_of_decoder_and_head(
+    model: dict[str, Any], head: dict[str, Any], also_decay: set[str]
+) -> None:
     from model.decoder import Decoder
     from model.head import HarmonicHead
     from pretrain.optim import parameter_groups
 
-    cfg = tiny_config(head=head, model__tied=tied, model__bias=tied)
+    cfg = tiny_config(model=model, head=head, optim__also_decay=sorted(also_decay))
     with torch.device("meta"):
         decoder = Decoder(cfg.model)
         own = HarmonicHead(cfg.model.vocab_size, cfg.model.dim, seed=0, **cfg.head.arguments())
@@ -62,8 +80,34 @@ def test_parameters_are_those_of_decoder_and_head(head: dict[str, Any], tied: bo
     assert planned.trunk == sum(p.numel() for p in decoder.parameters())
     assert planned.head == sum(p.numel() for p in own.parameters())
     assert planned.total == planned.trunk + planned.head
+    assert replicated_head(cfg) == planned.head - own.prototypes.numel()
+    assert planned.token_embedding == (0 if decoder.tokens is None else decoder.tokens.weight.numel())
+    assert planned.positions == (0 if decoder.positions is None else decoder.positions.weight.numel())
     made = [[p.numel() for p in group["params"]] for group in parameter_groups([decoder], cfg.optim)]  # type: ignore
-    assert [sum(group) for group in optimizer_groups(cfg)] == [sum(group) for group in made]
+    assert optimizer_groups(cfg) == made
+
+
+@settings(max_examples=60, deadline=None)
+@given(model=decoder_settings(vocab_size=67), threshold=st.sampled_from([1, 100, 1000]))
+def test_stage_3_gathers_the_built_modules_and_keeps_their_small_parameters(
+    model: dict[str, Any], threshold: int
+) -> None:
+    from model.decoder import Decoder
+
+    zero = {"stage3_param_persistence_threshold": threshold, "stage3_prefetch_bucket_size": 1,
+            "stage3_max_reuse_distance": 1}  # fmt: skip
+    cfg = tiny_config(model=model, deepspeed={"zero_optimization": zero})
+    with torch.device("meta"):
+        named = {name: p.numel() for name, p in Decoder(cfg.model).named_parameters()}
+    small = {name for name, size in named.items() if size <= threshold}
+    if not cfg.model.document_mask:
+        small |= {"positions.weight"} & set(named)
+    gathered, most, staying = stage3_gathers(cfg)
+    assert staying == sum(named[name] for name in small)
+    blocks = sum(size for name, size in named.items() if name.startswith("blocks.") and name not in small)
+    others = sum(named.values()) - staying - blocks
+    assert blocks + others <= gathered <= (3 if cfg.model.activation_checkpointing else 2) * (blocks + others)
+    assert staying <= most <= sum(named.values())
 
 
 @pytest.mark.parametrize("ranks", [1, 4])
@@ -160,7 +204,7 @@ def test_the_cheapest_changes_make_it_fit(changes: list[str], gpu: str, capsys: 
 
 
 def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
-    cfg = scaling.SHAPES["GPT-2 1.5B: 48 layers, D 1600, V 51,200, T 1,024"]
+    cfg = scaling.SHAPES["GPT-2 1.5B, untied: 48 layers, D 1600, V 51,200, T 1,024"]
     cluster = Cluster(gpus=8)
     largest = plan(cfg, cluster).largest_micro_batch
     assert largest is not None and memory(altered(cfg, train={"micro_batch": largest}), cluster).peak <= (
@@ -176,6 +220,30 @@ def test_tables_say_that_nothing_was_measured(capsys: pytest.CaptureFixture[str]
     told = capsys.readouterr().out
     for words in ("Planned, not measured", "assumed:", "12.5 GB/s between nodes", "300,000,000,000 tokens", "fits"):
         assert words in told
+
+
+@pytest.mark.parametrize(
+    "config, words, expected",
+    [
+        ("quickstart", ["--gpus", "2"], ["5,310,720 parameters", "takes 397 us", "tokens take 119 ms and 167 J"]),
+        ("gpt2-124m", ["--gpus", "8"], ["125,061,888 parameters", "tied: the prototypes embed", "minutes and", " kWh"]),
+        ("gpt2-124m-untied", ["--gpus", "1"], ["164,383,488 parameters", "hours and", " kWh"]),
+        ("gpt2-124m-untied", ["train.steps=100"], ["49,152,000 tokens take", " s and", " Wh"]),
+        ("llama3-8b", ["--gpus", "64", "--budget-tokens", "1.5e13"], ["embedding 536,870,912)", "days and", " MWh"]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)  # fmt: skip
+def test_times_and_energies_are_told_in_units_that_fit(
+    config: str, words: list[str], expected: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", f"configs/{config}.yaml", *words]) == 0
+    told = capsys.readouterr().out
+    assert [words for words in expected if words not in told] == []
+    found = [
+        float(number.replace(",", "")) for number in re.findall(r"([\d,.]+) (?:us|ms|s|minutes|hours|days)\b", told)
+    ]
+    assert found and all(number == 0 or 1 <= number < 10_000 for number in found), "no 0.02 days, no 201,909 ms"
+    assert all(number >= 1 for number in map(float, re.findall(r"([\d.]+) (?:J|Wh|kWh|MWh|GWh)\b", told)))
 
 
 @pytest.mark.parametrize(
@@ -211,7 +279,7 @@ def test_what_a_plan_does_not_count_is_told() -> None:
 
 
 def test_overlapped_reduction_hides_at_stage_2() -> None:
-    cfg = scaling.SHAPES["GPT-2 1.5B: 48 layers, D 1600, V 51,200, T 1,024"]
+    cfg = scaling.SHAPES["GPT-2 1.5B, untied: 48 layers, D 1600, V 51,200, T 1,024"]
     cluster = Cluster(gpus=64)
 
     def exposed(**zero: Any) -> float:

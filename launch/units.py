@@ -1,0 +1,34 @@
+"""Times and energies in the unit that fits them, to three digits, for a reader."""
+
+from __future__ import annotations
+
+import math
+
+# Unit, its size, and the least amount that is told in it.
+TIMES = (("days", 86400.0, 2 * 86400.0), ("hours", 3600.0, 2 * 3600.0), ("minutes", 60.0, 120.0), ("s", 1.0, 1.0),
+         ("ms", 1e-3, 1e-3), ("us", 1e-6, 0.0))  # fmt: skip
+ENERGIES = (
+    ("GWh", 3.6e12, 3.6e12),
+    ("MWh", 3.6e9, 3.6e9),
+    ("kWh", 3.6e6, 3.6e6),
+    ("Wh", 3.6e3, 3.6e3),
+    ("J", 1.0, 0.0),
+)
+
+
+def duration(seconds: float) -> str:
+    """Such as 14.4 minutes: from us to days."""
+    return _fitting(seconds, TIMES)
+
+
+def energy(joules: float) -> str:
+    """Such as 1.21 kWh: from J to GWh."""
+    return _fitting(joules, ENERGIES)
+
+
+def _fitting(amount: float, units: tuple[tuple[str, float, float], ...]) -> str:
+    if not amount:
+        return f"0 {next(name for name, size, _ in units if size == 1)}"
+    name, size, _ = next(unit for unit in units if amount >= unit[2])
+    decimals = min(2, max(0, 2 - math.floor(math.log10(amount / size))))
+    return f"{amount / size:,.{decimals}f} {name}"

@@ -1,0 +1,122 @@
+"""What DecoderConfig and HeadConfig count is what is built and kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.config import DecoderConfig, HeadConfig
+from model.decoder import Decoder, document_positions
+from model.head import HarmonicHead
+from pretrain.optim import kind_of
+from tests.model.decoders import decoder_settings
+
+HEADS: list[dict[str, Any]] = [
+    {"distance": distance, "exponent": exponent, "params": params}
+    for exponent in ("sqrt_dim", "learned", 3.0)
+    for distance, params in (
+        ("euclidean", {}), ("dot", {}), ("minkowski", {"p": 3.0}), ("mahalanobis", {}),
+        ("mahalanobis", {"factor": "full"}),
+    )
+]  # fmt: skip
+
+
+@settings(max_examples=100, deadline=None)
+@given(decoder_settings())
+def test_weights_are_those_of_the_built_decoder_in_its_order(tree: dict[str, Any]) -> None:
+    config = DecoderConfig(**tree)
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    built = [(name, tuple(parameter.shape)) for name, parameter in decoder.named_parameters()]
+    assert [(weight.name, weight.shape) for weight in config.weights()] == built
+    assert config.parameters() == sum(parameter.numel() for parameter in decoder.parameters())
+    for weight in config.weights():
+        owner, short = decoder.get_submodule(weight.module), weight.name.rpartition(".")[2]
+        assert weight.kind == kind_of(owner, short, decoder.get_parameter(weight.name))
+
+
+@settings(max_examples=50, deadline=None)
+@given(decoder_settings())
+def test_modules_run_in_the_order_that_is_told(tree: dict[str, Any]) -> None:
+    config = DecoderConfig(**tree | {"activation_checkpointing": False})
+    decoder, ran = Decoder(config), []
+    for name in config.modules():
+        decoder.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    tokens = torch.zeros(1, config.seq_len, dtype=torch.int64)
+    inputs = torch.zeros(1, config.seq_len, config.dim) if config.tied else tokens
+    decoder(inputs, document_positions(tokens, 3) if config.document_mask else None)
+    reads_table = not config.document_mask  # the decoder takes its rows without asking the module
+    assert ran == [name for name in config.modules() if not (reads_table and name == "positions")]
+    assert set(config.modules()) == {weight.module for weight in config.weights()}
+
+
+@settings(max_examples=50, deadline=None)
+@given(decoder_settings())
+def test_operations_are_those_that_are_counted(tree: dict[str, Any]) -> None:
+    config = DecoderConfig(**tree | {"window": None, "document_mask": False, "activation_checkpointing": False})
+    with torch.device("meta"):
+        decoder, head = Decoder(config), torch.nn.Linear(config.dim, config.vocab_size, bias=False)
+        shape = (2, config.seq_len)
+        inputs = torch.zeros(*shape, config.dim, requires_grad=True) if config.tied else torch.zeros(shape).long()
+        hidden = decoder(inputs)
+    with FlopCounterMode(display=False) as trunk:
+        hidden = decoder(inputs)
+        hidden.sum().backward()
+    with FlopCounterMode(display=False) as own:
+        head(hidden.detach().requires_grad_()).sum().backward()
+    tokens = 2 * config.seq_len
+    assert own.get_total_flops() == config.head_flops_per_token() * tokens
+    assert trunk.get_total_flops() + own.get_total_flops() == config.flops_per_token() * tokens
+
+
+def kept_bytes(config: DecoderConfig, sequences: int, dtype: torch.dtype) -> int:
+    """What a forward pass keeps for the backward pass, weights not counted, with the hidden states."""
+    decoder = Decoder(config).to(dtype)
+    shape = (sequences, config.seq_len)
+    inputs = torch.zeros(*shape, config.dim, dtype=dtype).requires_grad_() if config.tied else torch.zeros(shape).long()
+    weights = {parameter.untyped_storage()._cdata for parameter in decoder.parameters()}
+    found: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            found[storage._cdata] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        hidden = decoder(inputs)
+    found[hidden.untyped_storage()._cdata] = hidden.untyped_storage()
+    return sum(storage.nbytes() for storage in found.values())
+
+
+# RMSNorm, dropout and windows are left out: on a CPU they are made of several operations that keep more.
+KEPT: dict[str, dict[str, Any]] = {
+    "GPT-2": {},
+    "GPT-2 with biases, tied": {"bias": True, "tied": True},
+    "BERT": {"post_norm": True, "bias": True, "objective": "masked"},
+    "SwiGLU": {"mlp": "swiglu", "mlp_dim": 300},
+    "turned": {"positions": {"theta": 100.0}},
+    "grouped queries": {"kv_heads": 2, "positions": "none"},
+    "grouped queries, turned, wide heads": {"kv_heads": 2, "positions": {"theta": 100.0}, "head_dim": 48},
+    "normalised queries and keys": {"qk_norm": True},
+    "all of it": {"qk_norm": True, "positions": {"theta": 100.0}, "kv_heads": 1, "mlp": "swiglu", "mlp_dim": 200},
+    "recomputed": {"activation_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", KEPT)
+def test_activations_are_what_a_forward_pass_keeps(name: str, dtype: torch.dtype) -> None:
+    config = DecoderConfig(vocab_size=100, seq_len=320, layers=3, heads=4, dim=128, **KEPT[name])
+    assert config.activations(2, dtype.itemsize) == pytest.approx(kept_bytes(config, 2, dtype), rel=0.01)
+
+
+@pytest.mark.parametrize("tree", HEADS, ids=str)
+def test_parameters_of_a_head_are_those_of_the_built_one(tree: dict[str, Any]) -> None:
+    config = HeadConfig(**tree)
+    head = HarmonicHead(67, 12, device="meta", seed=0, **config.arguments())
+    assert config.parameters(67, 12) == {name: parameter.numel() for name, parameter in head.named_parameters()}
