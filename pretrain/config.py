@@ -25,6 +25,7 @@ EXIT_NOT_SAVED = 4  # a checkpoint could not be written
 EXIT_PREEMPTED = 75  # stopped by a signal after a save: start again to go on
 EXIT_RECORD = "exit.json"  # how the run ended, in its folder
 FAILURES = "failures"  # a folder in it: `rank-N.json` of each rank that failed or was ended
+JOB_VARIABLE = "OVERTONE_JOB"  # the id of the job that a launcher started: what it reads is of that job alone
 LEASE_VARIABLE = "OVERTONE_LEASE"  # names the file by which a launcher tells its ranks that it lives
 BIND_VARIABLE = "OVERTONE_BIND_CORES"  # set: each rank keeps to its share of the host's cores
 LINK_MARK = "overtone-link:"  # before what pretrain/link.py prints
@@ -69,6 +70,7 @@ class Failure:
     traceback: str
     code: int
     suspects: list[int]  # ranks that it ended for
+    job: str | None  # the id of the rank's job
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
