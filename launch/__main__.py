@@ -15,7 +15,7 @@ from launch import plan, slurm
 from launch.hosts import Placement, place
 from launch.job import End
 from pretrain.claim import Claim
-from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
+from pretrain.config import EXIT_BAD_INPUT, JOB_VARIABLE, RunConfig, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -195,9 +195,11 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], 
             print((f"{host}: " if host else "") + deepspeed.one_line(*command_for(number)), flush=True)
         return job.DONE
     grace_s = max(job.GRACE_S, cfg.checkpoint.grace_s)
-    with take(cfg.run, placement, node, cfg.timeouts.heartbeat_s + grace_s) as claim:
+    patience_s = cfg.timeouts.rendezvous_s if node else cfg.timeouts.heartbeat_s + grace_s
+    with take(cfg.run, placement, node, patience_s) as claim:
         words, added = command_for(node, claim)
-        print(deepspeed.one_line(words, added), flush=True)
+        told = {name: value for name, value in added.items() if name != JOB_VARIABLE}  # given again, it is another job
+        print(deepspeed.one_line(words, told), flush=True)
         if launcher in ("pdsh", "openmpi"):
             deepspeed.write_files(placement, facts, claim.run, claim=claim)
         return job.run(words, added, claim, placement, node=node, grace_s=grace_s)

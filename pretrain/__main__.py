@@ -75,6 +75,8 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
     try:
         watch.hold()
     except ConfigError as error:
+        if watch.world == 1:
+            raise
         refused = str(error)  # for the others to hear too
     from pretrain import ranks as process  # torch: after the input was checked
 

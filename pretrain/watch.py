@@ -34,6 +34,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
+from data.settings import ConfigError
 from pretrain.claim import Claim, Holder, hold, job_of, leave_record, may_write, new_job, set_aside_failures
 from pretrain.config import EXIT_BAD_INPUT, FAILURES, LEASE_VARIABLE, STOP, Failure, RunConfig
 
@@ -142,6 +143,9 @@ class Watch:
         self._store: Any = None
 
     def __enter__(self) -> Watch:
+        if self.job is not None:
+            with suppress(ConfigError):  # which is told once the input was checked
+                self.hold()
         if self._lease is not None:
             if self._lease.exists():
                 with suppress(OSError, IndexError):  # the sign tells of that
@@ -173,9 +177,10 @@ class Watch:
         Raises:
             ConfigError: another job has it, or it cannot be written.
         """
-        if self.rank == 0:
-            self.job = self.job or new_job()
-            self._claim = hold(self.cfg.run, Holder(self.job, launcher=False))
+        if self.rank == 0 and self._claim is None:
+            job, self.job = self.job or new_job(), None  # whoever is refused is of no job, whatever the variable says
+            self._claim = hold(self.cfg.run, Holder(job, launcher=False))
+            self.job = job
             if not self._claim.joined:
                 set_aside_failures(self.cfg.run)
 

@@ -26,7 +26,6 @@ from pretrain.watch import Watch
 
 plan = json.loads(sys.argv[1])
 with Watch(from_tree(plan["config"]), os.environ) as watch:
-    watch.hold()
     if watch.world > 1:
         from torch.distributed import TCPStore
 
