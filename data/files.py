@@ -39,12 +39,13 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def lock(file: IO[str]) -> bool:
+def lock(file: IO[str], *, shared: bool = False) -> bool:
     """Takes an open file's lock, which the system frees when this process ends, however it ends; False: another
-    process has it. A file system without locks gives it to everybody.
+    process has it. A shared one is refused only while another process has one that is not. A file system without locks
+    gives it to everybody.
     """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:

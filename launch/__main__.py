@@ -14,7 +14,8 @@ from data.settings import ConfigError
 from launch import plan, slurm
 from launch.hosts import Placement, place
 from launch.job import End
-from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
+from pretrain.claim import Claim
+from pretrain.config import EXIT_BAD_INPUT, JOB_VARIABLE, RunConfig, load
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,6 +151,7 @@ def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], pl
 def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> End:
     """Runs the job once, or prints how, for a dry run."""
     from launch import deepspeed, job
+    from launch.lease import take
     from launch.reach import answers
 
     launcher = asked.launcher if placement.hostfile is not None else None
@@ -169,36 +171,38 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], 
             raise ConfigError(f"--node-rank {node}: {placement.hostfile} has hosts 0 to {len(placement.ranks) - 1}")
     address, port = deepspeed.meeting_point(placement, facts) if launcher else (None, None)
     port = asked.master_port or port or deepspeed.free_port()
-    lease = job.lease_of(cfg.run, node or 0)
-    added = deepspeed.environment(placement, facts, lease=lease, folder=cfg.run if launcher == "pdsh" else None)
-    if launcher == "openmpi":
-        added |= {"MASTER_ADDR": str(address), "MASTER_PORT": str(port)}
 
-    def words_for(node: int) -> list[str]:
-        return deepspeed.command(
+    def command_for(node: int | None, claim: Claim | None = None) -> tuple[list[str], dict[str, str]]:
+        folder = cfg.run if launcher == "pdsh" else None
+        added = deepspeed.environment(placement, facts, claim=claim, node=node, folder=folder)
+        if launcher == "openmpi":
+            added |= {"MASTER_ADDR": str(address), "MASTER_PORT": str(port)}
+        words = deepspeed.command(
             asked.config,
             overrides,
             placement,
             launcher=launcher or "pdsh",
             address=address,
             port=port,
-            node=node,
+            node=node or 0,
             folder=cfg.run,
             exports=list(added),
         )
+        return words, added
 
-    if node is not None and asked.dry_run:
-        for number, host in enumerate(placement.ranks):
-            print(f"{host}: {deepspeed.one_line(words_for(number), added)}")
-        return job.DONE
-    words = words_for(node or 0)
-    print(deepspeed.one_line(words, added), flush=True)
     if asked.dry_run:
+        for number, host in enumerate(placement.ranks) if node is not None else [(None, "")]:
+            print((f"{host}: " if host else "") + deepspeed.one_line(*command_for(number)), flush=True)
         return job.DONE
-    if launcher in ("pdsh", "openmpi"):
-        deepspeed.write_files(placement, facts, cfg.run, lease)
     grace_s = max(job.GRACE_S, cfg.checkpoint.grace_s)
-    return job.run(words, added, cfg.run, placement, node=node, grace_s=grace_s)
+    patience_s = cfg.timeouts.rendezvous_s if node else cfg.timeouts.heartbeat_s + grace_s
+    with take(cfg.run, placement, node, patience_s) as claim:
+        words, added = command_for(node, claim)
+        told = {name: value for name, value in added.items() if name != JOB_VARIABLE}  # given again, it is another job
+        print(deepspeed.one_line(words, told), flush=True)
+        if launcher in ("pdsh", "openmpi"):
+            deepspeed.write_files(placement, facts, claim.run, claim=claim)
+        return job.run(words, added, claim, placement, node=node, grace_s=grace_s)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 placement = place(hostfile=None)
 words = command("configs/quickstart.yaml", [], placement)
-code = launch.job.run(words, environment(placement), Path("runs/quickstart"), placement)
+with launch.lease.take(Path("runs/quickstart"), placement) as claim:
+    code = launch.job.run(words, environment(placement, claim=claim), claim, placement).code
 """
 
 from __future__ import annotations
@@ -20,10 +21,12 @@ from typing import Any, Literal
 from data.settings import ConfigError
 from launch.exports import env_file, exported
 from launch.hosts import Placement, cores
+from launch.lease import lease_of
 from launch.probe import free_port as _free_port
 from launch.probe import gpus as _gpus
 from launch.reach import Facts, ssh_arguments
-from pretrain.config import BIND_VARIABLE, LEASE_VARIABLE, RunConfig, check_data, check_layout
+from pretrain.claim import Claim
+from pretrain.config import BIND_VARIABLE, JOB_VARIABLE, LEASE_VARIABLE, RunConfig, check_data, check_layout
 
 SITE_HOSTFILE = Path("/job/hostfile")  # deepspeed takes this one unasked, where it exists
 DEFAULT_PORT = 29500  # where hosts that are started one by one meet
@@ -127,19 +130,23 @@ def srun(config: str, overrides: Sequence[str], placement: Placement, *, port: i
 
 
 def environment(
-    placement: Placement, facts: Mapping[str, Facts] = {}, *, lease: Path | None = None, folder: Path | None = None
+    placement: Placement,
+    facts: Mapping[str, Facts] = {},
+    *,
+    claim: Claim | None = None,
+    node: int | None = None,
+    folder: Path | None = None,
 ) -> dict[str, str]:
     """Variables that the `deepspeed` command gets in addition to this process's; what the user has set stays.
 
     Args:
         placement: where the ranks go.
         facts: what its hosts say of themselves; empty: this machine's are taken.
-        lease: the file by which the launcher tells that it lives; None: there is none.
+        claim: the job's, on its run folder; None: there is no launcher.
+        node: which host's launcher that is, where each has its own.
         folder: the run folder, where the variables for other hosts are listed; None: no other hosts, or not by pdsh.
     """
-    added = _own(placement, facts)
-    if lease is not None:
-        added[LEASE_VARIABLE] = str(lease)
+    added = _own(placement, facts) | _of_job(claim, node)
     if folder is not None:
         return {"DS_ENV_FILE": str((folder / ENV_FILE).absolute()), "PDSH_SSH_ARGS_APPEND": ssh_arguments()}
     tools = _tools()
@@ -163,15 +170,19 @@ def _own(placement: Placement, facts: Mapping[str, Facts]) -> dict[str, str]:
     return {name: value for name, value in ours.items() if name not in os.environ}
 
 
+def _of_job(claim: Claim | None, node: int | None = None) -> dict[str, str]:
+    """By what the ranks know which job they are of, and whether its launcher lives."""
+    return {} if claim is None else {JOB_VARIABLE: claim.job, LEASE_VARIABLE: str(lease_of(claim.run, node))}
+
+
 def _tools() -> str:
     """The folder of this Python's programs: ninja, which compiles DeepSpeed's and our C++, is there."""
     return str(Path(sys.executable).parent)
 
 
-def write_files(placement: Placement, facts: Mapping[str, Facts], folder: Path, lease: Path | None) -> None:
-    """Writes into the run folder what deepspeed reads: variables for other hosts, and the hostfile for OpenMPI."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = env_file(_own(placement, facts) | ({} if lease is None else {LEASE_VARIABLE: str(lease)}))
+def write_files(placement: Placement, facts: Mapping[str, Facts], folder: Path, *, claim: Claim | None = None) -> None:
+    """Writes into a folder what deepspeed reads: variables for other hosts, and the hostfile for OpenMPI."""
+    text = env_file(_own(placement, facts) | _of_job(claim))
     # The path goes to each host's shell as it is, which puts its own PATH before ours.
     (folder / ENV_FILE).write_text(text + f"PATH=$PATH:{_tools()}\n", encoding="utf-8")
     lines = (f"{host} slots={ranks}\n" for host, ranks in placement.ranks.items())

@@ -203,7 +203,7 @@ def measure(placement: Placement, found: Mapping[str, Facts | str]) -> dict[str,
     placement = Placement(dict.fromkeys(placement.ranks, 1), placement.hostfile, chosen=one_each)
     with TemporaryDirectory(prefix="doctor-") as name:
         folder = Path(name)
-        deepspeed.write_files(placement, told, folder, None)
+        deepspeed.write_files(placement, told, folder)
         try:
             address, port = deepspeed.meeting_point(placement, told)
         except ConfigError as error:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
 
 from launch.hosts import Placement
+from pretrain.claim import Claim
 from pretrain.config import FAILURES, Failure
 
 
@@ -28,23 +27,15 @@ class Verdict:
         return f"rank {self.rank} on {self.host} failed first{where}: {self.error}"
 
 
-def set_aside(run: Path) -> None:
-    """Keeps the failures of an earlier start under a name of their own."""
-    folder = run / FAILURES
-    if folder.is_dir():
-        number = next(k for k in range(1, 10**6) if not (run / f"{FAILURES}-{k}").exists())
-        os.replace(folder, run / f"{FAILURES}-{number}")
-
-
-def read_failures(run: Path) -> list[Failure]:
-    """The ranks' records, earliest first."""
+def read_failures(claim: Claim) -> list[Failure]:
+    """The records of the job's own ranks, earliest first."""
     found = []
-    for path in (run / FAILURES).glob("rank-*.json"):
+    for path in (claim.run / FAILURES).glob("rank-*.json"):
         try:
             found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):
             continue  # half of a write on a file system that went away
-    return sorted(found, key=lambda failure: failure.time)
+    return sorted((failure for failure in found if failure.job == claim.job), key=lambda failure: failure.time)
 
 
 def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = frozenset()) -> Verdict | None:

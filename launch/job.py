@@ -2,8 +2,8 @@
 
 Why it is watched: `deepspeed` exits with 0 when its inner launcher was killed, and dies of SIGTERM alone; both times
 the ranks train on. So the job is a session of its own, the ranks are told to stop by a signal of ours (or by the lease,
-a file in the run folder that they read, where they are on other hosts), and what the ranks leave in the run folder
-decides together with deepspeed's exit code.
+a file in the run folder that they read, where they are on other hosts), and what the job's own ranks leave in the run
+folder decides together with deepspeed's exit code.
 """
 
 from __future__ import annotations
@@ -13,80 +13,29 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import psutil
 
 from launch import failures
 from launch.hosts import Placement
+from launch.lease import Lease, lease_of
 from launch.reach import ask
-from pretrain.config import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RECORD, FAILURES, STOP
+from pretrain.claim import Claim
+from pretrain.config import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RECORD, FAILURES
 
 GRACE_S = 60.0  # for the ranks to save and leave after a signal; longer if checkpoint.grace_s is
 STRAGGLER_S = 3.0  # for what is left when there is nothing to save
 FAILED_S = 20.0  # from the first rank's failure to the end of all: those that can end themselves need 15
 UNKILLABLE_S = 10.0  # after which a process that survives SIGKILL is reported
 RECORD_S = 10.0  # for rank 0's record to show up in a run folder that another host writes
-LEASE_S = 1.0  # between two signs of life
 POLL_S = 0.1
 SSH_FAILED = 255  # ssh's code for itself
-
-
-class Lease:
-    """The file by which this launcher tells the ranks, wherever they are, that it lives or that they are to stop; when
-    it is removed, the ranks end.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._over = threading.Event()
-        self._owner = uuid.uuid4().hex  # so that ranks do not take another start's lease for theirs
-        self._text: str | None = None
-        self._thread = threading.Thread(target=self._renew, daemon=True)
-
-    def __enter__(self) -> Lease:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(f"{self._owner} 0")
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._over.set()
-        self._thread.join()
-        self.path.unlink(missing_ok=True)
-
-    def stop(self) -> None:
-        """Asks the ranks to save and leave."""
-        self._text = STOP
-        self._write(STOP)
-
-    def _renew(self) -> None:
-        count = 0
-        while not self._over.wait(LEASE_S):
-            count += 1
-            self._write(self._text or str(count))
-
-    def _write(self, text: str) -> None:
-        with suppress(OSError):  # the file system may come back; if not, the ranks take this launcher for dead
-            draft = self.path.with_name(f"draft-{self.path.name}-{threading.get_ident()}")
-            draft.write_text(f"{self._owner} {text}")
-            os.replace(draft, self.path)
-
-
-def lease_of(run: Path, node: int = 0) -> Path:
-    """The lease of the launcher on a host; `node` counts only those hosts that have a launcher of their own."""
-    return (run / f"lease-{node}").absolute()
 
 
 @dataclass(frozen=True)
@@ -104,7 +53,7 @@ DONE = End(0, "done", told=False)
 def run(
     words: Sequence[str],
     added: Mapping[str, str],
-    folder: Path,
+    claim: Claim,
     placement: Placement,
     *,
     node: int | None = None,
@@ -120,8 +69,8 @@ def run(
     Args:
         words: by `command`.
         added: by `environment`.
-        folder: the run folder. Rank 0 leaves `exit.json` in it before it exits, `{"code": int, "reason": str, ...}`,
-            and a rank that fails a record in `failures/`.
+        claim: on the run folder, by `take`. Rank 0 leaves `exit.json` in it before it exits,
+            `{"job": str, "code": int, "reason": str, ...}`, and a rank that fails a record in `failures/`.
         placement: where the ranks are.
         node: this launcher starts the ranks of this host alone, and other hosts have launchers of their own; None: of
             all hosts.
@@ -131,26 +80,22 @@ def run(
         The code is rank 0's record's unless that is 0; else deepspeed's, 128 + signal for a killed rank; 1 if deepspeed
         says 0 but rank 0 left no record, or a rank failed; 2 if the first rank that failed says so; else 0.
     """
-    record = folder / EXIT_RECORD
     remote = placement.hostfile is not None and node is None
-    if not node:  # of an earlier run
-        record.unlink(missing_ok=True)
-        failures.set_aside(folder)
-    with _signals() as received, Lease(lease_of(folder, node or 0)) as lease:
+    with _signals() as received, Lease(lease_of(claim.run, node), claim.job) as lease:
         job = subprocess.Popen(words, env={**os.environ, **added}, stdin=subprocess.DEVNULL, start_new_session=True)
         left: list[int] = []
         try:
-            if _wait(job, received, folder):
+            if _wait(job, received, claim):
                 left = _end(job, received, lease, module, remote, grace_s)
         finally:
             _kill(job.pid)
     child = job.wait()
     other_writes = remote or bool(node)
-    found = _record_of(record, RECORD_S if other_writes and (child == 0 or received) else 0)
+    found = _record_of(claim, RECORD_S if other_writes and (child == 0 or received) else 0)
     code, reason = exit_code(child, found, remote)
-    if code not in (0, EXIT_PREEMPTED) or (code == 0 and failures.read_failures(folder)):
-        gone = _reap(placement, lease.path) if remote else frozenset()
-        code, reason = _explained(code, reason, folder, placement, gone)
+    if code not in (0, EXIT_PREEMPTED) or (code == 0 and failures.read_failures(claim)):
+        gone = _reap(placement, claim.job) if remote else frozenset()
+        code, reason = _explained(code, reason, claim, placement, gone)
     if left:
         code, reason = code or 1, f"{reason}; processes that cannot be killed: {left}"
     if code:
@@ -158,14 +103,14 @@ def run(
     return End(code, reason, bool(received))
 
 
-def _wait(job: subprocess.Popen[bytes], received: list[int], folder: Path) -> bool:
+def _wait(job: subprocess.Popen[bytes], received: list[int], claim: Claim) -> bool:
     """Waits until deepspeed ends or a signal comes; False if a rank failed and the rest did not end in time."""
     failed = looked = None
     while job.poll() is None and not received:
         now = time.monotonic()
         if looked is None or now - looked > 1:
             looked = now
-            if failed is None and any((folder / FAILURES).glob("rank-*.json")):
+            if failed is None and failures.read_failures(claim):
                 failed = now
         if failed is not None and now - failed > FAILED_S:
             print(f"launch: {FAILED_S:.0f} s after a rank failed, killing the others", file=sys.stderr, flush=True)
@@ -174,21 +119,21 @@ def _wait(job: subprocess.Popen[bytes], received: list[int], folder: Path) -> bo
     return True
 
 
-def _reap(placement: Placement, lease: Path) -> frozenset[str]:
+def _reap(placement: Placement, job: str) -> frozenset[str]:
     """Ends what is left of the job on its hosts; returns the hosts that do not answer, where it ends by itself."""
-    told = ask(list(placement.ranks), ["-m", "launch.reap", str(lease)])
+    told = ask(list(placement.ranks), ["-m", "launch.reap", job])
     return frozenset(host for host, answer in told.items() if isinstance(answer, str))
 
 
-def _explained(code: int, reason: str, folder: Path, placement: Placement, gone: Set[str]) -> tuple[int, str]:
+def _explained(code: int, reason: str, claim: Claim, placement: Placement, gone: Set[str]) -> tuple[int, str]:
     """Prints who failed first, with the traceback; returns the job's code and reason with that known."""
-    verdict = failures.first(failures.read_failures(folder), placement, gone)
+    verdict = failures.first(failures.read_failures(claim), placement, gone)
     if verdict is None:
         return code, reason
     if verdict.traceback and verdict.code != EXIT_BAD_INPUT:
         print(f"launch: rank {verdict.rank} on {verdict.host}:\n{verdict.traceback.rstrip()}", file=sys.stderr)
     if placement.world > 1:
-        print(f"launch: what each rank left is in {folder / FAILURES}", file=sys.stderr, flush=True)
+        print(f"launch: what each rank left is in {claim.run / FAILURES}", file=sys.stderr, flush=True)
     if verdict.code == EXIT_BAD_INPUT:
         return EXIT_BAD_INPUT, str(verdict)
     return code or 1, str(verdict) if code in (0, 1) else f"{reason}; {verdict}"
@@ -229,21 +174,22 @@ def _name(number: int) -> str:
         return f"signal {number}"
 
 
-def _record_of(record: Path, patience_s: float) -> dict[str, Any] | None:
-    """The record, waited for if another host writes it."""
+def _record_of(claim: Claim, patience_s: float) -> dict[str, Any] | None:
+    """The job's record, waited for if another host writes it."""
     deadline = time.monotonic() + patience_s
-    while (found := _read(record)) is None and time.monotonic() < deadline:
+    while (found := _read(claim)) is None and time.monotonic() < deadline:
         time.sleep(POLL_S)
     return found
 
 
-def _read(record: Path) -> dict[str, Any] | None:
-    """The record; None if there is none, or none that can be read: then it does not tell how the run ended."""
+def _read(claim: Claim) -> dict[str, Any] | None:
+    """The job's record; None if there is none, or none that can be read: then it does not tell how the run ended."""
     try:
-        found = json.loads(record.read_text(encoding="utf-8"))
+        found = json.loads((claim.run / EXIT_RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("code"), int) else None
+    ours = isinstance(found, dict) and found.get("job") == claim.job and isinstance(found.get("code"), int)
+    return found if ours else None
 
 
 @contextmanager

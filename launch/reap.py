@@ -1,6 +1,6 @@
-"""`python -m launch.reap LEASE` on a host ends what is left there of the job with that lease, a frozen rank say.
+"""`python -m launch.reap JOB` on a host ends what is left there of the job with that id, a frozen rank say.
 
-The job's processes are known by the variable that names their lease, so that no other job is met. Needs Linux and
+The job's processes are known by the variable that names it, so that no other job is met. Needs Linux and
 Python's standard library alone.
 """
 
@@ -28,7 +28,7 @@ def holders(variable: bytes) -> list[int]:
 
 
 if __name__ == "__main__":
-    pids = holders(b"OVERTONE_LEASE=" + os.fsencode(sys.argv[1]))
+    pids = holders(b"OVERTONE_JOB=" + os.fsencode(sys.argv[1]))
     for pid in pids:
         with suppress(OSError):
             os.kill(pid, signal.SIGKILL)

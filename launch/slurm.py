@@ -21,6 +21,7 @@ from data.settings import ConfigError
 from launch.deepspeed import check
 from launch.exports import exported
 from launch.hosts import CPU_RANKS, Placement
+from pretrain.claim import Holder, hold, new_job
 from pretrain.config import EXIT_PREEMPTED, RunConfig, check_layout
 
 SCRIPT = "slurm.sh"  # in the run folder
@@ -78,7 +79,8 @@ def queue(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str]) -
         cfg: the run.
         overrides: the `key=value` settings that are in `cfg`.
     Raises:
-        ConfigError: the job cannot run so, or Slurm does not take it. Nothing is written unless all is right here.
+        ConfigError: the job cannot run so, another one trains in its folder, or Slurm does not take it. Nothing is
+            written unless all is right here.
     """
     options = options_of(asked, cfg)
     ranks = asked.gpus_per_node or CPU_RANKS
@@ -95,9 +97,9 @@ def queue(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str]) -
             "and give the script to sbatch there"
         )
     text = script(asked.config, overrides, cfg.run.absolute(), options, ranks)
-    cfg.run.mkdir(parents=True, exist_ok=True)
     path = cfg.run / SCRIPT
-    path.write_text(text, encoding="utf-8")
+    with hold(cfg.run, Holder(new_job(), launcher=False)):
+        path.write_text(text, encoding="utf-8")
     where = "GPUs" if asked.gpus_per_node else "cores; --gpus-per-node asks for GPUs"
     lead = f"it is told to save {lead_s(cfg)} s before its time is over"
     print(f"{path}: {asked.nodes} nodes with {ranks} ranks on each (on its {where}); {lead}")

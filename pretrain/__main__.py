@@ -2,8 +2,8 @@
 on many.
 
 Exit codes: 0 done; 1 this rank failed, or ended because another did; 2 bad input; 3 too many non-finite steps in a
-row; 4 a checkpoint could not be written; 75 stopped by a signal after a save. Rank 0 leaves them, with the reason, in
-the run folder's `exit.json`; see pretrain/watch.py for what a rank that fails leaves.
+row; 4 a checkpoint could not be written; 75 stopped by a signal after a save. Rank 0 leaves them, but for 2, with the
+reason in the run folder's `exit.json`; see pretrain/watch.py for what a rank that fails leaves.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 import warnings
 
 from data.settings import ConfigError
+from pretrain.claim import job_of, leave_record
 from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, RunConfig, check_data, check_layout, load
 from pretrain.environment import adopt, place_of
-from pretrain.plain import to_json
 from pretrain.signals import StopSignal
 from pretrain.watch import Watch
 
@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
     try:
         cfg = load(args.config, args.overrides)
+        job_of(os.environ)
     except ConfigError as error:
         if first_here:
             print(f"error: {error}", file=sys.stderr)
@@ -60,9 +61,19 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
+    refused = None
+    try:
+        watch.hold()
+    except ConfigError as error:
+        if watch.world == 1:
+            raise
+        refused = str(error)  # for the others to hear too
     from pretrain import ranks as process  # torch: after the input was checked
 
     ranks = process.start()
+    watch.job, refused = ranks.gather((watch.job, refused))[0]
+    if refused:
+        raise ConfigError(refused)
     watch.pulse(cfg.timeouts.first_step_s)
     from pretrain.loop import Run  # DeepSpeed: after it was told the device
 
@@ -74,18 +85,13 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
     watch.leave()
     process.stop()
     if ranks.first:
-        _leave_record(cfg, outcome)
+        try:
+            leave_record(cfg.run, str(watch.job), outcome.code, outcome.reason, outcome.step)
+        except OSError as error:
+            logging.error("%s: %s", cfg.run / EXIT_RECORD, error)
         if outcome.code:
             print(f"stopped at step {outcome.step}: {outcome.reason} (exit code {outcome.code})", file=sys.stderr)
     return outcome.code
-
-
-def _leave_record(cfg: RunConfig, outcome: object) -> None:
-    try:
-        if cfg.run.is_dir():
-            (cfg.run / EXIT_RECORD).write_text(to_json(vars(outcome)))
-    except OSError as error:
-        logging.error("%s: %s", cfg.run / EXIT_RECORD, error)
 
 
 if __name__ == "__main__":

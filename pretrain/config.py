@@ -25,6 +25,7 @@ EXIT_NOT_SAVED = 4  # a checkpoint could not be written
 EXIT_PREEMPTED = 75  # stopped by a signal after a save: start again to go on
 EXIT_RECORD = "exit.json"  # how the run ended, in its folder
 FAILURES = "failures"  # a folder in it: `rank-N.json` of each rank that failed or was ended
+JOB_VARIABLE = "OVERTONE_JOB"  # the id of the job that a launcher started: what it reads is of that job alone
 LEASE_VARIABLE = "OVERTONE_LEASE"  # names the file by which a launcher tells its ranks that it lives
 BIND_VARIABLE = "OVERTONE_BIND_CORES"  # 1: each rank keeps to its share of the host's cores
 RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")  # that tell the ranks on this host; the first that is set
@@ -69,6 +70,7 @@ class Failure:
     traceback: str
     code: int
     suspects: list[int]  # ranks that it ended for
+    job: str | None  # the id of the rank's job
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True):

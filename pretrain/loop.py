@@ -9,20 +9,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import lock, replace_file
+from data.files import replace_file
 from data.loader import EvaluationWindows, Windows
 from data.settings import ConfigError
 from data.shards import open_split
 from pretrain import checkpoint
 from pretrain.batches import Batches
 from pretrain.checkpoint import Progress
-from pretrain.config import EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED, RunConfig, dump
+from pretrain.config import EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED, EXIT_RECORD, RunConfig, dump
 from pretrain.energy import Meter, Spent, zeus_counter
 from pretrain.engine import Step, Trainer
 from pretrain.fragments import Fragment, finish_load, head_fragments, trunk_fragments
@@ -50,7 +50,10 @@ class Run:
     """One rank's run: trainer, data, meter, recorder, and the progress that is saved and resumed."""
 
     def __init__(self, cfg: RunConfig, ranks: Ranks, pulse: Callable[[float | None], None] = lambda limit_s: None):
-        """`pulse` hears that this rank gets on, and in how many seconds again if that is not as before."""
+        """The run folder is the caller's: its lock is held, or nobody else knows of it.
+
+        `pulse` hears that this rank gets on, and in how many seconds again if that is not as before.
+        """
         self.cfg, self.ranks, self.pulse = cfg, ranks, pulse
         self.folder = cfg.run / "checkpoints"
         train = open_split(cfg.data.path, "train")
@@ -65,7 +68,7 @@ class Run:
         self.meter = Meter(ranks, zeus_counter(ranks))
         self._check_budget(found)
         ranks.barrier()  # everybody has looked before anything is touched
-        self._lock = self._claim()
+        self._put_in_order()
         self.trainer = Trainer(cfg, ranks, train.eos_id)
         self.saver = Saver(self.folder, ranks, cfg.checkpoint, cfg.timeouts.save_s)
         self.progress = Progress(joules=dict.fromkeys(self.meter.measured, 0.0))
@@ -85,32 +88,24 @@ class Run:
         self._save_failed: str | None = None
         self._stall = Spent(0.0)  # while training waited for the save under way to begin
 
-    def _claim(self) -> TextIO | None:
-        """Takes the run folder: on the first rank its lock, which the system frees when that process ends.
+    def _put_in_order(self) -> None:
+        """Removes from the run folder what does not hold from here on, and writes the configuration.
 
         Raises:
-            ConfigError: another job trains in it, or the ranks of one whose launcher was killed still do; or it cannot
-            be written.
+            ConfigError: it cannot be written.
         """
-        run, file, problem = self.cfg.run, None, None
+        run, problem = self.cfg.run, None
         if self.ranks.first:
             try:
                 run.mkdir(parents=True, exist_ok=True)
-                file = (run / "lock").open("w")
-                if lock(file):
-                    checkpoint.remove_drafts(self.folder)
-                    replace_file(run / "config.yaml", dump(self.cfg))
-                else:
-                    problem = (
-                        f"{run}: another job trains in this folder (or ranks whose launcher was killed still do). Wait "
-                        "for it, end its processes, or give another folder (run=...)"
-                    )
+                checkpoint.remove_drafts(self.folder)
+                replace_file(run / "config.yaml", dump(self.cfg))
+                (run / EXIT_RECORD).unlink(missing_ok=True)
             except OSError as error:
                 problem = f"{run}: cannot be written ({error}); make room, or give a folder you may write (run=...)"
         told = self.ranks.gather(problem)[0]
         if told:
             raise ConfigError(told)
-        return file
 
     def _check_budget(self, found: Path | None) -> None:
         """Raises ConfigError if the run has a budget of joules and could never stop by it."""
@@ -340,8 +335,6 @@ class Run:
 
     def close(self) -> None:
         self.saver.close()
-        if self._lock is not None:
-            self._lock.close()
         if self.recorder is not None:
             self.recorder.close()
 

@@ -10,7 +10,8 @@ A thread looks every second for what says that the job is over:
 
 A launcher that is gone is no failure of training: the rank tells itself to save and stop, as after SIGTERM. All else
 ends the process with code 1. What it knows is then in `failures/rank-N.json` (a `Failure`) and, unless the failure is
-its own exception, `failures/rank-N.stacks`; the launcher reads who failed first from them.
+its own exception, `failures/rank-N.stacks`; the launcher reads who failed first from them. A rank whose job does not
+have the run folder leaves nothing there.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
-from pretrain.config import EXIT_RECORD, FAILURES, LEASE_VARIABLE, STOP, Failure, RunConfig
+from data.settings import ConfigError
+from pretrain.claim import Claim, Holder, hold, job_of, leave_record, may_write, new_job, set_aside_failures
+from pretrain.config import EXIT_BAD_INPUT, FAILURES, LEASE_VARIABLE, STOP, Failure, RunConfig
 from pretrain.plain import to_json
 
 BEAT_S = 1.0  # between two signs of life, and two looks
@@ -119,12 +122,14 @@ class Watch:
         self.cfg = cfg
         self.rank, self.world = int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
         self.host = socket.gethostname()
+        self.job = job_of(environment)  # None: not known yet
+        self._claim: Claim | None = None  # on the first rank
         self._parent = os.getppid() if "RANK" in environment else None  # by hand, the shell may end before
         lease = environment.get(LEASE_VARIABLE)
         first_here = environment.get("LOCAL_RANK", "0") == "0"
         self._lease = Path(lease) if lease and first_here else None
         self._lease_words: list[str] = []  # its owner, and a count or STOP
-        self._owner: str | None = None  # of the lease when this rank began
+        self._owner = self.job  # of the lease; None: whoever it is when this rank begins
         self._lease_sign: _Sign | None = None
         self._beat: _Sign | None = None
         self._told: Failure | None = None  # by another rank
@@ -139,7 +144,9 @@ class Watch:
         self._store: Any = None
 
     def __enter__(self) -> Watch:
-        (self.cfg.run / FAILURES / f"rank-{self.rank}.json").unlink(missing_ok=True)  # of an earlier run
+        if self.job is not None:
+            with suppress(ConfigError):  # which is told once the input was checked
+                self.hold()
         if self._lease is not None:
             if self._lease.exists():
                 with suppress(OSError, IndexError):  # the sign tells of that
@@ -162,6 +169,21 @@ class Watch:
                 thread.leave()
         self._thread.join(BEAT_S)
         faulthandler.cancel_dump_traceback_later()
+        if self._claim is not None:
+            self._claim.release()
+
+    def hold(self) -> None:
+        """Takes the run folder for this rank's job, on the first rank; the others are to be told its id.
+
+        Raises:
+            ConfigError: another job has it, or it cannot be written.
+        """
+        if self.rank == 0 and self._claim is None:
+            job, self.job = self.job or new_job(), None  # whoever is refused is of no job, whatever the variable says
+            self._claim = hold(self.cfg.run, Holder(job, launcher=False))
+            self.job = job
+            if not self._claim.joined:
+                set_aside_failures(self.cfg.run)
 
     def join(self, address: str, port: int) -> None:
         """Shows signs of life from here on, in the store at `address` where the ranks have met."""
@@ -294,7 +316,7 @@ class Watch:
             main = sys._current_frames().get(threading.main_thread().ident or 0)
             phase = phase_of(_stack_of(main))
             text = "".join(traceback.format_stack(main))
-        failure = Failure(self.rank, self.host, time.time(), kind, phase, error, text, code, list(suspects))
+        failure = Failure(self.rank, self.host, time.time(), kind, phase, error, text, code, list(suspects), self.job)
         if kind not in ("error", "told"):
             print(f"rank {self.rank} on {self.host}, in {phase}: {error}", file=sys.stderr, flush=True)
         for work in (self._leave, self._tell):
@@ -310,7 +332,7 @@ class Watch:
 
     def _leave(self, failure: Failure) -> None:
         folder = self.cfg.run / FAILURES
-        if not self.cfg.run.is_dir():
+        if failure.job is None or not may_write(self.cfg.run, failure.job):
             return
         folder.mkdir(exist_ok=True)
         if failure.kind not in ("error", "collective"):
@@ -319,9 +341,8 @@ class Watch:
         draft = folder / f"draft-{self.rank}"
         draft.write_text(to_json(asdict(failure), indent=1))
         os.replace(draft, folder / f"rank-{self.rank}.json")
-        if self.rank == 0:
-            record = {"code": failure.code, "reason": failure.error, "step": None}
-            (self.cfg.run / EXIT_RECORD).write_text(to_json(record))
+        if self.rank == 0 and failure.code != EXIT_BAD_INPUT:  # a job that was refused is no end of the run
+            leave_record(self.cfg.run, failure.job, failure.code, failure.error, None)
 
     def _tell(self, failure: Failure) -> None:
         if self._store is None:

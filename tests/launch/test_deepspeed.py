@@ -22,7 +22,8 @@ from launch.deepspeed import (
 )
 from launch.hosts import Placement
 from launch.reach import Facts
-from pretrain.config import BIND_VARIABLE, LEASE_VARIABLE
+from pretrain.claim import Holder, hold
+from pretrain.config import BIND_VARIABLE, JOB_VARIABLE, LEASE_VARIABLE
 
 TWO = Placement({"localhost": 2})
 
@@ -71,7 +72,7 @@ def test_open_mpi_gets_a_whole_hostfile_and_exports_by_name(monkeypatch, tmp_pat
     assert "--include" not in words and words[-1] == "x={a: 1}"
     told = words[words.index("--launcher_args") + 1].split()
     assert "-x NCCL_DEBUG" in " ".join(told) and "-x MASTER_ADDR" in " ".join(told)
-    write_files(some, {}, tmp_path, tmp_path / "lease")
+    write_files(some, {}, tmp_path)
     assert (tmp_path / "launch.hosts").read_text() == "b slots=1\n"
     with pytest.raises(ConfigError, match="the first slots of a host only"):
         check_launcher(Placement({"b": 1}, Path("hosts"), chosen="b:1"), "openmpi")
@@ -130,11 +131,13 @@ def test_other_hosts_get_their_share_of_threads(monkeypatch, tmp_path):
     for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", "DS_ENV_FILE", BIND_VARIABLE):
         monkeypatch.delenv(name, raising=False)
     placement = Placement({"a": 2, "b": 1}, Path("hosts"))
-    write_files(placement, {"a": facts(), "b": facts(cores=3)}, tmp_path, Path("/run/lease-0"))
+    with hold(tmp_path, Holder("j-1", launcher=True)) as claim:
+        write_files(placement, {"a": facts(), "b": facts(cores=3)}, tmp_path, claim=claim)
     lines = (tmp_path / "launch.env").read_text().splitlines()
-    assert "OMP_NUM_THREADS=3" in lines and f"{LEASE_VARIABLE}=/run/lease-0" in lines
+    assert "OMP_NUM_THREADS=3" in lines and f"{LEASE_VARIABLE}={tmp_path}/lease-0" in lines
+    assert f"{JOB_VARIABLE}=j-1" in lines
     assert lines[-1] == f"PATH=$PATH:{Path(sys.executable).parent}"
-    write_files(placement, {"a": facts(gpus=2), "b": facts(gpus=1)}, tmp_path, Path("/run/lease-0"))
+    write_files(placement, {"a": facts(gpus=2), "b": facts(gpus=1)}, tmp_path)
     assert "OMP_NUM_THREADS" not in (tmp_path / "launch.env").read_text()
     assert environment(placement, folder=tmp_path)["DS_ENV_FILE"] == str(tmp_path / "launch.env")
 

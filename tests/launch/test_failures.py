@@ -10,15 +10,23 @@ from typing import Any
 
 import pytest
 
-from launch.failures import first, read_failures, set_aside
+from launch.failures import first, read_failures
 from launch.hosts import Placement
+from pretrain.claim import Holder, hold, set_aside_failures
 from pretrain.config import Failure
 
 PLACEMENT = Placement({"a": 2, "b": 1})
 
 
 def failure(rank: int, kind: str, time: float = 0.0, phase: str = "collective", **more: Any) -> Failure:
-    values = {"error": f"{kind} of {rank}", "traceback": f"trace {rank}", "code": 1, "suspects": [], **more}
+    values = {
+        "error": f"{kind} of {rank}",
+        "traceback": f"trace {rank}",
+        "code": 1,
+        "suspects": [],
+        "job": "mine",
+        **more,
+    }
     return Failure(rank, "h", time, kind, phase, **values)
 
 
@@ -66,12 +74,29 @@ def test_no_failure_no_verdict() -> None:
     assert first([], PLACEMENT) is None
 
 
-def test_records_are_read_in_order_and_an_earlier_starts_are_kept_aside(tmp_path: Path) -> None:
-    for start in range(2):
-        (tmp_path / "failures").mkdir()
-        for one in (failure(0, "told", 9.0), failure(1, "error", 3.0)):
-            (tmp_path / "failures" / f"rank-{one.rank}.json").write_text(json.dumps(asdict(one)))
-        (tmp_path / "failures" / "rank-2.json").write_text('{"rank": 2')
-        assert [one.rank for one in read_failures(tmp_path)] == [1, 0]
-        set_aside(tmp_path)
-        assert read_failures(tmp_path) == [] and (tmp_path / f"failures-{start + 1}" / "rank-0.json").exists()
+def leave(run: Path, one: Failure) -> None:
+    (run / "failures").mkdir(exist_ok=True)
+    (run / "failures" / f"rank-{one.rank}.json").write_text(json.dumps(asdict(one)))
+
+
+def test_records_are_read_in_order_and_an_earlier_jobs_are_kept_aside(tmp_path: Path) -> None:
+    with hold(tmp_path, Holder("mine", launcher=True)) as claim:
+        for start in range(2):
+            for one in (failure(0, "told", 9.0), failure(1, "error", 3.0)):
+                leave(tmp_path, one)
+            (tmp_path / "failures" / "rank-2.json").write_text('{"rank": 2')
+            assert [one.rank for one in read_failures(claim)] == [1, 0]
+            set_aside_failures(tmp_path)
+            assert read_failures(claim) == [] and (tmp_path / f"failures-{start + 1}" / "rank-0.json").exists()
+
+
+def test_another_jobs_records_are_not_read(tmp_path: Path) -> None:
+    """Those of before there were ids too."""
+    with hold(tmp_path, Holder("mine", launcher=True)) as claim:
+        leave(tmp_path, failure(0, "error", job="other"))
+        leave(tmp_path, failure(1, "error", job=None))
+        old = {key: value for key, value in asdict(failure(2, "error")).items() if key != "job"}
+        (tmp_path / "failures" / "rank-2.json").write_text(json.dumps(old))
+        assert read_failures(claim) == []
+        leave(tmp_path, failure(3, "told"))
+        assert [one.rank for one in read_failures(claim)] == [3]

@@ -15,7 +15,9 @@ import psutil
 import pytest
 
 from launch.hosts import Placement
-from launch.job import Lease, exit_code, run
+from launch.job import exit_code, run
+from launch.lease import Lease
+from pretrain.claim import Holder, hold
 from pretrain.config import BIND_VARIABLE, STOP
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +90,8 @@ if plan.get("saves"):
     time.sleep(0.5)
     everyone("told", str(len(told)))
 if rank == 0 and "record" in plan:
-    (here / "exit.json").write_text(json.dumps({"code": plan["record"], "reason": "so planned", "step": 5}))
+    record = {"job": os.environ["OVERTONE_JOB"], "code": plan["record"], "reason": "so planned", "step": 5}
+    (here / "exit.json").write_text(json.dumps(record))
 sys.exit(plan["code"])
 """
 
@@ -97,13 +100,15 @@ import sys
 from pathlib import Path
 from launch.deepspeed import command, environment
 from launch.hosts import Placement
-from launch.job import lease_of, run
+from launch.job import run
+from launch.lease import take
 
 plan, grace_s = Path(sys.argv[1]), float(sys.argv[2])
 placement = Placement({"localhost": 2})
 words = command(str(plan), [], placement, module="fake_rank")
-added = environment(placement, lease=lease_of(plan.parent))
-sys.exit(run(words, added, plan.parent, placement, module="fake_rank", grace_s=grace_s).code)
+with take(plan.parent, placement) as claim:
+    added = environment(placement, claim=claim)
+    sys.exit(run(words, added, claim, placement, module="fake_rank", grace_s=grace_s).code)
 """
 
 
@@ -188,10 +193,12 @@ def test_a_code_of_ours(start):
 def test_the_record_of_a_stopped_job_is_waited_for(tmp_path):
     """Rank 0 is on another host, saves, and leaves its record after this host's processes are gone."""
     word = "import os, signal, time; os.kill(os.getppid(), signal.SIGUSR1); time.sleep(60)"
-    record = json.dumps({"code": 75, "reason": "stopped by SIGUSR1", "step": 5})
+    record = json.dumps({"job": "j", "code": 75, "reason": "stopped by SIGUSR1", "step": 5})
     saved = threading.Timer(2.0, lambda: (tmp_path / "exit.json").write_text(record))
     saved.start()
-    ended = run([sys.executable, "-c", word], {}, tmp_path, Placement({"a": 1, "b": 1}, tmp_path / "hosts"), node=1)
+    placement = Placement({"a": 1, "b": 1}, tmp_path / "hosts")
+    with hold(tmp_path, Holder("j", launcher=True)) as claim:
+        ended = run([sys.executable, "-c", word], {}, claim, placement, node=1)
     saved.join()
     assert ended.code == 75 and ended.told
 
@@ -243,18 +250,17 @@ def test_a_signal_before_there_are_ranks(start):
 
 
 def test_a_lease_is_renewed_until_it_is_given_back(tmp_path):
-    path = tmp_path / "run" / "lease-0"
-    with Lease(path) as lease:
+    path = tmp_path / "lease-0"
+    with Lease(path, "j") as lease:
         before = path.read_text()
         deadline = time.monotonic() + 30
         while path.read_text() == before:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         lease.stop()
-        owner = before.split()[0]
-        assert path.read_text() == f"{owner} {STOP}"
+        assert path.read_text() == f"j {STOP}"
         time.sleep(1.5)
-        assert path.read_text() == f"{owner} {STOP}"
+        assert path.read_text() == f"j {STOP}"
     assert list(path.parent.iterdir()) == []
 
 

@@ -14,8 +14,10 @@ from data.prepare import prepare
 from data.settings import validate
 from launch import job, reach
 from launch.__main__ import main
+from launch.hosts import Placement
 from launch.job import End
-from pretrain.config import LEASE_VARIABLE, TimeoutConfig
+from launch.lease import Lease, lease_of, take
+from pretrain.config import JOB_VARIABLE, LEASE_VARIABLE, TimeoutConfig
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +54,8 @@ def spawned(monkeypatch) -> list:
     """The calls that would have run a job, each of which ends with 75."""
     calls: list = []
 
-    def run(words, added, folder, placement, **options):
-        calls.append((words, added, folder, placement, options))
+    def run(words, added, claim, placement, **options):
+        calls.append((words, added, claim, placement, options))
         return End(75, "so planned", told=False)
 
     monkeypatch.setattr(job, "run", run)
@@ -86,10 +88,11 @@ def test_a_dry_run_prints_one_line_and_runs_nothing(config, spawned, capsys):
 
 def test_a_run_is_handed_on_with_its_record(config, spawned, capsys):
     assert main(["run", str(config), "--num-gpus", "2"]) == 75
-    ((words, added, folder, placement, options),) = spawned
+    ((words, added, claim, placement, options),) = spawned
     assert words[-3:] == ["--module", "pretrain", str(config)]
     assert added[LEASE_VARIABLE] == str(config.parent / "run" / "lease-0")
-    assert folder == config.parent / "run" and placement.world == 2 and options == {"node": None, "grace_s": 60.0}
+    assert added[JOB_VARIABLE] == claim.job and claim.run == config.parent / "run"
+    assert placement.world == 2 and options == {"node": None, "grace_s": 60.0}
     assert words[0] in capsys.readouterr().out
 
 
@@ -180,7 +183,10 @@ def test_without_a_launcher_every_host_has_its_command(config, spawned, capsys):
     assert main([*asked, "--node-rank", "2"]) == 2
     assert main(asked) == 2
     assert "say which with --node-rank" in capsys.readouterr().err
-    assert main([*asked, "--node-rank", "1"]) == 75
+    begun = Placement({"198.51.100.1": 1, "198.51.100.2": 1})
+    with take(config.parent / "run", begun, 0) as claim, Lease(lease_of(claim.run), claim.job):
+        assert main([*asked, "--node-rank", "1"]) == 75
+    assert spawned[0][1][JOB_VARIABLE] == claim.job and spawned[0][1][LEASE_VARIABLE].endswith("/lease-1")
     assert spawned[0][4] == {"node": 1, "grace_s": 60.0}
 
 

@@ -119,15 +119,14 @@ def test_a_restart_that_cannot_be_made_is_not_the_last(cfg: RunConfig) -> None:
     assert keep_running(start, cfg, ONE, restarts=3, back_off_s=0) == 0 and len(calls) == 3
 
 
-def test_what_is_left_of_a_job_is_found_by_its_lease(tmp_path: Path) -> None:
-    lease = f"OVERTONE_LEASE={tmp_path}/lease-0"
+def test_what_is_left_of_a_job_is_found_by_its_id() -> None:
     words = [sys.executable, "-c", "import time; print(flush=True); time.sleep(600)"]
-    environments = [{"OVERTONE_LEASE": f"{tmp_path}/lease-{k}"} for k in range(2)]
+    environments = [{"OVERTONE_JOB": name} for name in ("ours", "another")]
     jobs = [subprocess.Popen(words, env=one, stdout=subprocess.PIPE) for one in environments]
     try:
         for job in jobs:
             assert job.stdout is not None and job.stdout.readline()
-        assert holders(lease.encode()) == [jobs[0].pid]
+        assert holders(b"OVERTONE_JOB=ours") == [jobs[0].pid]
     finally:
         for job in jobs:
             job.kill()

@@ -135,25 +135,6 @@ def check_earlier(base: Path) -> None:
     run.trainer.engine.destroy()
 
 
-def check_locked(base: Path) -> str:
-    import fcntl
-
-    (base / "run").mkdir()
-    with (base / "run" / "lock").open("w") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        try:
-            outcome_of(config(base))
-        except ConfigError as error:
-            return str(error)
-    return ""
-
-
-def test_two_jobs_do_not_train_in_one_folder(tmp_path: Path) -> None:
-    make_data(tmp_path / "data")
-    assert "another job trains in this folder" in run_ranks(check_locked, 1, tmp_path, base=tmp_path)[0]
-    assert not (tmp_path / "run" / "config.yaml").exists()
-
-
 def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is what was there when the save began; buffers are reused."""
     from pretrain import ranks as process

@@ -18,6 +18,7 @@ import yaml
 
 from data.settings import ConfigError, read_tree, validate
 from model.config import HeadConfig
+from pretrain.claim import leave_record
 from pretrain.config import EXIT_DIVERGED, EXIT_PREEMPTED, EXIT_RECORD, load
 from pretrain.metrics import read_records
 from pretrain.study import grid
@@ -51,10 +52,9 @@ def study(folder: Path, **changes: Any) -> LanguageConfig:
 
 
 def check_run(config: Path) -> None:
-    from pretrain.__main__ import _leave_record
-
     cfg = load(config)
-    _leave_record(cfg, outcome_of(cfg))
+    ended = outcome_of(cfg)
+    leave_record(cfg.run, "of the tests", ended.code, ended.reason, ended.step)
 
 
 @pytest.fixture

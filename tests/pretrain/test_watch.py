@@ -61,7 +61,7 @@ class Ranks:
         }
         self.processes = []
         for rank in range(world):
-            own = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0"}
+            own = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "OVERTONE_JOB": "a"}
             words = [sys.executable, "-c", RANK, json.dumps(whole)]
             environ = {**os.environ, **environment, **own}
             self.processes.append(
@@ -106,13 +106,19 @@ def test_the_others_end_with_the_one_that_failed(start: Callable[..., Ranks]) ->
     ranks = start(3, rank_raises=1)
     assert ranks.end() == [1, 1, 1]
     own = ranks.left(1)
-    assert own["kind"] == "error" and own["error"] == "ValueError: so planned" and "so planned" in own["traceback"]
+    assert (
+        own["job"] == "a"
+        and own["kind"] == "error"
+        and own["error"] == "ValueError: so planned"
+        and "so planned" in own["traceback"]
+    )
     for rank in (0, 2):
         told = ranks.left(rank)
         assert told["kind"] == "told" and told["suspects"] == [1] and "ValueError: so planned" in told["error"]
         assert "in <module>" in told["traceback"]
         assert (ranks.run / "failures" / f"rank-{rank}.stacks").read_text().count("Thread 0x") >= 2
-    assert json.loads((ranks.run / "exit.json").read_text())["code"] == 1
+    ended = json.loads((ranks.run / "exit.json").read_text())
+    assert ended["code"] == 1 and ended["job"] == "a"
 
 
 @pytest.mark.parametrize(("victim", "other"), [(1, 0), (0, 1)])

@@ -1,0 +1,138 @@
+"""The launcher's hold on a run folder, and the file by which it tells the ranks that it lives.
+
+A job that trains is never disturbed: `take` waits only for ranks whose launcher is gone, which save and leave by
+themselves, and else refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+
+from data.settings import ConfigError
+from launch.hosts import Placement
+from pretrain.claim import LOCK, Claim, Held, Holder, hold, holder, new_job, set_aside_failures
+from pretrain.config import STOP
+
+LEASE_S = 1.0  # between two signs of life
+PATIENCE_S = 120.0  # for ranks whose launcher is gone to save and leave; for the first host's launcher to begin
+
+
+class Lease:
+    """The file by which this launcher tells the ranks, wherever they are, that it lives or that they are to stop; when
+    it is removed, the ranks end.
+    """
+
+    def __init__(self, path: Path, job: str) -> None:
+        self.path = path
+        self._over = threading.Event()
+        self._job = job  # so that ranks do not take another job's lease for theirs
+        self._text: str | None = None
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+
+    def __enter__(self) -> Lease:
+        self.path.write_text(f"{self._job} 0")
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
+        self.path.unlink(missing_ok=True)
+
+    def stop(self) -> None:
+        """Asks the ranks to save and leave."""
+        self._text = STOP
+        self._write(STOP)
+
+    def _renew(self) -> None:
+        count = 0
+        while not self._over.wait(LEASE_S):
+            count += 1
+            self._write(self._text or str(count))
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError):  # the file system may come back; if not, the ranks take this launcher for dead
+            draft = self.path.with_name(f"draft-{self.path.name}-{threading.get_ident()}")
+            draft.write_text(f"{self._job} {text}")
+            os.replace(draft, self.path)
+
+
+def lease_of(run: Path, node: int | None = None) -> Path:
+    """The lease of the launcher on a host; `node` counts only those hosts that have a launcher of their own."""
+    return (run / f"lease-{node or 0}").absolute()
+
+
+class _Renewal:
+    """Whether a lease is seen to change: then its launcher lives."""
+
+    def __init__(self, lease: Path) -> None:
+        self._lease, self._first = lease, _text_of(lease)
+
+    def seen(self) -> bool:
+        return _text_of(self._lease) not in ("", self._first)
+
+
+def _text_of(lease: Path) -> str:
+    try:
+        return lease.read_text()
+    except OSError:
+        return ""
+
+
+def take(run: Path, placement: Placement, node: int | None = None, patience_s: float = PATIENCE_S) -> Claim:
+    """Takes a run folder for a job of this launcher's, which is then the only one that writes there.
+
+    Args:
+        placement: where the ranks go.
+        node: this launcher starts the ranks of this host alone; all but the first are of the job that the first begins.
+        patience_s: for how long ranks whose launcher is gone, or the first host's launcher, are waited for.
+    Raises:
+        ConfigError: another job trains there, or the first host's launcher does not begin.
+    """
+    if node:
+        return _take_beside(run, placement, node, patience_s)
+    me = Holder(new_job(), launcher=True, hosts=tuple(placement.ranks))
+    renewal, deadline, told = _Renewal(lease_of(run)), time.monotonic() + patience_s, False
+    while True:
+        try:
+            claim = hold(run, me)
+            break
+        except Held as held:
+            alone = held.holder is None or not held.holder.launcher
+            if alone or renewal.seen() or time.monotonic() > deadline:
+                raise
+        if not told and time.monotonic() > deadline - patience_s + 3 * LEASE_S:
+            told = True
+            print(
+                f"launch: {run}: its launcher is gone; waiting until its ranks have left", file=sys.stderr, flush=True
+            )
+        time.sleep(LEASE_S / 4)
+    set_aside_failures(run)
+    return claim
+
+
+def _take_beside(run: Path, placement: Placement, node: int, patience_s: float) -> Claim:
+    """Joins the job that the first host's launcher begins; a second launcher of one host is refused."""
+    hosts, deadline = tuple(placement.ranks), time.monotonic() + patience_s
+    first = lease_of(run)
+    renewal = _Renewal(first)
+    while True:
+        found = holder(run)
+        if found is not None and renewal.seen() and _text_of(first).split()[:1] == [found.job]:
+            if found.hosts != hosts:
+                raise Held(run, found)
+            return hold(run, Holder(found.job, launcher=True, hosts=hosts), f"{LOCK}-{node}")
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"--launcher none: the launcher of {hosts[0]} did not begin in {run} within {patience_s:.0f} s; give "
+                "the same command there, with a run folder that all hosts share"
+            )
+        time.sleep(LEASE_S / 4)
