@@ -22,8 +22,8 @@ MASK_ARGUMENTS = {"config", "inputs_embeds", "input_embeds", "cache_position", "
 MASK_ARGUMENTS |= {"position_ids", "is_first_iteration"}
 RELATIVE_FLOOR = 2.0**-19  # of a distance between a token and the origin; its root where products give squares
 ABSOLUTE_FLOOR = 2.0**-40
-DENOMINATOR_FLOOR = 2.0**-20
-MOST_SCALING = 60  # powers of two
+DENOMINATOR_FLOOR = 2.0**-40
+LARGEST_ROW, LONGEST_TOKEN = 20, 50  # powers of two that entries of prototypes and tokens do not pass once scaled
 BLOCK_ENTRIES = 1 << 25  # of an (N, prototypes, D) temporary
 COLUMNS = 64
 
@@ -266,10 +266,8 @@ class OvertoneHead(nn.Module):
 
     def distances(self, x: Tensor, w: Tensor) -> Tensor:
         """(N, D), (V, D) -> (N, V), never less than a floor, below which they are constant."""
-        if self.distance not in ("cosine", "hamming") and x.numel():  # a common factor changes no probability
-            largest = torch.maximum(x.detach().abs().amax(), w.detach().abs().amax())
-            unit = torch.exp2(-largest.log2().ceil().clamp_min(-MOST_SCALING))
-            x, w = x * unit, w * unit
+        if self.distance not in ("cosine", "hamming") and x.numel():
+            x, w = _scaled(x, w)
         x, w = self._transformed(x), self._transformed(w)
         if self.distance in ("euclidean", "mahalanobis", "cosine") or self.power == 2:
             xx, ww = x.square().sum(-1, keepdim=True), w.square().sum(-1)
@@ -326,6 +324,18 @@ class OvertoneHead(nn.Module):
         terms = torch.where(apart > 0, apart / unit[..., None], 1).pow(self.power) * (apart > 0)
         total = terms.sum(-1)
         return unit * torch.where(total > 0, total, 1).pow(1 / self.power) * (total > 0)
+
+
+def _scaled(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Tokens (N, D) and prototypes (V, D) times the power of two that brings the latter to entries of about 1, which
+    changes no probability. Tokens that would be too long then get less: they are equally far from all prototypes.
+    """
+    sizes = w.detach().abs().amax(-1)
+    powers = sizes.frexp().exponent
+    typical = powers[sizes > 0].double().mean().nan_to_num().round()
+    power = torch.minimum(-typical, LARGEST_ROW - powers.max().double()).clamp(-126, 126)
+    own = torch.minimum(power, LONGEST_TOKEN - x.detach().abs().amax(-1, keepdim=True).frexp().exponent)
+    return x * torch.exp2(own).to(x.dtype), w * torch.exp2(power).to(w.dtype)
 
 
 def taxicab(x: Tensor, w: Tensor) -> Tensor:

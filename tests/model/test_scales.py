@@ -71,11 +71,14 @@ def test_the_scale_does_not_matter_down_to_the_least_normal_number(variant: str,
     """Losses, and gradients in proportion to 1 / scale."""
     x, w, y = draw()
     x, w = ((t.sign() * t.abs().clamp_min(1)).double() for t in (x, w))  # so that all entries are normal numbers
-    tiny = [(t * scale).float() for t in (x, w)]
-    given = {"reduction": "none"}
-    found = loss_and_gradients(lambda x, w, **k: harmonic_loss(x, w, y, **k, **given), *tiny, variant, EXPONENT)
-    expected = loss_and_gradients(lambda x, w, **k: harmonic_loss_reference(x, w, y, **k),
-                                  *(t.double() / scale for t in tiny), variant, EXPONENT)  # fmt: skip
+    tiny_x, tiny_w = (x * scale).float(), (w * scale).float()
+    found = loss_and_gradients(
+        lambda x, w, **k: harmonic_loss(x, w, y, reduction="none", **k), tiny_x, tiny_w, variant, EXPONENT
+    )
+    expected = loss_and_gradients(
+        lambda x, w, **k: harmonic_loss_reference(x, w, y, **k),
+        tiny_x.double() / scale, tiny_w.double() / scale, variant, EXPONENT,
+    )  # fmt: skip
     assert all(part.isfinite().all() for part in found)
     torch.testing.assert_close(found[0], expected[0], rtol=1e-5, atol=1e-4)
     most = torch.finfo(torch.float32).max * scale  # of what can be told
