@@ -28,7 +28,8 @@ Lock = dict[str, str]  # by name: the lines of a package, one block for each ver
 def resolve(extras: list[str], within: Path) -> Lock:
     """What pyproject.toml asks for with these extras, at the versions that `within` allows."""
     words = ["pip", "compile", "--universal", "--python-version", "3.11", "--generate-hashes", "--no-annotate"]
-    words += ["--no-header", "--quiet", "--no-strip-extras", "--constraint", str(within), *(f"--extra={name}" for name in extras)]
+    words += ["--no-header", "--quiet", "--no-strip-extras"]  # pip 23 takes no pin of a package asked for with extras
+    words += ["--constraint", str(within), *(f"--extra={name}" for name in extras)]
     command = [sys.executable, "-m", "uv", *words, str(HERE.parent / "pyproject.toml"), "-"]
     done = subprocess.run(command, input="\n".join(BUILD), capture_output=True, text=True)
     if done.returncode:

@@ -146,3 +146,25 @@ def test_small_powers_whose_distances_overflow_are_refused() -> None:
     with pytest.raises(ValueError, match=r"p=0.05: distances of rows 32 wide overflow torch.float32; expected 0.078"):
         harmonic_loss(x, w, y, distance="minkowski", p=0.05, exponent=2.0)
     assert harmonic_loss(x, w, y, distance="minkowski", p=0.08, exponent=2.0).isfinite()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("variant", SCALED)
+def test_on_a_gpu(variant: str) -> None:
+    """A long token and an ignored one that is no number, at every scale."""
+    x, w, y = draw()
+    x[LONG] *= 1e8
+    y[9] = -100
+    given = params_of(variant, D) | {"distance": distance_of(variant), "exponent": EXPONENT, "reduction": "none"}
+    given = {name: value.detach().cuda() if isinstance(value, Tensor) else value for name, value in given.items()}
+    for scale in (1e-30, 1.0, 1e28):
+        tokens, prototypes = x * scale, (w * scale).cuda().requires_grad_()
+        expected = truth(tokens, prototypes.detach().cpu(), y, variant)
+        tokens[9] = torch.nan
+        leaf = tokens.cuda().requires_grad_()
+        found = harmonic_loss(leaf, prototypes, y.cuda(), **given)
+        torch.testing.assert_close(found.double().cpu(), expected, rtol=1e-4, atol=1e-3)
+        found.sum().backward()
+        assert leaf.grad is not None and leaf.grad.isfinite().all() and not leaf.grad[9].any()
+        assert prototypes.grad is not None and prototypes.grad.isfinite().all()
