@@ -28,7 +28,7 @@ Lock = dict[str, str]  # by name: the lines of a package, one block for each ver
 def resolve(extras: list[str], within: Path) -> Lock:
     """What pyproject.toml asks for with these extras, at the versions that `within` allows."""
     words = ["pip", "compile", "--universal", "--python-version", "3.11", "--generate-hashes", "--no-annotate"]
-    words += ["--no-header", "--quiet", "--no-strip-extras"]  # pip 23 takes no pin of a package asked for with extras
+    words += ["--no-header", "--quiet", "--no-strip-extras"]
     words += ["--constraint", str(within), *(f"--extra={name}" for name in extras)]
     command = [sys.executable, "-m", "uv", *words, str(HERE.parent / "pyproject.toml"), "-"]
     done = subprocess.run(command, input="\n".join(BUILD), capture_output=True, text=True)
@@ -38,7 +38,7 @@ def resolve(extras: list[str], within: Path) -> Lock:
 
 
 def blocks(text: str) -> Lock:
-    """A requirements file by package."""
+    """A requirements file by package. One with extras is there without them too: for pip 23 these are two packages."""
     found: Lock = {}
     name = ""
     for line in text.splitlines(keepends=True):
@@ -46,7 +46,8 @@ def blocks(text: str) -> Lock:
             name = line.partition("==")[0]
         if name and not line.startswith("#"):
             found[name] = found.get(name, "") + line
-    return found
+    plain = {name: re.sub(r"\[.*?\]", "", block) for name, block in found.items() if "[" in name}
+    return found | {name.partition("[")[0]: block for name, block in plain.items()}
 
 
 def for_cpus(lock: Lock, triton: bool) -> Lock:

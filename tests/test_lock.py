@@ -29,7 +29,7 @@ def pins(name: str, python: str) -> dict[str, str]:
         here = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux",
                 "platform_machine": "x86_64", "platform_python_implementation": "CPython"}  # fmt: skip
         if asked.marker is None or asked.marker.evaluate(here):
-            assert asked.name not in found, f"{asked.name} twice for Python {python}"
+            assert found.get(asked.name, pin.version) == pin.version, f"{asked.name} twice for Python {python}"
             found[asked.name] = pin.version
     return found
 

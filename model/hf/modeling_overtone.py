@@ -501,7 +501,8 @@ class OvertoneForCausalLM(OvertonePreTrainedModel, GenerationMixin):
         cache = one_cache(kwargs.pop("past_key_values", None), kwargs.pop("cache", None))
         if cache is not None:
             kwargs[CACHE] = cache
-        if self.config.document_mask and kwargs.get("position_ids") is not None:
+        drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)  # whose positions the library counted
+        if self.config.document_mask and kwargs.get("position_ids") is not None and not drafts:
             raise ValueError("position_ids: a model with document_mask counts them from ends of text; leave them out")
         return super().generate(*args, **kwargs)
 

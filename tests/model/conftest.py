@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from data.tokenizer import train
 from model.kernels import choose, eager
 from tests.model.checks import needed
 
@@ -27,3 +29,18 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     else:
         monkeypatch.setattr(choose, "_for_cpu", lambda dtype: eager)
     yield request.param
+
+
+@pytest.fixture
+def own_modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of folders is copied to a place of its own, not to the user's."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
+    train(["the café is 42 naïve blanks   apart\n\tand aaaa aaa aa", "a harmonic loss, one prototype"], 310, path)
+    return path

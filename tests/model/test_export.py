@@ -9,90 +9,24 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 from torch import Tensor
 
-from data.tokenizer import Tokenizer, train
+from data.tokenizer import Tokenizer
 from model import export
-from model.config import DecoderConfig, HeadConfig
 from model.decoder import Decoder, document_positions
 from model.head import HarmonicHead
 from model.reference import scores_reference
 from model.sample import generate
 from tests.model.checks import assert_no_worse
+from tests.model.exports import BACKBONES, EOS, MASKED, PAD, T, exported, make, tokens_of
 from tests.model.variants import VARIANTS, distance_of
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("own_modules")
 from model.hf.modeling_overtone import OvertoneConfig, OvertoneHead  # noqa: E402
 
-V, T, EOS, PAD = 67, 12, 2, 3
-SMALL: dict[str, Any] = {"vocab_size": V, "seq_len": 32, "layers": 2, "heads": 4, "dim": 32}
 TOLERANCE = 1e-5
-BACKBONES: dict[str, dict[str, Any]] = {
-    "gpt2": {},
-    "biases": {"bias": True, "mlp": "gelu_tanh"},
-    "no positions": {"positions": "none", "mlp_dim": 40},
-    "llama": {"positions": {"theta": 500.0}, "norm": "rmsnorm", "mlp": "swiglu", "kv_heads": 2, "head_dim": 6},
-    "llama 3.1": {"positions": {"scaling": {"factor": 8.0, "original": 16}}},
-    "stretched": {"positions": {"scaling": 3.0}},
-    "qwen": {"positions": {}, "qk_norm": True, "qkv_bias": True, "norm": "rmsnorm", "kv_heads": 1},
-    "window": {"window": 3},
-    "tied": {"tied": True},
-    "post-norm": {"post_norm": True},
-    "documents": {"document_mask": True, "window": 5},
-    "rotary documents, tied": {"document_mask": True, "positions": {}, "tied": True},
-}
-MASKED: dict[str, dict[str, Any]] = {
-    "bert": {"objective": "masked", "post_norm": True, "bias": True},
-    "rotary": {"objective": "masked", "positions": {}, "window": 4},
-}
 EXPONENTS: dict[str, Any] = {"learned": "learned", "a number": 9.0, "a ramp": {"first": 1.0, "last": 4.0}}
-
-
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code of folders is copied to a place of its own, not to the user's."""
-    from transformers import dynamic_module_utils
-
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("vocabulary") / "tokenizer.model"
-    train(["the café is 42 naïve blanks   apart\n\tand aaaa aaa aa", "a harmonic loss, one prototype"], 310, path)
-    return path
-
-
-def make(decoder_settings: dict[str, Any], head_settings: dict[str, Any] | None = None) -> tuple[Decoder, HarmonicHead]:
-    """With weights that are all random, but in their usual range."""
-    config, head_config = DecoderConfig(**{**SMALL, **decoder_settings}), HeadConfig(**(head_settings or {}))
-    decoder = Decoder(config, hidden_length=head_config.hidden_length(config.dim), seed=1)
-    head = HarmonicHead(V, config.dim, seed=2, **head_config.arguments())
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for weight in [*decoder.parameters(), *(p for n, p in head.named_parameters() if n != "prototypes")]:
-            weight.add_(0.1 * torch.randn_like(weight))
-    return decoder.eval(), head.eval()
-
-
-def exported(decoder: Decoder, head: HarmonicHead, folder: Path) -> Any:
-    folder.mkdir(exist_ok=True)
-    parts = (("decoder", decoder), ("head", head))
-    weights = {f"{part}.{name}": p.detach() for part, module in parts for name, p in module.named_parameters()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    export.write(folder, decoder, head, EOS, PAD, card="")
-    auto = transformers.AutoModelForCausalLM if decoder.config.causal else transformers.AutoModelForMaskedLM
-    loaded, told = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
-    assert not any(told.values()), told
-    return loaded
-
-
-def tokens_of(rows: int = 2) -> Tensor:
-    """(rows, T), some of them ends of text."""
-    tokens = torch.randint(5, V, (rows, T), generator=torch.Generator().manual_seed(1))
-    tokens[:, 0] = tokens[0, 5] = EOS
-    return tokens
 
 
 @torch.no_grad()
@@ -238,7 +172,8 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
     loaded = exported(*make(BACKBONES["documents"]), tmp_path)
     with pytest.raises(ValueError, match="33 positions given, the decoder has 32"):
         loaded(torch.zeros(1, 33, dtype=torch.long))
-    cache = loaded(tokens_of()).past_key_values
+    cache = transformers.DynamicCache(config=loaded.config)
+    loaded(tokens_of(), past_key_values=cache)
     with pytest.raises(ValueError, match="needs position_ids with a cache"):
         loaded(tokens_of()[:, :1], past_key_values=cache)
     with pytest.raises(ValueError, match="attention_mask is"):
