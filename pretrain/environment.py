@@ -125,7 +125,8 @@ def _number(environment: Mapping[str, str], name: str, least: int = 0, most: int
         return None
     if not re.fullmatch(r"\d{1,9}", given.strip(), re.ASCII) or not least <= int(given) <= most:
         upto = "on" if most == 10**9 - 1 else f"to {most}"
-        raise ConfigError(f"{_shown(environment, name)}: expected a whole number from {least} {upto}. {ALONE}")
+        remedy = ALONE if f" {name}" in ALONE else f"{ALONE.removesuffix('`')} {name}`"
+        raise ConfigError(f"{_shown(environment, name)}: expected a whole number from {least} {upto}. {remedy}")
     return int(given)
 
 

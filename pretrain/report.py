@@ -373,7 +373,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_BAD_INPUT
     if args.json:
-        compare = {"comparable": groups_of(found)}
+        compare = {"comparable": groups_of(found)} if len(found) > 1 else {}
         print(to_json({"runs": found, **compare, **({"geometry": geometry} if geometry else {})}))
         return 0
     console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
