@@ -40,7 +40,9 @@ SMALL = 10_000  # bytes of a kind of collective that the plan leaves out: norms,
 def config(
     world: int, zero: int, vocab: int, precision: str = "bf16", passes: int = 1, micro: int = 1, **model: Any
 ) -> RunConfig:
-    """A model of 0.9 M parameters in the trunk and 0.5 M in the head: sequences long enough for fused attention."""
+    """A model of 0.9 M parameters in the trunk and 0.5 M in the head, GPT-2's kind unless `model` says otherwise:
+    sequences long enough for fused attention.
+    """
     length = 320
     return from_tree(
         {

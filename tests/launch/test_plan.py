@@ -54,6 +54,8 @@ HEADS: list[dict[str, Any]] = [
 
 def test_what_two_ranks_allocate_and_send_is_as_planned(tmp_path: Path) -> None:
     configs = [config(2, zero, vocab) for zero, vocab in ((1, 1), (2, 2), (3, 2))]
+    family: dict[str, Any] = {"mlp": "swiglu", "mlp_dim": 344, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}
+    configs += [config(2, zero, 2, micro=4, positions={"theta": 1e4}, **family) for zero in (2, 3)]
     compared = compare(2, configs, tmp_path)
     assert {"peak", "trunk gradients", "activations", "all-gather of 2"} <= {one.kind for one in compared}
     assert not [one for one in compared if not one.agrees]
