@@ -161,7 +161,7 @@ def job_of(environment: Mapping[str, str]) -> str | None:
         ConfigError: it is no name.
     """
     job = environment.get(JOB_VARIABLE)
-    if job is not None and not re.fullmatch(r"[\w-]+", job):
+    if job is not None and not re.fullmatch(r"[0-9A-Za-z_-]+", job):
         raise ConfigError(
             f"{JOB_VARIABLE}={job!r}: expected letters, digits and dashes, as `launch run` sets it; `unset` it"
         )
