@@ -73,6 +73,12 @@ class OvertoneConfig(PreTrainedConfig):
     use_cache: bool = True
     tie_word_embeddings: bool = False  # nothing is left to tie: a tied model has one table to begin with
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        if "use_cache" in config_dict:  # which transformers before 5.4 leaves out
+            kwargs.setdefault("use_cache", config_dict["use_cache"])
+        return super().from_dict(config_dict, **kwargs)
+
 
 def make_norm(config: OvertoneConfig, width: int) -> nn.Module:
     if config.norm == "rmsnorm":

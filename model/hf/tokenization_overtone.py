@@ -103,7 +103,7 @@ class OvertoneTokenizer(PreTrainedTokenizer):
             raise TypeError(f"{', '.join(unknown)}: not known to this tokenizer; leave it out")
         return text, {}
 
-    def _tokenize(self, text: str) -> list[str]:
+    def _tokenize(self, text: str) -> list[str]:  # type: ignore[override]
         found: list[str] = []
         for number, part in enumerate(text.split(BLANK) if self._blank_bytes else [text]):
             found += self._blank_bytes if number else []
@@ -119,7 +119,7 @@ class OvertoneTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
         return self._decode(self.convert_tokens_to_ids(list(tokens)))
 
-    def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:
+    def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:  # type: ignore[override]
         """Special ids are written as their names, or left out; bytes that are no UTF-8 become U+FFFD.
 
         Blanks are never cleaned up: early versions' pipelines ask for it unasked, and the text would not come back.

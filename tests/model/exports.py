@@ -56,7 +56,7 @@ def exported(decoder: Decoder, head: HarmonicHead, folder: Path) -> Any:
     export.write(folder, decoder, head, EOS, PAD, card="")
     import transformers
 
-    auto = transformers.AutoModelForCausalLM if decoder.config.causal else transformers.AutoModelForMaskedLM
+    auto: Any = transformers.AutoModelForCausalLM if decoder.config.causal else transformers.AutoModelForMaskedLM
     loaded, told = auto.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not any(told.values()), told
     return loaded
