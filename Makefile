@@ -65,7 +65,9 @@ test-latest: $(VENV)/.python
 	@echo "test-latest: installing the newest release of everything in $(LATEST) (some minutes)"
 	@$(BIN)/python -m venv --clear $(LATEST)
 	@$(LATEST)/bin/python $(PIP) --upgrade pip setuptools wheel
-	@nvidia-smi -L >/dev/null 2>&1 || $(LATEST)/bin/python $(PIP) --extra-index-url '$(TORCH_INDEX)' torch
+	@nvidia-smi -L >/dev/null 2>&1 || \
+		$(LATEST)/bin/python $(PIP) --no-deps --retries 1 --index-url '$(TORCH_INDEX)' torch 2>/dev/null || \
+		echo "test-latest: no CPU build is to be had; taking the build of torch for GPUs (several GB)"
 	@DS_BUILD_OPS=0 $(LATEST)/bin/python $(PIP) $$($(LATEST)/bin/python requirements/lock.py newest)
 	@$(LATEST)/bin/python -m pip list
 	$(LATEST)/bin/python -m mypy
@@ -99,7 +101,7 @@ $(VENV)/.torch: $(VENV)/.python requirements/build.txt requirements/torch-cpu.tx
 		echo gpu >$@; \
 	elif echo "setup: installing torch for the CPU" && \
 		{ $(INSTALL) --no-deps --retries 0 -r requirements/torch-cpu.txt 2>/dev/null || \
-		$(INSTALL) --no-deps --extra-index-url '$(TORCH_INDEX)' -r requirements/torch-cpu.txt; }; then \
+		$(INSTALL) --no-deps --retries 1 --extra-index-url '$(TORCH_INDEX)' -r requirements/torch-cpu.txt; }; then \
 		echo cpu >$@; \
 	else \
 		echo "setup: no CPU build is to be had; taking the build of torch for GPUs (several GB)"; \
