@@ -149,7 +149,7 @@ A language model that {purpose}, with a {head}, trained by Overtone.
 ```
 
 FOLDER is this one. `trust_remote_code=True` runs `modeling_overtone.py` and `tokenization_overtone.py` of it: read them
-first. They need torch, transformers and sentencepiece.
+first. They need torch, transformers (5.0 or later) and sentencepiece.
 
 The logits are scores, {scores}. A softmax of them gives the model's probabilities: they are its log-probabilities up to
 a constant of each position, so sampling, beams and losses are right as they are. Scores are taken in float32, whatever

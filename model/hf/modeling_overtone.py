@@ -461,11 +461,11 @@ class OvertoneForCausalLM(OvertonePreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         *,
         cache: Cache | None = None,
-        shift_labels: Tensor | None = None,
         ignore_index: int = -100,
         num_items_in_batch: Tensor | int | None = None,
         inputs_embeds: None = None,
         output_attentions: bool | None = None,
+        **unnamed: Any,
     ) -> CausalLMOutputWithPast | tuple:
         """
         Args:
@@ -474,11 +474,15 @@ class OvertoneForCausalLM(OvertonePreTrainedModel, GenerationMixin):
             position_ids: (B, T) places in documents; None: they are counted.
             past_key_values, cache: two names of one argument. The output has the one of the installed transformers.
             labels: (B, T), the inputs themselves (they are moved by one here), or `ignore_index`.
-            shift_labels: (B, T), labels that were moved already; they count instead of `labels`.
             num_items_in_batch: the loss is a sum divided by it; None: a mean.
             logits_to_keep: so many of the last tokens are scored (0: all), or the indices of those that are.
             inputs_embeds, output_attentions: may be named, but ask for what is not there.
+            unnamed: `shift_labels` alone, (B, T) labels that were moved already, which count instead of `labels`; by
+                its name here the library's trainer would look for it in every batch.
         """
+        shift_labels = unnamed.pop("shift_labels", None)
+        if unnamed:
+            raise TypeError(f"{', '.join(unnamed)}: not known to an Overtone model; leave it out")
         self._refuse(inputs_embeds, output_attentions)
         cache = one_cache(past_key_values, cache)
         use_cache = (self.config.use_cache and not self.training) if use_cache is None else use_cache

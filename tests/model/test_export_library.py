@@ -124,6 +124,7 @@ def test_a_trainer_divides_the_loss_itself(tmp_path: Path) -> None:
     for kind, settings in {"causal": {}, "masked": MASKED["bert"]}.items():
         loaded, tokens = exported(*make(settings), tmp_path / kind), tokens_of()
         assert loaded.accepts_loss_kwargs and set(NAMES) <= set(loaded.config.keys_to_ignore_at_inference)
+        assert transformers.utils.generic.find_labels(type(loaded)) == ["labels"], "what a batch must have for a loss"
         labels = torch.where(torch.arange(T) % 2 == 0, tokens, -100)
         count = int((labels[:, 1:] if kind == "causal" else labels).ne(-100).sum())
         mean, total = loaded(tokens, labels=labels).loss, loaded(tokens, labels=labels, num_items_in_batch=1).loss
