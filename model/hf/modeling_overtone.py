@@ -502,8 +502,8 @@ class OvertoneForCausalLM(OvertonePreTrainedModel, GenerationMixin):
                 shift_labels=shift_labels,
             )
         told = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        named: dict[str, Any] = {CACHE: cache if use_cache else None}
-        found = CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=tuple(hidden) if told else None, **named)
+        named: dict[str, Any] = {CACHE: cache if use_cache else None, "hidden_states": tuple(hidden) if told else None}
+        found = CausalLMOutputWithPast(loss=loss, logits=logits, **named)
         return self._given_back(found, return_dict)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -514,7 +514,7 @@ class OvertoneForCausalLM(OvertonePreTrainedModel, GenerationMixin):
         drafts = getattr(kwargs.get("generation_config"), "is_assistant", False)  # whose positions the library counted
         if self.config.document_mask and kwargs.get("position_ids") is not None and not drafts:
             raise ValueError("position_ids: a model with document_mask counts them from ends of text; leave them out")
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc]  # of the types of some versions
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
         if self.config.document_mask:  # a step is given its last tokens alone, which cannot tell
@@ -573,5 +573,6 @@ class OvertoneForMaskedLM(OvertonePreTrainedModel):
                 ignore_index=ignore_index,
             )
         told = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        found = MaskedLMOutput(loss=loss, logits=logits, hidden_states=tuple(hidden) if told else None)
+        named: dict[str, Any] = {"hidden_states": tuple(hidden) if told else None}
+        found = MaskedLMOutput(loss=loss, logits=logits, **named)
         return self._given_back(found, return_dict)
