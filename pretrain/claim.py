@@ -100,10 +100,10 @@ def hold(run: Path, me: Holder, name: str = LOCK) -> Claim:
         try:
             if lock(file):
                 file.truncate(0)
-                file.write(json.dumps(asdict(me)) + "\n")
+                file.write(to_json(asdict(me)) + "\n")
                 joined = False
             elif not me.launcher and lock(file, shared=True) and _awaits(file, me.job):
-                file.write(json.dumps({"rank": 0, "host": me.host, "pid": me.pid}) + "\n")
+                file.write(to_json({"rank": 0, "host": me.host, "pid": me.pid}) + "\n")
                 joined = True
             else:
                 raise Held(run, holder(run, name))

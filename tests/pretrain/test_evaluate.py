@@ -343,7 +343,8 @@ def test_text_files_are_scored_as_they_are(english: Path, tmp_path: Path, capsys
     [
         (None, "cannot be read"),
         (b"", "empty"),
-        (b"\xff\xfe", "cannot be read as UTF-8"),
+        (b"caf\xe9", "cannot be read as UTF-8"),
+        (b"\xff\xfe", "the text is UTF-16, expected UTF-8"),
         (b"a", "fewer than one window"),
     ],
 )
