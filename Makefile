@@ -35,9 +35,14 @@ help:
 	@echo "make test-latest  types and tests with the newest release of everything, in $(LATEST)"
 	@echo "make clean        remove environments and caches; prepared/ and runs/ stay"
 
+# A CPU without bfloat16 products would take hours: see the header of configs/quickstart.yaml.
+SLOWER := $(shell nvidia-smi -L >/dev/null 2>&1 || grep -qw avx512_bf16 /proc/cpuinfo || \
+	echo train.precision=float32 train.steps=100)
+
 quickstart: setup
+	@test -z '$(SLOWER)' || echo "quickstart: neither a GPU nor AVX512_BF16 here; going on with $(SLOWER)"
 	@$(BIN)/python -m data prepare configs/quickstart.yaml
-	@$(BIN)/python -m launch run configs/quickstart.yaml
+	@$(BIN)/python -m launch run configs/quickstart.yaml $(SLOWER)
 	@$(BIN)/python -m pretrain.report runs/quickstart
 	@echo
 	@echo "next commands:"
