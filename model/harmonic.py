@@ -475,10 +475,11 @@ class _Chunk:
         """Of sum(weight * losses): returns that of this rank's tokens (m, D), adds that of its prototypes to `into`
         while the first is under way.
         """
-        grad, add_rows = torch.zeros(self.x.shape, dtype=self.side.wide, device=self.x.device), nothing
         if self.call.shard.real:
             given = Upstream(self.local, self.lse, weight, self.exponent)
             grad, add_rows = self.call.distance.contraction.gradients(self.stats, self.x, self.side.rows, given, into)
+        else:
+            grad, add_rows = torch.zeros(self.x.shape, dtype=self.side.wide, device=self.x.device), nothing
         back = self.side.tokens_back(self.hidden, self.index, self.scale, grad)
         scattered = start_scatter(back, self.call.shard.group)
         add_rows()
