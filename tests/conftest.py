@@ -15,7 +15,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes at once, and the
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The longest, which mostly wait for processes and timeouts: beside them the other workers have the cores.
-FIRST = ("test_hosts_job.py", "test_slurm.py", "test_hosts_doctor.py", "test_main_job.py", "test_chaos.py")
+FIRST = (
+    "test_hosts_job.py",
+    "test_main_job.py",
+    "test_slurm.py",
+    "test_chaos.py",
+    "test_two_jobs.py",
+    "test_hosts_doctor.py",
+)
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
