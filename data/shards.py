@@ -17,7 +17,7 @@ import struct
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -89,7 +89,7 @@ class ShardWriter:
         for file in self._folder.glob(f"{self._split}-[0-9]*"):
             if file.stem > path.stem:
                 file.unlink()
-        self._documents = np.fromfile(self._index, dtype=INDEX).tolist()
+        self._documents = cast(list[tuple[int, int, int]], np.fromfile(self._index, dtype=INDEX).tolist())
         self._file = path.open("r+b", buffering=1 << 20)
         self._file.seek(0, os.SEEK_END)
 

@@ -208,7 +208,7 @@ def with_groups(ranks: Ranks, vocab_ranks: int) -> Ranks:
 def _own_group(ranks: Ranks, members: list[list[int]]) -> ProcessGroup | None:
     if len(members[0]) == 1:
         return None
-    groups = [dist.new_group(group) for group in members]  # collective: every rank makes every group
+    groups: list[Any] = [dist.new_group(group) for group in members]  # collective: every rank makes every group
     return next(made for made, group in zip(groups, members, strict=True) if ranks.rank in group)
 
 

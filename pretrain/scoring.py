@@ -82,7 +82,7 @@ class Evaluation:
     @property
     def loss(self) -> float:
         """Nats per token."""
-        return float(self.nats.sum() / self.tokens.sum())
+        return float(np.divide(self.nats.sum(), self.tokens.sum()))
 
     @property
     def perplexity(self) -> float:
@@ -103,7 +103,7 @@ class Evaluation:
     @property
     def accuracy(self) -> float:
         """Share of the tokens that were the most probable one."""
-        return float(self.hits.sum() / self.tokens.sum())
+        return float(np.divide(self.hits.sum(), self.tokens.sum()))
 
     def of(self, chosen: np.ndarray) -> Evaluation:
         """Of some of the documents: a bool (documents,)."""

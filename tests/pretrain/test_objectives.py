@@ -88,7 +88,7 @@ def test_a_masked_model_is_scored_token_by_token_as_defined(trained: Path) -> No
         window = (stream[first : first + T] + [EOS] * T)[:T]
         given = [MASK if k % MASKINGS == at % MASKINGS else one for k, one in enumerate(window)]
         losses[place] = nats_of(head, decoder(torch.tensor([given]))[0, at], stream[place])
-    nats = run_task(open_task(trained / "masked-1"), ALONE)[0].nats.sum()
+    nats = float(run_task(open_task(trained / "masked-1"), ALONE)[0].nats.sum())
     logged = next(one for one in records(trained, "masked", 1) if one["kind"] == "eval")
     assert logged["loss"] == pytest.approx(nats / len(stream), rel=1e-5) and logged["tokens"] == len(stream)
 
