@@ -471,9 +471,9 @@ class _Chunk:
             return torch.zeros_like(self.exponent)
         return weight @ ((self.mean_score - self.target) / self.exponent)
 
-    def hidden_gradient(self, weight: Tensor, into: RowsGradient) -> Tensor:
-        """Of sum(weight * losses): returns that of this rank's tokens (m, D), adds that of its prototypes to `into`
-        while the first is under way.
+    def hidden_gradient(self, weight: Tensor, into: RowsGradient, factor: int = 1) -> Tensor:
+        """Of sum(weight * losses): returns that of this rank's tokens (m, D), times `factor`, and adds that of its
+        prototypes to `into` while the first is under way.
         """
         if self.call.shard.real:
             given = Upstream(self.local, self.lse, weight, self.exponent)
@@ -483,7 +483,7 @@ class _Chunk:
         back = self.side.tokens_back(self.hidden, self.index, self.scale, grad)
         scattered = start_scatter(back, self.call.shard.group)
         add_rows()
-        found = scattered.wait()
+        found = scattered.wait().mul_(factor)
         if self.scale is None:
             return found
         return _unscaled(found, own_rows(self.scale, self.call.shard), self.hidden.dtype)
@@ -512,7 +512,7 @@ class _Reduced(torch.autograd.Function):
             total.add_(weight @ chunk.losses)
             if into is not None:
                 exponent_grad.add_(chunk.exponent_gradient(weight))
-                hidden_grad[part] = chunk.hidden_gradient(weight, into).mul_(ranks)
+                hidden_grad[part] = chunk.hidden_gradient(weight, into, ranks)
 
         call.each(hidden, lambda part: _Chunk(call, side, hidden, targets, exponent, part), use)
         if into is not None:

@@ -80,6 +80,28 @@ def test_sharded_head_equals_whole(world: int, tmp_path: Path) -> None:
     run_ranks(check_every_head, world, tmp_path)
 
 
+def check_tiny_rows(scale: float) -> None:
+    """Gradients that grow with 1 / scale end at the largest number, with the group's factor of a mean too."""
+    shard = shard_of(37, dist.group.WORLD)
+    world, rank = shard.ranks, dist.get_rank()
+    x, w, y = tokens(world, 37)
+    x, w = ((t.sign() * t.abs().clamp_min(1) * scale) for t in (x, w))
+    mine = slice(rank * N_LOCAL, (rank + 1) * N_LOCAL)
+    whole, part = x.clone().requires_grad_(), x[mine].clone().requires_grad_()
+    harmonic_loss(whole, w, y, exponent=200.0).backward()
+    stored = torch.zeros(rows_of(37, world), D)
+    stored[: shard.real] = w[shard.start : shard.stop]
+    harmonic_loss(part, stored, y[mine], exponent=200.0, shard=shard).backward()
+    most = torch.finfo(torch.float32).max
+    expected = (whole.grad[mine].double() * world).clamp(-most, most)
+    assert part.grad.isfinite().all() and (part.grad.abs() == most).any(), part.grad.abs().max()
+    torch.testing.assert_close(part.grad.double() * scale, expected * scale, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_tiny_rows_are_finite(tmp_path: Path) -> None:
+    run_ranks(check_tiny_rows, 2, tmp_path, scale=1.2e-38)
+
+
 def check_agreed_noise() -> None:
     """Every rank draws from a generator in a state of its own; the group uses one seed."""
     torch.manual_seed(dist.get_rank())
