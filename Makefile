@@ -75,8 +75,7 @@ test-latest: $(VENV)/.python
 		echo "test-latest: no CPU build is to be had; taking the build of torch for GPUs (several GB)"
 	@DS_BUILD_OPS=0 $(LATEST)/bin/python $(PIP) $$($(LATEST)/bin/python requirements/lock.py newest)
 	@$(LATEST)/bin/python -m pip list
-	$(LATEST)/bin/python -m mypy
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST)
+	code=0; $(LATEST)/bin/python -m mypy || code=1; OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST) || code=1; exit $$code
 
 clean:
 	rm -rf $(VENV) $(LATEST) $(LOCKER) .ruff_cache .mypy_cache .pytest_cache .hypothesis build *.egg-info
