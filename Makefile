@@ -46,7 +46,7 @@ quickstart: setup
 	@$(BIN)/python -m pretrain.report runs/quickstart
 	@echo
 	@echo "next commands:"
-	@echo "  $(BIN)/python -m launch run configs/quickstart.yaml head.distance=dot run=runs/quickstart-softmax"
+	@echo "  $(BIN)/python -m launch run configs/quickstart.yaml head.distance=dot run=runs/quickstart-softmax$(if $(SLOWER), $(SLOWER))"
 	@echo "  $(BIN)/python -m pretrain.report runs/quickstart runs/quickstart-softmax"
 	@echo "  $(BIN)/tensorboard --logdir runs"
 
