@@ -36,7 +36,7 @@ help:
 	@echo "make clean        remove environments and caches; prepared/ and runs/ stay"
 
 # A CPU without bfloat16 products would take hours: see the header of configs/quickstart.yaml.
-SLOWER := $(shell nvidia-smi -L >/dev/null 2>&1 || grep -qw avx512_bf16 /proc/cpuinfo || \
+SLOWER := $(shell grep -qw avx512_bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null 2>&1 || \
 	echo train.precision=float32 train.steps=100)
 
 quickstart: setup

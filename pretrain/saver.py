@@ -95,7 +95,7 @@ class Saver:
         self.folder, self.ranks, self.cfg = folder, ranks, cfg
         if ranks.first:
             folder.mkdir(parents=True, exist_ok=True)  # only now: should it vanish later, a save fails and says so
-        self.group: Any = None
+        self.group: Any = None  # versions of torch differ in the type that new_group gives
         if ranks.world > 1:  # of its own: its collectives run beside those of training
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saver")

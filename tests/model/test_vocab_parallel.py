@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,17 @@ def test_groups() -> None:
 def test_a_failing_rank_is_reported(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="(?s)rank . of 2.*on purpose"):
         run_ranks(fail_on_purpose, 2, tmp_path)
+
+
+def test_ranks_may_leave_their_group(tmp_path: Path) -> None:
+    assert run_ranks(leave_one_by_one, 2, tmp_path) == [0, 1]
+
+
+def leave_one_by_one() -> int:
+    rank = dist.get_rank()
+    dist.destroy_process_group()
+    time.sleep(rank)  # the first is done before the second has told what it found
+    return rank
 
 
 def fail_on_purpose() -> None:
