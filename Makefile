@@ -11,6 +11,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 
 VENV := .venv
 BIN := $(VENV)/bin
+OLDER_TRITON := $(VENV)/triton-3.6
 LATEST := .venv-latest
 LOCKER := .venv-lock
 PIP := -m pip -qq --disable-pip-version-check --no-input install
@@ -123,5 +124,8 @@ $(VENV)/.ready-dev: $(VENV)/.torch pyproject.toml $(wildcard requirements/*.txt)
 	@echo "setup: installing dependencies and development tools (some minutes the first time)"
 	@$(INSTALL) -r requirements/dev-$$(cat $(VENV)/.torch).txt
 	@$(INSTALL) --no-deps --editable .
+	@rm -rf $(OLDER_TRITON)
+	@$(INSTALL) --no-deps --target $(OLDER_TRITON) -r requirements/triton-3.6.txt || \
+		echo "setup: no Triton 3.6 is to be had here: the test that compiles kernels with it will skip"
 	@touch $(VENV)/.ready $@
 	@echo "setup: done"

@@ -2,13 +2,15 @@
 
     python -m benchmarks.head --tokens 2048 --dim 768 --vocab 50304
     python -m benchmarks.head --growth
-    python -m benchmarks.head --device cuda
+    python -m benchmarks.head --device cuda --fused
 
 Ratios are to three bare matrix products of the same shapes and dtype (x w', g w, g' x), timed in turn with the loss in
 the same process. Distances that are no matrix product are told in Gelem/s, 10^9 entries of (N, V, D) per second,
 forward alone and forward with backward, beside torch.cdist (p = 1, the same D, smaller N and V: its speed hardly
-depends on them). Every row runs in a process of its own. Extra memory is the peak of forward and backward above what
-was there before, less the gradients that they leave.
+depends on them); on a GPU at N 4,096, if N is not given. On a CPU every row runs in a process of its own, on a GPU all
+run in this one. Extra memory is the peak of forward and backward above what was there before, less the gradients that
+they leave. `--fused` and `--no-fused` choose between the designs of the product's head on a GPU: scores and sums in the
+product's epilogue, or passes of their own over float32 scores.
 Legend: N tokens, D width, V prototypes.
 """
 
@@ -30,14 +32,15 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.machine import cpu_name
 from model.distances import DISTANCES, make
 from model.harmonic import harmonic_loss
-from pretrain.metrics import cpu_name
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MIB = 2**20
 ENOUGH_S = 20.0  # a row that took so long is not repeated
 DEFAULTS = {"cpu": (2048, [384], [8192]), "cuda": (65536, [768, 4096], [50304, 151936])}  # N, D, V
+FEW_TOKENS = {"cpu": None, "cuda": 4096}  # N of distances that are no product; None: the same
 CDIST = (512, 4096)  # N, V
 
 
@@ -49,6 +52,7 @@ class Shape:
     dtype: str
     device: str
     repeats: int
+    enough_s: float = ENOUGH_S
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(variant: str) -> Loss:
+def ours(variant: str, fused: bool | None = None) -> Loss:
+    """A variant's loss; `fused` chooses the design, None: the device's default."""
     distance, params = variant.split(",")[0], VARIANTS[variant]
 
     def loss(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
         given = dict(params)
+        if fused is not None and is_product(variant):
+            given["fused"] = fused
         if "factor" in params:
             unit = torch.eye(x.shape[1], device=x.device)
             given["factor"] = (unit if params["factor"] == "full" else unit[0] * 0).requires_grad_()
@@ -140,8 +147,8 @@ NEIGHBOURS: dict[str, tuple[Loss, str]] = {  # and the package that they need
 }
 
 
-def loss_of(row: str) -> Loss:
-    return ours(row) if row in VARIANTS else NEIGHBOURS[row][0]
+def loss_of(row: str, fused: bool | None = None) -> Loss:
+    return ours(row, fused) if row in VARIANTS else NEIGHBOURS[row][0]
 
 
 def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,9 +160,9 @@ def inputs(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
     return x, w, torch.randint(0, shape.vocab, (shape.tokens,), device=device)
 
 
-def measure(row: str, shape: Shape, bare: bool) -> Cost | str:
+def measure(row: str, shape: Shape, bare: bool, fused: bool | None = None) -> Cost | str:
     """The cost of one row, in this process, or why there is none."""
-    loss = loss_of(row)
+    loss = loss_of(row, fused)
     x, w, targets = inputs(shape)
 
     def both() -> None:
@@ -175,8 +182,8 @@ def measure(row: str, shape: Shape, bare: bool) -> Cost | str:
         rows = w.detach().to(x.dtype) if bare else w
         grads = torch.randn(shape.tokens, shape.vocab, device=x.device, dtype=x.dtype) if bare else x
         times: dict[str, list[float]] = {"both": [], "forward": [], "bare": []}
-        started = time.perf_counter()
-        while len(times["both"]) < shape.repeats and (not times["both"] or time.perf_counter() - started < ENOUGH_S):
+        stop = time.perf_counter() + shape.enough_s
+        while len(times["both"]) < shape.repeats and (not times["both"] or time.perf_counter() < stop):
             times["both"].append(seconds(both, x.device))
             x.grad = w.grad = None
             times["forward"].append(seconds(forward, x.device))
@@ -250,6 +257,16 @@ def machine(device: str) -> str:
     return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
+def apart(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls it in a process of its own on a CPU; here on a GPU, whose allocator tells rows apart, and where every
+    process would make a context anew.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()
+        return function(*arguments)
+    return alone(function, *arguments)
+
+
 def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls it in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
@@ -260,14 +277,19 @@ def memory(cost: Cost) -> str:
     return "unmeasured" if cost.extra_bytes is None else f"{cost.extra_bytes / MIB:,.0f}"
 
 
-def compare(console: Console, shape: Shape, chosen: str | None) -> None:
-    """Prints one table for the heads that are matrix products, one for the others."""
-    title = f"N {shape.tokens:,}, D {shape.dim:,}, V {shape.vocab:,}, {shape.dtype}: medians"
+def title_of(shape: Shape, fused: bool | None) -> str:
+    design = "" if fused is None else ", fused" if fused else ", not fused"
+    return f"N {shape.tokens:,}, D {shape.dim:,}, V {shape.vocab:,}, {shape.dtype}{design}: medians"
+
+
+def compare(console: Console, shape: Shape, chosen: str | None, few: int | None, fused: bool | None) -> None:
+    """Prints one table for the heads that are matrix products, one for the others, of `few` tokens."""
+    title = title_of(shape, fused)
     rows = [row for row in VARIANTS if chosen in (None, row.split(",")[0])]
     others = [] if chosen else [row for row, (_, package) in NEIGHBOURS.items() if importlib.util.find_spec(package)]
     table = Table("head", "forward + backward, ms", "three products, ms", "ratio", "extra memory, MiB", title=title)
     for row in [row for row in rows if is_product(row)] + others:
-        cost = alone(measure, row, shape, True)
+        cost = apart(shape.device, measure, row, shape, True, fused)
         if isinstance(cost, str):
             table.add_row(row, cost)
             continue
@@ -277,13 +299,14 @@ def compare(console: Console, shape: Shape, chosen: str | None) -> None:
     elementwise = [row for row in rows if not is_product(row)]
     if not elementwise:
         return
+    shape = replace(shape, tokens=few or shape.tokens)
     small = replace(shape, tokens=CDIST[0], vocab=CDIST[1])
-    cdist: Cost = alone(measure_cdist, small)
+    cdist: Cost = apart(shape.device, measure_cdist, small)
     speed = cdist.gelem(small, cdist.both)
     columns = ("head", "forward + backward, ms", "Gelem/s forward", "Gelem/s", "times cdist", "extra memory, MiB")
-    table = Table(*columns, title=title)
+    table = Table(*columns, title=title_of(shape, None))
     for row in elementwise:
-        cost = alone(measure, row, shape, False)
+        cost = apart(shape.device, measure, row, shape, False)
         if isinstance(cost, str):
             table.add_row(row, cost)
             continue
@@ -296,13 +319,16 @@ def compare(console: Console, shape: Shape, chosen: str | None) -> None:
     console.print(table)
 
 
-def growth(console: Console, shape: Shape, chosen: str | None) -> None:
+def growth(console: Console, shape: Shape, chosen: str | None, fused: bool | None) -> None:
     """Time and memory against N and V: linear and flat."""
     for row in [chosen] if chosen else ["euclidean", "manhattan"]:
         table = Table("N", "V", "ms", "ns per token and prototype", "extra memory, MiB", title=f"{row}, D {shape.dim}")
         for tokens, vocab in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8)):
             size = replace(shape, tokens=shape.tokens * tokens, vocab=shape.vocab * vocab)
-            cost = alone(measure, row, size, False)
+            cost = apart(shape.device, measure, row, size, False, fused)
+            if isinstance(cost, str):
+                table.add_row(f"{size.tokens:,}", f"{size.vocab:,}", cost)
+                continue
             each = cost.both / size.tokens / size.vocab * 1e9
             table.add_row(f"{size.tokens:,}", f"{size.vocab:,}", f"{cost.both * 1e3:,.0f}", f"{each:.2f}", memory(cost))
         console.print(table)
@@ -320,14 +346,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repeats", type=int, default=7, help="medians are over so many runs (default %(default)s)")
+    parser.add_argument(
+        "--fused", action=argparse.BooleanOptionalAction, help="the design of heads that are products (default: the "
+        "device's own)"
+    )  # fmt: skip
     given = parser.parse_args(argv)
+    few = FEW_TOKENS[torch.device(given.device).type] if given.tokens is None else None
     tokens, dims, vocabs = DEFAULTS[torch.device(given.device).type]
     console = Console(width=max(110, Console().width))  # in a file too, a row is a line
     console.print(machine(given.device))
     for dim in given.dim or dims:
         for vocab in given.vocab or vocabs:
             shape = Shape(given.tokens or tokens, dim, vocab, given.dtype, given.device, given.repeats)
-            (growth if given.growth else compare)(console, shape, given.distance)
+            if given.growth:
+                growth(console, shape, given.distance, given.fused)
+            else:
+                compare(console, shape, given.distance, few, given.fused)
 
 
 if __name__ == "__main__":

@@ -253,7 +253,7 @@ def kept(trainer: Any) -> Iterator[list[float]]:
     sizes: list[float] = []
     hidden = trainer.hidden
 
-    def counted(inputs: Tensor) -> Tensor:
+    def counted(inputs: Tensor, *documents: int | None) -> Tensor:
         found: dict[int, torch.UntypedStorage] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def kept(trainer: Any) -> Iterator[list[float]]:
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            out = hidden(inputs)
+            out = hidden(inputs, *documents)
         found[out.untyped_storage()._cdata] = out.untyped_storage()
         sizes.append(sum(storage.nbytes() for storage in found.values()))
         found.clear()  # the hooks live as long as the graph

@@ -115,7 +115,7 @@ def serve_plain(cfg: RunConfig) -> None:
     windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
     batches = Batches(windows, cfg, process.Ranks(0, 1, 0, 1, device))
     for line in sys.stdin:
-        read = list(batches.of(int(line)))
+        read = [one.to(device) for one in batches.of(int(line))]
         print(timed(lambda r=read: plain.step(r), device), flush=True)  # type: ignore[misc]
 
 

@@ -18,8 +18,9 @@ from launch.cluster import Cluster
 from pretrain.config import RunConfig
 from pretrain.gpus import GIB
 
-# model.harmonic.CHUNK_BYTES on a GPU; a test compares them, as plans are made without torch's modules.
+# Those of model.harmonic on a GPU; a test compares them, as plans are made without torch's modules.
 CHUNK_BYTES = 2 * GIB
+CHUNK_SHARE = 1 / 16
 FLAT_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at a time outside its ZeRO optimisers
 # Settings of deepspeed.zero_optimization that the plan knows, with DeepSpeed's defaults.
 ZERO_DEFAULTS: dict[str, Any] = {
@@ -137,15 +138,21 @@ def by_product(cfg: RunConfig) -> bool:
     return head.distance in ("euclidean", "cosine", "mahalanobis", "dot") or special.get(head.distance, False)
 
 
-def head_chunks(cfg: RunConfig, vocab_ranks: int) -> tuple[int, int]:
-    """Chunks of a pass and bytes of working memory, as model.harmonic cuts them; for distances that are no product, an
-    upper bound of both.
+def head_chunks(cfg: RunConfig, vocab_ranks: int, gpu_memory: int) -> tuple[int, int]:
+    """Chunks of a pass and bytes of working memory, as model.harmonic cuts them on a GPU of `gpu_memory` bytes (which
+    may make chunks a little larger, so that no multiprocessor idles); for distances that are no product, an upper
+    bound of both.
     """
     n, d, rows = pass_tokens(cfg), cfg.model.dim, -(-cfg.model.vocab_size // vocab_ranks)
-    kept, temporaries, narrow = (1, 1, width(cfg)) if by_product(cfg) else (2, 2, 0)
-    pairs = kept * (2 if vocab_ranks > 1 else 1) + temporaries
-    per_token = vocab_ranks * (rows * (pairs * 4 + narrow) + d * 3 * 4)
-    budget = CHUNK_BYTES if cfg.head.chunk_mib is None else cfg.head.chunk_mib * 2**20
+    alive, narrow = 2 if vocab_ranks > 1 else 1, width(cfg)
+    if not by_product(cfg):
+        pair = 4 * (2 * alive + 2)
+    else:
+        pair = alive * narrow if cfg.head.fused and narrow == 2 else 4 * alive + narrow
+    per_token = vocab_ranks * (rows * pair + d * 3 * 4)
+    budget = max(CHUNK_BYTES, int(gpu_memory * CHUNK_SHARE))
+    if cfg.head.chunk_mib is not None:
+        budget = cfg.head.chunk_mib * 2**20
     chunks = -(-n // max(1, budget // per_token))
     return chunks, -(-n // chunks) * per_token
 
@@ -157,7 +164,7 @@ def memory(cfg: RunConfig, cluster: Cluster) -> Memory:
     rows = prototype_elements(cfg, cluster)
     trunk = _trunk_memory(cfg, world)
     head_standing = {"head masters": 4 * rows, "head moments": 8 * rows, "head gradients": 4 * rows}
-    _, workspace = head_chunks(cfg, k)
+    _, workspace = head_chunks(cfg, k, cluster.hardware.memory)
     kept, hidden = activations(cfg), n * d * b
     head = {
         "activations": kept,

@@ -103,7 +103,7 @@ def _of_vocabulary_group(cfg: RunConfig, cluster: Cluster) -> Iterator[Collectiv
     """The head's, chunk by chunk of tokens (model/harmonic.py), and the tied embedding's."""
     k, d, b = vocab_ranks(cfg, cluster), cfg.model.dim, width(cfg)
     group, passes = (k, min(k, cluster.ranks_per_node)), cfg.accumulation(cluster.gpus)
-    chunks, _ = head_chunks(cfg, k)
+    chunks, _ = head_chunks(cfg, k, cluster.hardware.memory)
     tokens, calls = pass_tokens(cfg) * k * passes, chunks * passes
     yield Collective("hidden states and targets", "all-gather", *group, tokens * (d * b + 8), 2 * calls, "nothing")
     yield Collective("maxima and sums of scores", "all-reduce", *group, tokens * (4 + 12), 2 * calls, "head")

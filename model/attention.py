@@ -11,9 +11,9 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import import_module
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from model.config import DecoderConfig, Llama3Scaling, Rope
+if TYPE_CHECKING:  # a config is pydantic's, which attention does without
+    from model.config import DecoderConfig, Rope
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,23 @@ class FlashAttention:
     whole: Callable[..., Any]
     documents: Callable[..., Any]
 
+    @cached_property
+    def takes(self) -> frozenset[str]:
+        """Names of the arguments of `documents`, which has all those of `whole` that are used here."""
+        return frozenset(inspect.signature(self.documents).parameters)
+
+    def serves(self, config: DecoderConfig, capability: int, deterministic: bool) -> bool:
+        """Whether it has kernels for a decoder's attention, both passes."""
+        width = config.head_size()
+        if self.version == 2:
+            wide = width <= 256
+        elif self.version == 4 and capability == 10:
+            wide = width % 8 == 0 and (width <= 128 or width == 256)
+        else:
+            wide = width % 8 == 0 and width <= 256
+        noisy = config.dropout and "dropout_p" not in self.takes
+        return wide and not noisy and (not deterministic or "deterministic" in self.takes)
+
 
 @cache
 def flash_attention(capability: int) -> FlashAttention | None:
@@ -55,34 +73,42 @@ def flash_attention(capability: int) -> FlashAttention | None:
             try:
                 module = import_module(name)
                 return FlashAttention(version, module.flash_attn_func, module.flash_attn_varlen_func)
-            except (ImportError, AttributeError):
+            except (ModuleNotFoundError, AttributeError):
                 continue  # not installed; a folder flash_attn without the functions is version 4 alone
+            except Exception as error:  # it is compiled for, or leans on, another version of something
+                log.warning("flash-attn %d is installed and cannot be imported: %r", version, error)
     return None
 
 
 @cache
-def choose_backend(config: DecoderConfig, device: str, capability: int, half: bool) -> Backend:
+def choose_backend(
+    config: DecoderConfig, device: str, capability: int, half: bool, deterministic: bool = False
+) -> Backend:
     """The kernel for a decoder's attention on a device: the one that `config.attention` asks for where it can serve,
     else the best. Logs it once.
+
+    torch's kernels follow torch.use_deterministic_algorithms by themselves (flex attention adds in a fixed order
+    anyway: where each gradient is summed up by one program); flash-attn is asked where it can be.
     """
     flash = flash_attention(capability) if device == "cuda" and half else None
     serving: list[Backend] = ["sdpa"]
     # Flex attention has no dropout, and no backward pass on CPUs.
     if device == "cuda" and not config.dropout and config.head_size() >= NARROWEST_FLEX:
         serving.insert(0 if config.document_mask or config.window is not None else 1, "flex")
-    if flash is not None and (flash.version == 2 or not config.dropout):  # later versions have none
+    if flash is not None and flash.serves(config, capability, deterministic):
         serving.insert(0, "flash")
     chosen = serving[0] if config.attention == "auto" else config.attention
     if chosen not in serving:
-        log.warning("attention=%s cannot serve on this %s with %s", chosen, device, _told(config, half))
+        log.warning("attention=%s cannot serve on this %s with %s", chosen, device, _told(config, half, deterministic))
         chosen = serving[0]
     names = {"flash": f"flash-attn {flash.version if flash else ''}", "flex": "torch's flex attention"}
     log.info("attention on %s: %s", device, names.get(chosen, "torch's scaled_dot_product_attention"))
     return chosen
 
 
-def _told(config: DecoderConfig, half: bool) -> str:
+def _told(config: DecoderConfig, half: bool, deterministic: bool) -> str:
     dropout = f"dropout {config.dropout}" if config.dropout else "no dropout"
+    dropout += ", deterministic" if deterministic else ""
     bits = "bf16" if half else "more than 16 bits"
     return f"{bits}, heads {config.head_size()} wide, {dropout} and what is installed; going on without it"
 
@@ -114,17 +140,20 @@ class Memory:
         return self.keys[:, : self.length], self.values[:, : self.length]
 
 
-def pattern_of(config: DecoderConfig, x: Tensor, positions: Tensor | None, past: int) -> Pattern:
+def pattern_of(
+    config: DecoderConfig, x: Tensor, positions: Tensor | None, past: int, documents: int | None = None
+) -> Pattern:
     """The pattern of a pass over embedded tokens.
 
     Args:
         x: (B, T, D).
         positions: (B, T) of each token in its document, 0 where one begins; None: each row is one document.
         past: tokens that were read before, with a KV cache.
+        documents: how many there are, or more; None: they are counted where they are, and a GPU is waited for.
     """
     _, t, _ = x.shape
     turns = None
-    if isinstance(config.positions, Rope):
+    if not isinstance(config.positions, str):
         places = torch.arange(past, past + t, device=x.device) if positions is None else positions
         turns = rotations(config.positions, config.head_size(), places)
     if past:
@@ -135,18 +164,18 @@ def pattern_of(config: DecoderConfig, x: Tensor, positions: Tensor | None, past:
     gpu = x.device.type == "cuda"
     half = x.dtype in (torch.bfloat16, torch.float16) or (gpu and torch.is_autocast_enabled("cuda"))
     capability = torch.cuda.get_device_capability(x.device)[0] if gpu else 0
-    backend = choose_backend(config, x.device.type, capability, half)
+    backend = choose_backend(config, x.device.type, capability, half, torch.are_deterministic_algorithms_enabled())
     if backend == "flash":
-        return Pattern(backend, config.causal, config.window, bounds=_bounds(positions), turns=turns)
-    documents = None if positions is None else (positions == 0).cumsum(1)  # (B, T) numbers
+        return Pattern(backend, config.causal, config.window, bounds=_bounds(positions, documents), turns=turns)
+    document = None if positions is None else (positions == 0).cumsum(1)  # (B, T) numbers
     if backend == "flex":
-        return Pattern(backend, config.causal, mask=_block_mask(config, documents, t, x.device), turns=turns)
-    if documents is None and (config.window is None or config.window >= t):
+        return Pattern(backend, config.causal, mask=_block_mask(config, document, t, x.device), turns=turns)
+    if document is None and (config.window is None or config.window >= t):
         return Pattern(backend, config.causal, turns=turns)
     place = torch.arange(t, device=x.device)
     seen = _visible(config, place[:, None], place, _reach(config, x.device))[None, None]
-    if documents is not None:
-        seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+    if document is not None:
+        seen = seen & (document[:, None, :, None] == document[:, None, None, :])
     return Pattern(backend, config.causal, mask=seen, turns=turns)
 
 
@@ -163,23 +192,31 @@ def _reach(config: DecoderConfig, device: torch.device) -> Tensor:
     return torch.tensor(config.window or config.seq_len, device=device)
 
 
-def _bounds(positions: Tensor | None) -> Tensor | None:
+def _bounds(positions: Tensor | None, documents: int | None) -> Tensor | None:
+    """(documents + 1,) as in `Pattern`; documents beyond those that are there are empty ones, at the end.
+
+    Its size has to be known here: nonzero() would have the host wait for the device in every pass, and room for as
+    many documents as there are tokens would cost the kernels tens of GB.
+    """
     if positions is None:
         return None
-    flat = positions.reshape(-1)
-    return F.pad((flat == 0).nonzero()[:, 0], (0, 1), value=len(flat)).int()
-
-
-def _block_mask(config: DecoderConfig, documents: Tensor | None, t: int, device: torch.device) -> BlockMask:
+    begun = (positions.reshape(-1) == 0).cumsum(0)  # so many documents, up to each place and with it
     if documents is None:
+        documents = int(begun[-1])
+    number = torch.arange(1, documents + 2, device=positions.device)
+    return torch.searchsorted(begun, number, out_int32=True)  # where each begins; past the last one: the end
+
+
+def _block_mask(config: DecoderConfig, document: Tensor | None, t: int, device: torch.device) -> BlockMask:
+    if document is None:
         return _block_mask_of_rows(config, t, device)
 
     reach = _reach(config, device)
 
     def sees(row: Tensor, _: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return _visible(config, query, key, reach) & (documents[row, query] == documents[row, key])
+        return _visible(config, query, key, reach) & (document[row, query] == document[row, key])
 
-    return _compiled(create_block_mask, device)(sees, len(documents), None, t, t, device=device)
+    return _compiled(create_block_mask, device)(sees, len(document), None, t, t, device=device)
 
 
 @lru_cache(maxsize=8)
@@ -203,7 +240,7 @@ def _compile_once(function: Callable[..., Any]) -> Callable[..., Any]:
 def rotations(rope: Rope, width: int, positions: Tensor) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the turns of a head `width` wide, (..., 1, width / 2) float32 each, at positions (...)."""
     rates = rope.theta ** (torch.arange(0, width, 2, device=positions.device, dtype=torch.float32) / -width)
-    if isinstance(rope.scaling, Llama3Scaling):
+    if not isinstance(rope.scaling, int | float):
         rounds = rope.scaling.original * rates / (2 * math.pi)  # within the positions of the first training
         kept = ((rounds - rope.scaling.low) / (rope.scaling.high - rope.scaling.low)).clamp(0, 1)
         rates = rates * (kept + (1 - kept) / rope.scaling.factor)
@@ -285,12 +322,13 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, dropout: float) ->
         options["window_size"] = (pattern.window - 1, 0 if pattern.causal else pattern.window - 1)
     if dropout:
         options["dropout_p"] = dropout
+    if torch.are_deterministic_algorithms_enabled():
+        options["deterministic"] = True
     if pattern.bounds is None:
         y = flash.whole(q, k, v, **options)
     else:
         longest = {"max_seqlen_q": q.shape[1], "max_seqlen_k": q.shape[1]}  # rows end documents; not every version asks
-        asked = inspect.signature(flash.documents).parameters
-        options |= {name: value for name, value in longest.items() if name in asked}
+        options |= {name: value for name, value in longest.items() if name in flash.takes}
         bounds = {"cu_seqlens_q": pattern.bounds, "cu_seqlens_k": pattern.bounds}
         y = flash.documents(*(one.flatten(0, 1) for one in (q, k, v)), **bounds, **options)
     y = y[0] if isinstance(y, tuple) else y  # some versions add the log-sum-exp

@@ -287,6 +287,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
     exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp = "sqrt_dim"
     init_std: float | None = Field(default=None, gt=0)  # None: see model.distances.Distance.start
     chunk_mib: int | None = Field(default=None, gt=0)  # budget of the head's working memory; None: by device
+    fused: bool | None = None  # the GPU's product and the passes over its scores in one; None: by device
 
     @model_validator(mode="after")
     def _known_distance(self) -> HeadConfig:
@@ -309,6 +310,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
             "exponent": (exponent.first, exponent.last) if isinstance(exponent, ExponentRamp) else exponent,
             "init_std": self.init_std,
             "chunk_bytes": None if self.chunk_mib is None else self.chunk_mib * 2**20,
+            "fused": self.fused,
             **self.params,
         }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Protocol, Self
 
 import torch
@@ -30,20 +31,52 @@ class Statistics:
     target: Tensor  # score of the target, 0 where another rank holds it
     kept: tuple[Tensor, ...] = ()  # the (M, V) tensors, as the contraction's own gradient reads them
     squares: eager.Squares | None = None  # of the quadratic family
+    scored: eager.Scored | None = None  # in place of `kept`, where the product and its statistics were fused
+    fused: ModuleType | None = None  # by these kernels
 
     @classmethod
-    def of(cls, sums: FourSums, *kept: Tensor, squares: eager.Squares | None = None) -> Self:
+    def of(
+        cls,
+        sums: FourSums,
+        *kept: Tensor,
+        squares: eager.Squares | None = None,
+        scored: eager.Scored | None = None,
+        fused: ModuleType | None = None,
+    ) -> Self:
         top, total, moment, target = sums
-        return cls(top, total, moment, target, kept, squares)
+        return cls(top, total, moment, target, kept, squares, scored, fused)
 
 
 class RowsGradient:
     """Accumulators of the prototypes' gradient over the chunks: (V, D) and (V,) column sums of G."""
 
-    def __init__(self, rows: Tensor) -> None:
-        wide = eager.accumulator(rows.dtype)
-        self.products = kernels_for(rows).empty(rows.shape, wide, rows.device).zero_()
-        self.columns = self.products.new_zeros(rows.shape[0])
+    def __init__(self, rows: eager.Rows) -> None:
+        self._products, self._empty = rows.gradient(), True
+        self.columns = torch.zeros(len(rows.rows), dtype=self._products.dtype, device=self._products.device)
+
+    @property
+    def products(self) -> Tensor:
+        """(V, D)."""
+        if self._empty:
+            self._products.zero_()
+        self._empty = False
+        return self._products
+
+    def add_product(self, grads: Tensor, x: Tensor) -> None:
+        """Adds G' x for G (M, V) and x (M, D)."""
+        kernels_for(x).add_rows_product(self._products, grads, x, first=self._empty)
+        self._empty = False
+
+
+@dataclass(frozen=True)
+class Use:
+    """What a chunk's statistics are for."""
+
+    fused: ModuleType | None = (
+        None  # the kernels that make them along with the product; None: two steps, scores between
+    )
+    gradient: bool = True  # it will be asked for
+    exponent: bool = True  # and that of the exponent
 
 
 @dataclass(frozen=True)
@@ -52,35 +85,45 @@ class Upstream:
 
     local: Tensor  # the target's column here, or -1
     lse: Tensor  # log sum exp of the scores, over the whole group
+    score: Tensor  # of the target, 0 where another rank holds it
     weight: Tensor  # of the token's loss
     exponent: Tensor
 
 
 Later = Callable[[], None]
+Gradients = tuple[Tensor, Tensor | None, Later]
 
 
 class Contraction(Protocol):
-    """One way from rows to values and back. `wide`: it reads operands in the accumulator's dtype, unrounded."""
+    """One way from rows to values and back. `wide`: it reads operands in the accumulator's dtype, unrounded; the others
+    are matrix products.
+    """
 
     wide: bool
     kept: int  # (M, V) tensors that live from the statistics to the gradient
     temporaries: int  # and for a moment
 
-    def statistics(self, x: Tensor, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor) -> Statistics:
+    def statistics(
+        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
+    ) -> Statistics:
         """`floor` (M,): the least that the distance may be."""
 
     def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
         """(M, V)."""
 
     def gradients(
-        self, stats: Statistics, x: Tensor, rows: eager.Rows, given: Upstream, into: RowsGradient
-    ) -> tuple[Tensor, Later]:
-        """Of sum(weight * loss): that of x (M, D), and what adds that of the prototypes to `into`, which can wait."""
-
-    def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
-        """Turns `into.products[block]`, once every chunk was added, into the gradient of those prototypes; where
-        they are that already, it does nothing.
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+    ) -> Gradients:
+        """Of sum(weight * loss): that of x as (M, D) `total` and (M,) `sums` or None, for `finish` of the kernels;
+        and what adds that of the prototypes to `into`, which can wait.
         """
+
+    def sums(self, into: RowsGradient) -> Tensor | None:
+        """(V,), for `finish` of the kernels with into.products as `total`."""
+        return None
+
+    def complete(self, into: RowsGradient, rows: eager.Rows) -> None:
+        """Adds to `into.products` what could wait until every chunk was there."""
         return
 
 
@@ -96,40 +139,49 @@ class SquaredDistance(Contraction):
     def __init__(self, power: float, factor: float = 1.0) -> None:
         self.power, self.factor = power, factor
 
-    def statistics(self, x: Tensor, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor) -> Statistics:
-        ops = kernels_for(x)
-        target = eager.square_norms(x.to(floor.dtype) - rows.rows[local.clamp_min(0)].to(floor.dtype))
-        squares = eager.Squares(eager.square_norms(x), rows.squares, target, (floor / self.factor).pow(1 / self.power))
-        kept = ops.products(x, rows)
-        sums = ops.quadratic_statistics(kept, squares, self.power * exponent, local)
-        return Statistics.of(sums, kept, squares=squares)
+    def statistics(
+        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
+    ) -> Statistics:
+        ops, coefficient = kernels_for(x.rows), self.power * exponent
+        target = ops.to_targets(x.rows, rows.rows, local, product=False)
+        squares = eager.Squares(x.squares, rows.squares, target, (floor / self.factor).pow(1 / self.power))
+        if use.fused:
+            sums, scored = use.fused.fused_statistics(
+                "quadratic", x, rows, squares, coefficient, local, target, use.gradient, use.exponent
+            )
+            return Statistics.of(sums, squares=squares, scored=scored, fused=use.fused)
+        kept = ops.products(x.rows, rows)
+        return Statistics.of(ops.quadratic_statistics(kept, squares, coefficient, local), kept, squares=squares)
 
     def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
         (kept,) = stats.kept
         return kernels_for(kept).quadratic_scores(kept, stats.squares, self.power * exponent, local)
 
     def gradients(
-        self, stats: Statistics, x: Tensor, rows: eager.Rows, given: Upstream, into: RowsGradient
-    ) -> tuple[Tensor, Later]:
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+    ) -> Gradients:
         """dx = 2 (x sum_j G_j - G w), dw = 2 (w sum_i G_i - G' x), the sums over G as rounded for the products:
         otherwise the cancellation near a match would cost 2^-9 |x|/d in bfloat16.
         """
-        ops = kernels_for(x)
-        (kept,) = stats.kept
-        coefficient = self.power * given.exponent
-        grads, over_rows, over_columns = ops.quadratic_gradient(
-            kept, stats.squares, coefficient, given.lse, given.weight, given.local, x.dtype
-        )
-        hidden = ops.hidden_product(grads, rows).neg_().addcmul_(x, over_rows[:, None]).mul_(2)
+        ops, coefficient = kernels_for(x.rows), self.power * given.exponent
+        if stats.fused and stats.scored is not None:
+            grads, over_rows, over_columns = stats.fused.fused_gradient(
+                "quadratic", stats.scored, stats.squares, coefficient, given.lse, given.score, given.weight, given.local
+            )
+        else:
+            (kept,) = stats.kept
+            grads, over_rows, over_columns = ops.quadratic_gradient(
+                kept, stats.squares, coefficient, given.lse, given.weight, given.local, x.rows.dtype, given.score
+            )
 
         def add_rows() -> None:
             into.columns += over_columns
-            ops.add_rows_product(into.products, grads, x)
+            into.add_product(grads, x.rows)
 
-        return hidden, add_rows
+        return ops.hidden_product(grads, rows), over_rows, add_rows
 
-    def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
-        kernels_for(rows.rows).finish_rows(into.products[block], rows.rows[block], into.columns[block])
+    def sums(self, into: RowsGradient) -> Tensor:
+        return into.columns
 
 
 class DotProduct(Contraction):
@@ -137,21 +189,34 @@ class DotProduct(Contraction):
 
     wide, kept, temporaries = False, 1, 1
 
-    def statistics(self, x: Tensor, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor) -> Statistics:
-        ops = kernels_for(x)
-        kept = ops.products(x, rows)
+    def statistics(
+        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
+    ) -> Statistics:
+        ops = kernels_for(x.rows)
+        if use.fused:
+            target = ops.to_targets(x.rows, rows.rows, local, product=True)
+            sums, scored = use.fused.fused_statistics(
+                "dot", x, rows, None, exponent, local, target, use.gradient, False
+            )
+            return Statistics.of(sums, scored=scored, fused=use.fused)
+        kept = ops.products(x.rows, rows)
         return Statistics.of(ops.dot_statistics(kept, local), kept)
 
     def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
         return stats.kept[0]
 
     def gradients(
-        self, stats: Statistics, x: Tensor, rows: eager.Rows, given: Upstream, into: RowsGradient
-    ) -> tuple[Tensor, Later]:
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+    ) -> Gradients:
         """dx = G w, dw = G' x."""
-        ops = kernels_for(x)
-        grads = ops.dot_gradient(stats.kept[0], given.lse, given.weight, given.local, x.dtype)
-        return ops.hidden_product(grads, rows), lambda: ops.add_rows_product(into.products, grads, x)
+        ops = kernels_for(x.rows)
+        if stats.fused and stats.scored is not None:
+            grads, _, _ = stats.fused.fused_gradient(
+                "dot", stats.scored, None, given.exponent, given.lse, given.score, given.weight, given.local
+            )
+        else:
+            grads = ops.dot_gradient(stats.kept[0], given.lse, given.weight, given.local, x.rows.dtype, given.score)
+        return ops.hidden_product(grads, rows), None, lambda: into.add_product(grads, x.rows)
 
 
 class DirectDistance(Contraction):
@@ -173,7 +238,9 @@ class DirectDistance(Contraction):
         """G (M, V); the logarithms are consumed."""
         logs, floor, *_ = stats.kept
         ops = kernels_for(logs)
-        return ops.log_gradient(logs, floor, given.exponent, given.lse, given.weight, given.local, logs.dtype)
+        return ops.log_gradient(
+            logs, floor, given.exponent, given.lse, given.weight, given.local, logs.dtype, given.score
+        )
 
 
 class Elementwise(DirectDistance):
@@ -186,17 +253,20 @@ class Elementwise(DirectDistance):
         self.reads_values = terms.kind in ("linf", "lp")
         self.kept = 2 if self.reads_values else 1
 
-    def statistics(self, x: Tensor, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor) -> Statistics:
-        values = kernels_for(x).contract(self.terms, x, rows)
-        logs = _copy(values) if self.reads_values else values
+    def statistics(
+        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
+    ) -> Statistics:
+        values = kernels_for(x.rows).contract(self.terms, x.rows, rows)
+        logs = kernels_for(x.rows).copy(values) if self.reads_values else values
         return self.log_statistics(logs, floor, exponent, local, values)
 
     def gradients(
-        self, stats: Statistics, x: Tensor, rows: eager.Rows, given: Upstream, into: RowsGradient
-    ) -> tuple[Tensor, Later]:
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+    ) -> Gradients:
         *_, values = stats.kept
         grads = self.log_gradient(stats, given)
-        return kernels_for(x).contract_gradient(self.terms, x, rows, values, grads, into.products), nothing
+        hidden = kernels_for(x.rows).contract_gradient(self.terms, x.rows, rows, values, grads, into.products)
+        return hidden, None, nothing
 
 
 class Ratio(DirectDistance):
@@ -211,39 +281,48 @@ class Ratio(DirectDistance):
         self.separable, self.relative, self.absolute = separable, relative, absolute
         self.above, self.below = Terms("l1"), Terms("l1", sign=-1.0)
 
-    def statistics(self, x: Tensor, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor) -> Statistics:
-        ops = kernels_for(x)
-        values = ops.contract(self.above, x, rows)
-        sizes = x.abs().sum(1)
+    def statistics(
+        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
+    ) -> Statistics:
+        ops = kernels_for(x.rows)
+        values = ops.contract(self.above, x.rows, rows)
+        sizes = x.rows.abs().sum(1)
         least = self.relative * sizes + self.absolute
         if self.separable:
             below = torch.add(sizes[:, None], rows.sizes, out=torch.empty_like(values))
         else:
-            below = ops.contract(self.below, x, rows)
+            below = ops.contract(self.below, x.rows, rows)
         torch.maximum(below, least[:, None], out=below)
         values.div_(below)
         return self.log_statistics(values, floor, exponent, local, below, least)
 
     def gradients(
-        self, stats: Statistics, x: Tensor, rows: eager.Rows, given: Upstream, into: RowsGradient
-    ) -> tuple[Tensor, Later]:
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+    ) -> Gradients:
         """d(A / B) = dA / B - (A / B) dB / B."""
-        ops = kernels_for(x)
+        ops = kernels_for(x.rows)
         logs, _, below, least = stats.kept
         of_below = logs.exp().neg_()
         above = self.log_gradient(stats, given).div_(below)
         of_below.mul_(above).masked_fill_(below <= least[:, None], 0)
-        hidden = ops.contract_gradient(self.above, x, rows, above, above, into.products)
+        hidden = ops.contract_gradient(self.above, x.rows, rows, above, above, into.products)
         if self.separable:
-            hidden.addcmul_(x.sign(), of_below.sum(1)[:, None])
+            hidden.addcmul_(x.rows.sign(), of_below.sum(1)[:, None])
             into.columns += of_below.sum(0)
         else:
-            hidden += ops.contract_gradient(self.below, x, rows, of_below, of_below, into.products)
-        return hidden, nothing
+            hidden += ops.contract_gradient(self.below, x.rows, rows, of_below, of_below, into.products)
+        return hidden, None, nothing
 
-    def finish(self, into: RowsGradient, rows: eager.Rows, block: slice) -> None:
+    def complete(self, into: RowsGradient, rows: eager.Rows) -> None:
         if self.separable:
-            into.products[block].addcmul_(rows.rows[block].sign(), into.columns[block, None])
+            for total, part, columns in zip(
+                *(
+                    t.split(eager.PAIR_VALUES // max(1, rows.rows.shape[1]))
+                    for t in (into.products, rows.rows, into.columns)
+                ),
+                strict=True,
+            ):
+                total.addcmul_(part.sign(), columns[:, None])
 
 
 class Broadcast(DirectDistance):
@@ -257,27 +336,24 @@ class Broadcast(DirectDistance):
     def __init__(self, between: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.between = between
 
-    def statistics(self, x: Tensor, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor) -> Statistics:
-        values = x.new_empty(x.shape[0], rows.rows.shape[0])
-        for block in eager.blocks(x, rows):
-            values[:, block] = self.between(x[:, None], rows.rows[block])
+    def statistics(
+        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
+    ) -> Statistics:
+        values = x.rows.new_empty(x.rows.shape[0], rows.rows.shape[0])
+        for block in eager.blocks(x.rows, rows):
+            values[:, block] = self.between(x.rows[:, None], rows.rows[block])
         return self.log_statistics(values, floor, exponent, local)
 
     def gradients(
-        self, stats: Statistics, x: Tensor, rows: eager.Rows, given: Upstream, into: RowsGradient
-    ) -> tuple[Tensor, Later]:
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+    ) -> Gradients:
         grads = self.log_gradient(stats, given)
-        hidden = torch.zeros_like(x)
-        for block in eager.blocks(x, rows):
+        hidden = torch.zeros_like(x.rows)
+        for block in eager.blocks(x.rows, rows):
             with torch.enable_grad():
-                sides = x.detach().requires_grad_(), rows.rows[block].detach().requires_grad_()
+                sides = x.rows.detach().requires_grad_(), rows.rows[block].detach().requires_grad_()
                 values = self.between(sides[0][:, None], sides[1])
             over_x, over_rows = torch.autograd.grad(values, sides, grads[:, block])
             hidden += over_x
             into.products[block] += over_rows
-        return hidden, nothing
-
-
-def _copy(values: Tensor) -> Tensor:
-    """A copy that lies in memory the same way round."""
-    return values.t().clone(memory_format=torch.contiguous_format).t() if values.stride(0) == 1 else values.clone()
+        return hidden, None, nothing

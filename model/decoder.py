@@ -7,6 +7,7 @@ Legend: B sequences, T positions, D width, L blocks.
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from model.attention import Memory, Pattern, SelfAttention, make_norm, pattern_of
-from model.config import DecoderConfig
+
+if TYPE_CHECKING:  # a config is pydantic's, which a decoder does without
+    from model.config import DecoderConfig
 
 INIT_STD = 0.02  # GPT-2
 
@@ -97,13 +100,20 @@ class Decoder(nn.Module):
         if isinstance(module, SelfAttention | Mlp):
             nn.init.normal_(module.projection.weight, std=std / (2 * self.config.layers) ** 0.5)
 
-    def forward(self, inputs: Tensor, positions: Tensor | None = None, memories: list[Memory] | None = None) -> Tensor:
+    def forward(
+        self,
+        inputs: Tensor,
+        positions: Tensor | None = None,
+        memories: list[Memory] | None = None,
+        documents: int | None = None,
+    ) -> Tensor:
         """
         Args:
             inputs: the tokens.
             positions: (B, T), of each token in its document (`document_positions`): a token then sees its own document
                 alone, and positions are these. None: each row is one document.
             memories: the KV cache (`memories`), which goes on from the tokens that it holds and takes these in.
+            documents: how many `positions` tells of, where the host knows it (`documents_in`); None: see `pattern_of`.
         """
         past = memories[0].length if memories else 0
         end = past + inputs.shape[1]
@@ -117,7 +127,7 @@ class Decoder(nn.Module):
         if self.config.post_norm:
             x = self.norm(x)
         x = self.dropout(x)
-        pattern = pattern_of(self.config, x, positions, past)
+        pattern = pattern_of(self.config, x, positions, past, documents)
         for index, block in enumerate(self.blocks):
             if self.config.activation_checkpointing and self.training:
                 x = checkpoint(block, x, pattern, use_reentrant=False)
@@ -139,3 +149,8 @@ def document_positions(tokens: Tensor, eos_id: int) -> Tensor:
     """
     place = torch.arange(tokens.shape[1], device=tokens.device)
     return place - torch.where(tokens == eos_id, place, 0).cummax(1).values
+
+
+def documents_in(tokens: Tensor, eos_id: int) -> int:
+    """How many documents `document_positions` tells of in (B, T) tokens; of tokens on a GPU, the host waits for it."""
+    return len(tokens) + int((tokens[:, 1:] == eos_id).sum())

@@ -58,6 +58,7 @@ class Distance:
     formula: ClassVar[str]
     has_exponent: ClassVar[bool] = True
     scaled: ClassVar[bool] = True
+    unit: ClassVar[bool] = False  # `transform` brings rows to length 1, and does no more
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
         """The specification: (..., D), (..., D) -> (...) distances in any dtype, by autograd differentiable."""
@@ -86,8 +87,9 @@ class Distance:
             )
         return back, others
 
-    def floor(self, rows: Tensor) -> Tensor:
-        """(M,) the least distance of transformed tokens (M, D)."""
+    def floor(self, x: eager.Tokens) -> Tensor:
+        """(M,) the least distance of transformed tokens, in the accumulator's dtype."""
+        rows = x.rows.to(eager.accumulator(x.rows.dtype))
         return RELATIVE_FLOOR * self.between(rows, torch.zeros_like(rows)) + ABSOLUTE_FLOOR
 
     def prepared(self, operands: torch.dtype, draw: Callable[[], Tensor]) -> Distance:
@@ -138,9 +140,9 @@ class Distance:
         return dict(trained)
 
 
-def _norm_floor(rows: Tensor) -> Tensor:
+def _norm_floor(x: eager.Tokens) -> Tensor:
     """Where d^2 comes from a product."""
-    return RELATIVE_FLOOR**0.5 * eager.square_norms(rows).sqrt() + ABSOLUTE_FLOOR
+    return RELATIVE_FLOOR**0.5 * x.squares.sqrt() + ABSOLUTE_FLOOR
 
 
 @dataclass(frozen=True)
@@ -156,8 +158,8 @@ class Euclidean(Distance):
     def contraction(self) -> Contraction:
         return SquaredDistance(power=0.5)
 
-    def floor(self, rows: Tensor) -> Tensor:
-        return _norm_floor(rows)
+    def floor(self, x: eager.Tokens) -> Tensor:
+        return _norm_floor(x)
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ class Minkowski(Distance):
             return SquaredDistance(power=0.5)
         return Elementwise(Terms("l1") if self.p == 1 else Terms("lp", p=self.p))
 
-    def floor(self, rows: Tensor) -> Tensor:
-        return _norm_floor(rows) if self.p == 2 else super().floor(rows)
+    def floor(self, x: eager.Tokens) -> Tensor:
+        return _norm_floor(x) if self.p == 2 else super().floor(x)
 
 
 class _Unit(torch.autograd.Function):
@@ -253,6 +255,7 @@ class Cosine(Distance):
 
     formula = "1 - x.w / (|x| |w|)"
     scaled = False
+    unit = True
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
         return 1 - torch.nn.functional.cosine_similarity(x, w, dim=-1, eps=0)
@@ -264,9 +267,9 @@ class Cosine(Distance):
     def transform(self, rows: Tensor) -> Tensor:
         return _Unit.apply(rows)
 
-    def floor(self, rows: Tensor) -> Tensor:
+    def floor(self, x: eager.Tokens) -> Tensor:
         """That of |x - w|^2 / 2."""
-        return RELATIVE_FLOOR / 2 * eager.square_norms(rows) + ABSOLUTE_FLOOR
+        return RELATIVE_FLOOR / 2 * x.squares + ABSOLUTE_FLOOR
 
 
 @dataclass(frozen=True)
@@ -361,8 +364,8 @@ class Mahalanobis(Distance):
         largest = lower.detach().abs().amax().clamp_min(1e-30)
         return replace(self, factor=lower * torch.exp2(-largest.log2().ceil()), operands=operands)
 
-    def floor(self, rows: Tensor) -> Tensor:
-        return _norm_floor(rows)
+    def floor(self, x: eager.Tokens) -> Tensor:
+        return _norm_floor(x)
 
     @classmethod
     def settings(cls, dim: int, **params: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -433,9 +436,9 @@ class Hamming(Distance):
             return _Bits.apply(rows, self.temperature, factor)
         return (rows / self.temperature).sigmoid()
 
-    def floor(self, rows: Tensor) -> Tensor:
+    def floor(self, x: eager.Tokens) -> Tensor:
         """Of half of all bits."""
-        return rows.new_full(rows.shape[:1], RELATIVE_FLOOR * rows.shape[1] / 2)
+        return torch.full_like(x.squares, RELATIVE_FLOOR * x.rows.shape[1] / 2)
 
     def prepared(self, operands: torch.dtype, draw: Callable[[], Tensor]) -> Distance:
         return replace(self, seed=draw()) if self.kind == "gumbel" and self.seed is None else self
@@ -484,6 +487,10 @@ class Dot(Distance):
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
         return (x * w).sum(-1)
+
+    def floor(self, x: eager.Tokens) -> Tensor:
+        """None."""
+        return torch.zeros(len(x.rows), dtype=eager.accumulator(x.rows.dtype), device=x.rows.device)
 
     def start(self, dim: int) -> Start:
         """GPT-2's 0.02, for features of unit variance."""

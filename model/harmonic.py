@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,10 +25,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.contractions import RowsGradient, Statistics, Upstream, nothing
+from model.contractions import RowsGradient, Statistics, Upstream, Use, nothing
 from model.distances import LARGEST_ROW, Distance, resolve
 from model.kernels import eager
-from model.kernels.choose import kernels_for
+from model.kernels.choose import fused_kernels_for, kernels_for
 from model.vocab_parallel import (
     VocabShard,
     gather_rows,
@@ -41,10 +42,10 @@ from model.vocab_parallel import (
     sum_across,
 )
 
-# 500 tokens of 50,000 prototypes on a CPU, 4,000 on a GPU: each chunk passes over w twice and over its gradient once
-CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}
+# 500 tokens of 50,000 prototypes on a CPU; on a GPU of 80 GiB 17,000, as each chunk reads and writes the gradient of w
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 2 * 2**30}  # of a GPU, the least
+CHUNK_SHARE = 1 / 16  # of a GPU's memory
 SPARE = 13  # powers of two between the largest square and the largest number: sums of 2^26 of them
-ROW_BLOCK = 1024  # prototypes transformed at a time
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class _Call:
     reduction: str
     ignore_index: int
     chunk_bytes: int
-    differentiate: bool
+    use: Use
     summed: bool = True  # over tokens: losses, or the prototypes' gradients
 
     @property
@@ -68,16 +69,27 @@ class _Call:
         """Slices of the local tokens; every rank of the group makes the same ones."""
         rows = rows_of(self.shard.size, self.shard.ranks)
         wide = eager.accumulator(hidden.dtype).itemsize
-        contraction = self.distance.contraction
-        # a gathered token's scores, temporaries of them, its rounded gradients; x, its gradient, its difference to the
-        # target
-        pairs = contraction.kept * (2 if self.overlapped else 1) + contraction.temporaries
-        narrow = 0 if contraction.wide else hidden.element_size()
-        per_token = self.shard.ranks * (rows * (pairs * wide + narrow) + hidden.shape[1] * 3 * wide)
+        # a gathered token's scores; x, its gradient, its difference to the target
+        per_token = self.shard.ranks * (rows * self._pair_bytes(hidden) + hidden.shape[1] * 3 * wide)
         most = max(1, self.chunk_bytes // per_token)
         step = -(-hidden.shape[0] // -(-hidden.shape[0] // most)) if hidden.shape[0] else 1  # equal ones, no small rest
+        wave = kernels_for(hidden).tokens_per_wave(hidden.shape[1], hidden.device)
+        wave = -(-wave // self.shard.ranks)
+        whole = -(-step // wave) * wave
+        step = whole if whole <= most else max(step, most // wave * wave)
         for first in range(0, hidden.shape[0], step):
             yield slice(first, min(first + step, hidden.shape[0]))
+
+    def _pair_bytes(self, hidden: Tensor) -> int:
+        """What is kept of a token and a prototype: scores and temporaries of them, and rounded gradients."""
+        alive = 2 if self.overlapped else 1
+        contraction = self.distance.contraction
+        if self.use.fused and not contraction.wide:
+            return alive * hidden.element_size()
+        wide = eager.accumulator(hidden.dtype).itemsize
+        if contraction.wide:
+            return (contraction.kept * alive + contraction.temporaries) * wide
+        return (contraction.kept * alive + kernels_for(hidden).TEMPORARIES) * wide + hidden.element_size()
 
     def each(self, hidden: Tensor, make_chunk: Callable[[slice], _Chunk], use: Callable[[slice, _Chunk], None]) -> None:
         """Scores every chunk and uses it, in order."""
@@ -121,6 +133,7 @@ def harmonic_loss(
     ignore_index: int = -100,
     shard: VocabShard | None = None,
     chunk_bytes: int | None = None,
+    fused: bool | None = None,
     **params: Any,
 ) -> Tensor:
     """-log p[target] with p_j = d_j^-n / sum_k d_k^-n, exactly (arXiv:2502.01628, eq. 2; softmax for `dot`).
@@ -137,7 +150,10 @@ def harmonic_loss(
             group, or "none": (n,), 0 where ignored.
         shard: which rows these prototypes are; None: all of them.
         chunk_bytes: budget of the working memory (one token at a time is the least that it can be); None: see
-            CHUNK_BYTES.
+            CHUNK_BYTES, and CHUNK_SHARE of a GPU's memory.
+        fused: whether scores are made in the product's epilogue and kept rounded (on Hopper, in bfloat16), or in passes
+            over float32 products; None: as the device's kernels say. The log says where it cannot be done. On CPUs True
+            takes its plain form.
         params: the distance's own, if it is given by name: minkowski `p`; hamming `kind`, `temperature`; braycurtis
             `denominator`; mahalanobis `factor`, which may require a gradient. See model/distances.py.
 
@@ -146,14 +162,15 @@ def harmonic_loss(
     prototypes, the exponent and the factor are complete within the group, to be averaged only over replicas of the
     shard.
 
-    The same inputs give the same bits. The order of sums over prototypes does not depend on the chunks, that of sums
+    The same inputs give the same bits on one machine (with a GPU's kernels too; its libraries may need to be told: see
+    `train.deterministic` of the recipes). The order of sums over prototypes does not depend on the chunks, that of sums
     over tokens does: with the CPU's kernels other chunks change no bit of a token's loss and gradient (but for soft
     Hamming's sigmoids and the separable Bray-Curtis, which are PyTorch's), and the prototypes' gradient by the rounding
     of float32 sums, below 2^-18 of its largest entry.
 
     Raises:
         ValueError: unknown distance, parameter or reduction, shapes that do not fit, exponent <= 0, a target out of
-            range (looked for on CPU only: on a GPU it would stop the device).
+            range (on a GPU, which is not waited for, the loss is NaN and a later call raises it).
     """
     shard = shard or VocabShard(0, prototypes.shape[0])
     entry = resolve(distance, params)
@@ -164,7 +181,9 @@ def harmonic_loss(
         t.requires_grad for t in (hidden, prototypes, exponent, *tensors.values())
     )
     detached = replace(entry, **{name: tensor.detach() for name, tensor in tensors.items()})
-    call = _Call(detached, shard, reduction, ignore_index, _budget(hidden, chunk_bytes), differentiate)
+    kernels = None if entry.contraction.wide else fused_kernels_for(hidden, fused)
+    use = Use(kernels, differentiate and reduction != "none", exponent.requires_grad)
+    call = _Call(detached, shard, reduction, ignore_index, _budget(hidden, chunk_bytes), use)
     function = _PerToken if reduction == "none" else _Reduced
     return function.apply(hidden, prototypes, exponent, targets, call, *tensors.values())
 
@@ -195,7 +214,7 @@ def harmonic_predictions(
     exponent = _checked(hidden, prototypes, targets, entry, exponent, "none", ignore_index, shard)
     entry = entry.prepared(hidden.dtype, lambda: _drawn(hidden.device, shard))
     half = _budget(hidden, chunk_bytes) // 2  # a chunk's scores are made a second time
-    call = _Call(entry, shard, "none", ignore_index, half, differentiate=False, summed=False)
+    call = _Call(entry, shard, "none", ignore_index, half, Use(gradient=False), summed=False)
     side = _Prototypes(hidden, prototypes, entry, shard)
     losses = torch.zeros(hidden.shape[0], dtype=side.wide, device=hidden.device)
     predictions = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
@@ -227,18 +246,24 @@ def harmonic_log_probs(
         entry = entry.prepared(hidden.dtype, lambda: _drawn(hidden.device, shard))
         side = _Prototypes(hidden, prototypes, entry, shard)
         x = side.tokens(hidden, side.positions(hidden, slice(0, hidden.shape[0])), side.token_scales(hidden))
-        stats = entry.contraction.statistics(x, side.rows, side.floor(x), none, exponent)
+        stats = entry.contraction.statistics(x, side.rows, entry.floor(x), none, exponent, Use(gradient=False))
         scores = entry.contraction.scores(stats, none, exponent)
         return scores - (stats.top + stats.total.log())[:, None]
 
 
 def _budget(hidden: Tensor, chunk_bytes: int | None) -> int:
-    return CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) if chunk_bytes is None else chunk_bytes
+    if chunk_bytes is not None:
+        return chunk_bytes
+    least = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
+    if hidden.device.type != "cuda":
+        return least
+    return max(least, int(torch.cuda.get_device_properties(hidden.device).total_memory * CHUNK_SHARE))
 
 
 def _drawn(device: torch.device, shard: VocabShard) -> Tensor:
     """A random 0-d int64 from torch's CPU generator; in a group, the greatest."""
-    return max_across(torch.randint(2**31, ()).to(device), shard.group)
+    drawn = int(torch.randint(2**31, (), device="cpu"))
+    return max_across(torch.full((), drawn, device=device), shard.group)  # a copy would wait for a GPU
 
 
 def _checked(
@@ -264,16 +289,65 @@ def _checked(
         raise ValueError(f"the shard has {shard.real} real rows, but {prototypes.shape[0]} prototypes were given")
     distance.check(hidden.shape[1], eager.accumulator(hidden.dtype))
     if targets.device.type == "cpu" and targets.numel():
-        last = targets.max().item()
-        first = torch.where(targets == ignore_index, last, targets).min().item()
-        if last >= shard.size or (first < 0 and first != ignore_index):
-            raise ValueError(f"targets reach from {first} to {last}: expected 0 to {shard.size - 1}, or {ignore_index}")
+        _check_range(_range_of(targets, ignore_index), shard.size, ignore_index)
+    _TARGETS.look()
     wide = eager.accumulator(hidden.dtype)
     if not isinstance(exponent, Tensor):
         if not exponent > 0:
             raise ValueError(f"exponent={exponent}: expected a positive number")
         return torch.full((), float(exponent), dtype=wide, device=hidden.device)
     return exponent.to(hidden.device, wide).reshape(())
+
+
+def _range_of(targets: Tensor, ignore_index: int) -> Tensor:
+    """(n,) -> (2,) the first and the last of those that are not ignored; (0, 0) if all are."""
+    counted = targets != ignore_index
+    return torch.stack(torch.aminmax(torch.where(counted, targets, targets.new_zeros(()))))
+
+
+def _check_range(bounds: Tensor, size: int, ignore_index: int) -> None:
+    first, last = bounds.tolist()
+    if first < 0 or last >= size:
+        raise ValueError(f"targets reach from {first} to {last}: expected 0 to {size - 1}, or {ignore_index}")
+
+
+class _TargetChecks:
+    """Ranges of targets on their way from GPUs to the host: nobody waits for them, a later call looks."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[torch.cuda.Event, Tensor, int, int]] = deque()
+
+    def send(self, bounds: Tensor, size: int, ignore_index: int) -> None:
+        """Of one call, (2,) on a GPU."""
+        host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+        host.copy_(bounds, non_blocking=True)
+        arrived = torch.cuda.Event()
+        arrived.record()
+        self._waiting.append((arrived, host, size, ignore_index))
+
+    def look(self) -> None:
+        """Raises ValueError if the targets of an earlier call are known to have been out of range."""
+        while self._waiting and self._waiting[0][0].query():
+            _, bounds, size, ignore_index = self._waiting.popleft()
+            try:
+                _check_range(bounds, size, ignore_index)
+            except ValueError as error:
+                raise ValueError(f"{error} (in an earlier call on this GPU, whose loss was NaN)") from None
+
+
+_TARGETS = _TargetChecks()
+
+
+def _valid(targets: Tensor, ignore_index: int, size: int, wide: torch.dtype) -> Tensor | None:
+    """0-d 1, or NaN if a target is out of range, which is raised as an error once a GPU has told; None on a CPU, where
+    `_checked` did so.
+    """
+    if targets.device.type == "cpu" or not targets.numel():
+        return None
+    bounds = _range_of(targets, ignore_index)
+    if targets.is_cuda and not torch.cuda.is_current_stream_capturing():
+        _TARGETS.send(bounds, size, ignore_index)
+    return torch.where((bounds[0] < 0) | (bounds[1] >= size), torch.nan, 1.0).to(wide)
 
 
 class _Prototypes:
@@ -285,21 +359,21 @@ class _Prototypes:
         self.dtype = self.wide if distance.contraction.wide else hidden.dtype
         self.source = prototypes.detach()[: shard.real]
         kind = type(distance)
-        self.as_they_are = kind.transform is Distance.transform and kind.perturb is Distance.perturb
+        self.as_they_are = kind.perturb is Distance.perturb and (kind.transform is Distance.transform or distance.unit)
         self.power = _power(self.source, shard) if distance.scaled else None
         self.scale = None if self.power is None else torch.exp2(self.power.to(self.wide))
         self.tensors = {name: torch.zeros_like(t, dtype=self.wide) for name, t in distance.tensors.items()}
-        rows = kernels_for(self.source.new_empty(0, dtype=self.dtype)).empty(
-            self.source.shape, self.dtype, hidden.device
-        )
-        for block, index in self._blocks():
-            rows[block] = self._transformed(self.source[block], index, self.scale)
-        self.rows = kernels_for(rows).Rows(rows, chunks=1 if shard.group is None else 2)
+        self.kernels = kernels_for(self.source.new_empty(0, dtype=self.dtype))
+        rows = self.kernels.empty(self.source.shape, self.dtype, hidden.device)
+        squares = [self._fill(rows[block], self.source[block], index, self.scale) for block, index in self._blocks()]
+        known = squares[0] if len(squares) == 1 else None
+        self.rows = self.kernels.Rows(rows, 1 if shard.group is None else 2, known)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of this rank's prototypes, and which ones of all they are."""
-        for first in range(0, self.source.shape[0], ROW_BLOCK):
-            last = min(first + ROW_BLOCK, self.source.shape[0])
+        step = self.kernels.rows_at_a_time(self.source.shape[1], self.as_they_are)
+        for first in range(0, self.source.shape[0], step):
+            last = min(first + step, self.source.shape[0])
             start = self.shard.start
             yield slice(first, last), torch.arange(start + first, start + last, device=self.source.device)
 
@@ -321,42 +395,66 @@ class _Prototypes:
         rows = rows.to(self.wide)
         return rows if scale is None else rows * scale
 
-    def _transformed(self, rows: Tensor, index: Tensor, scale: Tensor | None) -> Tensor:
-        rows = self._scaled(rows, scale)
-        return rows if self.as_they_are else self.distance.transform(self.distance.perturb(rows, index))
-
-    def _pulled_back(self, source: Tensor, index: Tensor, scale: Tensor | None, grad: Tensor) -> Tensor:
-        """Gradient of the scaled rows before the transform, from the one after it; those of the distance's tensors are
-        added up on the way.
+    def _fill(self, out: Tensor, rows: Tensor, index: Tensor, scale: Tensor | None) -> Tensor | None:
+        """`out` (N, D) becomes rows (N, D), transformed, in the dtype that the contraction reads; their squared norms
+        where they come along.
         """
         if self.as_they_are:
-            return grad
-        back, others = self.distance.pull_back(self._scaled(source, scale), index, grad)
-        for total, more in zip(self.tensors.values(), others, strict=True):
-            total += more
-        return back
+            return self.kernels.prepare(rows, scale, self.distance.unit, out)
+        out.copy_(self.distance.transform(self.distance.perturb(self._scaled(rows, scale), index)))
+        return None
 
-    def floor(self, x: Tensor) -> Tensor:
-        """(M,) of transformed tokens, in the accumulator's dtype."""
-        return self.distance.floor(x.to(self.wide))
+    def _back(
+        self,
+        total: Tensor,
+        rows: Tensor,
+        sums: Tensor | None,
+        source: Tensor,
+        index: Tensor,
+        scale: Tensor | None,
+        out: Tensor,
+        unscale: bool = True,
+    ) -> None:
+        """The way back of `_fill`: `out` (N, D), which may be `total`, becomes the gradient of the source; those of the
+        distance's tensors are added up on the way. Consumes `total`. `unscale` is False where the scale waits until the
+        group's parts are added up.
+        """
+        late = scale if unscale else None
+        if self.as_they_are:
+            self.kernels.finish(total, rows, sums, source, late, self.distance.unit, out)
+            return
+        self.kernels.finish(total, rows, sums, rows, None, False, total)
+        back, others = self.distance.pull_back(self._scaled(source, scale), index, total)
+        for tensor, more in zip(self.tensors.values(), others, strict=True):
+            tensor += more
+        out.copy_(back if late is None else eager.unscaled(back, late, out.dtype))
 
-    def tokens(self, hidden: Tensor, index: Tensor, scale: Tensor | None) -> Tensor:
-        """(M, D) hidden states, transformed, in the dtype that the contraction reads."""
-        return self._transformed(hidden, index, scale).to(self.dtype)
+    def tokens(self, hidden: Tensor, index: Tensor, scale: Tensor | None) -> eager.Tokens:
+        """Hidden states (M, D) as the contraction reads them."""
+        out = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)
+        return self.kernels.Tokens(out, self._fill(out, hidden, index, scale))
 
-    def tokens_back(self, hidden: Tensor, index: Tensor, scale: Tensor | None, grad: Tensor) -> Tensor:
-        """Up to the scale, which can wait until the group's parts are added up."""
-        return self._pulled_back(hidden, index, scale, grad)
+    def tokens_back(
+        self,
+        x: eager.Tokens,
+        hidden: Tensor,
+        index: Tensor,
+        scale: Tensor | None,
+        total: Tensor,
+        sums: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """`out` (M, D) becomes the gradient of hidden states; if it is `total`, up to the scale."""
+        self._back(total, x.rows, sums, hidden, index, scale, out, unscale=out is not total)
 
     def rows_back(self, into: RowsGradient, prototypes: Tensor) -> Tensor:
         """The gradient of all stored prototypes (zero for padding), in their dtype."""
-        grad = into.products
+        contraction = self.distance.contraction
+        contraction.complete(into, self.rows)
+        grad, sums = into.products, contraction.sums(into)
         for block, index in self._blocks():
-            self.distance.contraction.finish(into, self.rows, block)
-            if not self.as_they_are:
-                grad[block] = self._pulled_back(self.source[block], index, self.scale, grad[block])
-            if self.scale is not None:
-                grad[block] = _unscaled(grad[block], self.scale, prototypes.dtype)
+            part, own = grad[block], None if sums is None else sums[block]
+            self._back(part, self.rows.rows[block], own, self.source[block], index, self.scale, part)
         padding = prototypes.shape[0] - grad.shape[0]
         return (torch.nn.functional.pad(grad, (0, 0, 0, padding)) if padding else grad).to(prototypes.dtype)
 
@@ -366,14 +464,6 @@ class _Prototypes:
             sum_across(total, self.shard.group).to(tensor.dtype)
             for total, tensor in zip(self.tensors.values(), self.distance.tensors.values(), strict=True)
         ]
-
-
-def _unscaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The gradient of rows from that of rows * scale, in place: of the tiniest of rows it passes the largest number
-    of `dtype`, and stays there.
-    """
-    most = torch.finfo(dtype).max
-    return grad.mul_(scale).clamp_(-most, most)
 
 
 def _power(rows: Tensor, shard: VocabShard) -> Tensor:
@@ -433,9 +523,10 @@ class _Chunk:
 
     def _statistics(self) -> Statistics:
         if self.call.shard.real:
-            floor = self.side.floor(self.x)
-            return self.call.distance.contraction.statistics(self.x, self.side.rows, floor, self.local, self.exponent)
-        zeros = torch.zeros(self.x.shape[0], dtype=self.side.wide, device=self.x.device)
+            distance, use = self.call.distance, self.call.use
+            floor = distance.floor(self.x)
+            return distance.contraction.statistics(self.x, self.side.rows, floor, self.local, self.exponent, use)
+        zeros = torch.zeros(self.targets.shape, dtype=self.side.wide, device=self.targets.device)
         return Statistics(zeros - torch.inf, zeros, zeros, zeros)
 
     def add_up(self) -> None:
@@ -471,22 +562,25 @@ class _Chunk:
             return torch.zeros_like(self.exponent)
         return weight @ ((self.mean_score - self.target) / self.exponent)
 
-    def hidden_gradient(self, weight: Tensor, into: RowsGradient, factor: int = 1) -> Tensor:
-        """Of sum(weight * losses): returns that of this rank's tokens (m, D), times `factor`, and adds that of its
-        prototypes to `into` while the first is under way.
+    def hidden_gradient(self, weight: Tensor, into: RowsGradient, out: Tensor, factor: int = 1) -> None:
+        """Of sum(weight * losses): that of this rank's tokens, times `factor`, fills `out` (m, D); that of its
+        prototypes is added to `into` while the first is under way.
         """
-        if self.call.shard.real:
-            given = Upstream(self.local, self.lse, weight, self.exponent)
-            grad, add_rows = self.call.distance.contraction.gradients(self.stats, self.x, self.side.rows, given, into)
+        shard, side = self.call.shard, self.side
+        if shard.real:
+            given = Upstream(self.local, self.lse, self.stats.target, weight, self.exponent)
+            total, sums, add_rows = self.call.distance.contraction.gradients(self.stats, self.x, side.rows, given, into)
         else:
-            grad, add_rows = torch.zeros(self.x.shape, dtype=self.side.wide, device=self.x.device), nothing
-        back = self.side.tokens_back(self.hidden, self.index, self.scale, grad)
-        scattered = start_scatter(back, self.call.shard.group)
+            total, sums, add_rows = torch.zeros(self.x.rows.shape, dtype=side.wide, device=weight.device), None, nothing
+        if shard.group is None:
+            side.tokens_back(self.x, self.hidden, self.index, self.scale, total, sums, out)
+            add_rows()
+            return
+        side.tokens_back(self.x, self.hidden, self.index, self.scale, total, sums, total)
+        scattered = start_scatter(total, shard.group)
         add_rows()
         found = scattered.wait().mul_(factor)
-        if self.scale is None:
-            return found
-        return _unscaled(found, own_rows(self.scale, self.call.shard), self.hidden.dtype)
+        out.copy_(found if self.scale is None else eager.unscaled(found, own_rows(self.scale, shard), out.dtype))
 
 
 class _Reduced(torch.autograd.Function):
@@ -503,8 +597,11 @@ class _Reduced(torch.autograd.Function):
         if call.reduction == "mean":
             share = 1 / sum_across((targets != call.ignore_index).sum(), shard.group).clamp_min(1).to(side.wide)
             ranks = shard.ranks
-        hidden_grad = torch.empty_like(hidden) if call.differentiate else hidden
-        into = RowsGradient(side.rows.rows) if call.differentiate else None
+        valid = _valid(targets, call.ignore_index, shard.size, side.wide)
+        if valid is not None:
+            share = share * valid
+        hidden_grad = torch.empty_like(hidden) if call.use.gradient else hidden
+        into = RowsGradient(side.rows) if call.use.gradient else None
 
         def use(part: slice, chunk: _Chunk) -> None:
             chunk.settle()
@@ -512,7 +609,7 @@ class _Reduced(torch.autograd.Function):
             total.add_(weight @ chunk.losses)
             if into is not None:
                 exponent_grad.add_(chunk.exponent_gradient(weight))
-                hidden_grad[part] = chunk.hidden_gradient(weight, into, ranks)
+                chunk.hidden_gradient(weight, into, hidden_grad[part], ranks)
 
         call.each(hidden, lambda part: _Chunk(call, side, hidden, targets, exponent, part), use)
         if into is not None:
@@ -547,6 +644,9 @@ class _PerToken(torch.autograd.Function):
         call.each(hidden, lambda part: _Chunk(call, side, hidden, targets, exponent, part), use)
         ctx.save_for_backward(hidden, prototypes, exponent, targets)
         ctx.call = call
+        valid = _valid(targets, call.ignore_index, call.shard.size, side.wide)
+        if valid is not None:
+            losses *= valid
         return losses.masked_fill_(targets == call.ignore_index, 0)
 
     @staticmethod
@@ -554,9 +654,9 @@ class _PerToken(torch.autograd.Function):
     @_as_given
     def backward(ctx, upstream: Tensor):  # type: ignore[override]
         hidden, prototypes, exponent, targets = ctx.saved_tensors
-        call: _Call = ctx.call
+        call: _Call = replace(ctx.call, use=replace(ctx.call.use, gradient=True))
         side = _Prototypes(hidden, prototypes, call.distance, call.shard)
-        into = RowsGradient(side.rows.rows)
+        into = RowsGradient(side.rows)
         hidden_grad = torch.empty_like(hidden)
         exponent_grad = torch.zeros((), dtype=side.wide, device=hidden.device)
         upstream = upstream.masked_fill(targets == call.ignore_index, 0).to(side.wide)
@@ -565,7 +665,7 @@ class _PerToken(torch.autograd.Function):
             weight = gather_rows(upstream[part], call.shard.group)
             chunk.settle()
             exponent_grad.add_(chunk.exponent_gradient(weight))
-            hidden_grad[part] = chunk.hidden_gradient(weight, into)
+            chunk.hidden_gradient(weight, into, hidden_grad[part])
 
         call.each(hidden, lambda part: _Chunk(call, side, hidden, targets, exponent, part), use)
         return _wanted(ctx, (hidden_grad, side.rows_back(into, prototypes), exponent_grad, *side.tensors_back()))

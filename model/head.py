@@ -35,6 +35,8 @@ class HarmonicHead(nn.Module):
         init_std: deviation of the initial entries; None: the distance's own (`Distance.start`).
         seed: of the initial prototypes, which do not depend on the sharding; None: drawn from torch's global generator.
         chunk_bytes: budget of the loss's working memory; None: `model.harmonic.CHUNK_BYTES`.
+        fused: whether a GPU takes the product and the passes over its scores in one; None: see
+            `model.harmonic.harmonic_loss`.
         params: the distance's own: minkowski `p`; hamming `kind`, `temperature`; braycurtis `denominator`; mahalanobis
             `factor`, "diagonal" or "full", which the head trains. See model/distances.py.
 
@@ -53,6 +55,7 @@ class HarmonicHead(nn.Module):
         init_std: float | None = None,
         seed: int | None = None,
         chunk_bytes: int | None = None,
+        fused: bool | None = None,
         device: torch.device | str | None = None,
         **params: Any,
     ) -> None:
@@ -60,7 +63,7 @@ class HarmonicHead(nn.Module):
         self._kind = distance_named(distance)
         self._fixed, trained = self._kind.settings(dim, **params)
         self.shard = shard or VocabShard(0, num_prototypes)
-        self.distance, self.chunk_bytes = distance, chunk_bytes
+        self.distance, self.chunk_bytes, self.fused = distance, chunk_bytes, fused
         rows = rows_of(num_prototypes, self.shard.ranks)
         self.prototypes = nn.Parameter(torch.zeros(rows, dim, device=device))
         self._trained = list(trained)
@@ -110,7 +113,8 @@ class HarmonicHead(nn.Module):
 
     def forward(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", ignore_index: int = -100) -> Tensor:
         """hidden (..., D), targets (...) -> scalar loss, or (N,) for "none": see `model.harmonic.harmonic_loss`."""
-        return self._scored(harmonic_loss, hidden, targets, reduction=reduction, ignore_index=ignore_index)
+        options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "fused": self.fused}
+        return self._scored(harmonic_loss, hidden, targets, **options)
 
     def score(self, hidden: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
         """hidden (..., D), targets (...) -> losses (N,) and most probable prototypes (N,), in one pass without

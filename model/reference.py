@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.distances import LARGEST_ROW, Distance, resolve
+from model.kernels.eager import Tokens
 
 
 def distances_reference(
@@ -39,7 +40,7 @@ def scores_reference(
         unit = _unit(w)
         x, w = x / unit, w / unit
     x, w = _perturbed(entry, x, w)
-    floor = entry.floor(entry.transform(x)).detach()[:, None]
+    floor = entry.floor(Tokens(entry.transform(x))).detach()[:, None]
     apart = (entry.between(x[:, None], w[None]) > floor).detach()
     # where a distance is the constant floor, its formula (which may have no slope there) is asked elsewhere
     d = entry.between(x[:, None], torch.where(apart[..., None], w[None], w[None] + 1))

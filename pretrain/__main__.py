@@ -70,7 +70,7 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
         refused = str(error)  # for the others to hear too
     from pretrain import ranks as process  # torch: after the input was checked
 
-    ranks = process.start()
+    ranks = process.start(cfg=cfg)
     watch.job, refused = ranks.gather((watch.job, refused))[0]
     if refused:
         raise ConfigError(refused)

@@ -43,8 +43,8 @@ class Reading:
 
 
 class Batches:
-    """This rank's passes of a step, each as `inputs_and_targets` takes it, which a thread reads one step ahead; and
-    since `restart`, the seconds that training waited for them and the tokens of each source in them.
+    """This rank's passes of a step, each as `inputs_and_targets` takes it, in host memory; a thread reads them one step
+    ahead. Since `restart`: the seconds that training waited for them, and the tokens of each source in them.
     """
 
     def __init__(self, windows: Windows, cfg: RunConfig, ranks: Ranks) -> None:
@@ -68,8 +68,7 @@ class Batches:
         read = reading.result()
         self._hashes = read.hashes
         self._by_source += read.by_source
-        for part in read.tokens.split(self.cfg.train.micro_batch):
-            batch = part.to(self.ranks.device, non_blocking=True)
+        for batch in read.tokens.split(self.cfg.train.micro_batch):
             self.waited_s += time.perf_counter() - began
             yield batch
             began = time.perf_counter()

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
 from data.files import sha256_of
-from data.settings import ConfigError
+from data.settings import ConfigError, read_tree
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.config import RunConfig, from_tree
@@ -56,7 +56,9 @@ FREE_SETTINGS = (
     "model.attention",
     "model.compile",
     "head.chunk_mib",
+    "head.fused",
     "train.micro_batch",
+    "train.deterministic",
     "parallel",
     "evaluation",
     "checkpoint",
@@ -243,6 +245,16 @@ def run_of(path: Path) -> Path:
     return run
 
 
+def config_of(path: Path, overrides: Sequence[str] = ()) -> RunConfig | None:
+    """The configuration of a run folder or checkpoint, for what has to be set before the ranks meet; None if it cannot
+    be read, which they say together.
+    """
+    try:
+        return from_tree(read_tree(run_of(path) / "config.yaml", overrides))
+    except ConfigError:
+        return None
+
+
 def find_given(path: Path, ranks: Ranks | None = None) -> tuple[Path, Path]:
     """A run folder's newest whole checkpoint, or the checkpoint that `path` is; and its run folder.
 
@@ -273,7 +285,9 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
     weights, the layout and versions are harmless; what is left of the identity is refused, unless `allow` names it (or
     a section above it).
     """
-    if now["identity"].keys() - state["identity"].keys():
+    newer = now["identity"].keys() - state["identity"].keys()
+    newer |= _flat(now.get("config", {})).keys() - _flat(state.get("config", {})).keys()
+    if newer:
         state = _as_read_today(state)
     found = []
     for key, was, is_now in _differing(state["identity"], now["identity"]):

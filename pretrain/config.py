@@ -79,6 +79,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     micro_batch: int = Field(gt=0)  # sequences per rank and pass
     precision: Literal["bf16", "float32"] = "bf16"
     seed: int = Field(default=1, ge=0)
+    deterministic: bool = False  # bit for bit on GPUs too: see pretrain/deterministic.py
 
 
 class OptimConfig(BaseModel, extra="forbid", frozen=True):
@@ -120,6 +121,7 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
 class ParallelConfig(BaseModel, extra="forbid", frozen=True):
     vocab: int | Literal["node", "world"] = "node"  # ranks that share one set of prototypes
     zero: Literal[0, 1, 2, 3] = 1  # ZeRO stage of the trunk
+    backend: Literal["auto", "gloo"] = "auto"  # gloo, for tests: no NCCL, and ranks may share a GPU
 
     @model_validator(mode="after")
     def _some_ranks(self) -> ParallelConfig:

@@ -1,6 +1,7 @@
 """Energy of a run's phases in joules, from its nodes' counters, read by Zeus; None if not measured, never zero.
 
-One counter per node, on its local rank 0, over that node's GPUs, CPU packages and DRAM. A window is the difference of
+One counter per node, on its local rank 0, over that node's GPUs, CPU packages and DRAM; where ranks see their own GPU
+alone, each counts that. A window is the difference of
 two readings. A counter that did not move in a window was not updated in it: that window is not measured, and its joules
 are in the next one, so that sums lose nothing.
 """
@@ -9,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,16 +59,17 @@ class Counter(Protocol):
 
 
 class ZeusCounter:
-    """NVML's (or AMD SMI's) counters of the first `gpus` visible GPUs, and RAPL's of all CPU packages and their DRAM.
+    """Of the parts `owed`: NVML's (or AMD SMI's) counters of the first `gpus` visible GPUs, and RAPL's of all CPU
+    packages and their DRAM.
 
     RAPL's can be read by root, by whom root gave the right to read them, or through Zeus' daemon (docs/energy.md).
     """
 
-    def __init__(self, gpus: int) -> None:
+    def __init__(self, gpus: int, owed: Sequence[str] = PARTS) -> None:
         self.missing: dict[str, str] = {}
         self._readers: dict[str, Callable[[], list[float]]] = {}
-        self._try({"gpu": lambda: self._gpus(gpus)})
-        self._try({"cpu": self._packages, "dram": self._memory})
+        openers = {"gpu": lambda: self._gpus(gpus), "cpu": self._packages, "dram": self._memory}
+        self._try({part: openers[part] for part in owed})
 
     def read(self) -> Reading:
         return {part: reader() for part, reader in self._readers.items()}
@@ -115,8 +118,19 @@ class ZeusCounter:
 
 
 def zeus_counter(ranks: Ranks) -> Counter | None:
-    """This node's counters if this rank measures for its node; None if another does."""
-    return None if ranks.local_rank else ZeusCounter(ranks.local_world if ranks.device.type == "cuda" else 0)
+    """This rank's counters: of its node if it measures for that, of its GPU if no other rank sees it; else None."""
+    if not (owed := owed_by(ranks)):
+        return None
+    if ranks.device.type != "cuda":
+        return ZeusCounter(0, owed)
+    return ZeusCounter(1 if ranks.own_gpu else min(ranks.local_world, torch.cuda.device_count()), owed)
+
+
+def owed_by(ranks: Ranks) -> tuple[str, ...]:
+    """The parts that a rank measures, for its node or of its own."""
+    if ranks.local_rank == 0:
+        return PARTS
+    return ("gpu",) if ranks.own_gpu else ()
 
 
 class Meter:
@@ -127,6 +141,7 @@ class Meter:
     def __init__(self, ranks: Ranks, counter: Counter | None) -> None:
         self.ranks, self.counter = ranks, counter
         self.nodes = max(1, ranks.world // max(1, ranks.local_world))
+        self._owed = Tally(part for parts in ranks.gather(owed_by(ranks)) for part in parts)
         self.missing: dict[str, str] = {}  # part -> why it is not measured: some node cannot
         self._failure: str | None = None  # of this node's counter, while it measured
         self._last: Reading = {}
@@ -143,8 +158,8 @@ class Meter:
     def _agree(self) -> None:
         """Gathers from all nodes what they cannot measure, and why. Collective."""
         mine: dict[str, str] = {}
-        if self.ranks.local_rank == 0:
-            mine = dict.fromkeys(PARTS, self._failure or NO_COUNTER) if self.counter is None else self.counter.missing
+        if owed := owed_by(self.ranks):
+            mine = dict.fromkeys(owed, self._failure or NO_COUNTER) if self.counter is None else self.counter.missing
         for rank, told in enumerate(self.ranks.gather(mine)):
             where = f" (node of rank {rank})" if self.nodes > 1 else ""
             self.missing = {**{part: why + where for part, why in told.items()}, **self.missing}
@@ -185,7 +200,9 @@ class Meter:
         stop = self._read()
         mine = [[sum(stop[part]) - sum(self._start[part]), 1.0] if part in stop else [0.0, 0.0] for part in PARTS]
         summed = self.ranks.sum(torch.tensor(mine, dtype=torch.float64)).tolist()
-        counted = {part: joules for part, (joules, nodes) in zip(PARTS, summed, strict=True) if nodes == self.nodes}
+        counted = {
+            part: joules for part, (joules, parts) in zip(PARTS, summed, strict=True) if parts == self._owed[part]
+        }
         if any(part not in counted for part in self.measured):
             self._agree()
         return Spent(seconds, {part: counted[part] for part in self.measured})

@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import io
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -20,9 +21,11 @@ import torch
 from deepspeed.utils import logger as deepspeed_logger
 from torch import Tensor
 
+from model.decoder import documents_in
 from model.vocab_parallel import sum_across
 from pretrain.batches import inputs_and_targets
 from pretrain.config import RunConfig
+from pretrain.environment import OPEN_MPI
 from pretrain.modules import build_modules, hidden_states, score_positions
 from pretrain.optim import adamw
 from pretrain.ranks import Ranks
@@ -77,6 +80,15 @@ class Step:
     applied: bool
 
 
+def _name_device(ranks: Ranks) -> None:
+    """DeepSpeed takes LOCAL_RANK for the number of this rank's GPU, now and at stage 3 later; where ranks see their own
+    GPU alone, or share one, it is not.
+    """
+    if ranks.device.type == "cuda" and ranks.device.index != ranks.local_rank:
+        for name in {"LOCAL_RANK", OPEN_MPI["LOCAL_RANK"]} & os.environ.keys():  # it wants both alike
+            os.environ[name] = str(ranks.device.index)
+
+
 class Trainer:
     """Decoder, head and both optimisers of one rank."""
 
@@ -86,6 +98,7 @@ class Trainer:
             log.info("bf16 at ZeRO stage 0 runs as stage 1: DeepSpeed's own bf16 stage 0 is not exact")
         decoder, self.head = build_modules(cfg, ranks)
         self.head_optimizer = adamw(self.head, cfg.optim)
+        _name_device(ranks)
         deepspeed_logger.setLevel(logging.WARNING)
         with contextlib.redirect_stdout(io.StringIO()) as chatter:  # DeepSpeed prints memory tables
             self.engine, *_ = deepspeed.initialize(
@@ -94,20 +107,24 @@ class Trainer:
         log.debug("%s", chatter.getvalue())
         self._guard = _guard_for(self.engine, self._head_norm_squared)
 
-    def hidden(self, inputs: Tensor) -> Tensor:
-        """Tokens (B, T) -> hidden states (B, T, D)."""
-        return hidden_states(self.engine, self.head, inputs, self.cfg, self.eos_id)
+    def hidden(self, inputs: Tensor, documents: int | None = None) -> Tensor:
+        """Tokens (B, T) -> hidden states (B, T, D); `documents` as `pretrain.modules.hidden_states` takes it."""
+        return hidden_states(self.engine, self.head, inputs, self.cfg, self.eos_id, documents)
 
     def train_step(self, batches: Iterable[Tensor], lr: float) -> Step:
-        """One update over this rank's passes, each as `inputs_and_targets` takes it."""
+        """One update over this rank's passes, each as `inputs_and_targets` takes it, in host memory: what of a pass
+        decides about sizes is counted there, so that the host never waits for the device.
+        """
         for group in (*self.engine.optimizer.param_groups, *self.head_optimizer.param_groups):
             group["lr"] = lr * group["lr_scale"]
         self.engine.train()
         self.head.train()
         losses = []
         for batch in batches:
-            inputs, targets = inputs_and_targets(batch, masked=not self.cfg.model.causal)
-            loss = self.head(self.hidden(inputs), targets)
+            documents = self._documents(batch)
+            on_device = batch.to(self.ranks.device, non_blocking=True)
+            inputs, targets = inputs_and_targets(on_device, masked=not self.cfg.model.causal)
+            loss = self.head(self.hidden(inputs, documents), targets)
             self.engine.backward(loss)
             losses.append(loss.detach())
             if self.engine.is_gradient_accumulation_boundary():
@@ -119,6 +136,14 @@ class Trainer:
             self._step_head(norm)
         self.head_optimizer.zero_grad(set_to_none=True)
         return Step(torch.stack(losses).mean(), norm, applied)
+
+    def _documents(self, batch: Tensor) -> int | None:
+        """How many documents the inputs of a pass hold, where they are kept apart."""
+        if not self.cfg.model.document_mask:
+            return None
+        assert self.eos_id is not None, "a document mask needs the end of text"
+        inputs, _ = inputs_and_targets(batch, masked=False)
+        return documents_in(inputs, self.eos_id)
 
     @torch.no_grad()
     def score(self, inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:

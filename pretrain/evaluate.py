@@ -160,8 +160,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"{len(args.runs)} RUNs given: expected one, or two with --paired")
 
     from pretrain import ranks as process
+    from pretrain.checkpoint import config_of
 
-    ranks = process.start_command()
+    settings = [cfg for cfg in map(config_of, args.runs) if cfg is not None]
+    ranks = process.start_command(cfg=max(settings, key=lambda cfg: cfg.train.deterministic, default=None))
     try:
         tasks = [open_task(path, args.split, args.data, args.text, args.stride) for path in args.runs]
         if args.paired:

@@ -21,7 +21,7 @@ import torch
 from data.settings import ConfigError
 from model.sample import generate
 from pretrain import ranks as process
-from pretrain.checkpoint import find_given
+from pretrain.checkpoint import config_of, find_given
 from pretrain.config import EXIT_BAD_INPUT, load
 from pretrain.evaluate import open_tokenizer
 from pretrain.inference import load_model
@@ -79,7 +79,7 @@ class Overtone(TemplateLM):
                 "options --batch_size, --max_batch_size and --device"
             )
         asked = _batch(batch_size, max_batch_size)
-        ranks = process.start()
+        ranks = process.start(cfg=config_of(Path(run)))
         if ranks.world > 1:
             raise ConfigError(f"lm-eval was started on {ranks.world} ranks: this model runs on one process")
         _check_device(device, ranks.device)

@@ -24,17 +24,25 @@ def build_modules(cfg: RunConfig, ranks: Ranks) -> tuple[Decoder, HarmonicHead]:
     return decoder.to(ranks.device), head.to(ranks.device)
 
 
-def hidden_states(decoder: nn.Module, head: HarmonicHead, inputs: Tensor, cfg: RunConfig, eos_id: int | None) -> Tensor:
+def hidden_states(
+    decoder: nn.Module,
+    head: HarmonicHead,
+    inputs: Tensor,
+    cfg: RunConfig,
+    eos_id: int | None,
+    documents: int | None = None,
+) -> Tensor:
     """Tokens (B, T) -> hidden states (B, T, D) of a decoder, which may be wrapped, in the configuration's dtype.
 
     Args:
         eos_id: the token that ends documents, which `model.document_mask` keeps apart.
+        documents: how many there are, where the host knows it.
     """
     embedded = head.embed(inputs).to(compute_dtype(cfg)) if cfg.model.tied else inputs
     if not cfg.model.document_mask:
         return decoder(embedded)
     assert eos_id is not None, "a document mask needs the end of text"
-    return decoder(embedded, document_positions(inputs, eos_id))
+    return decoder(embedded, document_positions(inputs, eos_id), documents=documents)
 
 
 def compute_dtype(cfg: RunConfig) -> torch.dtype:

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch.distributed import ProcessGroup
 
 from data.settings import ConfigError
 from model.vocab_parallel import VocabShard, group_members, shard_of
-from pretrain.config import EXIT_BAD_INPUT
+from pretrain.config import EXIT_BAD_INPUT, RunConfig
+from pretrain.deterministic import set_deterministic
 from pretrain.environment import adopt, binds_cores, place_of
 
 log = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class Ranks:
     local_rank: int
     local_world: int
     device: torch.device
+    own_gpu: bool = False  # each rank of this host sees a GPU of its own and no other
     vocab: ProcessGroup | None = None  # ranks that hold one set of prototypes; None: this rank holds all
     replicas: ProcessGroup | None = None  # ranks that hold the same prototypes as this one; None: only this
 
@@ -73,8 +75,11 @@ class Ranks:
         self.sum(torch.zeros(()))
 
 
-def start(timeout_s: float = 1800) -> Ranks:
+def start(timeout_s: float = 1800, cfg: RunConfig | None = None) -> Ranks:
     """Joins the process group that the launcher described in the environment, or makes one of a single process.
+
+    Args:
+        cfg: says what the process is to be for (`train.deterministic`, `parallel.backend`); None: nothing.
 
     Raises:
         ConfigError: the environment is at odds with itself or with this machine.
@@ -84,15 +89,18 @@ def start(timeout_s: float = 1800) -> Ranks:
     rank, world, local_rank, local_world = place.rank, place.world, place.local_rank, place.local_world
     if world == 1:
         _describe_alone()
+    sharing = cfg is not None and cfg.parallel.backend == "gloo"
+    if cfg is not None:
+        set_deterministic(cfg.train.deterministic)
     if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"LOCAL_RANK={local_rank}: this process sees {torch.cuda.device_count()} GPU(s) (CUDA_VISIBLE_DEVICES="
-                f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Start as many ranks as there are GPUs, each of "
-                "which sees all GPUs of its host"
+        device = _gpu_of(local_rank, local_world, sharing)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:gloo" if sharing else "cpu:gloo,cuda:nccl"
+        if sharing:
+            log.warning(
+                "parallel.backend=gloo is for tests: what ranks tell each other goes through host memory, and they may "
+                "share a GPU"
             )
-        torch.cuda.set_device(local_rank)
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
     else:
         _keep_memory()
         if binds_cores(os.environ):
@@ -105,13 +113,49 @@ def start(timeout_s: float = 1800) -> Ranks:
         # one rank needs no port
         met: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **met)
-    return Ranks(rank, world, local_rank, local_world, device)
+    ranks = Ranks(rank, world, local_rank, local_world, device)
+    if device.type == "cpu":
+        return ranks
+    shared = _shared_gpu(ranks)
+    if shared and not sharing:
+        raise ConfigError(
+            f"{shared}: each rank needs one of its own. Start no more ranks on a host than it has GPUs, and give each "
+            "all GPUs of its host in CUDA_VISIBLE_DEVICES, or another one (Slurm: --gpus-per-task=1)"
+        )
+    return replace(ranks, own_gpu=local_world > 1 and torch.cuda.device_count() == 1 and not shared)
 
 
-def start_command(timeout_s: float = 1800) -> Ranks:
+def _gpu_of(local_rank: int, local_world: int, sharing: bool) -> torch.device:
+    """The GPU of a rank: that of its number on the host, or the only one that it sees; with `sharing`, in turn.
+
+    Raises:
+        ConfigError: it sees several, and none for it.
+    """
+    seen = torch.cuda.device_count()
+    index = 0 if seen == 1 and local_world > 1 else local_rank % seen if sharing else local_rank
+    if index >= seen:
+        raise ConfigError(
+            f"LOCAL_RANK={local_rank}: this process sees {seen} GPU(s) (CUDA_VISIBLE_DEVICES="
+            f"{os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}). Start as many ranks as there are GPUs, each of "
+            "which sees all GPUs of its host, or its own alone"
+        )
+    return torch.device("cuda", index)
+
+
+def _shared_gpu(ranks: Ranks) -> str | None:
+    """Which two ranks are on one GPU, by its UUID, in words; None: each has its own. Collective."""
+    first: dict[str, int] = {}
+    uuid = str(torch.cuda.get_device_properties(ranks.device).uuid)
+    for rank, (gpu, host) in enumerate(ranks.gather((uuid, socket.gethostname()))):
+        if first.setdefault(gpu, rank) != rank:
+            return f"ranks {first[gpu]} and {rank} are both on the GPU {gpu} of {host}"
+    return None
+
+
+def start_command(timeout_s: float = 1800, cfg: RunConfig | None = None) -> Ranks:
     """`start` for a command, which ends with the code of bad input and a message if the environment is not right."""
     try:
-        return start(timeout_s)
+        return start(timeout_s, cfg)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_INPUT) from None
@@ -202,7 +246,7 @@ def _keep_memory() -> None:
 def with_groups(ranks: Ranks, vocab_ranks: int) -> Ranks:
     """The same ranks with their vocabulary and replica groups made. Every rank calls it."""
     vocab, replicas = (_own_group(ranks, members) for members in group_members(ranks.world, vocab_ranks))
-    return Ranks(ranks.rank, ranks.world, ranks.local_rank, ranks.local_world, ranks.device, vocab, replicas)
+    return replace(ranks, vocab=vocab, replicas=replicas)
 
 
 def _own_group(ranks: Ranks, members: list[list[int]]) -> ProcessGroup | None:

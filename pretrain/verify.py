@@ -3,9 +3,9 @@
 Every checkpoint's files are compared with its manifest, and `latest` with them. Then the first logged steps after a
 checkpoint, the newest one that has enough of them, are trained again in a folder of their own; with --last, all those
 up to the last ones. Batch fingerprints must be those of metrics.jsonl, and losses too: to rounding, or with --exact bit
-for bit, as they are on the same layout and machine with as many threads. Prints PASS and how near the losses are (exit
-code 0), or FAIL and the first difference (1); 2 for bad input. The run folder is only read. `deepspeed --module
-pretrain.verify RUN` does so on many ranks.
+for bit, as they are on the same layout and machine with as many threads, and on GPUs with train.deterministic. Prints
+PASS and how near the losses are (exit code 0), or FAIL and the first difference (1); 2 for bad input. The run folder is
+only read. `deepspeed --module pretrain.verify RUN` does so on many ranks.
 """
 
 from __future__ import annotations
@@ -35,6 +35,10 @@ TOLERANCE = {"float32": 2e-5, "bf16": 2e-2}  # nats of a loss, on another layout
 
 class Differs(Exception):
     """Something in the run folder is not what it should be; the message says where."""
+
+
+class LossDiffers(Differs):
+    """A loss is not the logged one."""
 
 
 @dataclass(frozen=True)
@@ -150,9 +154,19 @@ def _largest_difference(run: Any, records: list[dict[str, Any]], tolerance: floa
         logged_loss = math.nan if record["loss"] is None else record["loss"]
         difference = _distance(loss, logged_loss)
         if difference > tolerance:
-            raise Differs(f"step {step + 1}: the loss {loss!r} is not the logged {logged_loss!r}")
+            raise LossDiffers(f"step {step + 1}: the loss {loss!r} is not the logged {logged_loss!r}")
         largest = max(largest, difference)
     return largest
+
+
+def _unpromised(trained: dict[str, Any], ranks: Ranks) -> str:
+    """Why the bits of a run may differ though nothing is wrong; empty: they are promised."""
+    if ranks.device.type != "cuda" or trained["config"]["train"].get("deterministic"):
+        return ""
+    return (
+        "; on a GPU bits are only promised to a run with train.deterministic=true, which this one was not: leave "
+        "--exact out to compare to rounding"
+    )
 
 
 def _distance(loss: float, logged: float) -> float:
@@ -181,7 +195,10 @@ def verify(
         fewer = f"fewer than {steps} steps were" if last else "no step was"
         return f"{whole}; {fewer} logged after one, so none was trained again"
     check_data(cfg)
-    largest = replay(cfg, planned, ranks, 0.0 if exact else TOLERANCE[cfg.train.precision])
+    try:
+        largest = replay(cfg, planned, ranks, 0.0 if exact else TOLERANCE[cfg.train.precision])
+    except LossDiffers as wrong:
+        raise LossDiffers(f"{wrong}{_unpromised(planned.trained, ranks) if exact else ''}") from None
     near = "bit for bit" if largest == 0 else f"to {largest:.1e} nats"
     first, last = planned.records[0]["step"], planned.records[-1]["step"]
     again = f"{f'steps {first} to {last}' if last > first else f'step {first}'} again from {planned.start.name}"
@@ -204,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for kind in (UserWarning, FutureWarning):  # as in training
         warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
-    ranks = process.start_command()
+    ranks = process.start_command(cfg=checkpoint.config_of(args.run, args.overrides))
     try:
         code, told = 0, f"PASS: {verify(args.run, args.overrides, args.steps, ranks, last=args.last, exact=args.exact)}"
     except Differs as wrong:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 HOUSE = {"data", "model", "pretrain", "launch", "benchmarks", "tests"}
 ALLOWED_WITHIN = {  # folder -> folders of the house that it may import
@@ -82,3 +87,63 @@ def test_the_walk_sees_violations() -> None:
 
 def test_package_markers_are_empty() -> None:
     assert all(path.read_text() == "" for path in SOURCES if path.name == "__init__.py")
+
+
+def required_by(*distributions: str) -> set[str]:
+    """Names of the modules that distributions bring, and what they require without extras."""
+    found: set[str] = set()
+    left = list(distributions)
+    while left:
+        name = canonicalize_name(left.pop())
+        if name in found:
+            continue
+        try:
+            asked = [Requirement(word) for word in metadata.requires(name) or ()]
+        except metadata.PackageNotFoundError:
+            continue  # optional on this platform
+        found.add(name)
+        left += [one.name for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
+    modules = metadata.packages_distributions().items()
+    return {module for module, brought_by in modules if found & {canonicalize_name(one) for one in brought_by}}
+
+
+HIDING = """
+import sys
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def find_spec(self, name, path=None, target=None):
+        first = name.partition(".")[0]
+        known = first in ALLOWED or first in sys.stdlib_module_names or first.startswith("_sysconfigdata")
+        return self.finder.find_spec(name, path, target) if known else None
+
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+"""
+HEAD = """
+import model.head, model.harmonic, model.kernels.choose, torch
+head = model.head.HarmonicHead(10, 8, seed=1)
+optimizer = torch.optim.AdamW(head.parameters())
+features, targets = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)), torch.arange(6)
+losses = []
+for _ in range(2):
+    losses.append(head(features, targets))
+    losses[-1].backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert losses[1] < losses[0]
+"""
+DECODER = """
+import model.attention, model.decoder
+assert "pydantic" not in sys.modules and "model.config" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("program", [HEAD, DECODER], ids=["the head trains", "the decoder is imported"])
+def test_torch_alone_is_needed(program: str) -> None:
+    allowed = {"model"} | required_by("torch")
+    assert "torch" in allowed and not allowed & {"pydantic", "yaml", "numpy", "rich", "deepspeed", "ninja"}
+    words = [sys.executable, "-c", f"ALLOWED = {allowed!r}\n{HIDING}\n{program}"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr

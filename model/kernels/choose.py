@@ -24,6 +24,24 @@ def kernels_for(x: Tensor) -> ModuleType:
     return eager
 
 
+def fused_kernels_for(x: Tensor, fused: bool | None) -> ModuleType | None:
+    """The module whose `fused_statistics` serves tokens like `x`, or None: the product and the passes are then apart.
+
+    None leaves it to the device: GPUs as `gpu.FUSED` says, others apart. True takes the plain form where there is no
+    kernel, but for GPUs and sizes that the kernels do not serve, which the log tells.
+    """
+    kernels = kernels_for(x)
+    if kernels in (eager, cpu):
+        return eager if fused and x.device.type != "cuda" else None
+    if not (kernels.FUSED if fused is None else fused):
+        return None
+    reason = kernels.fused_unavailable(x)
+    if reason:
+        _say_apart(reason)
+        return None
+    return kernels
+
+
 @functools.cache
 def _for_cpu(dtype: torch.dtype) -> ModuleType:
     return _if_available("CPU", cpu, dtype)
@@ -51,3 +69,8 @@ def _if_available(device: str, kernels: ModuleType, required: torch.dtype | torc
 @functools.cache
 def _say(device: str, reason: str) -> None:
     log.warning("The head runs in plain PyTorch on this %s, exact but slower: %s.", device, reason)
+
+
+@functools.cache
+def _say_apart(reason: str) -> None:
+    log.warning("The head takes its products and the passes over scores apart: %s.", reason)

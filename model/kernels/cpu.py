@@ -138,10 +138,14 @@ class Rows(eager.Rows):
     the one before those.
     """
 
-    def __init__(self, rows: Tensor, chunks: int = 1) -> None:
-        self.rows = rows.contiguous()
-        self.squares = torch.ops.overtone_cpu.square_norms(self.rows)  # (V,)
+    def __init__(self, rows: Tensor, chunks: int = 1, squares: Tensor | None = None) -> None:
+        rows = rows.contiguous()
+        super().__init__(rows, chunks, torch.ops.overtone_cpu.square_norms(rows) if squares is None else squares)
         self._scores = [self.squares[:0]] * chunks
+
+    def gradient(self) -> Tensor:
+        """As eager.Rows.gradient."""
+        return empty(self.rows.shape, torch.float32, self.rows.device)
 
     def scores(self, tokens: int) -> Tensor:
         """(V, M) for M tokens, uninitialised."""
@@ -186,12 +190,12 @@ def hidden_product(grads: Tensor, rows: Rows) -> Tensor:
     return out
 
 
-def add_rows_product(total: Tensor, grads: Tensor, x: Tensor) -> None:
-    """total (V, D) += grads.T @ x, for grads (M, V) and x (M, D)."""
+def add_rows_product(total: Tensor, grads: Tensor, x: Tensor, first: bool = False) -> None:
+    """As eager.add_rows_product."""
     if grads.dtype == torch.float32:
-        total.addmm_(grads.t(), x)
+        total.addmm_(grads.t(), x, beta=0 if first else 1)
     else:
-        torch.ops.overtone_cpu.multiply(_columns(grads), x.contiguous(), False, total, True)
+        torch.ops.overtone_cpu.multiply(_columns(grads), x.contiguous(), False, total, not first)
 
 
 def finish_rows(total: Tensor, rows: Tensor, columns: Tensor) -> None:
@@ -207,6 +211,13 @@ def unit_rows(rows: Tensor) -> Tensor:
 def unit_rows_gradient(rows: Tensor, grad: Tensor) -> Tensor:
     """As eager.unit_rows_gradient, for float32."""
     return torch.ops.overtone_cpu.unit_rows_gradient(rows.contiguous(), grad.contiguous())
+
+
+prepare = functools.partial(eager.prepare, to_unit=unit_rows)
+finish = functools.partial(eager.finish, with_sums=finish_rows, from_unit=unit_rows_gradient)
+to_targets, copy = eager.to_targets, eager.copy
+Tokens = eager.Tokens
+rows_at_a_time, tokens_per_wave, TEMPORARIES = eager.rows_at_a_time, eager.tokens_per_wave, eager.TEMPORARIES
 
 
 def _columns(tokens_first: Tensor) -> Tensor:
@@ -255,13 +266,21 @@ def quadratic_gradient(
     weight: Tensor,
     local: Tensor,
     dtype: torch.dtype,
+    score: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As eager.quadratic_gradient; G lies in the memory of `kept`."""
     return _log_gradient_and_sums(kept, squares.floor, coefficient, lse, weight, local, dtype)
 
 
 def log_gradient(
-    logs: Tensor, floor: Tensor, coefficient: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype
+    logs: Tensor,
+    floor: Tensor,
+    coefficient: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    dtype: torch.dtype,
+    score: Tensor | None = None,
 ) -> Tensor:
     """As eager.log_gradient; G lies in the memory of `logs`."""
     return _log_gradient_and_sums(logs, floor, coefficient, lse, weight, local, dtype)[0]
@@ -278,7 +297,9 @@ def _log_gradient_and_sums(
     return _gradients(columns, dtype), over_rows, over_columns
 
 
-def dot_gradient(scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
+def dot_gradient(
+    scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype, score: Tensor | None = None
+) -> Tensor:
     """As eager.dot_gradient; G lies in the memory of `scores`."""
     columns = _columns(scores)
     torch.ops.overtone_cpu.dot_gradient(columns, lse, weight, local, dtype == torch.bfloat16)

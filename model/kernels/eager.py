@@ -9,7 +9,8 @@ themselves. Operands of products have the compute dtype (bfloat16, float32 or fl
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,20 +29,67 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+TEMPORARIES = 1  # float32 tensors (M, V) that the passes over a product's scores need for a moment
+TILE = 256  # prototypes that share the largest score to which `fused_statistics` relates their weights
+
+
+def rows_at_a_time(width: int, fused: bool) -> int:
+    """Prototypes (V, width) that are taken at a time on the way to `Rows` and back; `fused`: by `prepare`, `finish`."""
+    return 1024
+
+
+def tokens_per_wave(width: int, device: torch.device) -> int:
+    """Chunks of a multiple of so many tokens leave no processor idle."""
+    return 1
+
+
 class Rows:
     """The prototypes of one call, laid out for the products that read them. (V, D) in the compute dtype.
 
-    `chunks`: of how many chunks the scores are alive at once.
+    `chunks`: of how many chunks the scores are alive at once. `squares` (V,): their squared norms, if known.
     """
 
-    def __init__(self, rows: Tensor, chunks: int = 1) -> None:
+    def __init__(self, rows: Tensor, chunks: int = 1, squares: Tensor | None = None) -> None:
         self.rows = rows
-        self.squares = square_norms(rows)  # (V,)
+        self.squares = square_norms(rows) if squares is None else squares
 
     @functools.cached_property
     def sizes(self) -> Tensor:
         """(V,) sums of the absolute entries, made when one asks for them."""
         return self.rows.abs().sum(1)
+
+    def gradient(self) -> Tensor:
+        """(V, D), uninitialised, in the accumulator's dtype."""
+        return empty(self.rows.shape, accumulator(self.rows.dtype), self.rows.device)
+
+
+class Tokens:
+    """The tokens of one chunk (M, D) in the compute dtype. `squares` (M,): their squared norms, if known."""
+
+    def __init__(self, rows: Tensor, squares: Tensor | None = None) -> None:
+        self.rows = rows
+        if squares is not None:
+            self.squares = squares
+
+    @functools.cached_property
+    def squares(self) -> Tensor:
+        """(M,), made when one asks for them."""
+        return square_norms(self.rows)
+
+
+def unscaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The gradient of rows from that of rows * scale, in place: of the tiniest of rows it passes the largest number
+    of `dtype`, and stays there.
+    """
+    most = torch.finfo(dtype).max
+    return grad.mul_(scale).clamp_(-most, most)
+
+
+def to_targets(x: Tensor, rows: Tensor, local: Tensor, product: bool) -> Tensor:
+    """(M,) |x - w|^2 of tokens (M, D) and their targets' rows, or x . w if `product`."""
+    wide = accumulator(x.dtype)
+    a, b = x.to(wide), rows[local.clamp_min(0)].to(wide)
+    return torch.linalg.vecdot(a, b) if product else square_norms(a - b)
 
 
 def square_norms(rows: Tensor) -> Tensor:
@@ -70,9 +118,10 @@ def hidden_product(grads: Tensor, rows: Rows) -> Tensor:
     return product(grads, rows.rows)
 
 
-def add_rows_product(total: Tensor, grads: Tensor, x: Tensor) -> None:
-    """total (V, D) += grads.T @ x, for grads (M, V) and x (M, D)."""
-    total += product(grads.t(), x)
+def add_rows_product(total: Tensor, grads: Tensor, x: Tensor, first: bool = False) -> None:
+    """total (V, D) += grads.T @ x, for grads (M, V) and x (M, D); `first`: total holds nothing yet."""
+    found = product(grads.t(), x)
+    total.copy_(found) if first else total.add_(found)
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -106,6 +155,45 @@ def _lengths(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def finish_rows(total: Tensor, rows: Tensor, columns: Tensor) -> None:
     """total (V, D) = 2 (columns (V,) * rows (V, D) - total), in place."""
     total.neg_().addcmul_(rows, columns[:, None]).mul_(2)
+
+
+def prepare(
+    rows: Tensor,
+    scale: Tensor | None,
+    unit: bool,
+    out: Tensor,
+    to_unit: Callable[[Tensor], Tensor] = unit_rows,
+) -> Tensor | None:
+    """Fills `out` (N, D) with rows * scale (one number, or (N, 1)), of length 1 if `unit`; returns the squared norms
+    (N,) of what it holds where they cost nothing more.
+    """
+    wide = rows.to(accumulator(out.dtype))
+    wide = wide if scale is None else wide * scale
+    out.copy_(to_unit(wide) if unit else wide)
+    return None
+
+
+def finish(
+    total: Tensor,
+    rows: Tensor,
+    sums: Tensor | None,
+    source: Tensor,
+    scale: Tensor | None,
+    unit: bool,
+    out: Tensor,
+    with_sums: Callable[[Tensor, Tensor, Tensor], None] = finish_rows,
+    from_unit: Callable[[Tensor, Tensor], Tensor] = unit_rows_gradient,
+) -> None:
+    """Fills `out` (N, D) with the gradient of `source` from that of the `rows` that `prepare` made of it: total, or
+    2 (sums * rows - total) where `sums` (N,) are given. Consumes `total`, which may be `out`.
+    """
+    if sums is not None:
+        with_sums(total, rows, sums)
+    if unit:
+        total = from_unit(source.to(total.dtype), total)
+    total = total if scale is None else unscaled(total, scale, out.dtype)
+    if out.data_ptr() != total.data_ptr():
+        out.copy_(total)
 
 
 class Squares(NamedTuple):
@@ -145,11 +233,12 @@ def quadratic_gradient(
     weight: Tensor,
     local: Tensor,
     dtype: torch.dtype,
+    score: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """G = d(weight * loss)/dq, rounded to `dtype`, with the sums of the *rounded* G over rows and columns.
 
     G = -coefficient * weight * (p - onehot) / q, and 0 at the floor. (M, V) -> G (M, V), (M,), (V,). `kept` is
-    consumed.
+    consumed. `score` (M,), the target's, is for kernels that do not look for it among the others.
     """
     rounded = log_gradient(kept, squares.floor, coefficient, lse, weight, local, dtype)
     wide = rounded.to(lse.dtype)
@@ -166,7 +255,14 @@ def log_statistics(
 
 
 def log_gradient(
-    logs: Tensor, floor: Tensor, coefficient: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype
+    logs: Tensor,
+    floor: Tensor,
+    coefficient: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    dtype: torch.dtype,
+    score: Tensor | None = None,
 ) -> Tensor:
     """G = d(weight * loss)/dc from log c: -coefficient * weight * (p - onehot) / c, 0 at the floor. `logs` is
     consumed.
@@ -192,13 +288,106 @@ def _summed(scores: Tensor, column: Tensor, here: Tensor) -> tuple[Tensor, Tenso
     return top, weights.sum(1), torch.linalg.vecdot(weights, scores), target
 
 
-def dot_gradient(scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
+def dot_gradient(
+    scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype, score: Tensor | None = None
+) -> Tensor:
     """G = weight * (p - onehot), rounded to `dtype`. (M, V) -> (M, V). `scores` is consumed."""
     here = (local >= 0)[:, None]
     probabilities = scores.sub_(lse[:, None]).exp_()
     column = local.clamp_min(0)[:, None]
     probabilities.scatter_add_(1, column, torch.where(here, -1.0, 0.0).to(probabilities.dtype))
     return probabilities.mul_(weight[:, None]).to(dtype)
+
+
+class Scored(NamedTuple):
+    """What `fused_statistics` keeps of a chunk: E (M, V), and how to read it."""
+
+    kept: Tensor  # (M, V) in the operands' dtype: (q / least)^-(coefficient + 1), or exp(score - top); at most 1
+    tops: Tensor  # (tiles, M) log2 of the least q, or the greatest score
+    tile: int  # prototypes that share one
+
+
+def fused_statistics(
+    kind: Literal["quadratic", "dot"],
+    x: Tokens,
+    rows: Rows,
+    squares: Squares | None,
+    coefficient: Tensor,
+    local: Tensor,
+    target: Tensor,
+    keep: bool,
+    moment: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Scored | None]:
+    """The product and its statistics in one: the four sums of `quadratic_statistics` or `dot_statistics` (up to the
+    max, which may be any number near it, and the third, which is asked for by `moment`), and E if `keep`.
+
+    `target` (M,): q of the target, or its score for "dot". The plain form of a kernel that keeps no float32 scores; on
+    purpose with that kernel's roundings.
+    """
+    ln2, here = math.log(2), local >= 0
+    values = products(x.rows, rows)
+    if kind == "dot":
+        parts = _with_targets(values, target, local).split(TILE, 1)
+        tops = torch.stack([part.amax(1) for part in parts])
+        weights = [(part - top[:, None]).exp() for part, top in zip(parts, tops, strict=True)]
+        top = tops.amax(0)
+        total = ((tops - top).exp() * torch.stack([part.sum(1) for part in weights])).sum(0)
+        kept = torch.cat(weights, 1)
+        sums = top, total, torch.zeros_like(top), torch.where(here, target, 0)
+    else:
+        assert squares is not None
+        floor = squares.floor[:, None]
+        q = torch.maximum(_with_targets(values * -2 + squares.x[:, None] + squares.rows, target, local), floor)
+        parts = q.split(TILE, 1)
+        least = torch.stack([part.amin(1) for part in parts])
+        tops = least.log2()
+        logs = [part.log2() - top[:, None] for part, top in zip(parts, tops, strict=True)]
+        weights = [(log * -(coefficient + 1)).exp2() for log in logs]
+        shares = [weight * part / one[:, None] for weight, part, one in zip(weights, parts, least, strict=True)]
+        totals = torch.stack([share.sum(1) for share in shares])
+        moments = torch.stack([(share * log).sum(1) for share, log in zip(shares, logs, strict=True)])
+        apart = tops - tops.amin(0)
+        factor = (apart * -coefficient).exp2()
+        top, total = tops.amin(0) * -coefficient * ln2, (factor * totals).sum(0)
+        moment_sum = top * total - (factor * (moments + apart * totals)).sum(0) * (coefficient * ln2)
+        score = torch.maximum(target, squares.floor).log2() * -coefficient * ln2
+        kept = torch.cat(weights, 1).masked_fill(q <= floor, 0)
+        sums = top, total, moment_sum, torch.where(here, score, 0)
+    return sums, Scored(kept.to(x.rows.dtype), tops, TILE) if keep else None
+
+
+def _with_targets(values: Tensor, target: Tensor, local: Tensor) -> Tensor:
+    """(M, V) with (M,) in the targets' columns, where they are here."""
+    column = local.clamp_min(0)[:, None]
+    return values.scatter(1, column, torch.where((local >= 0)[:, None], target[:, None], values.gather(1, column)))
+
+
+def fused_gradient(
+    kind: Literal["quadratic", "dot"],
+    scored: Scored,
+    squares: Squares | None,
+    coefficient: Tensor,
+    lse: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    local: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """G of `quadratic_gradient` or `dot_gradient` from what `fused_statistics` kept, and its sums as rounded; (M, V) ->
+    G (M, V), (M,), (V,). `score` (M,): the target's.
+    """
+    kept, tops, width = scored
+    slope = weight if kind == "dot" else -coefficient * weight
+    logs = tops - lse if kind == "dot" else tops * (-(coefficient + 1) * math.log(2)) - lse
+    factor = logs.exp().repeat_interleave(width, 0)[: kept.shape[1]].t()
+    grads = kept.to(lse.dtype) * factor * slope[:, None]
+    target = torch.expm1(score - lse) * slope
+    if kind == "quadratic":
+        assert squares is not None
+        apart = torch.maximum(squares.target, squares.floor)
+        target = torch.where(apart > squares.floor, target / apart, 0)
+    rounded = _with_targets(grads, target, local).to(kept.dtype)
+    wide = rounded.to(lse.dtype)
+    return rounded, wide.sum(1), wide.sum(0)
 
 
 # Contractions that are no matrix product: they read float32 (or float64) operands, as nothing forces them to round.
@@ -237,6 +426,11 @@ def contract(terms: Terms, x: Tensor, rows: Rows) -> Tensor:
             sizes = x.abs()[:, None] + rows.rows[block].abs()
             out[:, block] = difference.abs_().div_(sizes).masked_fill_(sizes <= SMALLEST, 0).sum(-1)
     return out
+
+
+def copy(values: Tensor) -> Tensor:
+    """A copy of (M, V) that lies in memory as `contract` leaves it."""
+    return values.t().clone(memory_format=torch.contiguous_format).t() if values.stride(0) == 1 else values.clone()
 
 
 def contract_gradient(terms: Terms, x: Tensor, rows: Rows, values: Tensor, grads: Tensor, total: Tensor) -> Tensor:

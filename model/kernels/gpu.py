@@ -1,9 +1,13 @@
 """The operations of eager.py for GPUs: Triton for passes over scores and for contractions entry by entry, cuBLAS for
 products; operands in bfloat16 or float32. Nothing waits for the device, and the current stream is used.
 
-Numerics: sums are float32 in a fixed order, so the same inputs give the same bits; log is within 1 ulp, exp is the
-hardware's. Scores and gradients (M, V) that meet cuBLAS have rows that start on a multiple of 16 entries, as its fast
-paths ask for, whatever the size of the vocabulary.
+Products and the passes over their scores come in two designs: apart (cuBLAS makes float32 scores, Triton's passes read
+them), or fused (triton_fused.py: bfloat16, Hopper). FUSED says which one is taken where nobody asks.
+
+Numerics: sums are float32 in a fixed order, so the same inputs give the same bits; logarithms and exponentials are
+the hardware's (triton_functions.py has their errors). Scores, their gradients and the prototypes have rows that start
+on lines of 128 bytes and go on to whole ones, as cuBLAS' fast paths and loads of 16 bytes ask for, whatever the size
+of the vocabulary.
 
 Legend: M tokens of a chunk, V prototypes on this rank, D width.
 """
@@ -11,17 +15,23 @@ Legend: M tokens of a chunk, V prototypes on this rank, D width.
 from __future__ import annotations
 
 import functools
+import math
 import subprocess
 
 import torch
 import triton
 from torch import Tensor
 
-from model.kernels import eager, triton_elementwise, triton_scores
-from model.kernels.triton_scores import Given
+from model.kernels import eager, triton_elementwise, triton_fused, triton_rows, triton_scores
+from model.kernels.eager import Scored, Squares
+from model.kernels.triton_scores import ROW_START, Given, padded_rows
 
-ROW_START = 16  # entries
 OLDEST = (8, 0)  # compute capability: Ampere's, the first with bfloat16 and a maximum that passes NaN on
+FUSED = False  # the fused design has not been timed on a GPU yet; `python -m benchmarks.gpu` times both in one run
+FUSED_CAPABILITY = (9, 0)  # Hopper's: tiles are loaded and stored by its own units
+BLOCK = (128, 256)  # tokens and entries (or prototypes) of a block of cuBLAS' products on Hopper
+TRANSFORMED_ENTRIES = 2**25  # of prototypes that a general transform takes at a time: some hundred MB of float32
+TEMPORARIES = 0
 
 
 class Unavailable(RuntimeError):
@@ -29,62 +39,191 @@ class Unavailable(RuntimeError):
 
 
 def require(device: torch.device) -> None:
-    """Builds and runs a small kernel, or raises `Unavailable` where that fails."""
+    """Builds and runs a small kernel, or raises `Unavailable` where that fails; a lack of memory says nothing of the
+    kernels, and is passed on.
+    """
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST:
         raise Unavailable(f"compute capability {capability[0]}.{capability[1]}; 8.0 or newer would be faster")
     try:
         dot_statistics(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, OSError, subprocess.SubprocessError, triton.TritonError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise Unavailable(f"Triton could not build a kernel ({reason}); it needs gcc and Python's headers") from error
 
 
+def fused_unavailable(x: Tensor) -> str | None:
+    """Why the fused design cannot serve tokens (M, D) like these; None if it can."""
+    if x.dtype != torch.bfloat16:
+        return f"the fused kernels take bfloat16, and these are {x.dtype}"
+    if not triton_fused.serves(x):
+        return f"the fused kernels take widths that are a multiple of 8, and this is {x.shape[1]}"
+    if x.is_cuda:
+        capability = torch.cuda.get_device_capability(x.device)
+        if capability[0] != FUSED_CAPABILITY[0]:
+            return f"the fused kernels are Hopper's, and this GPU is {capability[0]}.{capability[1]}"
+    return None
+
+
 class Rows(eager.Rows):
-    """The prototypes of one call, and their transpose for contractions entry by entry, made when one asks for it."""
+    """The prototypes of one call, and their transpose for contractions entry by entry, made when one asks for it. Their
+    memory goes on to whole lines of prototypes, which are zeros.
+    """
+
+    def __init__(self, rows: Tensor, chunks: int = 1, squares: Tensor | None = None) -> None:
+        super().__init__(rows, chunks, square_norms(rows) if squares is None else squares)
 
     @functools.cached_property
     def columns(self) -> Tensor:
         return triton_elementwise.columns(self.rows)
 
+    @property
+    def whole(self) -> Tensor:
+        """(V, D) with the padding."""
+        return _whole(self.rows)
 
-empty = eager.empty
+    def gradient(self) -> Tensor:
+        """As eager.Rows.gradient, padded as the rows are."""
+        return empty(self.rows.shape, torch.float32, self.rows.device)
+
+
+class Tokens(eager.Tokens):
+    """The tokens of one chunk; see eager.Tokens."""
+
+    def __init__(self, rows: Tensor, squares: Tensor | None = None) -> None:
+        super().__init__(rows, square_norms(rows) if squares is None else squares)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(V, D) for what is as large as the prototypes, uninitialised; the memory goes on to whole lines, which are
+    zeros.
+    """
+    v, d = shape
+    out = torch.empty(triton.cdiv(v, ROW_START) * ROW_START, d, dtype=dtype, device=device)
+    out[v:].zero_()
+    return out[:v]
+
+
+def _whole(rows: Tensor) -> Tensor:
+    """(V, D) as `empty` makes them, with the padding."""
+    whole, (v, d) = rows._base, rows.shape
+    return rows if whole is None or whole.shape != (triton.cdiv(v, ROW_START) * ROW_START, d) else whole
+
+
+def rows_at_a_time(width: int, fused: bool) -> int:
+    """As eager.rows_at_a_time: many, so that launches are few."""
+    return 2**31 if fused else max(1024, TRANSFORMED_ENTRIES // max(1, width))
+
+
+def tokens_per_wave(width: int, device: torch.device) -> int:
+    """A chunk of a multiple of so many tokens gives every multiprocessor the same number of blocks of the product G
+    w.
+    """
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    across = triton.cdiv(width, BLOCK[1])
+    return BLOCK[0] * processors // math.gcd(processors, across)
+
+
+def square_norms(rows: Tensor) -> Tensor:
+    """As eager.square_norms."""
+    rows = rows.contiguous()
+    squares = _row_squares(rows.shape[0], rows.device)
+    triton_rows.prepare(rows, None, False, rows, squares)
+    return squares
+
+
+def _row_squares(rows: int, device: torch.device) -> Tensor:
+    """(V,), uninitialised, with padding for reads beyond: of rows so far away that they add nothing."""
+    out = torch.empty(triton.cdiv(rows, ROW_START) * ROW_START, dtype=torch.float32, device=device)
+    out[rows:].fill_(triton_fused.BEHIND.value)
+    return out[:rows]
+
+
+def prepare(rows: Tensor, scale: Tensor | None, unit: bool, out: Tensor) -> Tensor:
+    """As eager.prepare."""
+    squares = _row_squares(rows.shape[0], rows.device)
+    triton_rows.prepare(rows.contiguous(), scale, unit, out, squares)
+    return squares
+
+
+def finish(
+    total: Tensor,
+    rows: Tensor,
+    sums: Tensor | None,
+    source: Tensor,
+    scale: Tensor | None,
+    unit: bool,
+    out: Tensor,
+) -> None:
+    """As eager.finish."""
+    if sums is not None or scale is not None or unit:
+        triton_rows.finish(total, rows, sums, source.contiguous() if unit else rows, scale, unit, out)
+    elif out.data_ptr() != total.data_ptr():
+        out.copy_(total)
+
+
+def finish_rows(total: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """As eager.finish_rows."""
+    triton_rows.finish(total, rows, columns, rows, None, False, total)
+
+
 product = eager.product
-hidden_product = eager.hidden_product
 unit_rows = eager.unit_rows
 unit_rows_gradient = eager.unit_rows_gradient
-finish_rows = eager.finish_rows
 
 
-def _aligned(m: int, v: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(M, V), uninitialised, every row aligned."""
-    return torch.empty(m, -(-v // ROW_START) * ROW_START, dtype=dtype, device=device)[:, :v]
+def to_targets(x: Tensor, rows: Tensor, local: Tensor, product: bool) -> Tensor:
+    """As eager.to_targets; 0 where the target is not here."""
+    return triton_rows.to_targets(x, rows, local, product)
 
 
-def products(x: Tensor, rows: eager.Rows) -> Tensor:
-    """(M, D) -> (M, V) dot products with every prototype, in float32."""
-    out = _aligned(x.shape[0], rows.rows.shape[0], torch.float32, x.device)
+def products(x: Tensor, rows: Rows) -> Tensor:
+    """(M, D) -> (M, V) dot products with every prototype, in float32, in padded rows."""
+    out = padded_rows(x.shape[0], rows.rows.shape[0], torch.float32, x.device)
+    right = rows.whole.t()
     if x.dtype == torch.float32:
-        return torch.mm(x, rows.rows.t(), out=out)
-    return torch.ops.aten.mm.dtype_out(x, rows.rows.t(), torch.float32, out=out)
-
-
-def add_rows_product(total: Tensor, grads: Tensor, x: Tensor) -> None:
-    """total (V, D) += grads.T @ x, for grads (M, V) and x (M, D), without a temporary."""
-    if x.dtype == torch.float32:
-        total.addmm_(grads.t(), x)
+        torch.mm(x, right, out=_across(out, right.shape[1]))
     else:
-        torch.ops.aten.addmm.dtype_out(total, grads.t(), x, torch.float32, out=total)
+        torch.ops.aten.mm.dtype_out(x, right, torch.float32, out=_across(out, right.shape[1]))
+    return out
+
+
+def hidden_product(grads: Tensor, rows: Rows) -> Tensor:
+    """(M, V) -> (M, D): grads @ rows; the padding of both, if grads have any, is zeros."""
+    whole = rows.whole
+    if grads.stride(0) % ROW_START == 0:
+        return product(_across(grads, whole.shape[0]), whole)
+    return product(grads, rows.rows)
+
+
+def add_rows_product(total: Tensor, grads: Tensor, x: Tensor, first: bool = False) -> None:
+    """As eager.add_rows_product, without a temporary."""
+    wide = _whole(total)
+    left = (_across(grads, wide.shape[0]) if grads.stride(0) % ROW_START == 0 else grads).t()
+    wide = wide if left.shape[0] == wide.shape[0] else total
+    if x.dtype == torch.float32:
+        torch.mm(left, x, out=wide) if first else wide.addmm_(left, x)
+    elif first:
+        torch.ops.aten.mm.dtype_out(left, x, torch.float32, out=wide)
+    else:
+        torch.ops.aten.addmm.dtype_out(wide, left, x, torch.float32, out=wide)
+
+
+def _across(values: Tensor, columns: int) -> Tensor:
+    """(M, V) -> (M, columns) in the same memory: with the padding of its rows, if `columns` counts it."""
+    return values.as_strided((values.shape[0], columns), values.stride())
 
 
 def quadratic_statistics(
-    dots: Tensor, squares: eager.Squares, coefficient: Tensor, local: Tensor
+    dots: Tensor, squares: Squares, coefficient: Tensor, local: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As eager.quadratic_statistics; what is kept is the dot products: log q is made again where it is needed."""
     return triton_scores.statistics("quadratic", dots, Given(local, coefficient, squares.floor, squares))
 
 
-def quadratic_scores(kept: Tensor, squares: eager.Squares, coefficient: Tensor, local: Tensor) -> Tensor:
+def quadratic_scores(kept: Tensor, squares: Squares, coefficient: Tensor, local: Tensor) -> Tensor:
     """As eager.quadratic_scores, in plain PyTorch: only evaluation asks for it."""
     log_q = kept.clone()
     eager.quadratic_statistics(log_q, squares, coefficient, local)
@@ -93,17 +232,18 @@ def quadratic_scores(kept: Tensor, squares: eager.Squares, coefficient: Tensor, 
 
 def quadratic_gradient(
     kept: Tensor,
-    squares: eager.Squares,
+    squares: Squares,
     coefficient: Tensor,
     lse: Tensor,
     weight: Tensor,
     local: Tensor,
     dtype: torch.dtype,
+    score: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As eager.quadratic_gradient; G in float32 lies in the memory of `kept`."""
     out = _gradients_of(kept, dtype)
     given = Given(local, coefficient, squares.floor, squares)
-    return out, *triton_scores.gradients("quadratic", kept, given, lse, weight, out)
+    return out, *triton_scores.gradients("quadratic", kept, given, lse, _told(score), weight, out)
 
 
 def dot_statistics(dots: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -111,10 +251,12 @@ def dot_statistics(dots: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor,
     return triton_scores.statistics("dot", dots, Given(local))
 
 
-def dot_gradient(scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype) -> Tensor:
+def dot_gradient(
+    scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype, score: Tensor | None = None
+) -> Tensor:
     """As eager.dot_gradient; G in float32 lies in the memory of `scores`."""
     out = _gradients_of(scores, dtype)
-    triton_scores.gradients("dot", scores, Given(local), lse, weight, out)
+    triton_scores.gradients("dot", scores, Given(local), lse, _told(score), weight, out)
     return out
 
 
@@ -126,22 +268,71 @@ def log_statistics(
 
 
 def log_gradient(
-    logs: Tensor, floor: Tensor, coefficient: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype
+    logs: Tensor,
+    floor: Tensor,
+    coefficient: Tensor,
+    lse: Tensor,
+    weight: Tensor,
+    local: Tensor,
+    dtype: torch.dtype,
+    score: Tensor | None = None,
 ) -> Tensor:
     """As eager.log_gradient; G in float32 lies in the memory of `logs`."""
     out = _gradients_of(logs, dtype)
-    triton_scores.gradients("log", logs, Given(local, coefficient, floor), lse, weight, out)
+    triton_scores.gradients("log", logs, Given(local, coefficient, floor), lse, _told(score), weight, out)
     return out
+
+
+def _told(score: Tensor | None) -> Tensor:
+    assert score is not None, "these kernels do not look for the target's score among the others"
+    return score
 
 
 def _gradients_of(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Where G goes: over the values if it is as wide."""
-    return values if values.dtype == dtype else _aligned(values.shape[0], values.shape[1], dtype, values.device)
+    return values if values.dtype == dtype else padded_rows(values.shape[0], values.shape[1], dtype, values.device)
+
+
+def fused_statistics(
+    kind: str,
+    x: Tokens,
+    rows: Rows,
+    squares: Squares | None,
+    coefficient: Tensor,
+    local: Tensor,
+    target: Tensor,
+    keep: bool,
+    moment: bool,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Scored | None]:
+    """As eager.fused_statistics."""
+    given = Given(local, coefficient, None if squares is None else squares.floor, squares)
+    return triton_fused.scores(kind, x.rows, rows.rows, given, target, keep, moment)
+
+
+def fused_gradient(
+    kind: str,
+    scored: Scored,
+    squares: Squares | None,
+    coefficient: Tensor,
+    lse: Tensor,
+    score: Tensor,
+    weight: Tensor,
+    local: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As eager.fused_gradient; E becomes G in place."""
+    given = Given(local, coefficient, None if squares is None else squares.floor, squares)
+    targets = score if squares is None else squares.target
+    return scored.kept, *triton_fused.gradients(kind, scored, given, targets, score, lse, weight)
 
 
 def contract(terms: eager.Terms, x: Tensor, rows: Rows) -> Tensor:
     """As eager.contract, for float32."""
     return triton_elementwise.contract(terms, x, rows.columns, rows.rows.shape[0])
+
+
+def copy(values: Tensor) -> Tensor:
+    """As eager.copy."""
+    return padded_rows(values.shape[0], values.shape[1], values.dtype, values.device).copy_(values)
 
 
 def contract_gradient(

@@ -14,13 +14,13 @@ Legend: M tokens of a chunk, V prototypes on this rank, D width; t = x - sign * 
 
 # Annotations must stay objects here: Triton's interpreter reads `tl.constexpr` from them.
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from model.kernels.eager import SMALLEST, Terms
-from model.kernels.triton_scores import PROGRAMS, launch
+from model.kernels.triton_functions import log2
+from model.kernels.triton_scores import PROGRAMS, launch, padded_rows
 
 SPAN = 128  # terms that are added up before they join a total: rounding grows with 128 + D / 128 terms, not with D
 UNROLL = 4  # terms read at a time
@@ -29,6 +29,7 @@ LONG = 128  # prototypes, or entries of a gradient, of a program
 TOKENS = {"l1": 64, "linf": 64}  # of a program; the other kinds need more registers
 FEWER_TOKENS = 32  # and those of the gradient, or prototypes
 GRADIENT_UNROLL = {"l1": 2}
+REGISTERS = 128  # of a thread: two programs of 8 warps share a multiprocessor
 LEAST_UNIT = 2.0**-120  # a smaller number has no finite inverse
 
 
@@ -52,7 +53,7 @@ def _power(base, EXPONENT: tl.constexpr):
     elif EXPONENT == 3:
         result = base * base * base
     else:
-        result = tl.exp2(EXPONENT * tl.log2(base))
+        result = tl.exp2(EXPONENT * log2(base))
     return result
 
 
@@ -157,7 +158,7 @@ def contract(
     terms: Terms, x: Tensor, w_columns: Tensor, prototypes: int, tile: tuple[int, int] | None = None
 ) -> Tensor:
     """c (M, V) of x (M, D) and the prototypes' `columns`; `tile`: tokens and prototypes of a program (None: by M)."""
-    out = x.new_empty(x.shape[0], prototypes)
+    out = padded_rows(x.shape[0], prototypes, x.dtype, x.device)
     _launch_contract(terms.kind, terms, x, w_columns, out, None, None, tile)
     return out
 
@@ -166,7 +167,7 @@ def shares(
     terms: Terms, x: Tensor, w_columns: Tensor, values: Tensor, grads: Tensor, tile: tuple[int, int] | None = None
 ) -> Tensor:
     """G (M, V) divided by the number of entries that tie for the largest, of "linf"."""
-    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    out = padded_rows(values.shape[0], values.shape[1], values.dtype, values.device)
     _launch_contract("shares", terms, x, w_columns, out, values, grads, tile)
     return out
 
@@ -238,14 +239,15 @@ def _contract_gradient(
     in_width = k < width
     inside = (a < owns)[:, None] & in_width[None, :]
     u = tl.load(own + a[:, None] * width + k[None, :], mask=inside, other=0.0)
-    near = tl.minimum(a, owns - 1)  # rows beyond the last read its numbers, and are not stored
-    at_grads = near * grads_own
+    start_row = (tl.program_id(0) * BLOCK_A).to(tl.int64)
+    near = tl.minimum(tl.arange(0, BLOCK_A), owns - 1 - tl.program_id(0) * BLOCK_A)  # beyond the last: not stored
+    at_grads = near * grads_own  # 32 bits are enough within a block, and half of the registers
     at_values = near * values_own
     first = tl.program_id(2) * segment
     last = tl.minimum(first + segment, others)
     v_row = other + first.to(tl.int64) * width
-    g_column = grads + first.to(tl.int64) * grads_other
-    c_column = values + first.to(tl.int64) * values_other
+    g_column = grads + first.to(tl.int64) * grads_other + start_row * grads_own
+    c_column = values + first.to(tl.int64) * values_other + start_row * values_own
     total = tl.zeros((BLOCK_A, BLOCK_K), tl.float32)
     for start in range(first, last, SPAN):
         part = tl.zeros((BLOCK_A, BLOCK_K), tl.float32)
@@ -299,7 +301,7 @@ def add_gradient(
         _contract_gradient, (*blocks, segments), own, other, grads, values, out, a, b, d, out.stride(-2),
         *grads.stride(), *values.stride(), segment, ADD=segments == 1, KIND=terms.kind, P=terms.p, SIGN=terms.sign,
         SMALLEST=SMALLEST, LEAST=SMALLEST if terms.p < 1 else 0.0, LEAST_UNIT=LEAST_UNIT, SPAN=SPAN, UNROLL=unroll,
-        BLOCK_A=block_a, BLOCK_K=block_k, enable_fp_fusion=True,
+        BLOCK_A=block_a, BLOCK_K=block_k, enable_fp_fusion=True, maxnreg=REGISTERS,
     )  # fmt: skip
     if segments != 1:
         total += out.sum(0)

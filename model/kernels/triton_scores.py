@@ -21,19 +21,21 @@ import triton.language as tl
 from torch import Tensor
 
 from model.kernels.eager import FLOOR_MARGIN, Squares
+from model.kernels.triton_functions import LN2, LOG2E, log2, not_below
 
 WARPS = 8
-ABSENT = tl.constexpr(-1e38)  # the score of a column beyond the row: exp gives 0, and 0 times it is 0
+LOWEST = tl.constexpr(-3e38)  # no score is lower
 PROGRAMS = 2048  # about four times what the 132 multiprocessors of an H100 hold at once: no long last wave
-COLUMNS = 2048  # of a row that a program reads at a time for the sums: 32 bytes per thread
+COLUMNS, ROUNDS = 1024, 4  # of a row that a program reads at a time for the sums: 64 bytes per thread
 TILE = (16, 256)  # tokens and prototypes that a program reads at a time for the gradient: 64 bytes per thread
+ROW_START = 64  # entries: rows of scores and of prototypes start on lines of 128 bytes, as the fastest products ask for
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
-    """Runs a kernel on the device of its first argument, in that device's current stream."""
-    first: Tensor = arguments[0]
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = WARPS, **options: Any) -> None:
+    """Runs a kernel on the device of its first tensor, in that device's current stream."""
+    first = next(argument for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device_of(first) if first.is_cuda else nullcontext():
-        kernel[grid](*arguments, num_warps=WARPS, **options)
+        kernel[grid](*arguments, num_warps=warps, **options)
 
 
 class Given(NamedTuple):
@@ -46,76 +48,73 @@ class Given(NamedTuple):
 
 
 @triton.jit
-def _distance(value, x_square, row_square, target, floor, at_target, KIND: tl.constexpr):
-    """c or q, not below its floor; NaN stays NaN, as tl.maximum would not leave it."""
+def _distance(value, x_square, row_square, floor, KIND: tl.constexpr):
+    """c or q, not below its floor; NaN stays NaN."""
     if KIND == "quadratic":
-        value = value * -2 + x_square + row_square
-        value = tl.where(at_target, target, value)
-    return tl.where(value < floor, floor, value)
+        value = value * -2 + (x_square + row_square)
+    return not_below(value, floor)
 
 
 @triton.jit
 def _statistics(
-    values,
-    local,
-    coefficient,
-    floors,
-    x_squares,
-    row_squares,
-    targets,
-    sums,
-    columns,
-    stride,
-    segment,
-    KIND: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    values, local, coefficient, floors, x_squares, row_squares, targets, sums, columns, padded, stride, segment,
+    KIND: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One token and a segment of its row: the max of the scores, sum exp(s - max), sum s exp(s - max), s of the target.
 
-    sums (4, M, segments). The running sums are as wide as a block and scaled by exp(old max - new max), so that a block
-    costs one reduction.
+    sums (4, M, segments). ROUNDS x BLOCK numbers are read at a time, a thread's own below one another, and every column
+    of the block has a running max and running sums: a reduction over threads comes once, at the end.
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * segment
-    last = tl.minimum(first + segment, columns)
+    last = tl.minimum(first + segment, padded)
     target_column = tl.load(local + row).to(tl.int32)
+    lanes = tl.arange(0, ROUNDS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    unit = LN2  # of scores: natural ones are summed up at the end
     if KIND != "dot":
         steep = -tl.load(coefficient)
         floor = tl.load(floors + row)
+    else:
+        steep = 1.0
     if KIND == "quadratic":
         x_square = tl.load(x_squares + row)
-        target = tl.load(targets + row)
-    top = ABSENT
+        target = not_below(tl.load(targets + row), floor)
     target_score = 0.0
-    total = tl.zeros((BLOCK,), tl.float32)
-    moment = tl.zeros((BLOCK,), tl.float32)
-    for start in range(first, last, BLOCK):
-        offsets = start + tl.arange(0, BLOCK)
-        inside = offsets < last
+    top = tl.full((1, BLOCK), LOWEST, tl.float32)
+    total = tl.zeros((1, BLOCK), tl.float32)
+    moment = tl.zeros((1, BLOCK), tl.float32)
+    for start in range(first, last, ROUNDS * BLOCK):
+        offsets = start + lanes
+        score = tl.load(values + row * stride + offsets, mask=offsets < last, other=1.0)
         at_target = offsets == target_column
-        score = tl.load(values + row * stride + offsets, mask=inside, other=1.0)
         if KIND == "quadratic":
-            row_square = tl.load(row_squares + offsets, mask=inside, other=1.0)
-            score = steep * tl.log(_distance(score, x_square, row_square, target, floor, at_target, KIND))
-        if KIND == "log":
-            log = tl.log(_distance(score, 0, 0, 0, floor, at_target, KIND))
-            tl.store(values + row * stride + offsets, log, mask=inside)
-            score = steep * log
-        if (target_column >= start) & (target_column < start + BLOCK):
-            target_score = tl.sum(tl.where(at_target, score, 0.0), 0)
-        score = tl.where(inside, score, ABSENT)
-        new_top = tl.maximum(top, tl.max(score, 0))
-        scale = tl.exp(top - new_top)
-        weight = tl.exp(score - new_top)
-        total = total * scale + weight
-        moment = moment * scale + score * weight
+            row_square = tl.load(row_squares + offsets, mask=offsets < last, other=1.0)
+            distance = _distance(score, x_square, row_square, floor, KIND)
+            score = steep * log2(tl.where(at_target, target, distance))
+        elif KIND == "log":
+            score = log2(_distance(score, 0, 0, floor, KIND))
+            tl.store(values + row * stride + offsets, score * LN2, mask=offsets < last)
+            score = steep * score
+        else:
+            score = score * LOG2E
+        if (target_column >= start) & (target_column < start + ROUNDS * BLOCK):
+            target_score = tl.sum(tl.where(at_target, score, 0.0))
+        real = offsets < columns
+        score = tl.where(real, score, LOWEST)
+        new_top = tl.maximum(top, tl.max(score, 0)[None, :])
+        weight = tl.where(real, tl.exp2(score - new_top), 0.0)
+        scale = tl.exp2(top - new_top)
+        total = total * scale + tl.sum(weight, 0)[None, :]
+        moment = moment * scale + tl.sum(score * weight, 0)[None, :]
         top = new_top
+    highest = tl.max(top)
+    scale = tl.exp2(top - highest)
     out = sums + row * tl.num_programs(1) + tl.program_id(1)
     plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    tl.store(out, top)
-    tl.store(out + plane, tl.sum(total, 0))
-    tl.store(out + 2 * plane, tl.sum(moment, 0))
-    tl.store(out + 3 * plane, target_score)
+    tl.store(out, highest * unit)
+    tl.store(out + plane, tl.sum(total * scale))
+    tl.store(out + 2 * plane, tl.sum(moment * scale) * unit)
+    tl.store(out + 3 * plane, target_score * unit)
 
 
 def statistics(
@@ -129,52 +128,57 @@ def statistics(
     m, v = _shape(values)
     squares = given.squares or Squares(None, None, None, None)  # type: ignore[arg-type]
     block = block or min(COLUMNS, triton.next_power_of_2(v))
-    segments = segments or min(triton.cdiv(PROGRAMS, max(1, m)), triton.cdiv(v, block))
-    segment = triton.cdiv(triton.cdiv(v, segments), block) * block
+    rounds = min(ROUNDS, triton.cdiv(triton.next_power_of_2(v), block))
+    segments = segments or min(triton.cdiv(PROGRAMS, max(1, m)), triton.cdiv(v, rounds * block))
+    segment = triton.cdiv(triton.cdiv(v, segments), rounds * block) * rounds * block
     sums = values.new_empty(4, m, triton.cdiv(v, segment))
     launch(
-        _statistics, (m, sums.shape[2]), values, given.local, _beside(values, given.coefficient), given.floor,
-        squares.x, squares.rows, squares.target, sums, v, values.stride(0), segment, KIND=kind, BLOCK=block,
+        _statistics, (m, sums.shape[2]), values, given.local, beside(values, given.coefficient), given.floor,
+        squares.x, squares.rows, squares.target, sums, v, padded(values), values.stride(0), segment, KIND=kind,
+        ROUNDS=rounds, BLOCK=block,
         enable_fp_fusion=False,  # else s - max would not be 0 where s is the max, nor log p where p is 1
     )  # fmt: skip
     tops, totals, moments, targets = sums
     if sums.shape[2] == 1:
         return tops[:, 0], totals[:, 0], moments[:, 0], targets[:, 0]
-    top = tops.amax(1)
-    scale = (tops - top[:, None]).exp_()
-    return top, totals.mul_(scale).sum(1), moments.mul_(scale).sum(1), targets.sum(1)
+    return *combined(tops, totals, moments, dim=1), targets.sum(1)
+
+
+def combined(tops: Tensor, totals: Tensor, moments: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
+    """One max, sum exp(s - max) and sum s exp(s - max) of those of several parts, which lie along `dim`."""
+    top = tops.amax(dim)
+    scale = (tops - top.unsqueeze(dim)).exp_()
+    return top, torch.linalg.vecdot(totals, scale, dim=dim), torch.linalg.vecdot(moments, scale, dim=dim)
+
+
+@triton.jit
+def target_gradient(score, lse, slope, squares_or_none, steep, KIND: tl.constexpr):
+    """G at the target of a token: slope * (p - 1) / c, with slope = weight * ds / d log c. p is exactly 1 where the
+    score is the log-sum-exp.
+    """
+    wrong = (tl.exp2((score - lse) * LOG2E) - 1.0) * slope
+    if KIND == "quadratic":
+        wrong = wrong / squares_or_none
+    if KIND == "log":
+        wrong = wrong * tl.exp2(score * LOG2E / -steep)
+    return wrong
 
 
 @triton.jit
 def _gradients(
-    values,
-    local,
-    coefficient,
-    floors,
-    x_squares,
-    row_squares,
-    targets,
-    lses,
-    weights,
-    out,
-    over_rows,
-    over_columns,
-    rows,
-    columns,
-    stride,
-    out_stride,
-    stretch,
-    MARGIN: tl.constexpr,
-    KIND: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
-    """A stretch of tokens in a block of prototypes, tile by tile: G = weight * (p - onehot) * ds/dvalue, rounded.
+    values, local, coefficient, floors, x_squares, row_squares, targets, scores, lses, weights, out, over_rows,
+    over_columns, rows, columns, padded, stride, out_stride, stretch,
+    MARGIN: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A stretch of tokens in a block of prototypes, tile by tile: G = weight * (p - onehot) * ds/dvalue, rounded, and
+    0 in columns beyond the last prototype.
 
     "quadratic" leaves the sums of the rounded G too: over_rows (M, column blocks), over_columns (stretches, V).
     """
     offsets = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_row = offsets < columns
+    in_row = offsets < padded
+    real = (offsets < columns)[None, :]
+    steep = 1.0
     if KIND != "dot":
         steep = -tl.load(coefficient)
     if KIND == "quadratic":
@@ -188,33 +192,41 @@ def _gradients(
         wide = token.to(tl.int64)[:, None]
         value = tl.load(values + wide * stride + offsets[None, :], mask=inside, other=1.0)
         at_target = offsets[None, :] == tl.load(local + token, mask=there, other=-1).to(tl.int32)[:, None]
-        onehot = tl.where(at_target, 1.0, 0.0)
-        lse = tl.load(lses + token, mask=there, other=0.0)[:, None]
-        weight = tl.load(weights + token, mask=there, other=0.0)[:, None]
+        lse = tl.load(lses + token, mask=there, other=0.0)
+        slope = tl.load(weights + token, mask=there, other=0.0) * steep
+        score = tl.load(scores + token, mask=there, other=0.0)
+        floor = lse
+        if KIND != "dot":
+            floor = tl.load(floors + token, mask=there, other=1.0)
+        least = floor * (1.0 + MARGIN)
+        lse2 = (lse * LOG2E)[:, None]
         if KIND == "dot":
-            grad = (tl.exp(value - lse) - onehot) * weight
+            target = target_gradient(score, lse, slope, None, steep, KIND)
+            grad = tl.exp2(value * LOG2E - lse2) * slope[:, None]
+        elif KIND == "quadratic":
+            apart = not_below(tl.load(targets + token, mask=there, other=1.0), floor)
+            target = target_gradient(score, lse, slope, apart, steep, KIND)
+            target = tl.where(apart <= least, 0.0, target)
+            x_square = tl.load(x_squares + token, mask=there, other=1.0)[:, None]
+            distance = _distance(value, x_square, row_square, floor[:, None], KIND)
+            grad = tl.exp2((steep - 1.0) * log2(distance) - lse2) * slope[:, None]  # p / q
+            grad = tl.where(distance <= least[:, None], 0.0, grad)
         else:
-            floor = tl.load(floors + token, mask=there, other=1.0)[:, None]
-            if KIND == "quadratic":
-                x_square = tl.load(x_squares + token, mask=there, other=1.0)[:, None]
-                target = tl.load(targets + token, mask=there, other=1.0)[:, None]
-                distance = _distance(value, x_square, row_square, target, floor, at_target, KIND)
-                log = tl.log(distance)
-                inverse = 1.0 / distance
-            else:
-                log = value
-                inverse = tl.exp(-log)
-            grad = (tl.exp(steep * log - lse) - onehot) * inverse * (steep * weight)
-            grad = tl.where(log <= tl.log(floor) + MARGIN, 0.0, grad)
-        rounded = grad.to(out.dtype.element_ty)
+            least = log2(floor) * LN2 + MARGIN
+            target = target_gradient(score, lse, slope, None, steep, KIND)
+            target = tl.where(score / steep <= least, 0.0, target)
+            grad = tl.exp2((steep - 1.0) * (value * LOG2E) - lse2) * slope[:, None]
+            grad = tl.where(value <= least[:, None], 0.0, grad)
+        grad = tl.where(at_target, target[:, None], grad)
+        rounded = tl.where(real, grad, 0.0).to(out.dtype.element_ty)
         tl.store(out + wide * out_stride + offsets[None, :], rounded, mask=inside)
         if KIND == "quadratic":
-            summand = tl.where(inside, rounded.to(tl.float32), 0.0)
+            summand = tl.where(there[:, None], rounded.to(tl.float32), 0.0)
             column_sums += summand
             row_sum = over_rows + token.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             tl.store(row_sum, tl.sum(summand, 1), mask=there)
     if KIND == "quadratic":
-        stretch_row = tl.program_id(1).to(tl.int64) * columns
+        stretch_row = tl.program_id(1).to(tl.int64) * padded
         tl.store(over_columns + stretch_row + offsets, tl.sum(column_sums, 0), mask=in_row)
 
 
@@ -223,36 +235,57 @@ def gradients(
     values: Tensor,
     given: Given,
     lse: Tensor,
+    score: Tensor,
     weight: Tensor,
     out: Tensor,
     tile: tuple[int, int] | None = None,
     stretch: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Writes G (M, V) to `out`, which may be `values`; returns its sums over rows (M,) and columns (V,), as rounded,
-    for "quadratic" (empty otherwise).
+    """Writes G (M, V) to `out`, which may be `values`, with zeros in the padding of its rows; returns its sums over
+    rows (M,) and columns (V,), as rounded, for "quadratic" (empty otherwise).
 
-    `tile`: tokens and prototypes read at a time; `stretch`: tokens of a program (None: chosen by the shape).
+    `score` (M,): the target's. `tile`: tokens and prototypes read at a time; `stretch`: tokens of a program (None:
+    chosen by the shape).
     """
     m, v = _shape(values)
     squares = given.squares or Squares(None, None, None, None)  # type: ignore[arg-type]
     block_m, block_v = tile or TILE
-    column_blocks = triton.cdiv(v, block_v)
+    wide = min(padded(values), padded(out))
+    column_blocks = triton.cdiv(wide, block_v)
     if stretch is None:
-        stretch = triton.cdiv(triton.cdiv(m, max(1, PROGRAMS // column_blocks)), block_m) * block_m
+        stretch = stretch_of(m, column_blocks, block_m)
     stretches = triton.cdiv(m, stretch) if m else 0
     summed = kind == "quadratic"
     over_rows = values.new_empty(m, column_blocks if summed else 0)
-    over_columns = values.new_empty(stretches, v if summed else 0)
+    over_columns = values.new_empty(stretches, wide if summed else 0)
     launch(
-        _gradients, (column_blocks, stretches), values, given.local, _beside(values, given.coefficient), given.floor,
-        squares.x, squares.rows, squares.target, lse, weight, out, over_rows, over_columns, m, v,
+        _gradients, (column_blocks, stretches), values, given.local, beside(values, given.coefficient), given.floor,
+        squares.x, squares.rows, squares.target, score, lse, weight, out, over_rows, over_columns, m, v, wide,
         values.stride(0), out.stride(0), stretch, MARGIN=FLOOR_MARGIN, KIND=kind, BLOCK_M=block_m, BLOCK_V=block_v,
         enable_fp_fusion=False,  # else p would not be 1 where it is
     )  # fmt: skip
-    return over_rows.sum(1), over_columns.sum(0)
+    return over_rows.sum(1), over_columns.sum(0)[:v]
 
 
-def _beside(values: Tensor, number: Tensor | None) -> Tensor | None:
+def stretch_of(tokens: int, column_blocks: int, block_m: int) -> int:
+    """Tokens of a program, so that there are about PROGRAMS of them."""
+    return triton.cdiv(triton.cdiv(tokens, max(1, PROGRAMS // column_blocks)), block_m) * block_m
+
+
+def padded(values: Tensor) -> int:
+    """How many columns of (M, V) may be read and written: with those up to a multiple of ROW_START, where rows have
+    them (`padded_rows`), a thread reads 16 bytes at a time whatever V is.
+    """
+    v, stride = values.shape[1], values.stride(0)
+    return triton.cdiv(v, ROW_START) * ROW_START if stride % ROW_START == 0 else v
+
+
+def padded_rows(m: int, v: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(M, V), uninitialised, with rows that start on a multiple of ROW_START entries."""
+    return torch.empty(m, triton.cdiv(v, ROW_START) * ROW_START, dtype=dtype, device=device)[:, :v]
+
+
+def beside(values: Tensor, number: Tensor | None) -> Tensor | None:
     """The number where the kernels can read it: an exponent may have been left on the host."""
     return number if number is None else number.to(values.device, torch.float32, non_blocking=True)
 

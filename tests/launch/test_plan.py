@@ -114,22 +114,28 @@ def test_stage_3_gathers_the_built_modules_and_keeps_their_small_parameters(
 
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("head", HEADS, ids=str)
-def test_chunks_are_those_of_the_head(head: dict[str, Any], ranks: int) -> None:
-    from model.harmonic import CHUNK_BYTES, _Call
+def test_chunks_are_those_of_the_head(head: dict[str, Any], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from model import harmonic
+    from model.contractions import Use
     from model.head import HarmonicHead
 
+    kernels = SimpleNamespace(TEMPORARIES=0, tokens_per_wave=lambda width, device: 1)  # as model/kernels/gpu.py
+    monkeypatch.setattr(harmonic, "kernels_for", lambda x: kernels)
     cfg = tiny_config(head=head, train__micro_batch=2, train__precision="bf16")
     contraction = HarmonicHead(1, 32, seed=0, **cfg.head.arguments()).score_function.contraction
     assert by_product(cfg) == (not contraction.wide)
-    assert CHUNK_BYTES["cuda"] == footprint.CHUNK_BYTES
+    assert harmonic.CHUNK_BYTES["cuda"] == footprint.CHUNK_BYTES and harmonic.CHUNK_SHARE == footprint.CHUNK_SHARE
     shard = SimpleNamespace(size=cfg.model.vocab_size, ranks=ranks, group=None if ranks == 1 else "one")
     for budget in (1, 2, 4):
         small = altered(cfg, head={"chunk_mib": budget}, model={"seq_len": 8192})
-        call = _Call(SimpleNamespace(contraction=contraction), shard, "mean", -100, budget * 2**20, True)
-        hidden = torch.empty(2 * 8192, 32, dtype=torch.bfloat16, device="meta")
-        made, (planned, size) = len(list(call.chunks(hidden))), head_chunks(small, ranks)
-        assert planned == made if by_product(cfg) else planned >= made
-        assert size <= budget * 2**20
+        for fused in (False, True):
+            use = Use(kernels if fused else None)
+            call = harmonic._Call(SimpleNamespace(contraction=contraction), shard, "mean", -100, budget * 2**20, use)
+            hidden = torch.empty(2 * 8192, 32, dtype=torch.bfloat16, device="meta")
+            planned, size = head_chunks(altered(small, head={"fused": fused}), ranks, 80 * 2**30)
+            made = len(list(call.chunks(hidden)))
+            assert planned == made if by_product(cfg) else planned >= made
+            assert size <= budget * 2**20
 
 
 @pytest.mark.parametrize("precision", ["bf16", "float32"])

@@ -13,11 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from model import attention
 from model.attention import Pattern, attend, choose_backend, pattern_of, rotated, rotations
 from model.config import DecoderConfig, Rope
-from model.decoder import Decoder, document_positions
+from model.decoder import Decoder, document_positions, documents_in
 
 EOS, V, T = 2, 40, 33
 SIZES = {"vocab_size": V, "seq_len": 64, "layers": 2, "heads": 4, "dim": 32}
@@ -65,12 +66,14 @@ class Slow:
     """flash-attn's functions in plain torch, for whole rows and for documents that bounds cut."""
 
     asked_for_dropout = 0.0
+    deterministic = False
 
     @classmethod
     def flash_attn_func(
-        cls, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, causal: bool = False, window_size=(-1, -1)
-    ) -> Tensor:
-        cls.asked_for_dropout = dropout_p
+        cls, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0, causal: bool = False, window_size=(-1, -1),
+        deterministic: bool = False,
+    ) -> Tensor:  # fmt: skip
+        Slow.asked_for_dropout, Slow.deterministic = dropout_p, deterministic
         group, t = q.shape[2] // k.shape[2], q.shape[1]
         k, v = k.repeat_interleave(group, 2), v.repeat_interleave(group, 2)
         scores = torch.einsum("bihd,bjhd->bhij", q, k) / q.shape[-1] ** 0.5
@@ -83,43 +86,90 @@ class Slow:
     def flash_attn_varlen_func(
         cls, q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
         max_seqlen_k: int, dropout_p: float = 0.0, causal: bool = False, window_size=(-1, -1),
+        deterministic: bool = False,
     ) -> Tensor:  # fmt: skip
         assert cu_seqlens_q.dtype == torch.int32 and torch.equal(cu_seqlens_q, cu_seqlens_k)
         ends = cu_seqlens_q.tolist()
         assert ends[0] == 0 and ends[-1] == len(q) and max_seqlen_q >= max(b - a for a, b in zip(ends, ends[1:]))  # noqa: B905
         parts = [slice(a, b) for a, b in zip(ends, ends[1:])]  # noqa: B905
-        options = {"dropout_p": dropout_p, "causal": causal, "window_size": window_size}
-        return torch.cat([cls.flash_attn_func(q[s][None], k[s][None], v[s][None], **options)[0] for s in parts])
+        options = {"dropout_p": dropout_p, "causal": causal, "window_size": window_size, "deterministic": deterministic}
+        return torch.cat([Slow.flash_attn_func(q[s][None], k[s][None], v[s][None], **options)[0] for s in parts])
+
+
+class Fourth:
+    """The same with the signatures of flash-attn-4 4.0.0b36 and its pairs of results. A window's open side is None."""
+
+    @staticmethod
+    def flash_attn_func(
+        q, k, v, qv=None, gather_kv_indices=None, softmax_scale=None, causal=False, window_size=(None, None),
+        learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, score_mod=None,
+        score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None,
+        block_sparse_tensors_bwd=None, return_lse=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+    ):  # fmt: skip
+        sides = tuple(-1 if side is None else side for side in window_size)
+        return Slow.flash_attn_func(q, k, v, causal=causal, window_size=sides, deterministic=deterministic), None
+
+    @staticmethod
+    def flash_attn_varlen_func(
+        q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+        min_seqlen_k=None, seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None,
+        causal=False, window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, pack_gqa=None,
+        deterministic=False, score_mod=None, score_mod_bwd=None, mask_mod=None, block_sparse_tensors=None,
+        aux_tensors=None, aux_scalars=None, return_lse=False, scheduler_metadata=None, seqlen_k_per_split=None,
+        disable_scheduler_metadata=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
+    ):  # fmt: skip
+        assert type(max_seqlen_q) is type(max_seqlen_k) is int, "a tensor would be read by the host"
+        sides = tuple(-1 if side is None else side for side in window_size)
+        options = {"causal": causal, "window_size": sides, "deterministic": deterministic}
+        lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        return Slow.flash_attn_varlen_func(q, k, v, *lengths, **options), None
+
+
+def install(monkeypatch: pytest.MonkeyPatch, name: str, functions: type, capability: int) -> None:
+    """A flash-attn that is installed and serves the CPU. Version 4 is the package flash_attn.cute, in a folder
+    flash_attn that is none.
+    """
+    for part in {"flash_attn", name}:
+        monkeypatch.setitem(sys.modules, part, ModuleType(part))
+    module: Any = sys.modules[name]
+    module.flash_attn_func, module.flash_attn_varlen_func = functions.flash_attn_func, functions.flash_attn_varlen_func  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+    attention.flash_attention.cache_clear()
 
 
 @pytest.fixture
 def slow_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A flash-attn 2 that is installed and serves the CPU."""
-    module = ModuleType("flash_attn")
-    module.flash_attn_func, module.flash_attn_varlen_func = Slow.flash_attn_func, Slow.flash_attn_varlen_func  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "flash_attn", module)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    install(monkeypatch, "flash_attn", Slow, 8)
     monkeypatch.setattr(attention, "choose_backend", lambda *_: "flash")
+    yield
     attention.flash_attention.cache_clear()
+
+
+@pytest.fixture
+def fourth_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    install(monkeypatch, "flash_attn.cute", Fourth, 9)
+    monkeypatch.setattr(attention, "choose_backend", lambda *_: "flash")
     yield
     attention.flash_attention.cache_clear()
 
 
 @pytest.mark.parametrize("with_documents", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel", ["sdpa", "flex", "flash"])
+@pytest.mark.parametrize("kernel", ["sdpa", "flex", "flash", "flash 4"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_every_kernel_is_the_definition(kernel: str, kind: str, with_documents: bool, request, monkeypatch) -> None:
     config = DecoderConfig(**SIZES, **KINDS[kind])
     monkeypatch.setattr(attention, "choose_backend", lambda *_: kernel)
-    if kernel == "flash":
-        request.getfixturevalue("slow_flash")
+    if kernel.startswith("flash"):
+        request.getfixturevalue({"flash": "slow_flash", "flash 4": "fourth_flash"}[kernel])
+        flash = attention.flash_attention(torch.cuda.get_device_capability(None)[0])
+        assert flash is not None and flash.version == {"flash": 2, "flash 4": 4}[kernel]
     positions = some_positions() if with_documents else None
     documents = torch.zeros(2, T) if positions is None else (positions == 0).cumsum(1)
     differentiable = kernel != "flex"  # torch's has no backward pass on CPUs
     with torch.set_grad_enabled(differentiable):
         pattern = pattern_of(config, torch.zeros(2, T, 32), positions, 0)
-        assert pattern.backend == kernel
+        assert pattern.backend == kernel.removesuffix(" 4")
         heads = q, k, v = some_heads(config, differentiable)
         upstream = torch.randn(2, T, 4, 8)
         found = attend(q, k, v, pattern)
@@ -178,8 +228,8 @@ def test_the_kernel_is_chosen_once_and_said(caplog: pytest.LogCaptureFixture, mo
     assert choose_backend(narrow, "cuda", 7, True) == "sdpa", "flex attention has no heads 4 wide"
     noisy = DecoderConfig(**SIZES | {"dim": 64}, dropout=0.1, document_mask=True)
     assert choose_backend(noisy, "cuda", 7, True) == "sdpa", "flex attention has no dropout"
-    for version, expected in ((2, "flash"), (3, "sdpa")):  # nor has version 3
-        installed = attention.FlashAttention(version, Slow.flash_attn_func, Slow.flash_attn_varlen_func)
+    for version, functions, expected in ((2, Slow, "flash"), (4, Fourth, "sdpa")):  # nor has version 4
+        installed = attention.FlashAttention(version, functions.flash_attn_func, functions.flash_attn_varlen_func)
         monkeypatch.setattr(attention, "flash_attention", lambda _, installed=installed: installed)
         choose_backend.cache_clear()
         assert choose_backend(plain, "cuda", 9, True) == choose_backend(masked, "cuda", 9, True) == "flash"
@@ -187,6 +237,87 @@ def test_the_kernel_is_chosen_once_and_said(caplog: pytest.LogCaptureFixture, mo
         assert choose_backend(noisy, "cuda", 9, True) == expected
         assert choose_backend(DecoderConfig(**SIZES | {"dim": 64}, attention="flex"), "cuda", 9, True) == "flex"
         assert choose_backend(DecoderConfig(**SIZES, attention="sdpa"), "cuda", 9, True) == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "width", "serves"),
+    [(2, 8, 36, True), (2, 9, 264, False), (3, 9, 256, True), (3, 9, 36, False), (4, 9, 192, True), (4, 9, 264, False),
+     (4, 10, 128, True), (4, 10, 192, False), (4, 10, 256, True), (4, 9, 36, False)],
+)  # fmt: skip
+def test_heads_that_flash_has_no_kernels_for_go_without_it(
+    version: int, capability: int, width: int, serves: bool, monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    functions: Any = Slow if version == 2 else Fourth
+    installed = attention.FlashAttention(version, functions.flash_attn_func, functions.flash_attn_varlen_func)
+    monkeypatch.setattr(attention, "flash_attention", lambda _: installed)
+    choose_backend.cache_clear()
+    config = DecoderConfig(**SIZES | {"head_dim": width, "attention": "flash"})
+    assert choose_backend(config, "cuda", capability, True) == ("flash" if serves else "sdpa")
+    told = [message for message in caplog.messages if "cannot serve" in message]
+    assert told == [] if serves else f"heads {width} wide" in told[0]
+
+
+def test_a_flash_that_cannot_be_imported_is_told_and_done_without(
+    monkeypatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(name: str) -> ModuleType:
+        if name == "flash_attn.cute":
+            raise TypeError("cutlass has changed")
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(attention, "import_module", broken)
+    attention.flash_attention.cache_clear()
+    assert attention.flash_attention(9) is None
+    attention.flash_attention.cache_clear()
+    assert caplog.messages == ["flash-attn 4 is installed and cannot be imported: TypeError('cutlass has changed')"]
+
+
+@pytest.mark.parametrize("fixture", ["slow_flash", "fourth_flash"])
+def test_flash_is_asked_for_bits_that_repeat(fixture: str, request) -> None:
+    request.getfixturevalue(fixture)
+    module, config = attention.SelfAttention(DecoderConfig(**SIZES)), DecoderConfig(**SIZES)
+    try:
+        for wanted in (True, False):
+            torch.use_deterministic_algorithms(wanted)
+            for positions in (None, some_positions()):
+                Slow.deterministic = not wanted
+                module(torch.randn(2, T, 32), pattern_of(config, torch.zeros(2, T, 32), positions, 0))
+                assert Slow.deterministic == wanted
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_flash_that_cannot_repeat_its_bits_is_done_without(monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    def old(q, k, v, causal=False, window_size=(-1, -1)): ...
+
+    monkeypatch.setattr(attention, "flash_attention", lambda _: attention.FlashAttention(2, old, old))
+    choose_backend.cache_clear()
+    config = DecoderConfig(**SIZES, attention="flash")
+    assert choose_backend(config, "cuda", 9, True) == "flash"
+    assert choose_backend(config, "cuda", 9, True, True) == "sdpa"
+    assert "cannot serve on this cuda with bf16, heads 8 wide, no dropout, deterministic" in caplog.text
+
+
+def test_bounds_are_where_documents_begin_and_nothing_waits_for_the_device() -> None:
+    positions = torch.tensor([[0, 1, 0, 1, 2], [0, 1, 2, 0, 0]])
+    for counted in (None, 5):
+        bounds = attention._bounds(positions, counted)
+        assert bounds.dtype == torch.int32 and bounds.tolist() == [0, 2, 5, 8, 9, 10]
+    assert attention._bounds(positions, 7).tolist() == [0, 2, 5, 8, 9, 10, 10, 10], "more are empty ones"
+    assert attention._bounds(positions, 10).tolist()[-5:] == [10] * 5
+    with FakeTensorMode():  # which refuses whatever depends on values
+        assert attention._bounds(torch.zeros(2, 5, dtype=torch.int64), 5).shape == (6,)
+        with pytest.raises(DataDependentOutputException):
+            attention._bounds(torch.zeros(2, 5, dtype=torch.int64), None)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.sampled_from([EOS, 5, 6]), min_size=7, max_size=7), min_size=1, max_size=4))
+def test_documents_are_counted_as_they_are_placed(rows: list[list[int]]) -> None:
+    tokens = torch.tensor(rows)
+    positions = document_positions(tokens, EOS)
+    assert documents_in(tokens, EOS) == int((positions == 0).sum())
+    assert torch.equal(attention._bounds(positions, documents_in(tokens, EOS)), attention._bounds(positions, None))
 
 
 @pytest.mark.parametrize("asked", ["flash", "flex"])

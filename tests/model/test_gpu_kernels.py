@@ -30,13 +30,26 @@ from model.kernels import choose, eager
 from model.kernels.eager import Squares, Terms
 from model.reference import harmonic_loss_reference
 from tests.model.checks import assert_no_worse
-from tests.model.variants import VARIANTS, loss_and_gradients, params_of
+from tests.model.variants import PRODUCTS, VARIANTS, loss_and_gradients, params_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED
 DEVICE = torch.device("cuda" if CUDA else "cpu")
 if CUDA or INTERPRETED:
-    from model.kernels import gpu, triton_elementwise, triton_scores
+    from model.kernels import gpu, triton_elementwise, triton_fused, triton_scores
+
+if CUDA:
+    import triton
+    import triton.language as tl
+
+    from model.kernels.triton_functions import log2
+
+    @triton.jit
+    def functions_of(numbers, out, count, LOG: tl.constexpr):
+        at = tl.program_id(0) * 1024 + tl.arange(0, 1024)
+        given = tl.load(numbers + at, mask=at < count, other=1.0)
+        tl.store(out + at, log2(given) if LOG else tl.exp2(given), mask=at < count)
+
 
 runs = pytest.mark.skipif(not (CUDA or INTERPRETED), reason="needs a GPU; test_under_the_interpreter runs it without")
 on_gpu = pytest.mark.gpu
@@ -55,6 +68,11 @@ def cases(size: tuple[int, int, int]) -> list[tuple[Terms, tuple[int, int, int]]
 
 
 PLAIN = torch.float32
+
+
+def slack_of(terms: Terms) -> float:
+    """Powers that are no small whole number go through the hardware's logarithm: triton_functions.py."""
+    return 1e-6 + (terms.p * 2.0**-22 if terms.kind == "lp" and CUDA else 0)
 
 
 def _version(package: str) -> tuple[int, ...]:
@@ -100,9 +118,9 @@ def test_contract(terms: Terms, size: tuple[int, int, int]) -> None:
     x, w, _ = draw(size)
     plain = eager.contract(terms, x, eager.Rows(w))
     truth = eager.contract(terms, x.double(), eager.Rows(w.double()))
-    assert_no_worse(gpu.contract(terms, x, gpu.Rows(w)), plain, truth)
+    assert_no_worse(gpu.contract(terms, x, gpu.Rows(w)), plain, truth, slack_of(terms))
     tiled = triton_elementwise.contract(terms, x, gpu.Rows(w).columns, len(w), tile=(4, 32))
-    assert_no_worse(tiled, plain, truth)
+    assert_no_worse(tiled, plain, truth, slack_of(terms))
     if terms.kind == "linf":
         assert torch.equal(gpu.contract(terms, x, gpu.Rows(w)), plain), "a maximum does not round"
 
@@ -125,14 +143,14 @@ def test_contract_gradient(terms: Terms, size: tuple[int, int, int]) -> None:
     given = (x, w, values, grads, start)
     fast, plain, truth = gradients(gpu, *given), gradients(eager, *given), gradients(eager, *wide(*given))
     for triple in zip(fast, plain, truth, strict=True):
-        assert_no_worse(*triple)
+        assert_no_worse(*triple, slack_of(terms))
     if terms.kind == "linf":
         grads = triton_elementwise.shares(terms, x, gpu.Rows(w).columns, values, grads, tile=(4, 32))
     tiled = torch.zeros_like(x), start.clone()
     triton_elementwise.add_gradient(terms, x, w, values, grads, tiled[0], tile=(4, 8), segments=2)
     triton_elementwise.add_gradient(terms, w, x, values.t(), grads.t(), tiled[1], tile=(32, 8), segments=2)
     for triple in zip(tiled, plain, truth, strict=True):
-        assert_no_worse(*triple)
+        assert_no_worse(*triple, slack_of(terms))
 
 
 @runs
@@ -171,10 +189,13 @@ def squares_of(x: Tensor, w: Tensor, local: Tensor) -> tuple[Tensor, Squares]:
 BLOCKS = [{}, {"block": 16, "segments": 2}]
 
 
-def check_sums(fast: Any, plain: Any, truth: Any) -> None:
-    def readable(top: Tensor, total: Tensor, moment: Tensor, target: Tensor) -> tuple[Tensor, ...]:
-        return top, top + total.log(), moment / total, target
+def readable(top: Tensor, total: Tensor, moment: Tensor, *target: Tensor) -> tuple[Tensor, ...]:
+    """What does not depend on which number near the max was taken for it."""
+    return top + total.log(), moment / total, *target
 
+
+def check_sums(fast: Any, plain: Any, truth: Any) -> None:
+    assert_no_worse(fast[0], plain[0], truth[0])
     for triple in zip(*(readable(*sums) for sums in (fast, plain, truth)), strict=True):
         assert_no_worse(*triple)
 
@@ -228,6 +249,13 @@ def test_gradients(size: tuple[int, int, int], exponent: float, blocks: dict[str
     eager.quadratic_statistics(log_q, Squares(*wide(*squares)), steep.double(), local)
     logs = log_q.float()
     lse = (-exponent * logs.double()).logsumexp(1).float()
+    here = local >= 0
+    column = local.clamp_min(0)[:, None]
+
+    def score_of(scores: Tensor) -> Tensor:
+        return torch.where(here, scores.gather(1, column)[:, 0], 0)
+
+    score = score_of(-steep * logs)
     steep64, lse64, weight64 = wide(steep, lse, weight)
     last_digit = 2.0**-23 * (exponent * logs.abs().max().item() + 8)  # of a score
     slack = last_digit if dtype == torch.float32 else last_digit + 2.0**-7
@@ -240,7 +268,7 @@ def test_gradients(size: tuple[int, int, int], exponent: float, blocks: dict[str
 
     given = triton_scores.Given(local, steep, squares.floor, squares)
     fast = torch.empty_like(dots, dtype=dtype)
-    sums = triton_scores.gradients("quadratic", dots.clone(), given, lse, weight, fast, **blocks)
+    sums = triton_scores.gradients("quadratic", dots.clone(), given, lse, score, weight, fast, **blocks)
     plain_logs = dots.clone()
     eager.quadratic_statistics(plain_logs, squares, steep, local)
     plain = eager.quadratic_gradient(plain_logs.clone(), squares, steep, lse, weight, local, dtype)[0]
@@ -257,7 +285,8 @@ def test_gradients(size: tuple[int, int, int], exponent: float, blocks: dict[str
 
     floor = squares.floor
     fast = torch.empty_like(dots, dtype=dtype)
-    triton_scores.gradients("log", logs.clone(), triton_scores.Given(local, steep, floor), lse, weight, fast, **blocks)
+    given = triton_scores.Given(local, steep, floor)
+    triton_scores.gradients("log", logs.clone(), given, lse, score, weight, fast, **blocks)
     plain = eager.log_gradient(logs.clone(), floor, steep, lse, weight, local, dtype)
     truth = eager.log_gradient(logs.double(), floor.double(), steep64, lse64, weight64, local, torch.float64)
     check(fast, plain, truth, exponent, (-logs.double()).exp())
@@ -265,9 +294,121 @@ def test_gradients(size: tuple[int, int, int], exponent: float, blocks: dict[str
     lse = dots.logsumexp(1)
     slack += 2.0**-23 * dots.abs().max().item()  # these scores are the products
     fast = torch.empty_like(dots, dtype=dtype)
-    triton_scores.gradients("dot", dots.clone(), triton_scores.Given(local), lse, weight, fast, **blocks)
+    given = triton_scores.Given(local)
+    triton_scores.gradients("dot", dots.clone(), given, lse, score_of(dots), weight, fast, **blocks)
     plain = eager.dot_gradient(dots.clone(), lse, weight, local, dtype)
     check(fast, plain, eager.dot_gradient(dots.double(), lse.double(), weight64, local, torch.float64), 1.0)
+
+
+def prepared(rows: Tensor, scale: Tensor, unit: bool) -> Tensor:
+    out = torch.empty_like(rows)
+    eager.prepare(rows, scale, unit, out)
+    return out
+
+
+@runs
+@pytest.mark.parametrize("unit", [False, True], ids=["scaled", "unit"])
+@pytest.mark.parametrize("width", [1, 9, 4100])
+def test_sides(width: int, unit: bool) -> None:
+    """Both sides before they meet, and their gradients after: one pass each, as the plain form says."""
+    rows = torch.randn(7, width, device=DEVICE)
+    rows[2] = 0
+    rows[3] *= 1e15
+    scale = torch.exp2(torch.randint(-3, 3, (7, 1), device=DEVICE).float())
+    for dtype in [torch.float32] + [torch.bfloat16] * CUDA:
+        out, plain = torch.empty(2, *rows.shape, dtype=dtype, device=DEVICE)
+        squares = gpu.prepare(rows, scale, unit, out)
+        eager.prepare(rows, scale, unit, plain)
+        assert_no_worse(out, plain, prepared(rows.double(), scale, unit), 2.0**-23 if dtype == PLAIN else 2.0**-8)
+        assert_no_worse(squares, eager.square_norms(out), eager.square_norms(out.double()), 2.0**-23)
+    sums, total = torch.randn(7, device=DEVICE), torch.randn_like(rows)
+    source = rows.clamp(-10, 10)
+    for given in (sums, None):
+        for one in (scale, torch.tensor(0.5, device=DEVICE), None):
+            arguments: tuple[Any, Any, Any, Any, Any] = (rows.clamp(-5, 5), given, source, one, unit)
+            a, b, c, d = (t if t is None else t.double() for t in arguments[:4])
+            fast, plain, truth = torch.empty_like(rows), torch.empty_like(rows), torch.empty_like(rows).double()
+            gpu.finish(total.clone(), *arguments, fast)
+            eager.finish(total.clone(), *arguments, plain)
+            eager.finish(total.double(), a, b, c, d, unit, truth)
+            assert_no_worse(fast, plain, truth, 1e-6)
+            gpu.finish(total_again := total.clone(), *arguments, total_again)
+            assert torch.equal(total_again, fast), "in place"
+
+
+@runs
+def test_distances_to_targets() -> None:
+    x, w, local = draw(SMALL)
+    for product in (False, True):
+        fast, plain = (ops.to_targets(x, w, local, product) for ops in (gpu, eager))
+        truth = eager.to_targets(x.double(), w.double(), local, product)
+        here = local >= 0
+        assert_no_worse(fast[here], plain[here], truth[here])
+        assert not fast[~here].any()
+
+
+FUSED_TILES = [(16, 16, 16, 4, 2), (32, 64, 16, 4, 2)]
+
+
+@runs
+@pytest.mark.parametrize("tile", FUSED_TILES, ids=str)
+@pytest.mark.parametrize("exponent", [0.05, 14.0, 768.0])
+@pytest.mark.parametrize("kind", ["quadratic", "dot"])
+@pytest.mark.parametrize("size", [(5, 37, 20), (1, 1, 4), (33, 70, 36), *LARGE], ids=str)
+def test_fused(size: tuple[int, int, int], kind: str, exponent: float, tile: tuple[int, ...]) -> None:
+    """Sums and G from E, never further from float64 than from float32 scores (bfloat16: than after two roundings)."""
+    x, w, local = draw(size)
+    dtype = torch.bfloat16 if CUDA else PLAIN
+    x, w = x.to(dtype), w.to(dtype)
+    rows, steep = gpu.Rows(w), torch.tensor(exponent, device=DEVICE)
+    weight = torch.linspace(0.1, 1, len(x), device=DEVICE)
+    squares = None
+    target = gpu.to_targets(x, w, local, product=kind == "dot")
+    if kind == "quadratic":
+        _, squares = squares_of(x.float(), w.float(), local)
+        squares = squares._replace(rows=rows.squares, target=target)
+    given = triton_scores.Given(local, steep, None if squares is None else squares.floor, squares)
+    sums, scored = triton_fused.scores(kind, x, w, given, target, True, squares is not None, triton_fused.Tile(*tile))
+    assert scored is not None and scored.kept.dtype == dtype and scored.kept.max() <= 1 + 1e-6 * (1 + exponent)
+    apart, none = triton_fused.scores(kind, x, w, given, target, False, False, triton_fused.Tile(*tile))
+    assert none is None and not apart[2].any() and all(torch.equal(apart[i], sums[i]) for i in (0, 1, 3))
+
+    def plain(wide: torch.dtype) -> tuple[Any, Any]:
+        dots = x.to(wide) @ w.to(wide).t()
+        if squares is None:
+            return eager.dot_statistics(dots, local), dots
+        given = eager.Squares(*(t.to(wide) for t in squares))
+        dots = x.to(wide) @ w.to(wide).t()
+        return eager.quadratic_statistics(dots, given, steep.to(wide), local), dots
+
+    (near, _), (truth, true_logs) = plain(PLAIN), plain(torch.float64)
+    told = 1 if squares is None else 2
+    for one, two, three in zip(*(readable(*found[:3])[:told] for found in (sums, near, truth)), strict=True):
+        assert_no_worse(one, two, three, 2e-6)
+    lse, score = (truth[0] + truth[1].log()).float(), truth[3].float()
+    found = triton_fused.gradients(kind, scored, given, target, score, lse, weight)
+    if squares is None:
+        expected = eager.dot_gradient(true_logs, lse.double(), weight.double(), local, torch.float64)
+        size_of = expected.abs() + weight.double()[:, None]
+        slack = 1e-5
+    else:
+        floor, wide = squares.floor.double(), weight.double()
+        expected = eager.log_gradient(
+            true_logs.clone(), floor, steep.double(), lse.double(), wide, local, torch.float64
+        )
+        size_of = (expected.abs() + 1e-30) + torch.where(expected != 0, exponent * wide[:, None] / true_logs.exp(), 1)
+        near = (squares.x[:, None] + squares.rows) / true_logs.exp()  # how many digits the expansion of q loses
+        bound = 1e-5 if exponent < 100 else 1e-3
+        size_of = size_of * torch.where((exponent + 1) * near * 2.0**-24 < bound, 1, torch.inf)
+        slack = 3 * bound
+    worst = ((scored.kept.double() - expected) / size_of).abs().max().item()
+    assert worst <= slack + (2.0**-7 if dtype == torch.bfloat16 else 0), worst
+    if kind == "quadratic":
+        for total, dim in zip(found, (1, 0), strict=True):  # the sums are those of G as rounded
+            grads = scored.kept.double()
+            assert ((total - grads.sum(dim)).abs() <= 1e-6 * grads.abs().sum(dim) + 1e-30).all()
+    whole = scored.kept.as_strided((len(x), scored.kept.stride(0)), scored.kept.stride())
+    assert not whole[:, len(w) :].any(), "what lies behind a row counts in products"
 
 
 @runs
@@ -278,13 +419,14 @@ def test_functions_of_the_module(dtype: torch.dtype) -> None:
     x, w = x.to(dtype), w.to(dtype)
     rows = gpu.Rows(w)
     dots = gpu.products(x, rows)
-    assert dots.dtype == PLAIN and dots.stride(0) % gpu.ROW_START == 0
+    assert dots.dtype == PLAIN and dots.stride(0) % triton_scores.ROW_START == 0
     assert_no_worse(dots, eager.products(x, eager.Rows(w)), x.double() @ w.double().t(), 2e-7)
     _, squares = squares_of(x.float(), w.float(), local)
+    squares = squares._replace(rows=rows.squares)
     steep, weight = torch.tensor(3.0, device=DEVICE), torch.ones(len(x), device=DEVICE)
-    top, total, _, _ = gpu.quadratic_statistics(dots, squares, steep, local)
+    top, total, _, score = gpu.quadratic_statistics(dots, squares, steep, local)
     lse = top + total.log()
-    grads, over_rows, over_columns = gpu.quadratic_gradient(dots, squares, steep, lse, weight, local, dtype)
+    grads, over_rows, over_columns = gpu.quadratic_gradient(dots, squares, steep, lse, weight, local, dtype, score)
     assert grads.dtype == dtype and grads.shape == dots.shape
     assert (grads.data_ptr() == dots.data_ptr()) == (dtype == PLAIN)
     torch.testing.assert_close(over_rows, grads.float().sum(1))
@@ -295,8 +437,8 @@ def test_functions_of_the_module(dtype: torch.dtype) -> None:
     assert_no_worse(fast, plain, 1 + grads.double().t() @ x.double(), 2e-7)
     truth = grads.double() @ w.double()
     assert_no_worse(gpu.hidden_product(grads, rows), eager.hidden_product(grads, eager.Rows(w)), truth, 2e-7)
-    for made in (gpu.dot_gradient(gpu.products(x, rows), lse, weight, local, dtype),
-                 gpu.log_gradient(dots.abs() + 1, squares.floor, steep, lse, weight, local, dtype)):  # fmt: skip
+    for made in (gpu.dot_gradient(gpu.products(x, rows), lse, weight, local, dtype, score),
+                 gpu.log_gradient(dots.abs() + 1, squares.floor, steep, lse, weight, local, dtype, score)):  # fmt: skip
         assert made.dtype == dtype and made.shape == dots.shape
 
 
@@ -315,10 +457,25 @@ def test_same_bits_every_time() -> None:
 
 @runs
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_harmonic_loss(variant: str, served: None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["apart", "fused"])
+def test_harmonic_loss(variant: str, fused: bool, served: None, monkeypatch: pytest.MonkeyPatch) -> None:
     if "gumbel" in variant and CUDA:
         pytest.skip("the reference draws its noise on the CPU")
     n, v, d = (6, 37, 9) if INTERPRETED else (200, 501, 65)
+    if fused:
+        if variant not in PRODUCTS:
+            pytest.skip("this distance is no product")
+        d = 4 * d
+        monkeypatch.setattr(gpu, "fused_unavailable", lambda x: None if triton_fused.serves(x) else "the width")
+        monkeypatch.setattr(triton_fused, "TILES", [triton_fused.Tile(16, 32, 16, 4, 2)])
+    scores = triton_fused.scores
+    calls = []
+
+    def noted(*given: Any) -> Any:
+        calls.append(given)
+        return scores(*given)
+
+    monkeypatch.setattr(triton_fused, "scores", noted)
     x, w = torch.randn(n, d, device=DEVICE), torch.randn(v, d, device=DEVICE)
     y = torch.randint(0, v, (n,), device=DEVICE)
     y[2] = -100
@@ -329,9 +486,10 @@ def test_harmonic_loss(variant: str, served: None, monkeypatch: pytest.MonkeyPat
         return loss_and_gradients(lambda x, w, **p: loss(x, w, y, **p), x, w, variant, 6.0, **on_device)
 
     def fast_loss(*given: Any, **params: Any) -> Tensor:
-        return harmonic_loss(*given, reduction="none", chunk_bytes=50_000, **params)
+        return harmonic_loss(*given, reduction="none", chunk_bytes=50_000, fused=fused, **params)
 
     fast = run(fast_loss, x, w)
+    assert (len(calls) > 1) == fused
     truth = run(harmonic_loss_reference, x.double(), w.double())
     monkeypatch.setattr(choose, "_for_cpu", lambda dtype: eager)
     monkeypatch.setattr(choose, "_for_gpu", lambda device: eager)
@@ -368,6 +526,25 @@ def test_without_triton_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_out_of_memory_does_not_turn_the_kernels_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says nothing of them: the next call tries again."""
+    from model.kernels import gpu
+
+    def full(*given: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gpu, "dot_statistics", full)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, **options: torch.ones(1))
+    choose._for_gpu.cache_clear()
+    with pytest.raises(torch.OutOfMemoryError):
+        choose._for_gpu(torch.device("cuda", 0))
+    monkeypatch.setattr(gpu, "dot_statistics", lambda *given: None)
+    assert choose._for_gpu(torch.device("cuda", 0)) is gpu
+    choose._for_gpu.cache_clear()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_on_an_older_gpu_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     choose._say.cache_clear()
@@ -389,70 +566,6 @@ def test_under_the_interpreter() -> None:
     passed = re.search(r"(\d+) passed", done.stdout)
     assert done.returncode == 0 and passed, done.stdout[-5000:] + done.stderr[-2000:]
     assert int(passed[1]) > 70, done.stdout[-500:]
-
-
-INTEGERS = (
-    "columns stride segment rows out_stride stretch tokens prototypes width x_stride w_stride values_stride "
-    "grads_stride owns others grads_own grads_other values_own values_other"
-)
-
-
-def compiled_for_hopper(kernel: Any, absent: str = "", ones: str = "", **constants: Any) -> Any:
-    """The kernel as compiled for an H100, which needs none; `absent` arguments are None, `ones` are 1."""
-    from triton import compile as compile_kernel
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    fixed = constants | dict.fromkeys(absent.split()) | dict.fromkeys(ones.split(), 1)
-    signature, values, facts = {}, {}, {}
-    for i, name in enumerate(kernel.arg_names):
-        if name in fixed:
-            signature[name], values[(i,)] = "constexpr", fixed[name]
-        else:
-            signature[name] = "i32" if name in INTEGERS.split() else "*i64" if name == "local" else "*fp32"
-            facts[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=facts)
-    return compile_kernel(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8, "enable_fp_fusion": True})
-
-
-compiles = pytest.mark.skipif(
-    INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs triton, and its compiler"
-)
-
-
-@compiles
-@pytest.mark.parametrize("kind", ["quadratic", "log", "dot"])
-def test_scores_compile(kind: str) -> None:
-    from model.kernels import triton_scores as scores
-
-    absent = {"quadratic": "", "log": "x_squares row_squares targets"}
-    absent["dot"] = absent["log"] + " coefficient floors"
-    compiled_for_hopper(scores._statistics, absent[kind], KIND=kind, BLOCK=scores.COLUMNS)
-    block_m, block_v = scores.TILE
-    compiled_for_hopper(scores._gradients, absent[kind], KIND=kind, MARGIN=1e-6, BLOCK_M=block_m, BLOCK_V=block_v)
-
-
-@compiles
-@pytest.mark.parametrize("kind", ["l1", "linf", "canberra", "lp", "shares"])
-def test_contractions_compile_without_a_detour_over_shared_memory(kind: str) -> None:
-    from model.kernels import triton_elementwise as elementwise
-
-    constants = {
-        "KIND": kind, "P": 3.0, "SIGN": 1.0, "SMALLEST": eager.SMALLEST, "LEAST_UNIT": elementwise.LEAST_UNIT,
-        "SPAN": elementwise.SPAN,
-    }  # fmt: skip
-    forward = compiled_for_hopper(
-        elementwise._contract, "" if kind == "shares" else "values grads", **constants, UNROLL=elementwise.UNROLL,
-        BLOCK_M=elementwise.TOKENS.get(kind, elementwise.FEWER_TOKENS), BLOCK_V=elementwise.LONG,
-    )  # fmt: skip
-    assert forward.metadata.shared == 0
-    if kind != "shares":
-        backward = compiled_for_hopper(
-            elementwise._contract_gradient, "", "grads_other values_other", **constants, ADD=True, LEAST=0.0,
-            UNROLL=elementwise.GRADIENT_UNROLL.get(kind, 1),
-            BLOCK_A=elementwise.FEWER_TOKENS, BLOCK_K=elementwise.LONG,
-        )  # fmt: skip
-        assert backward.metadata.shared == 0
 
 
 needs_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
@@ -486,6 +599,23 @@ def test_bfloat16(distance: str) -> None:
 
 @on_gpu
 @needs_gpu
+def test_logarithms_and_exponentials_are_within_what_is_said_of_them() -> None:
+    """Every mantissa between 1/2 and 2, every power of two, against float64."""
+    from model.kernels import triton_functions
+
+    bits = torch.arange(0x3F000000, 0x40000000, device=DEVICE, dtype=torch.int32)
+    numbers = torch.cat([bits.view(torch.float32), torch.exp2(torch.arange(-125.0, 127, 0.37, device=DEVICE))])
+    found, powers = torch.empty_like(numbers), torch.empty_like(numbers)
+    exact = numbers.double().log2()
+    functions_of[(len(numbers) // 1024 + 1,)](numbers, found, len(numbers), LOG=True)
+    assert ((found - exact).abs() <= triton_functions.SCORE_ERROR * exact.abs().clamp_min(1)).all()
+    functions_of[(len(numbers) // 1024 + 1,)](found, powers, len(numbers), LOG=False)
+    exact = found.double().exp2()
+    assert ((powers - exact).abs() <= triton_functions.SCORE_ERROR * exact)[exact > 2.0**-126].all()
+
+
+@on_gpu
+@needs_gpu
 def test_offsets_of_64_bits() -> None:
     m, v = 2**15 + 8, 2**16 + 48
     if torch.cuda.mem_get_info()[0] < 20 * 2**30:
@@ -500,7 +630,7 @@ def test_offsets_of_64_bits() -> None:
         eager.dot_statistics(last.double(), local[-4:]),
     )
     lse, weight = top + total.log(), torch.ones(m, device=DEVICE)
-    grads = gpu.dot_gradient(dots, lse, weight, local, torch.bfloat16)
+    grads = gpu.dot_gradient(dots, lse, weight, local, torch.bfloat16, target)
     expected = eager.dot_gradient(last, lse[-4:], weight[-4:], local[-4:], torch.bfloat16)
     torch.testing.assert_close(grads[-4:], expected)
 

@@ -455,3 +455,47 @@ def test_compiled_around() -> None:
     loss.backward()
     expected.backward()
     assert torch.equal(a.grad, b.grad)
+
+
+class Arrival:
+    """Of numbers from a GPU."""
+
+    def __init__(self, there: bool) -> None:
+        self.there = there
+
+    def query(self) -> bool:
+        return self.there
+
+
+def test_targets_of_a_gpu_are_checked_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their range comes later: the call after that raises, once."""
+    from model import harmonic
+
+    checks = harmonic._TargetChecks()
+    monkeypatch.setattr(harmonic, "_TARGETS", checks)
+    late = Arrival(there=False)
+    sent: list[Any] = [(Arrival(there=True), torch.tensor([0, 6])), (late, torch.tensor([0, 7]))]
+    checks._waiting.extend((*one, 7, -100) for one in sent)
+    x, w, y = torch.randn(2, 3), torch.randn(7, 3), torch.tensor([1, -100])
+    expected = harmonic_loss(x, w, y, exponent=2.0)
+    late.there = True
+    with pytest.raises(ValueError, match=r"targets reach from 0 to 7: expected 0 to 6, or -100 \(in an earlier call"):
+        harmonic_loss(x, w, y, exponent=2.0)
+    assert torch.equal(harmonic_loss(x, w, y, exponent=2.0), expected)
+    assert harmonic._range_of(y, -100).tolist() == [0, 1] and harmonic._range_of(y - 9, -100).tolist()[0] < 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_target_out_of_range_on_a_gpu(reduction: str) -> None:
+    """The loss and its gradients are NaN, the device goes on, the next call raises."""
+    x, w = torch.randn(4, 8, device="cuda", requires_grad=True), torch.randn(7, 8, device="cuda")
+    y = torch.tensor([1, 7, -100, 2], device="cuda")
+    loss = harmonic_loss(x, w, y, exponent=2.0, reduction=reduction)
+    loss.sum().backward()
+    assert loss.sum().isnan() and (reduction == "none" or x.grad.isnan().any())
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="targets reach from 0 to 7: expected 0 to 6, or -100"):
+        harmonic_loss(x, w, y.clamp(-100, 6), exponent=2.0)
+    assert harmonic_loss(x, w, y.clamp(-100, 6), exponent=2.0).isfinite()

@@ -28,6 +28,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mahalanobis full": {"factor": "full"},
     "dot": {},
 }
+PRODUCTS = [  # those whose distance is a matrix product
+    "euclidean",
+    "minkowski p=2",
+    "cosine",
+    "hamming hard",
+    "mahalanobis diagonal",
+    "mahalanobis full",
+    "dot",
+]
 HARMONIC = [variant for variant in VARIANTS if variant != "dot"]
 
 

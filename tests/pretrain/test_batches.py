@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +15,11 @@ from hypothesis import strategies as st
 
 from data.loader import Windows
 from data.shards import open_split
+from model.decoder import document_positions
 from pretrain.batches import Batches, samples_of
 from pretrain.ranks import Ranks
 from tests.pretrain.tiny import SEQUENCES, T, make_data, tiny_config
+from tests.ranks import run_ranks
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -135,3 +139,30 @@ def test_tokens_are_counted_by_source(windows: Windows, world: int) -> None:
     assert min(expected.values()) > 0 and sum(expected.values()) == 2 * SEQUENCES * T
     readers[0].restart()
     assert set(readers[0].tokens_by_source().values()) == {0}
+
+
+def check_documents(base: Path) -> list[tuple[int | None, int]]:
+    """For each pass of a step: how many documents the decoder is told of, and how many there are."""
+    from pretrain import engine
+    from tests.pretrain.tiny import opened
+
+    make_data(base / "data")
+    cfg = tiny_config(run=str(base / "run"), data__path=str(base / "data"), model__document_mask=True)
+    told: list[tuple[int | None, int]] = []
+    inner = engine.hidden_states
+
+    def counting(*given: Any) -> torch.Tensor:
+        _, _, inputs, _, eos_id, documents = given
+        told.append((documents, int((document_positions(inputs, eos_id) == 0).sum())))
+        return inner(*given)
+
+    with pytest.MonkeyPatch.context() as patch, opened(cfg) as run:
+        patch.setattr(engine, "hidden_states", counting)
+        run.step(0)
+    return told
+
+
+def test_documents_are_counted_in_host_memory_and_told(tmp_path: Path) -> None:
+    (told,) = run_ranks(check_documents, 1, tmp_path, base=tmp_path)
+    assert len(told) == 2 and all(counted == there for counted, there in told)
+    assert any(there > 4 for _, there in told), "some row holds several"

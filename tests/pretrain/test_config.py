@@ -20,6 +20,8 @@ from tests.pretrain.tiny import make_data, tiny_config, tiny_tree
         ({"train__steps": "ten"}, "train.steps: given \"ten\"; expected a valid integer"),
         ({"train__steps": 0}, "train.steps: given 0; expected greater than 0"),
         ({"train__precision": "fp16"}, "train.precision: given \"fp16\""),
+        ({"train__deterministic": 1}, "train.deterministic: given 1; expected a valid boolean"),
+        ({"parallel__backend": "nccl"}, "parallel.backend: given \"nccl\"; expected 'auto' or 'gloo'"),
         ({"head__exponent": 0}, "exponent=0.0 must be positive"),
         ({"head__exponent": -1.5}, "exponent=-1.5 must be positive"),
         ({"head__distance": "euclid"}, "distance='euclid': expected one of euclidean, manhattan"),

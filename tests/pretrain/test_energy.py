@@ -155,6 +155,36 @@ def test_nodes_are_summed_and_one_unmeasured_node_makes_none(tmp_path: Path) -> 
     )
 
 
+def check_own_gpus() -> list[tuple[list[float | None], dict[str, str]]]:
+    """Two ranks of one node that see a GPU of their own alone: both counters work, or one is none."""
+    real = process.start()
+    told = []
+    for counters in (2, 1):
+        ranks = Ranks(real.rank, 2, real.rank, 2, real.device, own_gpu=True)
+        rapl = {"cpu": [0.0], "dram": [0.0]} if real.rank == 0 else {}
+        trace: list = [{"gpu": [0.0], **rapl}, {"gpu": [10.0 * (real.rank + 1)], **{part: [5.0] for part in rapl}}]
+        meter = Meter(ranks, Replay(trace, missing={}) if real.rank < counters else None)
+        meter.begin("train")
+        told.append((list(meter.end().as_dict().values()), meter.missing))
+    return told
+
+
+def test_ranks_that_see_their_own_gpu_alone_measure_it(tmp_path: Path) -> None:
+    one, other = run_ranks(check_own_gpus, 2, tmp_path)
+    assert one == other == [([30.0, 5.0, 5.0], {}), ([None, 5.0, 5.0], {"gpu": NO_COUNTER})]
+
+
+def test_a_counter_is_of_the_gpus_that_its_rank_speaks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(energy, "ZeusCounter", lambda gpus, owed: (gpus, owed))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    gpu = torch.device("cuda", 0)
+    assert zeus_counter(Ranks(0, 8, 0, 4, gpu)) == (4, ("gpu", "cpu", "dram"))
+    assert zeus_counter(Ranks(1, 8, 1, 4, gpu)) is None
+    assert zeus_counter(Ranks(0, 8, 0, 8, gpu)) == (4, ("gpu", "cpu", "dram")), "ranks that share are counted once"
+    assert zeus_counter(Ranks(0, 8, 0, 4, gpu, own_gpu=True)) == (1, ("gpu", "cpu", "dram"))
+    assert zeus_counter(Ranks(1, 8, 1, 4, gpu, own_gpu=True)) == (1, ("gpu",))
+
+
 def make_rapl(folder: Path) -> None:
     """RAPL's files: a package with DRAM, and a laptop's zone of the whole machine."""
     for zone, name, microjoules in (("0", "package-0", 5e6), ("0/intel-rapl:0:0", "dram", 2e6), ("1", "psys", 9e6)):

@@ -150,11 +150,11 @@ def test_the_machine_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatc
 
 def test_a_rank_beyond_the_gpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    for name, value in TORCHRUN.items():
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for name, value in {**TORCHRUN, "LOCAL_RANK": "2", "LOCAL_WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
-    with pytest.raises(ConfigError, match=r"^LOCAL_RANK=1: this process sees 1 GPU\(s\) \(CUDA_VISIBLE_DEVICES=3\)"):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,4")
+    with pytest.raises(ConfigError, match=r"^LOCAL_RANK=2: this process sees 2 GPU\(s\) \(CUDA_VISIBLE_DEVICES=3,4\)"):
         process.start()
 
 

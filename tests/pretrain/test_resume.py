@@ -230,6 +230,15 @@ def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) ->
         check(checkpoint.identity(config(finished, "run"), "other", tokenizer))
     younger = checkpoint.audit(without_newer_settings(checkpoint.read_state(path)), now(), [])
     assert younger == [], "settings that came after the checkpoint are at their defaults"
+    state = checkpoint.read_state(path)
+    del state["config"]["train"]["deterministic"], state["config"]["parallel"]["backend"]
+    assert checkpoint.audit({part: state[part] for part in ("identity", "config")}, now(), []) == []
+    changed = checkpoint.audit(
+        checkpoint.read_state(path), now(train__deterministic=True, parallel__backend="gloo"), []
+    )
+    verdicts = {one.key: one.verdict for one in changed}
+    assert verdicts["train.deterministic"] == verdicts["parallel.backend"] == "harmless"
+    assert "refused" not in verdicts.values()
     with pytest.raises(ConfigError, match="model.norm was 'layernorm' and is 'rmsnorm'"):
         state = without_newer_settings(checkpoint.read_state(path))
         checkpoint.check_audit(path, checkpoint.audit(state, now(model__norm="rmsnorm"), []))

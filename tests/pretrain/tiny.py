@@ -138,7 +138,7 @@ def opened(cfg: RunConfig) -> Iterator[Run]:
     from pretrain import ranks as process
     from pretrain.loop import Run
 
-    ranks = process.start()
+    ranks = process.start(cfg=cfg)
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
     run = Run(cfg, ranks)
     try:

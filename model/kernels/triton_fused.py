@@ -1,0 +1,291 @@
+"""The first product with the passes over scores in its epilogue, as Triton kernels: no float32 scores in memory.
+
+`scores`: a tile of x w' becomes squared distances q = |x|^2 + |w|^2 - 2 x.w (or stays x.w for "dot"), then E = (q /
+least)^-(coefficient + 1), where least is the smallest q of a token in the tile, and the tile's sums of E q: the
+normaliser up to least^-(coefficient + 1). No E passes 1, however much likelier than the target a rival is. E is kept
+in the operands' dtype; where q is at its floor it is 0, as the gradient is, and the sums count it. `gradients`: E
+becomes G = weight * (p - onehot) * ds/dq in place, one factor per token and tile, with its sums as rounded.
+
+E is rounded, and so is G: 2^-9 each in bfloat16, where G alone is rounded by the separate passes. The target's entry is
+made of its own difference, in float32.
+
+Legend: M tokens of a chunk, V prototypes on this rank, padded to whole lines of memory, D width.
+"""
+
+# Annotations must stay objects here: Triton's interpreter reads `tl.constexpr` from them.
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from model.kernels.eager import Scored
+from model.kernels.triton_functions import LN2, LOG2E, log2, not_below, settled
+from model.kernels.triton_scores import (
+    ROW_START,
+    TILE,
+    Given,
+    beside,
+    launch,
+    padded,
+    padded_rows,
+    stretch_of,
+    target_gradient,
+)
+
+BEHIND = tl.constexpr(2.0**126)  # |w|^2 of what lies behind the last prototype
+LOWEST = tl.constexpr(-3e38)
+
+
+class Tile(NamedTuple):
+    """How the product is cut: tokens, prototypes and entries at a time, warps, stages of the pipeline of loads."""
+
+    tokens: int
+    prototypes: int
+    entries: int
+    warps: int
+    stages: int
+
+
+TILES = (  # reasoned, and compiled within the registers of an H100; `python -m benchmarks.gpu` times them
+    Tile(128, 256, 64, 8, 3),
+    Tile(128, 256, 64, 8, 4),
+    Tile(128, 128, 64, 8, 3),
+)
+WITH_MOMENT = TILES[2]  # a third sum needs more registers
+GROUP = 8  # blocks of tokens that go along the prototypes together, so that both sides stay in the L2 cache
+
+
+@triton.jit
+def _scores(
+    x_tiles, w_tiles, kept_tiles, local, coefficient, floors, x_squares, row_squares, targets, tops, totals, moments,
+    rows, columns, padded, width,
+    KIND: tl.constexpr, KEEP: tl.constexpr, MOMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """One tile. tops, totals and moments (tiles along V, M): log2 of the least q, sum q E / (least q) and
+    sum log2(q / least q) q E / (least q); of "dot" the greatest score and sum E.
+
+    Columns behind the last have q = BEHIND + |x|^2, without a question for each score; what they add to the sums is
+    taken off at the end. Their E is anything.
+    """
+    along, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_V)
+    tile = tl.program_id(0)
+    first = tile // (GROUP * across) * GROUP
+    size = tl.minimum(along - first, GROUP)
+    block_m, block_v = first + tile % (GROUP * across) % size, tile % (GROUP * across) // size
+    value = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    for k in tl.range(0, width, BLOCK_D, num_stages=STAGES):
+        a = x_tiles.load([block_m * BLOCK_M, k])
+        b = w_tiles.load([block_v * BLOCK_V, k])
+        value = tl.dot(a, b.T, value, input_precision="ieee")
+    token = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
+    there = token < rows
+    target = tl.load(targets + token, mask=there, other=1.0)[:, None]
+    at_target = column[None, :] == tl.load(local + token, mask=there, other=-1).to(tl.int32)[:, None]
+    if KIND == "dot":
+        score = tl.where(at_target, target, value)
+        score = tl.where((column < columns)[None, :], score, LOWEST)
+        top = tl.max(score, 1)
+        kept = tl.exp2((score - top[:, None]) * LOG2E)
+        total = tl.sum(kept, 1)
+    else:
+        slope = -(tl.load(coefficient) + 1.0)
+        floor = tl.load(floors + token, mask=there, other=1.0)[:, None]
+        x_square = tl.load(x_squares + token, mask=there, other=1.0)
+        row_square = tl.load(row_squares + column, mask=column < padded, other=BEHIND)[None, :]
+        q = tl.where(at_target, target, value * -2 + (x_square[:, None] + row_square))
+        q = not_below(q, floor)
+        least = tl.min(q, 1)
+        top = log2(least)
+        shift = top * slope
+        log = log2(q)
+        weight = tl.exp2(tl.fma(log, slope, -shift[:, None]))
+        kept = settled(tl.where(q > floor, weight, 0.0))
+        weight = weight * q
+        # of the least q: 1 but for the rounding of the shift; divided by it, what takes all has a share of 1, exactly
+        unit = tl.exp2(tl.fma(top, slope, -shift)) * least
+        behind = tl.maximum((block_v + 1) * BLOCK_V - columns, 0).to(tl.float32)
+        log_behind = log2(x_square + BEHIND)
+        weight_behind = tl.exp2(tl.fma(log_behind, slope, -shift)) * (x_square + BEHIND) * behind
+        total = tl.div_rn(tl.sum(weight, 1) - weight_behind, unit)
+        if MOMENT:
+            moment = tl.sum(weight * (log - top[:, None]), 1) - weight_behind * (log_behind - top)
+            tl.store(moments + block_v * rows + token, tl.div_rn(moment, unit), mask=there)
+    if KEEP:
+        kept_tiles.store([block_m * BLOCK_M, block_v * BLOCK_V], kept.to(DTYPE))
+    tl.store(tops + block_v * rows + token, top, mask=there)
+    tl.store(totals + block_v * rows + token, total, mask=there)
+
+
+def scores(
+    kind: str,
+    x: Tensor,
+    rows: Tensor,
+    given: Given,
+    targets: Tensor,
+    keep: bool,
+    moment: bool,
+    tile: Tile | None = None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Scored | None]:
+    """x (M, D) and prototypes (V, D), with `squares` that go on to whole lines -> four (M,): max s, sum exp(s - max),
+    sum s exp(s - max) (0 unless `moment`) and s of the target; and E if `keep`.
+
+    `targets` (M,): q of the target, or x . w for "dot". `tile`: None for the first of TILES, or one for a third sum.
+    """
+    (m, d), v = x.shape, rows.shape[0]
+    tile, squares = tile or (WITH_MOMENT if moment else TILES[0]), given.squares
+    kept = padded_rows(m, v if keep else 1, x.dtype, x.device)
+    tiles = triton.cdiv(v, tile.prototypes)
+    sums = torch.empty(3 if moment else 2, tiles, m, dtype=torch.float32, device=x.device)
+    blocks = [tile.tokens, tile.entries], [tile.prototypes, tile.entries], [tile.tokens, tile.prototypes]
+    steep, floor = beside(x, given.coefficient), given.floor
+    described = [
+        TensorDescriptor.from_tensor(t, block) for t, block in zip((x, rows, _whole(kept)), blocks, strict=True)
+    ]
+    launch(
+        _scores, (triton.cdiv(m, tile.tokens) * tiles,), *described, given.local, steep, floor, squares and squares.x,
+        squares and squares.rows, targets, sums[0], sums[1], sums[2] if moment else None, m, v,
+        triton.cdiv(v, ROW_START) * ROW_START, d, KIND=kind, KEEP=keep, MOMENT=moment, BLOCK_M=tile.tokens,
+        BLOCK_V=tile.prototypes, BLOCK_D=tile.entries, GROUP=GROUP, STAGES=tile.stages, DTYPE=_TYPES[x.dtype],
+        warps=tile.warps, num_stages=tile.stages,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    return (*_combined(sums, given.coefficient if squares else None), _score_of(kind, targets, given, steep)), (
+        Scored(kept, sums[0], tile.prototypes) if keep else None
+    )
+
+
+def _combined(sums: Tensor, coefficient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Of all tiles: the max of the scores, sum exp(s - max), sum s exp(s - max) (0 where it was not asked for)."""
+    tops, totals = sums[0], sums[1]
+    if coefficient is None:
+        top = tops.amax(0)
+        return top, torch.linalg.vecdot((tops - top).exp_(), totals, dim=0), torch.zeros_like(top)
+    least = tops.amin(0)
+    apart = tops - least
+    factor = (apart * -coefficient).exp2_()
+    total = torch.linalg.vecdot(factor, totals, dim=0)
+    top = least * -coefficient * LN2.value
+    if len(sums) == 2:
+        return top, total, torch.zeros_like(top)
+    logs = torch.linalg.vecdot(factor, sums[2].addcmul_(apart, totals), dim=0)
+    return top, total, top * total - logs * (coefficient * LN2.value)
+
+
+@triton.jit
+def _target_score(targets, floors, coefficient, local, out, rows, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = token < rows
+    score = tl.load(targets + token, mask=there, other=1.0)
+    if KIND == "quadratic":
+        floor = tl.load(floors + token, mask=there, other=1.0)
+        score = log2(not_below(score, floor)) * -tl.load(coefficient) * LN2
+    here = tl.load(local + token, mask=there, other=-1) >= 0
+    tl.store(out + token, tl.where(here, score, 0.0), mask=there)
+
+
+def _score_of(kind: str, targets: Tensor, given: Given, steep: Tensor | None) -> Tensor:
+    """(M,) of the target, by the very operations of `_combined`: a token whose target takes all has loss 0."""
+    out = torch.empty_like(targets)
+    grid = (triton.cdiv(len(targets), 256),)
+    launch(
+        _target_score, grid, targets, given.floor, steep, given.local, out, len(targets), KIND=kind, BLOCK=256,
+        warps=4, enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+def _whole(kept: Tensor) -> Tensor:
+    """(M, V) with the padding of its rows."""
+    return kept.as_strided((kept.shape[0], padded(kept)), kept.stride())
+
+
+@triton.jit
+def _gradients(
+    kept, local, coefficient, floors, targets, tops, scores, lses, weights, over_rows, over_columns, rows, columns,
+    padded, stride, stretch,
+    KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """A stretch of tokens in a block of prototypes that lies in one tile of `_scores`: E becomes G, in place."""
+    offsets = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
+    in_row = offsets < padded
+    real = (offsets < columns)[None, :]
+    steep = 1.0
+    if KIND != "dot":
+        steep = -tl.load(coefficient)
+    tile_tops = tops + (tl.program_id(0) * BLOCK_V // WIDTH).to(tl.int64) * rows
+    column_sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    first = tl.program_id(1) * stretch
+    for start in range(first, tl.minimum(first + stretch, rows), BLOCK_M):
+        token = start + tl.arange(0, BLOCK_M)
+        there = token < rows
+        inside = there[:, None] & in_row[None, :]
+        at = kept + token.to(tl.int64)[:, None] * stride + offsets[None, :]
+        value = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        at_target = offsets[None, :] == tl.load(local + token, mask=there, other=-1).to(tl.int32)[:, None]
+        lse = tl.load(lses + token, mask=there, other=0.0)
+        slope = tl.load(weights + token, mask=there, other=0.0) * steep
+        score = tl.load(scores + token, mask=there, other=0.0)
+        top = tl.load(tile_tops + token, mask=there, other=0.0)
+        factor = tl.exp2((top - lse) * LOG2E) * slope
+        if KIND == "quadratic":
+            factor = tl.exp2(top * (steep - 1.0) - lse * LOG2E) * slope
+            floor = tl.load(floors + token, mask=there, other=1.0)
+            apart = not_below(tl.load(targets + token, mask=there, other=1.0), floor)
+            target = tl.where(apart > floor, target_gradient(score, lse, slope, apart, steep, KIND), 0.0)
+        else:
+            target = target_gradient(score, lse, slope, None, steep, KIND)
+        grad = tl.where(at_target, target[:, None], value * factor[:, None])
+        rounded = tl.where(real, grad, 0.0).to(kept.dtype.element_ty)
+        tl.store(at, rounded, mask=inside)
+        if KIND == "quadratic":
+            summand = rounded.to(tl.float32)
+            column_sums += summand
+            row_sum = over_rows + token.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+            tl.store(row_sum, tl.sum(summand, 1), mask=there)
+    if KIND == "quadratic":
+        stretch_row = tl.program_id(1).to(tl.int64) * padded
+        tl.store(over_columns + stretch_row + offsets, tl.sum(column_sums, 0), mask=in_row)
+
+
+def gradients(
+    kind: str, scored: Scored, given: Given, targets: Tensor, score: Tensor, lse: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """E (M, V) becomes G, with zeros in the padding of its rows; returns its sums over rows (M,) and columns (V,), as
+    rounded, for "quadratic" (empty otherwise).
+
+    `targets` and `score` (M,): of the target, q and the score.
+    """
+    kept, tops, width = scored
+    m, v = kept.shape
+    block_m, block_v = TILE[0], min(TILE[1], width)
+    wide = padded(kept)
+    column_blocks = triton.cdiv(wide, block_v)
+    stretch = stretch_of(m, column_blocks, block_m)
+    stretches = triton.cdiv(m, stretch) if m else 0
+    summed = kind == "quadratic"
+    over_rows = tops.new_empty(m, column_blocks if summed else 0)
+    over_columns = tops.new_empty(stretches, wide if summed else 0)
+    launch(
+        _gradients, (column_blocks, stretches), kept, given.local, beside(kept, given.coefficient), given.floor,
+        targets, tops, score, lse, weight, over_rows, over_columns, m, v, wide, kept.stride(0), stretch, KIND=kind,
+        WIDTH=width,
+        BLOCK_M=block_m, BLOCK_V=block_v, enable_fp_fusion=True,
+    )  # fmt: skip
+    return over_rows.sum(1), over_columns.sum(0)[:v]
+
+
+def serves(x: Tensor) -> bool:
+    """Whether tiles of these tokens (M, D) can be described to the hardware: rows of whole 16 bytes."""
+    return x.shape[1] * x.element_size() % 16 == 0
+
+
+assert ROW_START % 16 == 0, "and those of E are"
