@@ -21,6 +21,8 @@ FIRST = (
     "test_slurm.py",
     "test_chaos.py",
     "test_two_jobs.py",
+    "test_hopper.py",
+    "test_gpu_benchmark.py",
     "test_hosts_doctor.py",
 )
 

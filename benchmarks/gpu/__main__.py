@@ -6,7 +6,8 @@ share among the stages that are still to come; one that passes its limit is kill
 begins. What is found is in `DIR/gpu-DEVICE.json` and `.md` as soon as it is found; all output is in `.log`. This
 process never touches the device. Without a GPU the sizes are small (`--small`), to try the command itself.
 
-Exit codes: 0 every stage is done or skipped for a reason that is told; 1 one failed or ran out of time; 2 bad input.
+Exit codes: 0 every stage is done, or skipped or cut short for a reason that is told; 1 one failed, hung or was not
+begun; 2 bad input.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class Row:
 
     @property
     def design(self) -> str:
-        return {None: "default", True: "fused", False: "separate"}[self.fused]
+        return {None: "default", True: "fused", False: "apart"}[self.fused]
 
     @property
     def label(self) -> str:

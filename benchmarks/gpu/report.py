@@ -20,7 +20,7 @@ from pretrain.plain import to_json
 
 FORMAT = 1
 MARK = "Made by `python -m benchmarks.gpu"  # in every page of ours: no page by hand is written over
-GOOD = ("ok", "skipped")
+GOOD = ("ok", "skipped", "cut short")  # what was run went well
 
 
 @dataclass

@@ -19,12 +19,12 @@ REGISTERS = 128  # of a thread, so that two programs of 8 warps share a multipro
 PER_SCORE = {  # instructions of a thread, and of them logarithms, exponentials and inverses
     "triton_scores._statistics": (30, 2.5),
     "triton_scores._gradients": (43, 2.6),  # in float32; 33 in bfloat16
-    "triton_fused._scores": (17, 2.2),
+    "triton_fused._scores": (17, 2.3),
     "triton_fused._gradients": (22, 0.6),
 }
 # bytes that a call moves outside of products: per score, per entry of the hidden states and of the prototypes
 BYTES = {False: (10.1, 30, 30), True: (6.1, 32, 34)}
-LAUNCHES = (75, 60)  # of a call, and more per chunk
+LAUNCHES = (65, 70)  # of a call, and more per chunk
 
 
 @pytest.fixture(scope="module", params=["locked", "3.6"])
@@ -47,7 +47,7 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 def test_registers_and_spills(found: dict[str, Any]) -> None:
     kernels = found["kernels"]
-    assert len({one["name"] for one in kernels}) == 9, "all of them"
+    assert len({one["name"] for one in kernels}) == 10, "all of them"
     for one in kernels:
         assert one["spills"] == 0, one
         assert one["registers"] <= (255 if one["name"] == "triton_fused._scores" else REGISTERS), one
