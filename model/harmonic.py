@@ -57,6 +57,7 @@ class _Call:
     reduction: str
     ignore_index: int
     chunk_bytes: int
+    processors: int  # multiprocessors of the device
     use: Use
     summed: bool = True  # over tokens: losses, or the prototypes' gradients
 
@@ -73,8 +74,7 @@ class _Call:
         per_token = self.shard.ranks * (rows * self._pair_bytes(hidden) + hidden.shape[1] * 3 * wide)
         most = max(1, self.chunk_bytes // per_token)
         step = -(-hidden.shape[0] // -(-hidden.shape[0] // most)) if hidden.shape[0] else 1  # equal ones, no small rest
-        wave = kernels_for(hidden).tokens_per_wave(hidden.shape[1], hidden.device)
-        wave = -(-wave // self.shard.ranks)
+        wave = -(-kernels_for(hidden).tokens_per_wave(hidden.shape[1], self.processors) // self.shard.ranks)
         whole = -(-step // wave) * wave
         step = whole if whole <= most else max(step, most // wave * wave)
         for first in range(0, hidden.shape[0], step):
@@ -152,8 +152,8 @@ def harmonic_loss(
         chunk_bytes: budget of the working memory (one token at a time is the least that it can be); None: see
             CHUNK_BYTES, and CHUNK_SHARE of a GPU's memory.
         fused: whether scores are made in the product's epilogue and kept rounded (on Hopper, in bfloat16), or in passes
-            over float32 products; None: as the device's kernels say. The log says where it cannot be done. On CPUs True
-            takes its plain form.
+            over float32 products; None: as the device's kernels say. Where a GPU cannot do it the log says so. On CPUs
+            True takes its plain form; distances that are no product have no such choice.
         params: the distance's own, if it is given by name: minkowski `p`; hamming `kind`, `temperature`; braycurtis
             `denominator`; mahalanobis `factor`, which may require a gradient. See model/distances.py.
 
@@ -183,7 +183,7 @@ def harmonic_loss(
     detached = replace(entry, **{name: tensor.detach() for name, tensor in tensors.items()})
     kernels = None if entry.contraction.wide else fused_kernels_for(hidden, fused)
     use = Use(kernels, differentiate and reduction != "none", exponent.requires_grad)
-    call = _Call(detached, shard, reduction, ignore_index, _budget(hidden, chunk_bytes), use)
+    call = _Call(detached, shard, reduction, ignore_index, *_limits(hidden, shard, chunk_bytes), use)
     function = _PerToken if reduction == "none" else _Reduced
     return function.apply(hidden, prototypes, exponent, targets, call, *tensors.values())
 
@@ -213,8 +213,9 @@ def harmonic_predictions(
     entry = resolve(distance, params)
     exponent = _checked(hidden, prototypes, targets, entry, exponent, "none", ignore_index, shard)
     entry = entry.prepared(hidden.dtype, lambda: _drawn(hidden.device, shard))
-    half = _budget(hidden, chunk_bytes) // 2  # a chunk's scores are made a second time
-    call = _Call(entry, shard, "none", ignore_index, half, Use(gradient=False), summed=False)
+    bytes_, processors = _limits(hidden, shard, chunk_bytes)
+    third = bytes_ // 3  # a chunk's scores are made a second time, beside what was kept
+    call = _Call(entry, shard, "none", ignore_index, third, processors, Use(gradient=False), summed=False)
     side = _Prototypes(hidden, prototypes, entry, shard)
     losses = torch.zeros(hidden.shape[0], dtype=side.wide, device=hidden.device)
     predictions = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
@@ -251,13 +252,23 @@ def harmonic_log_probs(
         return scores - (stats.top + stats.total.log())[:, None]
 
 
-def _budget(hidden: Tensor, chunk_bytes: int | None) -> int:
-    if chunk_bytes is not None:
-        return chunk_bytes
-    least = CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"])
-    if hidden.device.type != "cuda":
-        return least
-    return max(least, int(torch.cuda.get_device_properties(hidden.device).total_memory * CHUNK_SHARE))
+def _limits(hidden: Tensor, shard: VocabShard, chunk_bytes: int | None) -> tuple[int, int]:
+    """Bytes of working memory and multiprocessors, the same on every rank of the group, which cut the same chunks."""
+    most, processors = _device_limits(hidden.device, shard.group)
+    return most if chunk_bytes is None else chunk_bytes, processors
+
+
+@functools.cache
+def _device_limits(device: torch.device, group: dist.ProcessGroup | None) -> tuple[int, int]:
+    """The least of the group's; it is asked once."""
+    if device.type != "cuda":
+        return CHUNK_BYTES["cpu"], 1
+    own = torch.cuda.get_device_properties(device)
+    limits = max(CHUNK_BYTES["cuda"], int(own.total_memory * CHUNK_SHARE)), own.multi_processor_count
+    if group is None:
+        return limits
+    most, processors = (-max_across(torch.tensor([-one for one in limits], device=device), group)).tolist()
+    return most, processors
 
 
 def _drawn(device: torch.device, shard: VocabShard) -> Tensor:
@@ -318,15 +329,20 @@ class _TargetChecks:
         self._waiting: deque[tuple[torch.cuda.Event, Tensor, int, int]] = deque()
 
     def send(self, bounds: Tensor, size: int, ignore_index: int) -> None:
-        """Of one call, (2,) on a GPU."""
-        host = torch.empty(2, dtype=torch.int64, pin_memory=True)
-        host.copy_(bounds, non_blocking=True)
-        arrived = torch.cuda.Event()
-        arrived.record()
+        """Of one call, (2,) on a GPU; not of one that a graph records."""
+        with torch.cuda.device_of(bounds):
+            if torch.cuda.is_current_stream_capturing():
+                return
+            host = torch.empty(2, dtype=torch.int64, pin_memory=True)
+            host.copy_(bounds, non_blocking=True)
+            arrived = torch.cuda.Event()
+            arrived.record()
         self._waiting.append((arrived, host, size, ignore_index))
 
     def look(self) -> None:
         """Raises ValueError if the targets of an earlier call are known to have been out of range."""
+        if self._waiting and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return  # which asking an event would end
         while self._waiting and self._waiting[0][0].query():
             _, bounds, size, ignore_index = self._waiting.popleft()
             try:
@@ -338,16 +354,25 @@ class _TargetChecks:
 _TARGETS = _TargetChecks()
 
 
-def _valid(targets: Tensor, ignore_index: int, size: int, wide: torch.dtype) -> Tensor | None:
-    """0-d 1, or NaN if a target is out of range, which is raised as an error once a GPU has told; None on a CPU, where
-    `_checked` did so.
+def _like(hidden: Tensor) -> Tensor:
+    """(n, D), uninitialised, rows one behind the other, however those of `hidden` lie."""
+    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
+
+
+def _valid(targets: Tensor, ignore_index: int, shard: VocabShard, wide: torch.dtype) -> Tensor | None:
+    """0-d 1, or NaN if a target of the group is out of range, which is raised as an error once a GPU has told; None
+    on a CPU, where `_checked` did so.
     """
     if targets.device.type == "cpu" or not targets.numel():
         return None
     bounds = _range_of(targets, ignore_index)
-    if targets.is_cuda and not torch.cuda.is_current_stream_capturing():
-        _TARGETS.send(bounds, size, ignore_index)
-    return torch.where((bounds[0] < 0) | (bounds[1] >= size), torch.nan, 1.0).to(wide)
+    if shard.group is not None:  # every rank is to know: one that raised alone would leave the others waiting
+        first, last = bounds
+        first, last = max_across(torch.stack((-first, last)), shard.group)
+        bounds = torch.stack((-first, last))
+    if targets.is_cuda:
+        _TARGETS.send(bounds, shard.size, ignore_index)
+    return torch.where((bounds[0] < 0) | (bounds[1] >= shard.size), torch.nan, 1.0).to(wide)
 
 
 class _Prototypes:
@@ -455,6 +480,9 @@ class _Prototypes:
         for block, index in self._blocks():
             part, own = grad[block], None if sums is None else sums[block]
             self._back(part, self.rows.rows[block], own, self.source[block], index, self.scale, part)
+        if prototypes.dtype != grad.dtype:  # the gradient of the tiniest of rows passes its largest number
+            most = torch.finfo(prototypes.dtype).max
+            grad = grad.clamp_(-most, most)
         padding = prototypes.shape[0] - grad.shape[0]
         return (torch.nn.functional.pad(grad, (0, 0, 0, padding)) if padding else grad).to(prototypes.dtype)
 
@@ -597,10 +625,10 @@ class _Reduced(torch.autograd.Function):
         if call.reduction == "mean":
             share = 1 / sum_across((targets != call.ignore_index).sum(), shard.group).clamp_min(1).to(side.wide)
             ranks = shard.ranks
-        valid = _valid(targets, call.ignore_index, shard.size, side.wide)
+        valid = _valid(targets, call.ignore_index, shard, side.wide)
         if valid is not None:
             share = share * valid
-        hidden_grad = torch.empty_like(hidden) if call.use.gradient else hidden
+        hidden_grad = _like(hidden) if call.use.gradient else hidden
         into = RowsGradient(side.rows) if call.use.gradient else None
 
         def use(part: slice, chunk: _Chunk) -> None:
@@ -644,7 +672,7 @@ class _PerToken(torch.autograd.Function):
         call.each(hidden, lambda part: _Chunk(call, side, hidden, targets, exponent, part), use)
         ctx.save_for_backward(hidden, prototypes, exponent, targets)
         ctx.call = call
-        valid = _valid(targets, call.ignore_index, call.shard.size, side.wide)
+        valid = ctx.valid = _valid(targets, call.ignore_index, call.shard, side.wide)
         if valid is not None:
             losses *= valid
         return losses.masked_fill_(targets == call.ignore_index, 0)
@@ -657,9 +685,11 @@ class _PerToken(torch.autograd.Function):
         call: _Call = replace(ctx.call, use=replace(ctx.call.use, gradient=True))
         side = _Prototypes(hidden, prototypes, call.distance, call.shard)
         into = RowsGradient(side.rows)
-        hidden_grad = torch.empty_like(hidden)
+        hidden_grad = _like(hidden)
         exponent_grad = torch.zeros((), dtype=side.wide, device=hidden.device)
         upstream = upstream.masked_fill(targets == call.ignore_index, 0).to(side.wide)
+        if ctx.valid is not None:
+            upstream = upstream * ctx.valid
 
         def use(part: slice, chunk: _Chunk) -> None:
             weight = gather_rows(upstream[part], call.shard.group)

@@ -4,10 +4,11 @@ environment names.
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
+
+from pretrain.plain import to_json
 
 VARIABLE = "OVERTONE_TALLY"
 
@@ -25,7 +26,7 @@ class Tally:
             self._write(report.nodeid, "failed")
 
     def _write(self, name: str, outcome: str) -> None:
-        self._file.write(json.dumps([name, outcome]) + "\n")
+        self._file.write(to_json([name, outcome]) + "\n")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -38,7 +38,7 @@ def rows_at_a_time(width: int, fused: bool) -> int:
     return 1024
 
 
-def tokens_per_wave(width: int, device: torch.device) -> int:
+def tokens_per_wave(width: int, processors: int) -> int:
     """Chunks of a multiple of so many tokens leave no processor idle."""
     return 1
 
@@ -86,7 +86,7 @@ def unscaled(grad: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def to_targets(x: Tensor, rows: Tensor, local: Tensor, product: bool) -> Tensor:
-    """(M,) |x - w|^2 of tokens (M, D) and their targets' rows, or x . w if `product`."""
+    """(M,) |x - w|^2 of tokens (M, D) and their targets' rows, or x . w if `product`; any number where local is -1."""
     wide = accumulator(x.dtype)
     a, b = x.to(wide), rows[local.clamp_min(0)].to(wide)
     return torch.linalg.vecdot(a, b) if product else square_norms(a - b)
@@ -302,7 +302,7 @@ def dot_gradient(
 class Scored(NamedTuple):
     """What `fused_statistics` keeps of a chunk: E (M, V), and how to read it."""
 
-    kept: Tensor  # (M, V) in the operands' dtype: (q / least)^-(coefficient + 1), or exp(score - top); at most 1
+    kept: Tensor  # (M, V) in the operands' dtype: (q / least)^-(coefficient + 1), or exp(score - top): 1 at most
     tops: Tensor  # (tiles, M) log2 of the least q, or the greatest score
     tile: int  # prototypes that share one
 

@@ -30,7 +30,7 @@ OLDEST = (8, 0)  # compute capability: Ampere's, the first with bfloat16 and a m
 FUSED = False  # the fused design has not been timed on a GPU yet; `python -m benchmarks.gpu` times both in one run
 FUSED_CAPABILITY = (9, 0)  # Hopper's: tiles are loaded and stored by its own units
 BLOCK = (128, 256)  # tokens and entries (or prototypes) of a block of cuBLAS' products on Hopper
-TRANSFORMED_ENTRIES = 2**25  # of prototypes that a general transform takes at a time: some hundred MB of float32
+TRANSFORMED_ENTRIES = 2**23  # of prototypes that a general transform takes at a time: 32 MiB of float32, several times
 TEMPORARIES = 0
 
 
@@ -117,13 +117,9 @@ def rows_at_a_time(width: int, fused: bool) -> int:
     return 2**31 if fused else max(1024, TRANSFORMED_ENTRIES // max(1, width))
 
 
-def tokens_per_wave(width: int, device: torch.device) -> int:
-    """A chunk of a multiple of so many tokens gives every multiprocessor the same number of blocks of the product G
-    w.
-    """
-    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-    across = triton.cdiv(width, BLOCK[1])
-    return BLOCK[0] * processors // math.gcd(processors, across)
+def tokens_per_wave(width: int, processors: int) -> int:
+    """A chunk of a multiple of so many tokens gives every multiprocessor as many blocks of the product G w."""
+    return BLOCK[0] * processors // math.gcd(processors, triton.cdiv(width, BLOCK[1]))
 
 
 def square_norms(rows: Tensor) -> Tensor:
@@ -164,18 +160,13 @@ def finish(
         out.copy_(total)
 
 
-def finish_rows(total: Tensor, rows: Tensor, columns: Tensor) -> None:
-    """As eager.finish_rows."""
-    triton_rows.finish(total, rows, columns, rows, None, False, total)
-
-
 product = eager.product
 unit_rows = eager.unit_rows
 unit_rows_gradient = eager.unit_rows_gradient
 
 
 def to_targets(x: Tensor, rows: Tensor, local: Tensor, product: bool) -> Tensor:
-    """As eager.to_targets; 0 where the target is not here."""
+    """As eager.to_targets."""
     return triton_rows.to_targets(x, rows, local, product)
 
 

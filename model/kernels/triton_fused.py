@@ -2,9 +2,10 @@
 
 `scores`: a tile of x w' becomes squared distances q = |x|^2 + |w|^2 - 2 x.w (or stays x.w for "dot"), then E = (q /
 least)^-(coefficient + 1), where least is the smallest q of a token in the tile, and the tile's sums of E q: the
-normaliser up to least^-(coefficient + 1). No E passes 1, however much likelier than the target a rival is. E is kept
-in the operands' dtype; where q is at its floor it is 0, as the gradient is, and the sums count it. `gradients`: E
-becomes G = weight * (p - onehot) * ds/dq in place, one factor per token and tile, with its sums as rounded.
+normaliser up to least^-(coefficient + 1). E is 1 at most (in float32, but for rounding), however much likelier than
+the target a rival is. E is kept in the operands' dtype; where q is at its floor it is 0, as the gradient is, and the
+sums count it. `gradients`: E becomes G = weight * (p - onehot) * ds/dq in place, one factor per token and tile, with
+its sums as rounded.
 
 E is rounded, and so is G: 2^-9 each in bfloat16, where G alone is rounded by the separate passes. The target's entry is
 made of its own difference, in float32.

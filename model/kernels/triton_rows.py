@@ -16,7 +16,6 @@ from torch import Tensor
 from model.kernels.triton_scores import launch
 
 WIDEST = 4096  # entries that a program holds at a time
-LARGEST = tl.constexpr(3.4028234663852886e38)  # of float32
 
 
 @triton.jit
@@ -90,7 +89,7 @@ def _finished(total, rows, row, width, at, twice_sum, SUMMED: tl.constexpr):
 @triton.jit
 def _finish(
     total, rows, sums, source, scales, out, width, SUMMED: tl.constexpr, SCALED: tl.constexpr,
-    SCALE_STRIDE: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
+    SCALE_STRIDE: tl.constexpr, UNIT: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the rows that `_prepare` was given, from the product G w or G' x of the chunk."""
     row = tl.program_id(0).to(tl.int64)
@@ -118,9 +117,9 @@ def _finish(
         if UNIT:
             entries = tl.load(source + row * width + at, mask=at < width, other=0.0).to(tl.float32)
             grad = (grad - entries / most / length * along) / length / most
-            grad = tl.where(zero, 0.0, tl.clamp(grad, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL))
+            grad = tl.where(zero, 0.0, tl.clamp(grad, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL))
         if SCALED:
-            grad = tl.clamp(grad * scale, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+            grad = tl.clamp(grad * scale, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
         tl.store(out + row * width + at, grad.to(out.dtype.element_ty), mask=at < width)
 
 
@@ -141,8 +140,8 @@ def finish(
     if n:
         launch(
             _finish, (n,), total, rows, sums, source, scale, out, d, SUMMED=sums is not None, SCALED=scale is not None,
-            SCALE_STRIDE=0 if scale is None or scale.numel() == 1 else 1, UNIT=unit, BLOCK=_block(d), warps=_warps(d),
-            enable_fp_fusion=True,
+            SCALE_STRIDE=0 if scale is None or scale.numel() == 1 else 1, UNIT=unit, MOST=torch.finfo(out.dtype).max,
+            BLOCK=_block(d), warps=_warps(d), enable_fp_fusion=True,
         )  # fmt: skip
 
 

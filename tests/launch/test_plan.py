@@ -119,7 +119,7 @@ def test_chunks_are_those_of_the_head(head: dict[str, Any], ranks: int, monkeypa
     from model.contractions import Use
     from model.head import HarmonicHead
 
-    kernels = SimpleNamespace(TEMPORARIES=0, tokens_per_wave=lambda width, device: 1)  # as model/kernels/gpu.py
+    kernels = SimpleNamespace(TEMPORARIES=0, tokens_per_wave=lambda width, processors: 1)  # as model/kernels/gpu.py
     monkeypatch.setattr(harmonic, "kernels_for", lambda x: kernels)
     cfg = tiny_config(head=head, train__micro_batch=2, train__precision="bf16")
     contraction = HarmonicHead(1, 32, seed=0, **cfg.head.arguments()).score_function.contraction
@@ -130,7 +130,7 @@ def test_chunks_are_those_of_the_head(head: dict[str, Any], ranks: int, monkeypa
         small = altered(cfg, head={"chunk_mib": budget}, model={"seq_len": 8192})
         for fused in (False, True):
             use = Use(kernels if fused else None)
-            call = harmonic._Call(SimpleNamespace(contraction=contraction), shard, "mean", -100, budget * 2**20, use)
+            call = harmonic._Call(SimpleNamespace(contraction=contraction), shard, "mean", -100, budget * 2**20, 1, use)
             hidden = torch.empty(2 * 8192, 32, dtype=torch.bfloat16, device="meta")
             planned, size = head_chunks(altered(small, head={"fused": fused}), ranks, 80 * 2**30)
             made = len(list(call.chunks(hidden)))

@@ -38,6 +38,8 @@ DEVICE = torch.device("cuda" if CUDA else "cpu")
 if CUDA or INTERPRETED:
     from model.kernels import gpu, triton_elementwise, triton_fused, triton_scores
 
+    SMALL_TILE = triton_fused.Tile(16, 32, 16, 4, 2)
+
 if CUDA:
     import triton
     import triton.language as tl
@@ -348,13 +350,15 @@ def test_distances_to_targets() -> None:
 
 
 FUSED_TILES = [(16, 16, 16, 4, 2), (32, 64, 16, 4, 2)]
+FUSED_SIZES = [(5, 37, 24), (1, 1, 8), (33, 70, 40)] + [(515, 1030, 520), (130, 50257, 64)] * CUDA  # rows of 16 bytes
 
 
 @runs
 @pytest.mark.parametrize("tile", FUSED_TILES, ids=str)
-@pytest.mark.parametrize("exponent", [0.05, 14.0, 768.0])
-@pytest.mark.parametrize("kind", ["quadratic", "dot"])
-@pytest.mark.parametrize("size", [(5, 37, 20), (1, 1, 4), (33, 70, 36), *LARGE], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "exponent"), [("quadratic", 0.05), ("quadratic", 14.0), ("quadratic", 768.0), ("dot", 1.0)]
+)
+@pytest.mark.parametrize("size", FUSED_SIZES, ids=str)
 def test_fused(size: tuple[int, int, int], kind: str, exponent: float, tile: tuple[int, ...]) -> None:
     """Sums and G from E, never further from float64 than from float32 scores (bfloat16: than after two roundings)."""
     x, w, local = draw(size)
@@ -467,7 +471,8 @@ def test_harmonic_loss(variant: str, fused: bool, served: None, monkeypatch: pyt
             pytest.skip("this distance is no product")
         d = 4 * d
         monkeypatch.setattr(gpu, "fused_unavailable", lambda x: None if triton_fused.serves(x) else "the width")
-        monkeypatch.setattr(triton_fused, "TILES", [triton_fused.Tile(16, 32, 16, 4, 2)])
+        for name, value in (("TILES", [SMALL_TILE]), ("WITH_MOMENT", SMALL_TILE)):
+            monkeypatch.setattr(triton_fused, name, value)
     scores = triton_fused.scores
     calls = []
 
@@ -509,6 +514,13 @@ def test_edges(served: None) -> None:
         empty = harmonic_loss(x[:0].requires_grad_(), rows, y[:0], distance=distance, exponent=2.0)
         empty.backward()
         assert empty == 0
+    for distance in ("euclidean", "cosine", "manhattan"):
+        expected = None
+        for tokens in (x, x.t().contiguous().t()):
+            hidden = tokens.detach().requires_grad_()
+            harmonic_loss(hidden, torch.ones(7, 3, device=DEVICE), y, distance=distance, exponent=2.0).backward()
+            expected = hidden.grad if expected is None else expected
+            torch.testing.assert_close(hidden.grad, expected)
     log_probs = harmonic_log_probs(x, torch.randn(7, 3, device=DEVICE), exponent=3.0)
     torch.testing.assert_close(log_probs.exp().sum(1), torch.ones(4, device=DEVICE))
 
@@ -579,10 +591,28 @@ def test_the_gpu_is_served_by_these_kernels() -> None:
     assert choose.kernels_for(torch.zeros(1, device=DEVICE, dtype=torch.float64)) is eager
 
 
+@runs
+def test_nan_is_passed_on_by_the_fused_product() -> None:
+    x, w, local = draw((5, 37, 24))
+    x[2, 3] = torch.nan
+    if CUDA:
+        x, w = x.bfloat16(), w.bfloat16()
+    rows = gpu.Rows(w)
+    norms = eager.square_norms(x)
+    squares = Squares(norms, rows.squares, gpu.to_targets(x, w, local, False), RELATIVE_FLOOR * norms.nan_to_num())
+    given = triton_scores.Given(local, torch.tensor(2.0, device=DEVICE), squares.floor, squares)
+    (_, total, _, _), _ = triton_fused.scores("quadratic", x, w, given, squares.target, True, False, SMALL_TILE)
+    assert total.isnan().tolist() == [False, False, True, False, False]
+
+
 @on_gpu
 @needs_gpu
-@pytest.mark.parametrize("distance", ["euclidean", "dot", "manhattan"])
-def test_bfloat16(distance: str) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine", "dot", "manhattan"])
+def test_bfloat16(distance: str, fused: bool) -> None:
+    """At the sizes of tiles as they are, with whatever the device serves."""
+    if fused and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the fused kernels are Hopper's")
     n, v, d = 300, 5003, 256
     x, w = torch.randn(n, d, device=DEVICE, dtype=torch.bfloat16), torch.randn(v, d, device=DEVICE)
     w = w.bfloat16().float()
@@ -591,7 +621,7 @@ def test_bfloat16(distance: str) -> None:
     def run(loss: Any, x: Tensor, w: Tensor) -> list[Tensor]:
         return loss_and_gradients(lambda x, w, **p: loss(x, w, y, **p), x, w, distance, 6.0)
 
-    fast = run(lambda *a, **p: harmonic_loss(*a, reduction="none", **p), x, w)
+    fast = run(lambda *a, **p: harmonic_loss(*a, reduction="none", fused=fused, **p), x, w)
     truth = run(harmonic_loss_reference, x.double(), w.double())
     for found, expected, bound in zip(fast, truth, (1e-3, 2e-2, 2e-2, 2e-2), strict=True):
         assert (found - expected).norm() <= bound * expected.norm()
@@ -633,6 +663,21 @@ def test_offsets_of_64_bits() -> None:
     grads = gpu.dot_gradient(dots, lse, weight, local, torch.bfloat16, target)
     expected = eager.dot_gradient(last, lse[-4:], weight[-4:], local[-4:], torch.bfloat16)
     torch.testing.assert_close(grads[-4:], expected)
+    if torch.cuda.get_device_capability()[0] != 9:
+        return
+    del dots, grads
+    x, w = torch.randn(m, 8, device=DEVICE).bfloat16(), torch.randn(v, 8, device=DEVICE).bfloat16()
+    target = gpu.to_targets(x, w, local, True)
+    given = triton_scores.Given(local)
+    (top, total, _, score), scored = triton_fused.scores("dot", x, w, given, target, True, False)
+    assert scored is not None
+    last = x[-4:].float() @ w.float().t()
+    check_fused = top[-4:] + total[-4:].log()
+    torch.testing.assert_close(check_fused, last.logsumexp(1), rtol=1e-5, atol=1e-4)
+    lse = top + total.log()
+    triton_fused.gradients("dot", scored, given, target, score, lse, weight)
+    expected = eager.dot_gradient(last, lse[-4:], weight[-4:], local[-4:], torch.bfloat16)
+    torch.testing.assert_close(scored.kept[-4:], expected, rtol=2.0**-6, atol=1e-6)
 
 
 @on_gpu

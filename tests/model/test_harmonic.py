@@ -494,8 +494,51 @@ def test_a_target_out_of_range_on_a_gpu(reduction: str) -> None:
     y = torch.tensor([1, 7, -100, 2], device="cuda")
     loss = harmonic_loss(x, w, y, exponent=2.0, reduction=reduction)
     loss.sum().backward()
-    assert loss.sum().isnan() and (reduction == "none" or x.grad.isnan().any())
+    assert loss.sum().isnan() and x.grad.isnan().any()
     torch.cuda.synchronize()
     with pytest.raises(ValueError, match="targets reach from 0 to 7: expected 0 to 6, or -100"):
         harmonic_loss(x, w, y.clamp(-100, 6), exponent=2.0)
     assert harmonic_loss(x, w, y.clamp(-100, 6), exponent=2.0).isfinite()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_a_target_out_of_range_spoils_the_loss_and_its_gradients(
+    reduction: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where nobody waits for the answer."""
+    from model import harmonic
+
+    monkeypatch.setattr(harmonic, "_check_range", lambda *given: None)
+    valid = harmonic._valid
+    meta = torch.empty(1, device="meta")
+    assert valid(torch.zeros(1, dtype=torch.int64), -100, harmonic.VocabShard(0, 7), torch.float32) is None
+    assert valid(meta.long(), -100, harmonic.VocabShard(0, 7), torch.float32).device.type == "meta"
+    monkeypatch.setattr(harmonic, "_valid", lambda *given: torch.tensor(torch.nan))
+    x, w = torch.randn(4, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
+    loss = harmonic_loss(x, w, torch.tensor([1, 7, -100, 2]).clamp(max=6), exponent=2.0, reduction=reduction)
+    loss.sum().backward()
+    assert loss.sum().isnan() and x.grad.isnan().any() and w.grad.isnan().any()
+
+
+def test_gradients_of_the_tiniest_rows_stay_in_the_range_of_their_dtype() -> None:
+    """bfloat16's largest number is below float32's, which rounds to infinity."""
+    x, w = torch.randn(4, 8, dtype=torch.bfloat16), (torch.randn(7, 8) * 2.0**-124).bfloat16()
+    x, w = (x * 2.0**-124).requires_grad_(), w.requires_grad_()
+    harmonic_loss(x, w, torch.tensor([1, 2, 3, 4]), exponent=1000.0, reduction="sum").backward()
+    for grad in (x.grad, w.grad):
+        assert grad.isfinite().all() and grad.abs().max() > 1e38
+
+
+def test_rows_may_lie_in_memory_as_they_like() -> None:
+    """Transposed, strided, expanded."""
+    x, w, y = torch.randn(6, 8), torch.randn(7, 8), torch.randint(0, 7, (6,))
+    for distance in ("euclidean", "cosine", "manhattan", "dot"):
+        for reduction in ("mean", "none"):
+            expected = None
+            for hidden, rows in ((x, w), (x.t().contiguous().t(), w.t().contiguous().t())):
+                leaves = hidden.detach().requires_grad_(), rows.detach().requires_grad_()
+                loss = harmonic_loss(*leaves, y, distance=distance, exponent=3.0, reduction=reduction).sum()
+                found = (loss, *torch.autograd.grad(loss, leaves))
+                expected = expected or found
+                for a, b in zip(found, expected, strict=True):
+                    torch.testing.assert_close(a, b)

@@ -20,7 +20,7 @@ PER_SCORE = {  # instructions of a thread, and of them logarithms, exponentials 
     "triton_scores._statistics": (30, 2.5),
     "triton_scores._gradients": (43, 2.6),  # in float32; 33 in bfloat16
     "triton_fused._scores": (17, 2.3),
-    "triton_fused._gradients": (22, 0.6),
+    "triton_fused._gradients": (23, 0.6),
 }
 # bytes that a call moves outside of products: per score, per entry of the hidden states and of the prototypes
 BYTES = {False: (10.1, 30, 30), True: (6.1, 32, 34)}
@@ -38,6 +38,8 @@ def found(request: pytest.FixtureRequest) -> dict[str, Any]:
             pytest.skip("Triton 3.6 is not beside the locked one: `make test` puts it there")
         environment["PYTHONPATH"] = f"{OLDER}{os.pathsep}{environment.get('PYTHONPATH', '')}"
     command = [sys.executable, "-m", "benchmarks.hopper", "--json"]
+    if request.param == "3.6":
+        command.append("--kernels")  # a call's counts do not depend on it
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout)
@@ -66,8 +68,15 @@ def test_instructions_per_score(found: dict[str, Any]) -> None:
     assert seen == set(PER_SCORE)
 
 
+def calls_of(found: dict[str, Any]) -> list[dict[str, Any]]:
+    if found["triton"].startswith("3.6"):
+        pytest.skip("counted with the locked Triton alone")
+    assert len(found["calls"]) == 30, "three heads, two designs, five shapes"
+    return found["calls"]
+
+
 def test_launches_and_bytes(found: dict[str, Any]) -> None:
-    for call in found["calls"]:
+    for call in calls_of(found):
         per_score, per_token, per_prototype = BYTES[call["fused"]]
         per_prototype += 8 * (call["chunks"] > 1)  # the tiles of w, once a chunk
         assert call["launches"] <= LAUNCHES[0] + LAUNCHES[1] * call["chunks"], call
@@ -77,15 +86,16 @@ def test_launches_and_bytes(found: dict[str, Any]) -> None:
 
 def test_nothing_is_wider_than_it_must_be(found: dict[str, Any]) -> None:
     """Chunks take what memory there is and no more: fused ones keep 2 bytes of a score, the others 4 and 2."""
-    for call in found["calls"]:
+    calls = calls_of(found)
+    for call in calls:
         assert call["largest_bytes"] <= 5 * 2**30, call
-        same = {c["fused"]: c for c in found["calls"]
+        same = {c["fused"]: c for c in calls
                 if all(c[key] == call[key] for key in ("distance", "width", "prototypes"))}  # fmt: skip
         assert same[True]["chunks"] < same[False]["chunks"]
 
 
 def test_the_model_of_time_is_near_the_goal(found: dict[str, Any]) -> None:
     """Of design A' in bare products: 1.37 at D 768, 1.12 at D 4,096, as far as arithmetic can tell."""
-    for call in found["calls"]:
+    for call in calls_of(found):
         if call["fused"] and call["prototypes"] == 50304:
             assert call["modelled_ratio"] <= (1.40 if call["width"] == 768 else 1.13), call
