@@ -64,7 +64,7 @@ def test_the_locks_agree(python: str) -> None:
 
 def test_no_file_of_the_lock_names_an_address() -> None:
     files = sorted(FOLDER.glob("*.txt"))
-    assert len(files) == 6 and all("://" not in file.read_text() and " @ " not in file.read_text() for file in files)
+    assert len(files) == 7 and all("://" not in file.read_text() and " @ " not in file.read_text() for file in files)
 
 
 def test_what_we_lean_on_has_bounds_on_both_sides() -> None:
