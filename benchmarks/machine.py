@@ -1,25 +1,12 @@
-"""What this machine is called, for the headings of results; needs nothing but Python."""
+"""What results are called and what nvidia-smi says of this machine's GPU; needs nothing but Python."""
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import subprocess
-from pathlib import Path
 
 ASKING_S = 20.0
-
-
-def cpu_name() -> str:
-    """This machine's processor, in words."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def slug(name: str) -> str:

@@ -3,7 +3,7 @@
     run-cpu.txt  dev-cpu.txt     what `make setup` and `make test` install on a machine without a GPU
     run-gpu.txt  dev-gpu.txt     and with one
     build.txt                    first of all: what packages without a wheel are built with
-    torch-cpu.txt triton-3.6.txt kept by hand: torch's CPU build, and the older Triton that kernels are compiled with too
+    torch-cpu.txt triton-3.6.txt kept by hand: torch's CPU build; the older Triton that kernels are compiled with too
 
 Each is whole, in pip's own form with hashes, for Python 3.11 and 3.12 on Linux, and holds no address: pip and uv read
 it (`pip install -r requirements/run-cpu.txt`). Those for CPUs are those for GPUs without what only GPUs need, and
