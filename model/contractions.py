@@ -72,9 +72,7 @@ class RowsGradient:
 class Use:
     """What a chunk's statistics are for."""
 
-    fused: ModuleType | None = (
-        None  # the kernels that make them along with the product; None: two steps, scores between
-    )
+    fused: ModuleType | None = None  # kernels that make them along with the product; None: in two steps
     gradient: bool = True  # it will be asked for
     exponent: bool = True  # and that of the exponent
 

@@ -1,9 +1,8 @@
 """Energy of a run's phases in joules, from its nodes' counters, read by Zeus; None if not measured, never zero.
 
 One counter per node, on its local rank 0, over that node's GPUs, CPU packages and DRAM; where ranks see their own GPU
-alone, each counts that. A window is the difference of
-two readings. A counter that did not move in a window was not updated in it: that window is not measured, and its joules
-are in the next one, so that sums lose nothing.
+alone, each counts that. A window is the difference of two readings. A counter that did not move in a window was not
+updated in it: that window is not measured, and its joules are in the next one, so that sums lose nothing.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from model.kernels.triton_scores import (
     launch,
     padded,
     padded_rows,
-    stretch_of,
+    partial_sums,
     target_gradient,
 )
 
@@ -269,17 +269,11 @@ def gradients(
     m, v = kept.shape
     block_m, block_v = TILE[0], min(TILE[1], width)
     wide = padded(kept)
-    column_blocks = triton.cdiv(wide, block_v)
-    stretch = stretch_of(m, column_blocks, block_m)
-    stretches = triton.cdiv(m, stretch) if m else 0
-    summed = kind == "quadratic"
-    over_rows = tops.new_empty(m, column_blocks if summed else 0)
-    over_columns = tops.new_empty(stretches, wide if summed else 0)
+    grid, stretch, over_rows, over_columns = partial_sums(kind, m, wide, block_m, block_v, kept.device)
     launch(
-        _gradients, (column_blocks, stretches), kept, given.local, beside(kept, given.coefficient), given.floor,
-        targets, tops, score, lse, weight, over_rows, over_columns, m, v, wide, kept.stride(0), stretch, KIND=kind,
-        WIDTH=width,
-        BLOCK_M=block_m, BLOCK_V=block_v, enable_fp_fusion=True,
+        _gradients, grid, kept, given.local, beside(kept, given.coefficient), given.floor, targets, tops, score, lse,
+        weight, over_rows, over_columns, m, v, wide, kept.stride(0), stretch, KIND=kind, WIDTH=width, BLOCK_M=block_m,
+        BLOCK_V=block_v, enable_fp_fusion=True,
     )  # fmt: skip
     return over_rows.sum(1), over_columns.sum(0)[:v]
 

@@ -152,13 +152,13 @@ def combined(tops: Tensor, totals: Tensor, moments: Tensor, dim: int) -> tuple[T
 
 
 @triton.jit
-def target_gradient(score, lse, slope, squares_or_none, steep, KIND: tl.constexpr):
+def target_gradient(score, lse, slope, apart, steep, KIND: tl.constexpr):
     """G at the target of a token: slope * (p - 1) / c, with slope = weight * ds / d log c. p is exactly 1 where the
     score is the log-sum-exp.
     """
     wrong = (tl.exp2((score - lse) * LOG2E) - 1.0) * slope
     if KIND == "quadratic":
-        wrong = wrong / squares_or_none
+        wrong = wrong / apart
     if KIND == "log":
         wrong = wrong * tl.exp2(score * LOG2E / -steep)
     return wrong
@@ -251,15 +251,9 @@ def gradients(
     squares = given.squares or Squares(None, None, None, None)  # type: ignore[arg-type]
     block_m, block_v = tile or TILE
     wide = min(padded(values), padded(out))
-    column_blocks = triton.cdiv(wide, block_v)
-    if stretch is None:
-        stretch = stretch_of(m, column_blocks, block_m)
-    stretches = triton.cdiv(m, stretch) if m else 0
-    summed = kind == "quadratic"
-    over_rows = values.new_empty(m, column_blocks if summed else 0)
-    over_columns = values.new_empty(stretches, wide if summed else 0)
+    grid, stretch, over_rows, over_columns = partial_sums(kind, m, wide, block_m, block_v, values.device, stretch)
     launch(
-        _gradients, (column_blocks, stretches), values, given.local, beside(values, given.coefficient), given.floor,
+        _gradients, grid, values, given.local, beside(values, given.coefficient), given.floor,
         squares.x, squares.rows, squares.target, score, lse, weight, out, over_rows, over_columns, m, v, wide,
         values.stride(0), out.stride(0), stretch, MARGIN=FLOOR_MARGIN, KIND=kind, BLOCK_M=block_m, BLOCK_V=block_v,
         enable_fp_fusion=False,  # else p would not be 1 where it is
@@ -267,9 +261,21 @@ def gradients(
     return over_rows.sum(1), over_columns.sum(0)[:v]
 
 
-def stretch_of(tokens: int, column_blocks: int, block_m: int) -> int:
-    """Tokens of a program, so that there are about PROGRAMS of them."""
-    return triton.cdiv(triton.cdiv(tokens, max(1, PROGRAMS // column_blocks)), block_m) * block_m
+def partial_sums(
+    kind: str, m: int, columns: int, block_m: int, block_v: int, device: torch.device, stretch: int | None = None
+) -> tuple[tuple[int, int], int, Tensor, Tensor]:
+    """The grid of a pass that makes G (M, columns), tokens of a program (None: so many that there are about PROGRAMS of
+    them), and where programs leave their sums over rows (M, column blocks) and columns (stretches, columns) of
+    "quadratic" (empty otherwise).
+    """
+    blocks = triton.cdiv(columns, block_v)
+    if stretch is None:
+        stretch = triton.cdiv(triton.cdiv(m, max(1, PROGRAMS // blocks)), block_m) * block_m
+    stretches = triton.cdiv(m, stretch) if m else 0
+    summed = kind == "quadratic"
+    over_rows = torch.empty(m, blocks if summed else 0, dtype=torch.float32, device=device)
+    over_columns = torch.empty(stretches, columns if summed else 0, dtype=torch.float32, device=device)
+    return (blocks, stretches), stretch, over_rows, over_columns
 
 
 def padded(values: Tensor) -> int:
