@@ -36,8 +36,8 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.numpy import load_file
 
-from pretrain import checkpoint
-from pretrain.checkpoint import DRAFT, LATEST
+from pretrain.checkpoints import folder as checkpoint
+from pretrain.checkpoints.folder import DRAFT, LATEST
 from pretrain.metrics import read_records
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -56,12 +56,12 @@ def config(layers: int, dim: int, folder: Path) -> RunConfig:
 
 def measure(layers: int, dim: int, repeats: int) -> Cost:
     """In this process."""
-    from pretrain import checkpoint
-    from pretrain import ranks as process
-    from pretrain.checkpoint import Progress
+    from pretrain.checkpoints import folder as checkpoint
+    from pretrain.checkpoints.folder import Progress
+    from pretrain.checkpoints.fragments import finish_load, head_fragments, trunk_fragments
+    from pretrain.checkpoints.saver import Saver
     from pretrain.engine import Trainer
-    from pretrain.fragments import finish_load, head_fragments, trunk_fragments
-    from pretrain.saver import Saver
+    from pretrain.runtime import ranks as process
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)

@@ -30,12 +30,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from common.errors import ConfigError
+from common.machine import cores
+from common.settings import validate
 from data.config import DataConfig, EmbeddedSource, FilesSource
-from data.corpus import documents
 from data.prepare import prepare
-from data.settings import ConfigError, validate
+from data.sources.corpus import documents
 from data.tokenizer import BLANK, Tokenizer, train
-from data.workers import cores
 from pretrain.config import RunConfig
 
 VOCAB = 16_384
@@ -168,9 +169,9 @@ def loading(cfg: RunConfig, steps: int) -> Loading:
     """Reads for READ_SECONDS, then trains `steps` steps."""
     from data.loader import Windows
     from data.shards import open_split
-    from pretrain import ranks as process
     from pretrain.batches import Batches
     from pretrain.engine import Trainer
+    from pretrain.runtime import ranks as process
 
     ranks = process.with_groups(process.start_command(), 1)
     split = open_split(cfg.data.path, "train")

@@ -32,9 +32,9 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
+from common.machine import cpu_name
 from model.distances import DISTANCES, make
 from model.harmonic import harmonic_loss
-from pretrain.machine import cpu_name
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 MIB = 2**20

@@ -36,10 +36,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from common.plain import to_json
 from model import contractions, distances, harmonic
 from model.harmonic import harmonic_loss
 from model.kernels import choose, gpu, triton_elementwise, triton_fused, triton_rows, triton_scores
-from pretrain.plain import to_json
 
 RESULTS = Path(__file__).parent / "results" / "head-gpu-model.md"
 PRODUCT_RATE = 700e12  # floating-point operations per second of bfloat16 products

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from common.gpus import GIB, GPUS
 from launch.cluster import Cluster
 from launch.footprint import Memory, memory, parameters, prototype_elements
 from launch.plan import StepTime, altered, assumptions, step_time
 from launch.traffic import collectives
 from pretrain.config import RunConfig, from_tree
-from pretrain.gpus import GIB, GPUS
 
 GPU = "h100-80gb"
 WORLDS = (8, 16, 32, 64, 128, 256, 512, 1024)

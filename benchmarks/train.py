@@ -28,17 +28,17 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from common.errors import ConfigError
+from common.plain import to_json
 from data.loader import Windows
-from data.settings import ConfigError
 from data.shards import open_split
-from launch.deepspeed import command, environment
 from launch.hosts import place
+from launch.invocation import command, environment
 from model.decoder import Decoder
-from pretrain import ranks as process
 from pretrain.batches import Batches
 from pretrain.config import RunConfig, check_data, check_layout, load
 from pretrain.optim import parameter_groups
-from pretrain.plain import to_json
+from pretrain.runtime import ranks as process
 
 WARM_UP = 2
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "all_gather")

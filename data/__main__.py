@@ -5,8 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from common.errors import ConfigError
+from common.settings import read_tree, validate
 from data.config import DataConfig
-from data.settings import ConfigError, read_tree, validate
 
 COMMANDS = {
     "prepare": "train the tokenizer and write token shards into data.path (or find them there)",

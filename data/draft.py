@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from data.files import lock, publish, replace_file
-from data.settings import ConfigError
+from common.errors import ConfigError
+from common.files import lock, publish, replace_file
 from data.shards import MANIFEST
 
 JOURNAL = "journal.json"

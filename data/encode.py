@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.corpus import is_empty
 from data.overlap import overlap, runs_of, union
 from data.shards import DTYPES
+from data.sources.corpus import is_empty
 from data.tokenizer import Tokenizer
 
 FINE, EMPTY, SHORT = range(3)

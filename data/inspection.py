@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from common.errors import ConfigError
 from data.nanogpt import Gpt2Vocabulary
-from data.settings import ConfigError
 from data.shards import REMAKE, Split, check_tokenizer, open_split, read_manifest
 from data.tokenizer import Tokenizer
 

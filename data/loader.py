@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from data.shards import Split
 
 ROUNDS = 8

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from common.errors import ConfigError
 from data.loader import IGNORED
-from data.settings import ConfigError
 from data.shards import TOKENIZER
 from data.tokenizer import Tokenizer
 

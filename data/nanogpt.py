@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import ConfigError
+from common.files import sha256_of
+from common.progress import Log, progress, say
 from data.draft import draft_of
-from data.files import sha256_of
 from data.prepare import SPLITS, tell_splits
-from data.progress import Log, progress, say
-from data.settings import ConfigError
 from data.shards import FORMAT, MANIFEST, ShardWriter, fingerprint, read_manifest, split_entry, write_manifest
 from data.token_files import GPT2, Asked, Layout, TokenFile, check_ids, files_of, open_files
 

@@ -20,27 +20,15 @@ from typing import Any
 
 import numpy as np
 
+from common.errors import ConfigError
+from common.files import flush, sha256_of
+from common.machine import cores
+from common.progress import Log, progress, say
+from common.workers import Workers
 from data.config import DataConfig, MixtureSource, PreparedSource
-from data.corpus import (
-    EMBEDDED,
-    Document,
-    Part,
-    check_columns,
-    documents,
-    is_empty,
-    is_remote,
-    no_text,
-    parts_of,
-    read,
-)
 from data.draft import HELD_OUT, SEEN, Draft, draft_of
 from data.encode import EMPTY, SHORT, Encoded, Encoder, HeldOutRuns, digest_of, held_out
-from data.files import flush, sha256_of
-from data.formats import LINES
 from data.overlap import union
-from data.progress import Log, progress, say
-from data.separators import check_separators
-from data.settings import ConfigError
 from data.shards import (
     DTYPES,
     FORMAT,
@@ -54,8 +42,21 @@ from data.shards import (
     split_entry,
     write_manifest,
 )
+from data.sources.corpus import (
+    EMBEDDED,
+    Document,
+    Part,
+    check_columns,
+    documents,
+    is_empty,
+    is_remote,
+    no_text,
+    parts_of,
+    read,
+)
+from data.sources.formats import LINES
+from data.sources.separators import check_separators
 from data.tokenizer import Tokenizer, train
-from data.workers import Workers, cores
 
 SAMPLE_SPAN = 20  # the tokenizer's sample is drawn from the first 20 * train_bytes bytes of the source
 BATCH_CHARS = 1 << 20  # text that is sent to a process at once

@@ -21,8 +21,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from data.files import flush, replace_file, sha256_of
-from data.settings import ConfigError
+from common.errors import ConfigError
+from common.files import flush, replace_file, sha256_of
 
 FORMAT = 2
 MAGIC = b"OVERTONE"

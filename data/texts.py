@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.encoding import without_mark
-from data.settings import ConfigError
+from common.errors import ConfigError
+from data.sources.encoding import without_mark
 from data.tokenizer import Tokenizer
 
 

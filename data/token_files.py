@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.progress import Log, progress
-from data.settings import ConfigError
+from common.errors import ConfigError
+from common.progress import Log, progress
 from data.shards import DTYPES, MAGIC
 
 BLOCK = 1 << 24  # tokens that are looked at together

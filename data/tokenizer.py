@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 
 UNK, BOS, EOS, PAD, MASK = range(5)
 

@@ -10,12 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.settings import ConfigError
+from common.errors import ConfigError
+from common.exits import EXIT_BAD_INPUT
+from common.variables import JOB_VARIABLE
 from launch import plan, slurm
 from launch.hosts import Placement, place
 from launch.job import End
-from pretrain.claim import Claim
-from pretrain.config import EXIT_BAD_INPUT, JOB_VARIABLE, RunConfig, load
+from pretrain.config import RunConfig, load
+from pretrain.runtime.claim import Claim
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -119,11 +121,11 @@ def _add_job(job: argparse.ArgumentParser) -> None:
 
 
 def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> int:
-    from launch import deepspeed
+    from launch import invocation
     from launch.restart import keep_running
 
-    deepspeed.check_launcher(placement, asked.launcher)
-    deepspeed.check(cfg, placement)
+    invocation.check_launcher(placement, asked.launcher)
+    invocation.check(cfg, placement)
     if asked.max_restarts < 0:
         raise ConfigError(f"--max-restarts {asked.max_restarts}: expected 0 or more")
     if asked.max_restarts and cfg.resume != "auto":
@@ -140,7 +142,7 @@ def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], pl
             "hosts; whatever starts them restarts"
         )
     if not asked.dry_run:
-        deepspeed.check_tools(placement, asked.launcher)
+        invocation.check_tools(placement, asked.launcher)
 
     def start(placement: Placement) -> End:
         return _start(asked, cfg, overrides, placement)
@@ -150,14 +152,14 @@ def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], pl
 
 def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> End:
     """Runs the job once, or prints how, for a dry run."""
-    from launch import deepspeed, job
+    from launch import invocation, job
     from launch.lease import take
     from launch.reach import answers
 
     launcher = asked.launcher if placement.hostfile is not None else None
     if launcher == "slurm":
-        words = deepspeed.srun(asked.config, overrides, placement, port=asked.master_port)
-        print(deepspeed.one_line(words, {}), flush=True)
+        words = invocation.srun(asked.config, overrides, placement, port=asked.master_port)
+        print(invocation.one_line(words, {}), flush=True)
         if not asked.dry_run:
             os.execvp(words[0], words)  # it hands signals to the launchers on the hosts, and their exit codes back
         return job.DONE
@@ -166,18 +168,18 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], 
     if launcher == "none":
         node = asked.node_rank
         if node is None:
-            node = 0 if asked.dry_run else deepspeed.own_node(placement)
+            node = 0 if asked.dry_run else invocation.own_node(placement)
         if not 0 <= node < len(placement.ranks):
             raise ConfigError(f"--node-rank {node}: {placement.hostfile} has hosts 0 to {len(placement.ranks) - 1}")
-    address, port = deepspeed.meeting_point(placement, facts) if launcher else (None, None)
-    port = asked.master_port or port or deepspeed.free_port()
+    address, port = invocation.meeting_point(placement, facts) if launcher else (None, None)
+    port = asked.master_port or port or invocation.free_port()
 
     def command_for(node: int | None, claim: Claim | None = None) -> tuple[list[str], dict[str, str]]:
         folder = cfg.run if launcher == "pdsh" else None
-        added = deepspeed.environment(placement, facts, claim=claim, node=node, folder=folder)
+        added = invocation.environment(placement, facts, claim=claim, node=node, folder=folder)
         if launcher == "openmpi":
             added |= {"MASTER_ADDR": str(address), "MASTER_PORT": str(port)}
-        words = deepspeed.command(
+        words = invocation.command(
             asked.config,
             overrides,
             placement,
@@ -192,16 +194,16 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], 
 
     if asked.dry_run:
         for number, host in enumerate(placement.ranks) if node is not None else [(None, "")]:
-            print((f"{host}: " if host else "") + deepspeed.one_line(*command_for(number)), flush=True)
+            print((f"{host}: " if host else "") + invocation.one_line(*command_for(number)), flush=True)
         return job.DONE
     grace_s = max(job.GRACE_S, cfg.checkpoint.grace_s)
     patience_s = cfg.timeouts.rendezvous_s if node else cfg.timeouts.heartbeat_s + grace_s
     with take(cfg.run, placement, node, patience_s) as claim:
         words, added = command_for(node, claim)
         told = {name: value for name, value in added.items() if name != JOB_VARIABLE}  # given again, it is another job
-        print(deepspeed.one_line(words, told), flush=True)
+        print(invocation.one_line(words, told), flush=True)
         if launcher in ("pdsh", "openmpi"):
-            deepspeed.write_files(placement, facts, claim.run, claim=claim)
+            invocation.write_files(placement, facts, claim.run, claim=claim)
         return job.run(words, added, claim, placement, node=node, grace_s=grace_s)
 
 

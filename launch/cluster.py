@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from data.settings import ConfigError
-from pretrain.gpus import GPUS, Gpu
+from common.errors import ConfigError
+from common.gpus import GPUS, Gpu
 
 # Assumptions, printed with every plan.
 USABLE = 0.92  # of a GPU's memory: the rest is CUDA's context, NCCL's buffers and fragmentation

@@ -22,12 +22,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data.settings import ConfigError
-from launch import deepspeed
+from common.errors import ConfigError
+from common.variables import LINK_MARK
+from launch import invocation
 from launch.hosts import Placement
 from launch.probe import facts, more_facts, nearest
 from launch.reach import Facts, ask
-from pretrain.config import LINK_MARK, RunConfig
+from pretrain.config import RunConfig
 
 SKEW_S = 1.0
 LEAST_FREE_BYTES = 10 * 2**30
@@ -198,18 +199,20 @@ def measure(placement: Placement, found: Mapping[str, Facts | str]) -> dict[str,
         if len(placement.gpus) == 1:
             return {}
         placement = Placement({"localhost": 2}, gpus=placement.gpus[:2])
-        return _linked(deepspeed.command("", [], placement, module="pretrain.link"), deepspeed.environment(placement))
+        return _linked(
+            invocation.command("", [], placement, module="pretrain.runtime.link"), invocation.environment(placement)
+        )
     one_each = "@".join(f"{host}:0" for host in placement.ranks)
     placement = Placement(dict.fromkeys(placement.ranks, 1), placement.hostfile, chosen=one_each)
     with TemporaryDirectory(prefix="doctor-") as name:
         folder = Path(name)
-        deepspeed.write_files(placement, told, folder)
+        invocation.write_files(placement, told, folder)
         try:
-            address, port = deepspeed.meeting_point(placement, told)
+            address, port = invocation.meeting_point(placement, told)
         except ConfigError as error:
             return {"problems": [str(error)]}
-        words = deepspeed.command("", [], placement, module="pretrain.link", address=address, port=port)
-        return _linked(words, deepspeed.environment(placement, told, folder=folder))
+        words = invocation.command("", [], placement, module="pretrain.runtime.link", address=address, port=port)
+        return _linked(words, invocation.environment(placement, told, folder=folder))
 
 
 def _linked(words: Sequence[str], added: Mapping[str, str]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 
 # Beginnings of names, and why they are needed there.
 EXPORTED = {

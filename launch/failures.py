@@ -7,8 +7,8 @@ from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from launch.hosts import Placement
-from pretrain.claim import Claim
-from pretrain.config import FAILURES, Failure
+from pretrain.run_folder import FAILURES, Failure
+from pretrain.runtime.claim import Claim
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from common.gpus import GIB
 from launch.cluster import Cluster
 from pretrain.config import RunConfig
-from pretrain.gpus import GIB
 
 # Those of model.harmonic on a GPU; a test compares them, as plans are made without torch's modules.
 CHUNK_BYTES = 2 * GIB

@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from launch.probe import cores
 
 CPU_RANKS = 2  # on a machine without a GPU, so that whatever is distributed is exercised

@@ -22,12 +22,13 @@ from typing import Any
 
 import psutil
 
+from common.exits import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from launch import failures
 from launch.hosts import Placement
 from launch.lease import Lease, lease_of
 from launch.reach import ask
-from pretrain.claim import Claim
-from pretrain.config import EXIT_BAD_INPUT, EXIT_PREEMPTED, EXIT_RECORD, FAILURES
+from pretrain.run_folder import EXIT_RECORD, FAILURES
+from pretrain.runtime.claim import Claim
 
 GRACE_S = 60.0  # for the ranks to save and leave after a signal; longer if checkpoint.grace_s is
 STRAGGLER_S = 3.0  # for what is left when there is nothing to save

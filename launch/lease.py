@@ -14,10 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from launch.hosts import Placement
-from pretrain.claim import LOCK, Claim, Held, Holder, hold, holder, new_job, set_aside_failures
-from pretrain.config import STOP
+from pretrain.runtime.claim import (
+    LOCK,
+    STOP,
+    Claim,
+    Held,
+    Holder,
+    hold,
+    holder,
+    new_job,
+    set_aside_failures,
+)
 
 LEASE_S = 1.0  # between two signs of life
 PATIENCE_S = 120.0  # for ranks whose launcher is gone to save and leave; for the first host's launcher to begin

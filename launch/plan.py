@@ -13,7 +13,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from data.settings import ConfigError
+from common.errors import ConfigError
+from common.gpus import GIB, GPUS
+from common.plain import to_json
+from common.units import duration, energy
 from launch.cluster import HOP_S, LINK_EFFICIENCY, USABLE, Cluster
 from launch.footprint import (
     ZERO_DEFAULTS,
@@ -28,10 +31,7 @@ from launch.footprint import (
     zero_stage,
 )
 from launch.traffic import Collective, collectives
-from launch.units import duration, energy
 from pretrain.config import RunConfig, check_layout
-from pretrain.gpus import GIB, GPUS
-from pretrain.plain import to_json
 
 
 @dataclass(frozen=True)

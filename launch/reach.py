@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from launch.hosts import Placement
 from launch.probe import MARK
 

@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable, Container
 from pathlib import Path
 
-from data.settings import ConfigError
-from launch.deepspeed import check
+from common.errors import ConfigError
+from common.exits import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED
 from launch.hosts import Placement, without
+from launch.invocation import check
 from launch.job import End
 from launch.reach import ask
-from pretrain.config import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED, RunConfig
+from pretrain.config import RunConfig
 
 FINAL = (0, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED)  # would end so again, or are no failure
 IN_VAIN = 3  # starts in a row without a new checkpoint, after which another one is no use

@@ -17,12 +17,13 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.settings import ConfigError
-from launch.deepspeed import check
+from common.errors import ConfigError
+from common.exits import EXIT_PREEMPTED
 from launch.exports import exported
 from launch.hosts import CPU_RANKS, Placement
-from pretrain.claim import Holder, hold, new_job
-from pretrain.config import EXIT_PREEMPTED, RunConfig, check_layout
+from launch.invocation import check
+from pretrain.config import RunConfig, check_layout
+from pretrain.runtime.claim import Holder, hold, new_job
 
 SCRIPT = "slurm.sh"  # in the run folder
 MARGIN_S = 60  # from Slurm's signal to the end of its time, beside checkpoint.grace_s: the step under way, the end

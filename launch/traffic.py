@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from common.gpus import Gpu
 from launch.cluster import HOP_S, LINK_EFFICIENCY, Cluster
 from launch.footprint import (
     FLAT_BUCKET,
@@ -27,7 +28,6 @@ from launch.footprint import (
     zero_stage,
 )
 from pretrain.config import RunConfig
-from pretrain.gpus import Gpu
 
 Behind = Literal["nothing", "trunk", "head"]
 

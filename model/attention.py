@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 if TYPE_CHECKING:  # a config is pydantic's, which attention does without
-    from model.config import DecoderConfig, Rope
+    from .config import DecoderConfig, Rope
 
 log = logging.getLogger(__name__)
 

@@ -291,7 +291,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _known_distance(self) -> HeadConfig:
-        from model.distances import distance_named  # brings torch, which a config otherwise does without
+        from .distances import distance_named  # brings torch, which a config otherwise does without
 
         distance_named(self.distance).settings(1, **self.params)
         return self
@@ -328,13 +328,13 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         moves a logit of softmax, with length sqrt(dim) by sqrt(dim) less. (The published recipe raised the learning
         rate tenfold instead.)
         """
-        from model.head import HarmonicHead
+        from .head import HarmonicHead
 
         return HarmonicHead(1, dim, seed=0, device="meta", **self.arguments()).feature_length
 
     def parameters(self, prototypes: int, dim: int) -> dict[str, int]:
         """Trained numbers of a head by parameter: `prototypes` rows, and what the distance and the exponent add."""
-        from model.distances import distance_named
+        from .distances import distance_named
 
         kind = distance_named(self.distance)
         found = {"prototypes": prototypes * dim, **kind.trained_sizes(dim, **self.params)}

@@ -14,9 +14,9 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from model.kernels import eager
-from model.kernels.choose import kernels_for
-from model.kernels.eager import Terms
+from .kernels import eager
+from .kernels.choose import kernels_for
+from .kernels.eager import Terms
 
 FourSums = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Memory, Pattern, SelfAttention, make_norm, pattern_of
+from .attention import Memory, Pattern, SelfAttention, make_norm, pattern_of
 
 if TYPE_CHECKING:  # a config is pydantic's, which a decoder does without
-    from model.config import DecoderConfig
+    from .config import DecoderConfig
 
 INIT_STD = 0.02  # GPT-2
 

@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.contractions import Broadcast, Contraction, DotProduct, Elementwise, Ratio, SquaredDistance
-from model.kernels import eager
-from model.kernels.choose import kernels_for
-from model.kernels.eager import Terms
+from .contractions import Broadcast, Contraction, DotProduct, Elementwise, Ratio, SquaredDistance
+from .kernels import eager
+from .kernels.choose import kernels_for
+from .kernels.eager import Terms
 
 RELATIVE_FLOOR = 2.0**-19  # of d, and of d^2 where d^2 comes from a product
 ABSOLUTE_FLOOR = 2.0**-40  # of d

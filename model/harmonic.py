@@ -25,11 +25,11 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model.contractions import RowsGradient, Statistics, Upstream, Use, nothing
-from model.distances import LARGEST_ROW, Distance, resolve
-from model.kernels import eager
-from model.kernels.choose import fused_kernels_for, kernels_for
-from model.vocab_parallel import (
+from .contractions import RowsGradient, Statistics, Upstream, Use, nothing
+from .distances import LARGEST_ROW, Distance, resolve
+from .kernels import eager
+from .kernels.choose import fused_kernels_for, kernels_for
+from .vocab_parallel import (
     VocabShard,
     gather_rows,
     local_targets,

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from model.distances import Distance, distance_named, make
-from model.harmonic import harmonic_log_probs, harmonic_loss, harmonic_predictions
-from model.vocab_parallel import VocabShard, full_rows, lookup, rows_of
+from .distances import Distance, distance_named, make
+from .harmonic import harmonic_log_probs, harmonic_loss, harmonic_predictions
+from .vocab_parallel import VocabShard, full_rows, lookup, rows_of
 
 INIT_BLOCK = 1024  # rows that share a random stream, so that a shard draws its own rows and no others
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.distances import LARGEST_ROW, Distance, resolve
-from model.kernels.eager import Tokens
+from .distances import LARGEST_ROW, Distance, resolve
+from .kernels.eager import Tokens
 
 
 def distances_reference(

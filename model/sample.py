@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from model.decoder import Decoder
-from model.head import HarmonicHead
+from .decoder import Decoder
+from .head import HarmonicHead
 
 
 def generate(

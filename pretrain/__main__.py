@@ -3,7 +3,7 @@ on many.
 
 Exit codes: 0 done; 1 this rank failed, or ended because another did; 2 bad input; 3 too many non-finite steps in a
 row; 4 a checkpoint could not be written; 75 stopped by a signal after a save. Rank 0 leaves them, but for 2, with the
-reason in the run folder's `exit.json`; see pretrain/watch.py for what a rank that fails leaves.
+reason in the run folder's `exit.json`; see pretrain/runtime/watch.py for what a rank that fails leaves.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ import os
 import sys
 import warnings
 
-from data.settings import ConfigError
-from pretrain.claim import job_of, leave_record
-from pretrain.config import EXIT_BAD_INPUT, EXIT_RECORD, RunConfig, check_data, check_layout, load
-from pretrain.environment import adopt, place_of
-from pretrain.signals import StopSignal
-from pretrain.watch import Watch
+from common.errors import ConfigError
+from common.exits import EXIT_BAD_INPUT
+from pretrain.config import RunConfig, check_data, check_layout, load
+from pretrain.run_folder import EXIT_RECORD
+from pretrain.runtime.claim import job_of, leave_record
+from pretrain.runtime.environment import adopt, place_of
+from pretrain.runtime.signals import StopSignal
+from pretrain.runtime.watch import Watch
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,7 +70,7 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
         if watch.world == 1:
             raise
         refused = str(error)  # for the others to hear too
-    from pretrain import ranks as process  # torch: after the input was checked
+    from pretrain.runtime import ranks as process  # torch: after the input was checked
 
     ranks = process.start(cfg=cfg)
     watch.job, refused = ranks.gather((watch.job, refused))[0]

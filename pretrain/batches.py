@@ -17,7 +17,7 @@ from torch import Tensor
 from data.loader import Windows
 from data.masking import mask_id, masked
 from pretrain.config import RunConfig
-from pretrain.ranks import Ranks
+from pretrain.runtime.ranks import Ranks
 
 
 def samples_of(step: int, rank: int, ranks: int, per_step: int) -> np.ndarray:

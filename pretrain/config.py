@@ -7,30 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, model_validator
 
+from common.errors import ConfigError
+from common.settings import read_tree, validate
 from data.config import DataConfig
-from data.settings import ConfigError, read_tree, validate
 from model.config import DecoderConfig, HeadConfig
-from pretrain.sustainability import grid_intensity
-
-EXIT_BAD_INPUT = 2
-EXIT_DIVERGED = 3  # too many non-finite steps in a row
-EXIT_NOT_SAVED = 4  # a checkpoint could not be written
-EXIT_PREEMPTED = 75  # stopped by a signal after a save: start again to go on
-EXIT_RECORD = "exit.json"  # how the run ended, in its folder
-FAILURES = "failures"  # a folder in it: `rank-N.json` of each rank that failed or was ended
-JOB_VARIABLE = "OVERTONE_JOB"  # the id of the job that a launcher started: what it reads is of that job alone
-LEASE_VARIABLE = "OVERTONE_LEASE"  # names the file by which a launcher tells its ranks that it lives
-BIND_VARIABLE = "OVERTONE_BIND_CORES"  # 1: each rank keeps to its share of the host's cores
-RANKS_HERE = ("LOCAL_SIZE", "LOCAL_WORLD_SIZE", "WORLD_SIZE")  # that tell the ranks on this host; the first that is set
-LINK_MARK = "overtone-link:"  # before what pretrain/link.py prints
-STOP = "stop"  # what it says when they are to save and leave
+from pretrain.energy.sustainability import grid_intensity
 
 # What the house sets in DeepSpeed's configuration, and where to set it instead.
 OWNED_BY_US = {
@@ -50,36 +37,13 @@ OWNED_BY_US = {
 }
 
 
-def ranks_per_node(environment: Mapping[str, str]) -> int:
-    """Ranks on this host, by what the launcher said: deepspeed and OpenMPI in LOCAL_SIZE, torchrun in LOCAL_WORLD_SIZE,
-    which a job that was started from within another may have inherited. See pretrain/environment.py for their check.
-    """
-    return next((int(environment[name]) for name in RANKS_HERE if environment.get(name)), 1)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a rank ended before its work was done: `failures/rank-N.json`."""
-
-    rank: int
-    host: str
-    time: float  # seconds since the epoch, by the host's clock
-    kind: str  # error: its own; collective: another was gone; stuck; lost: another gave no sign; told: by another
-    phase: str  # rendezvous, load, data, forward, backward, update, collective, evaluation, save, ...
-    error: str
-    traceback: str
-    code: int
-    suspects: list[int]  # ranks that it ended for
-    job: str | None  # the id of the rank's job
-
-
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
     steps: int = Field(gt=0)
     tokens_per_step: int = Field(gt=0)  # of the whole world, accumulation included
     micro_batch: int = Field(gt=0)  # sequences per rank and pass
     precision: Literal["bf16", "float32"] = "bf16"
     seed: int = Field(default=1, ge=0)
-    deterministic: bool = False  # bit for bit on GPUs too: see pretrain/deterministic.py
+    deterministic: bool = False  # bit for bit on GPUs too: see pretrain/runtime/deterministic.py
 
 
 class OptimConfig(BaseModel, extra="forbid", frozen=True):
@@ -178,7 +142,7 @@ class EnergyConfig(BaseModel, extra="forbid", frozen=True):
 
     stop_at_joules: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # measured, of all phases
     target_loss: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # nats per held-out token
-    grid: float | str | None = Field(default=None)  # gCO2e per kWh, or a name of pretrain/sustainability.py
+    grid: float | str | None = Field(default=None)  # gCO2e per kWh, or a name of pretrain/energy/sustainability.py
     price_per_kwh: float | None = Field(default=None, ge=0, allow_inf_nan=False)  # the cost is in its currency
     pue: float = Field(default=1.0, ge=1, allow_inf_nan=False)  # energy of the site over that of its machines
 
@@ -316,7 +280,7 @@ def check_layout(cfg: RunConfig, world: int, ranks_per_node: int) -> None:
 
 def check_data(cfg: RunConfig) -> None:
     """Raises ConfigError unless the prepared data are there and are those of this configuration."""
-    from data.files import sha256_of
+    from common.files import sha256_of
     from data.masking import mask_id  # numpy: not needed to read a config
     from data.shards import open_split
 

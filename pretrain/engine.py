@@ -25,10 +25,10 @@ from model.decoder import documents_in
 from model.vocab_parallel import sum_across
 from pretrain.batches import inputs_and_targets
 from pretrain.config import RunConfig
-from pretrain.environment import OPEN_MPI
 from pretrain.modules import build_modules, hidden_states, score_positions
 from pretrain.optim import adamw
-from pretrain.ranks import Ranks
+from pretrain.runtime.environment import OPEN_MPI
+from pretrain.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
 

@@ -15,24 +15,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.files import replace_file
+from common.errors import ConfigError
+from common.exits import EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED
+from common.files import replace_file
 from data.loader import EvaluationWindows, Windows
-from data.settings import ConfigError
 from data.shards import open_split
-from pretrain import checkpoint
+from pretrain.analysis.heldout import identify
+from pretrain.analysis.scoring import evaluate, figure, scoring
 from pretrain.batches import Batches
-from pretrain.checkpoint import Progress
-from pretrain.config import EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED, EXIT_RECORD, RunConfig, dump
-from pretrain.energy import Meter, Spent, zeus_counter
+from pretrain.checkpoints import folder as checkpoint
+from pretrain.checkpoints.folder import Progress
+from pretrain.checkpoints.fragments import Fragment, finish_load, head_fragments, trunk_fragments
+from pretrain.checkpoints.saver import SaveError, Saver, versions
+from pretrain.config import RunConfig, dump
+from pretrain.energy.meter import Meter, Spent, zeus_counter
+from pretrain.energy.sustainability import COUNTERS
 from pretrain.engine import Step, Trainer
-from pretrain.fragments import Fragment, finish_load, head_fragments, trunk_fragments
-from pretrain.heldout import identify
 from pretrain.metrics import Recorder, peak_flops, read_records
-from pretrain.ranks import Ranks
-from pretrain.saver import SaveError, Saver, versions
-from pretrain.scoring import evaluate, figure, scoring
-from pretrain.signals import StopSignal
-from pretrain.sustainability import COUNTERS
+from pretrain.run_folder import EXIT_RECORD
+from pretrain.runtime.ranks import Ranks
+from pretrain.runtime.signals import StopSignal
 
 log = logging.getLogger(__name__)
 

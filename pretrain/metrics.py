@@ -18,10 +18,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from data.workers import cores
-from pretrain.gpus import PEAK_FLOPS
-from pretrain.machine import cpu_name
-from pretrain.plain import from_json, plain, to_json
+from common.gpus import PEAK_FLOPS
+from common.machine import cores, cpu_name
+from common.plain import from_json, plain, to_json
 
 log = logging.getLogger(__name__)
 

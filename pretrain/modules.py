@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from model.decoder import Decoder, document_positions
 from model.head import HarmonicHead
 from pretrain.config import RunConfig
-from pretrain.ranks import Ranks
+from pretrain.runtime.ranks import Ranks
 
 
 def build_modules(cfg: RunConfig, ranks: Ranks) -> tuple[Decoder, HarmonicHead]:

@@ -18,14 +18,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data.settings import ConfigError
+from common.errors import ConfigError
+from common.exits import EXIT_BAD_INPUT
+from common.plain import plain, to_json
 from data.shards import open_split
-from pretrain.config import EXIT_BAD_INPUT, RunConfig, load
-from pretrain.heldout import HeldOut, comparable, held_out_of, told_of
-from pretrain.metrics import clock, read_records
-from pretrain.plain import plain, to_json
-from pretrain.scoring import unigram_bits_per_byte
-from pretrain.sustainability import (
+from pretrain.analysis.heldout import HeldOut, comparable, held_out_of, told_of
+from pretrain.analysis.scoring import unigram_bits_per_byte
+from pretrain.config import RunConfig, load
+from pretrain.energy.sustainability import (
     LOSS_SPIKE,
     NORM_SPIKE,
     PARTS,
@@ -39,6 +39,7 @@ from pretrain.sustainability import (
     missing_parts,
     to_target,
 )
+from pretrain.metrics import clock, read_records
 
 UNMEASURED = "not measured: no energy counter"
 INTERPRETED = "interpret.json"  # in the run folder
@@ -256,14 +257,17 @@ def _number(value: float | None, form: str, missing: str = "-") -> str:
 
 
 def geometry_of(runs: Sequence[Path], words: Sequence[str] | None) -> dict[str, Any]:
-    """The measures of pretrain/geometry.py: `runs`, by folder, and `cka`, of every two of them. Raises ConfigError."""
-    from pretrain import geometry
-    from pretrain.words import NEAREST
+    """The measures of pretrain/analysis/interpretation.py: `runs`, by folder, and `cka`, of every two of them.
 
-    sources = {str(run): geometry.open_run(run, words or NEAREST, strict=words is not None) for run in runs}
-    measured = {name: geometry.measure(source) for name, source in sources.items()}
+    Raises ConfigError.
+    """
+    from pretrain.analysis import interpretation
+    from pretrain.analysis.words import NEAREST
+
+    sources = {str(run): interpretation.open_run(run, words or NEAREST, strict=words is not None) for run in runs}
+    measured = {name: interpretation.measure(source) for name, source in sources.items()}
     figures = {name: one.figures for name, one in measured.items()}
-    return plain({"runs": figures, "cka": geometry.compare(measured)})
+    return plain({"runs": figures, "cka": interpretation.compare(measured)})
 
 
 def geometry_tables(found: dict[str, Any]) -> list[Table]:

@@ -7,7 +7,7 @@ import signal
 
 import pytest
 
-from data.workers import cores
+from common.machine import cores
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes at once, and the same sums in all of them
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from data.settings import read_tree, validate
+from common.settings import read_tree, validate
 from launch.footprint import parameters
 from launch.plan import altered
 from model.decoder import Decoder

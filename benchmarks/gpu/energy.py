@@ -1,7 +1,7 @@
 """Zeus against nvidia-smi: the joules of a window of known load, from the device's counter and from power readings.
 
-The counter is read as `pretrain/energy.py` reads it. Power readings are integrated by the times that nvidia-smi gives
-them, so that it does not matter when its output arrives.
+The counter is read as `pretrain/energy/meter.py` reads it. Power readings are integrated by the times that nvidia-smi
+gives them, so that it does not matter when its output arrives.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def measure(findings: Findings) -> None:
         return findings.skip_all("Zeus is not installed")
     if shutil.which("nvidia-smi") is None:
         return findings.skip_all("nvidia-smi is not here")
-    from pretrain.energy import ZeusCounter
+    from pretrain.energy.meter import ZeusCounter
 
     counter = ZeusCounter(1)
     if "gpu" in counter.missing:

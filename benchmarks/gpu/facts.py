@@ -14,8 +14,7 @@ from torch import Tensor
 
 from benchmarks.gpu.findings import Findings
 from benchmarks.machine import nvidia_smi
-from data.workers import cores
-from pretrain.machine import cpu_name
+from common.machine import cores, cpu_name
 
 PACKAGES = ("torch", "triton", "numpy", "deepspeed", "zeus", "flash-attn", "pytest-xdist", "liger-kernel")
 WARM_S = 0.5  # of work, until clocks have risen

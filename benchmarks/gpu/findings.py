@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data.files import replace_file
-from pretrain.plain import from_json, to_json
+from common.files import replace_file
+from common.plain import from_json, to_json
 
 
 @dataclass

@@ -15,8 +15,8 @@ from rich.table import Table
 from benchmarks.gpu.findings import Found
 from benchmarks.gpu.processes import ROOT
 from benchmarks.machine import slug
-from data.files import replace_file
-from pretrain.plain import to_json
+from common.files import replace_file
+from common.plain import to_json
 
 FORMAT = 1
 MARK = "Made by `python -m benchmarks.gpu"  # in every page of ours: no page by hand is written over

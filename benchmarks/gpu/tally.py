@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from pretrain.plain import to_json
+from common.plain import to_json
 
 VARIABLE = "OVERTONE_TALLY"
 

@@ -21,7 +21,7 @@ from typing import IO, Any
 from benchmarks.gpu import tokens
 from benchmarks.gpu.findings import Findings
 from benchmarks.gpu.processes import finish, start
-from pretrain.plain import from_json, to_json
+from common.plain import from_json, to_json
 
 CONFIG = "configs/gpt2-124m-untied.yaml"
 VOCAB, PADDED = 50_257, 50_304  # of the ids; of plain PyTorch's logits, as nanoGPT pads them
@@ -288,11 +288,11 @@ def plain_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
     from data.loader import Windows
     from data.shards import open_split
     from model.decoder import Decoder
-    from pretrain import ranks as process
     from pretrain.batches import Batches
-    from pretrain.energy import ZeusCounter
+    from pretrain.energy.meter import ZeusCounter
     from pretrain.metrics import peak_flops
     from pretrain.optim import parameter_groups
+    from pretrain.runtime import ranks as process
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
@@ -368,8 +368,8 @@ def phases_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
     from benchmarks.train import phases, timed
     from data.loader import Windows
     from data.shards import open_split
-    from pretrain import ranks as process
     from pretrain.batches import Batches
+    from pretrain.runtime import ranks as process
 
     ranks = process.start()
     from pretrain.engine import Trainer  # DeepSpeed: after it was told the device

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from model.kernels import cpu, eager
+from . import cpu, eager
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def _for_cpu(dtype: torch.dtype) -> ModuleType:
 @functools.cache
 def _for_gpu(device: torch.device) -> ModuleType:
     try:
-        from model.kernels import gpu
+        from . import gpu
     except ImportError as error:
         _say("GPU", f"{error}; pip install triton would help")
         return eager

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from model.kernels import eager
+from . import eager
 
 SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_elementwise.cpp")]
 HEADER = Path(__file__).with_name("cpu.h")

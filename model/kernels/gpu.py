@@ -22,9 +22,9 @@ import torch
 import triton
 from torch import Tensor
 
-from model.kernels import eager, triton_elementwise, triton_fused, triton_rows, triton_scores
-from model.kernels.eager import Scored, Squares
-from model.kernels.triton_scores import ROW_START, Given, padded_rows
+from . import eager, triton_elementwise, triton_fused, triton_rows, triton_scores
+from .eager import Scored, Squares
+from .triton_scores import ROW_START, Given, padded_rows
 
 OLDEST = (8, 0)  # compute capability: Ampere's, the first with bfloat16 and a maximum that passes NaN on
 FUSED = False  # the fused design has not been timed on a GPU yet; `python -m benchmarks.gpu` times both in one run

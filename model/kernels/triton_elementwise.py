@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.eager import SMALLEST, Terms
-from model.kernels.triton_functions import log2
-from model.kernels.triton_scores import PROGRAMS, launch, padded_rows
+from .eager import SMALLEST, Terms
+from .triton_functions import log2
+from .triton_scores import PROGRAMS, launch, padded_rows
 
 SPAN = 128  # terms that are added up before they join a total: rounding grows with 128 + D / 128 terms, not with D
 UNROLL = 4  # terms read at a time

@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from model.kernels.eager import Scored
-from model.kernels.triton_functions import LN2, LOG2E, log2, not_below, settled
-from model.kernels.triton_scores import (
+from .eager import Scored
+from .triton_functions import LN2, LOG2E, log2, not_below, settled
+from .triton_scores import (
     ROW_START,
     TILE,
     Given,

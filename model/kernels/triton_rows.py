@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.triton_scores import launch
+from .triton_scores import launch
 
 WIDEST = 4096  # entries that a program holds at a time
 

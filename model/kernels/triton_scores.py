@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model.kernels.eager import FLOOR_MARGIN, Squares
-from model.kernels.triton_functions import LN2, LOG2E, log2, not_below
+from .eager import FLOOR_MARGIN, Squares
+from .triton_functions import LN2, LOG2E, log2, not_below
 
 WARPS = 8
 LOWEST = tl.constexpr(-3e38)  # no score is lower

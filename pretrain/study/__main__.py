@@ -18,11 +18,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from data.files import lock, replace_file
-from data.progress import say
-from data.settings import ConfigError, read_tree, validate
-from pretrain.config import EXIT_BAD_INPUT
-from pretrain.plain import to_json
+from common.errors import ConfigError
+from common.exits import EXIT_BAD_INPUT
+from common.files import lock, replace_file
+from common.plain import to_json
+from common.progress import say
+from common.settings import read_tree, validate
 
 PAGE, RESULTS, ROWS = "study.html", "results.json", "results.csv"
 
@@ -55,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
     from pretrain.study import grid, results
-    from pretrain.study.page import page
+    from pretrain.study.page.language import page
 
     study = validate(grid.LanguageConfig, tree)
     grid.check(study)
@@ -76,7 +77,7 @@ def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
 
 def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
     from pretrain.study import algorithmic, algorithmic_results
-    from pretrain.study.algorithmic_page import page
+    from pretrain.study.page.algorithmic import page
 
     study = validate(algorithmic.AlgorithmicConfig, tree)
     if launch or report:

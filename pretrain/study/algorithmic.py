@@ -32,16 +32,16 @@ import torch
 from pydantic import BaseModel, Field, model_validator
 from torch import Tensor, nn
 
-from data.files import replace_file
-from data.progress import Log, progress
-from data.settings import ConfigError
-from data.workers import Workers
+from common.errors import ConfigError
+from common.files import replace_file
+from common.plain import to_json
+from common.progress import Log, progress
+from common.workers import Workers
 from model.config import DecoderConfig, HeadConfig
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.interpret import circle_score, lattice_score, spectrum
+from pretrain.analysis.geometry import circle_score, lattice_score, spectrum
 from pretrain.metrics import machine
-from pretrain.plain import to_json
 from pretrain.study.algorithmic_results import GOAL, MEASURES, at_fraction, compare, finite, kept, median, summarise
 from pretrain.study.tasks import TASKS, Task, split, training_examples
 

@@ -20,12 +20,20 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from data.files import replace_file
+from common.errors import ConfigError
+from common.exits import EXIT_BAD_INPUT, EXIT_DIVERGED
+from common.files import replace_file
 from data.prepare import prepare
-from data.settings import ConfigError
 from model.config import HeadConfig
-from pretrain.config import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_RECORD, RunConfig, check_data, dump, from_tree, load
+from pretrain.config import (
+    RunConfig,
+    check_data,
+    dump,
+    from_tree,
+    load,
+)
 from pretrain.metrics import clock, read_records
+from pretrain.run_folder import EXIT_RECORD
 
 LAUNCH = [sys.executable, "-m", "launch", "run"]
 DONE, DIVERGED = "done", "diverged"

@@ -13,23 +13,29 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from data.files import replace_file
+from common.files import replace_file
+from common.plain import plain, to_json
 from data.shards import Split, open_split
 from model.config import ExponentRamp, HeadConfig
 from model.distances import DISTANCES
-from pretrain import geometry, interpret
-from pretrain.checkpoint import find_given
+from pretrain.analysis import geometry, interpretation
+from pretrain.analysis.evaluation import open_task, run_task
+from pretrain.analysis.heldout import HeldOut, check_one_text
+from pretrain.analysis.scoring import (
+    INTERVAL,
+    UNIGRAM_TOKENS,
+    Evaluation,
+    compare,
+    unigram_bits_per_byte,
+)
+from pretrain.checkpoints.folder import find_given
+from pretrain.checkpoints.saver import versions
 from pretrain.config import RunConfig
-from pretrain.evaluate import open_task, run_task
-from pretrain.heldout import HeldOut, check_one_text
+from pretrain.energy.sustainability import PARTS, joules_of
 from pretrain.metrics import machine, read_records
-from pretrain.plain import plain, to_json
-from pretrain.ranks import Ranks
 from pretrain.report import summarise
-from pretrain.saver import versions
-from pretrain.scoring import INTERVAL, UNIGRAM_TOKENS, Evaluation, compare, unigram_bits_per_byte
+from pretrain.runtime.ranks import Ranks
 from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
-from pretrain.sustainability import PARTS, joules_of
 
 MEASURED = "measured.json"  # in a run folder
 DOCUMENTS = "documents.npz"  # its evaluation, by document
@@ -51,9 +57,9 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     scored, _ = run_task(open_task(run), Ranks(0, 1, 0, 1, device))
     with files[1].open("wb") as stream:
         np.savez(stream, **vars(scored))
-    source = geometry.open_run(run, (), strict=False)
-    looked_at = geometry.measure(source)
-    spectrum = interpret.spectrum(looked_at.prototypes)
+    source = interpretation.open_run(run, (), strict=False)
+    looked_at = interpretation.measure(source)
+    spectrum = geometry.spectrum(looked_at.prototypes)
     found = plain(
         {
             "checkpoint": checkpoint.name,
@@ -67,20 +73,20 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     return found
 
 
-def scree(spectrum: interpret.Spectrum) -> list[float]:
+def scree(spectrum: geometry.Spectrum) -> list[float]:
     """Shares of the variance in the first 1, 2, ... principal components."""
     variances = spectrum.variances
     return [round(share, 6) for share in (variances.cumsum(0) / variances.sum()).tolist()]
 
 
-def projection(rows: torch.Tensor, spectrum: interpret.Spectrum, source: geometry.Source) -> dict[str, Any]:
+def projection(rows: torch.Tensor, spectrum: geometry.Spectrum, source: interpretation.Source) -> dict[str, Any]:
     """The first two principal components of the most frequent tokens' prototypes, and how often each token is among
     the first UNIGRAM_TOKENS of training.
     """
     train = open_split(source.cfg.data.path, "train")
     counts = np.bincount(train.read(0, min(train.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size)
     chosen = counts.argsort()[::-1][:SHOWN].tolist()
-    plane = interpret.plane(rows)
+    plane = geometry.plane(rows)
     points = [
         [round(x, 5), round(y, 5), source.tokenizer.decode([token]), int(counts[token])]
         for token, (x, y) in zip(chosen, plane[chosen].tolist(), strict=True)

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import ConfigError
 from data import prepare as module
 from data.overlap import RUN_WORDS, overlap, runs_of, union
 from data.prepare import prepare
-from data.settings import ConfigError
 from data.shards import open_split, read_manifest
 from tests.data.test_prepare import (
     TEXTS,

@@ -9,12 +9,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.errors import ConfigError
 from data import inspection as module
 from data.__main__ import main
 from data.inspection import Statistics, statistics
 from data.nanogpt import import_nanogpt
 from data.prepare import prepare
-from data.settings import ConfigError
 from data.shards import open_split
 from data.tokenizer import Tokenizer
 from tests.data.test_nanogpt import some_streams, write

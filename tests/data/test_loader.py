@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import ConfigError
 from data.loader import EvaluationWindows, Windows
-from data.settings import ConfigError
 from data.shards import Split, open_split
 from tests.data.test_shards import EOS, make_folder
 

@@ -8,9 +8,9 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from common.errors import ConfigError
 from data.loader import IGNORED
 from data.masking import mask_id, masked
-from data.settings import ConfigError
 from data.tokenizer import MASK, train
 from tests.data.test_tokenizer import TEXTS, VOCAB
 

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 import yaml
 
+from common.errors import ConfigError
+from common.settings import validate
 from data import nanogpt as module
 from data import token_files
 from data.__main__ import main
 from data.config import DataConfig
 from data.nanogpt import EOS, VOCAB_SIZE, Gpt2Vocabulary, import_nanogpt
 from data.prepare import prepare
-from data.settings import ConfigError, validate
 from data.shards import open_split, read_manifest, verify_folder
 from data.token_files import Asked
 

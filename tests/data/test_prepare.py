@@ -22,14 +22,15 @@ import psutil
 import pytest
 import yaml
 
+from common.errors import ConfigError
+from common.settings import validate
+from common.workers import Workers
 from data import prepare as module
 from data.__main__ import main
 from data.config import DataConfig
 from data.prepare import prepare
-from data.settings import ConfigError, validate
 from data.shards import open_split, read_manifest, verify_folder
 from data.tokenizer import Tokenizer
-from data.workers import Workers
 
 ROOT = Path(__file__).parents[2]
 WORDS = "harmonic loss measures the distance between a hidden state and every prototype of vocabulary"
@@ -532,7 +533,7 @@ def test_a_draft_without_documents_is_begun_anew(corpus, prepared, monkeypatch):
 
 def test_workers_end_with_a_run_that_is_killed(corpus):
     code = (
-        "import os; from data.workers import Workers; from operator import neg\n"
+        "import os; from common.workers import Workers; from operator import neg\n"
         "if __name__ == '__main__':\n"
         "    pool = Workers(neg, 2)\n"
         "    for n in range(6): print(pool.result(pool.submit(n)))\n"

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from common.errors import ConfigError
+from common.files import sha256_of
 from data.draft import Draft
-from data.files import sha256_of
-from data.settings import ConfigError
 from data.shards import (
     FORMAT,
     ShardWriter,

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from common.errors import ConfigError
 from data import tokenizer as module
-from data.settings import ConfigError
 from data.tokenizer import Tokenizer, train
 
 TEXTS = [text for _, text in sorted(topics.items())][:30]

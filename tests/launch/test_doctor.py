@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from data.files import sha256_of
+from common.files import sha256_of
 from launch.doctor import compared, skewed
 from launch.probe import data_state, facts, more_facts
 from launch.reach import Facts
-from tests.pretrain.tiny import make_data
+from tests.support.tiny import make_data
 
 
 def host(tmp_path: Any, **changes: Any) -> Facts:

@@ -11,7 +11,7 @@ from deepspeed.launcher.multinode_runner import MultiNodeRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from launch import exports
 from launch.exports import env_file, exported
 

@@ -12,8 +12,8 @@ import pytest
 
 from launch.failures import first, read_failures
 from launch.hosts import Placement
-from pretrain.claim import Holder, hold, set_aside_failures
-from pretrain.config import Failure
+from pretrain.run_folder import Failure
+from pretrain.runtime.claim import Holder, hold, set_aside_failures
 
 PLACEMENT = Placement({"a": 2, "b": 1})
 

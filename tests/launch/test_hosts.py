@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from launch import hosts
 from launch.hosts import Placement, place, read_hostfile, visible_gpus, without
 

@@ -14,11 +14,11 @@ from typing import Any
 import psutil
 import pytest
 
+from common.variables import BIND_VARIABLE
 from launch.hosts import Placement
 from launch.job import exit_code, run
 from launch.lease import Lease
-from pretrain.claim import Holder, hold
-from pretrain.config import BIND_VARIABLE, STOP
+from pretrain.runtime.claim import STOP, Holder, hold
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,7 +98,7 @@ sys.exit(plan["code"])
 DRIVER = """
 import sys
 from pathlib import Path
-from launch.deepspeed import command, environment
+from launch.invocation import command, environment
 from launch.hosts import Placement
 from launch.job import run
 from launch.lease import take

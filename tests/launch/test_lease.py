@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from launch.hosts import Placement
 from launch.lease import Lease, lease_of, take
-from pretrain.claim import Held, Holder, hold
+from pretrain.runtime.claim import Held, Holder, hold
 
 ONE, TWO = Placement({"localhost": 1}), Placement({"a": 1, "b": 1})
 

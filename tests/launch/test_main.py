@@ -9,15 +9,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from common.settings import validate
+from common.variables import JOB_VARIABLE, LEASE_VARIABLE
 from data.config import DataConfig
 from data.prepare import prepare
-from data.settings import validate
 from launch import job, reach
 from launch.__main__ import main
 from launch.hosts import Placement
 from launch.job import End
 from launch.lease import Lease, lease_of, take
-from pretrain.config import JOB_VARIABLE, LEASE_VARIABLE, TimeoutConfig
+from pretrain.config import TimeoutConfig
 
 
 @pytest.fixture(scope="module")
@@ -134,12 +135,12 @@ def test_node_groups_want_even_hosts(config, spawned, answering, capsys):
 
 
 def test_hosts_need_pdsh(config, spawned, answering, capsys, monkeypatch):
-    monkeypatch.setattr("launch.deepspeed.shutil.which", lambda name: None)
+    monkeypatch.setattr("launch.invocation.shutil.which", lambda name: None)
     hosts = config.parent / "hosts"
     hosts.write_text("a slots=2\n")
     assert main(["run", str(config), "--hostfile", str(hosts)]) == 2
     assert "pdsh and ssh are needed, and pdsh, ssh is not found" in capsys.readouterr().err
-    monkeypatch.setattr("launch.deepspeed.shutil.which", lambda name: name)
+    monkeypatch.setattr("launch.invocation.shutil.which", lambda name: name)
     assert main(["run", str(config), "--hostfile", str(hosts)]) == 75
     assert (config.parent / "run" / "launch.env").exists()
     answering["a"] = "a: cannot be reached by ssh"

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import scaling
-from benchmarks.plan import compare, config
-from data.settings import ConfigError
+from benchmarks.footprint import compare, config
+from common.errors import ConfigError
+from common.gpus import GPUS
 from launch import footprint
 from launch.__main__ import main
 from launch.cluster import Cluster
@@ -35,9 +36,8 @@ from launch.footprint import (
 )
 from launch.plan import altered, plan, step_time
 from launch.traffic import Collective, collectives
-from pretrain.gpus import GPUS
-from tests.model.decoders import decoder_settings
-from tests.pretrain.tiny import tiny_config
+from tests.support.decoders import decoder_settings
+from tests.support.tiny import tiny_config
 
 RECIPE = "configs/gpt2-1.5b.yaml"
 HEADS: list[dict[str, Any]] = [

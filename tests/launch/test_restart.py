@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from launch import restart
 from launch.hosts import Placement, place
 from launch.job import End
 from launch.reap import holders
 from launch.restart import fitting, keep_running
 from pretrain.config import RunConfig
-from tests.pretrain.tiny import tiny_config
+from tests.support.tiny import tiny_config
 
 ONE = Placement({"localhost": 1})
 

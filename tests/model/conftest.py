@@ -10,7 +10,7 @@ import torch
 
 from data.tokenizer import train
 from model.kernels import choose, eager
-from tests.model.checks import needed
+from tests.support.checks import needed
 
 
 @pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])

@@ -13,7 +13,7 @@ from model.config import DecoderConfig, HeadConfig
 from model.decoder import Decoder, document_positions
 from model.head import HarmonicHead
 from pretrain.optim import kind_of
-from tests.model.decoders import decoder_settings
+from tests.support.decoders import decoder_settings
 
 HEADS: list[dict[str, Any]] = [
     {"distance": distance, "exponent": exponent, "params": params}

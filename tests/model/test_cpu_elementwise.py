@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.kernels import cpu, eager
 from model.kernels.eager import Terms
-from tests.model.checks import assert_no_worse, needed
+from tests.support.checks import assert_no_worse, needed
 
 SIZES = [(1, 1, 1), (5, 7, 3), (16, 64, 64), (67, 301, 97), (130, 1025, 33)]  # (M, V, D)
 POWERS = [0.5, 1.5, 3.0, 4.0, 7.3, 40.0]

@@ -21,7 +21,7 @@ from model.distances import ABSOLUTE_FLOOR, RELATIVE_FLOOR
 from model.harmonic import harmonic_loss
 from model.kernels import choose, cpu, eager
 from model.reference import harmonic_loss_reference
-from tests.model.checks import assert_no_worse, needed
+from tests.support.checks import assert_no_worse, needed
 
 ROOT = Path(__file__).parents[2]
 SIZES = [(1, 1, 1), (5, 7, 3), (16, 64, 64), (67, 301, 97), (130, 1025, 33), (515, 1030, 517)]  # (M, V, D)

@@ -12,14 +12,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data.tokenizer import Tokenizer
-from model import export
 from model.decoder import Decoder, document_positions
 from model.head import HarmonicHead
+from model.hf import folder as export
 from model.reference import scores_reference
 from model.sample import generate
-from tests.model.checks import assert_no_worse
-from tests.model.exports import BACKBONES, EOS, MASKED, PAD, T, exported, make, tokens_of
-from tests.model.variants import VARIANTS, distance_of
+from tests.support.checks import assert_no_worse
+from tests.support.exports import (
+    BACKBONES,
+    EOS,
+    MASKED,
+    PAD,
+    T,
+    exported,
+    make,
+    tokens_of,
+)
+from tests.support.variants import VARIANTS, distance_of
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("own_modules")

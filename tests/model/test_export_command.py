@@ -17,14 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from data.nanogpt import EOS, VOCAB_SIZE, import_nanogpt
-from model.__main__ import _facts, main
-from pretrain.checkpoint import find_given, read_state
+from pretrain.analysis.evaluation import open_tokenizer
+from pretrain.analysis.export import _facts, main
+from pretrain.analysis.inference import load_model
+from pretrain.checkpoints.folder import find_given, read_state
 from pretrain.config import dump, load
-from pretrain.evaluate import open_tokenizer
-from pretrain.inference import load_model
-from pretrain.ranks import Ranks
-from tests.pretrain.tiny import make_text, run_to_end, text_config, tiny_config
-from tests.ranks import run_ranks
+from pretrain.runtime.ranks import Ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_text, run_to_end, text_config, tiny_config
 
 pytest.importorskip("transformers")
 
@@ -51,7 +51,7 @@ for FOLDER in folders:
 
 
 def check_runs(base: Path) -> None:
-    from pretrain import ranks as process
+    from pretrain.runtime import ranks as process
 
     process.stop = lambda: None  # the tests' own group
     for name, changes in RUNS.items():
@@ -128,7 +128,7 @@ def test_weights_in_several_files(trained: Path, tmp_path: Path, monkeypatch: py
     from model.hf.modeling_overtone import OvertoneForCausalLM
 
     assert main(["export", str(trained / "causal"), "--out", str(tmp_path / "one")]) == 0
-    monkeypatch.setattr("pretrain.export.MAX_GB", 3e-5)
+    monkeypatch.setattr("pretrain.checkpoints.weights.MAX_GB", 3e-5)
     assert main(["export", str(trained / "causal"), "--out", str(tmp_path / "many")]) == 0
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     loaded = OvertoneForCausalLM.from_pretrained(tmp_path / "many")

@@ -9,8 +9,17 @@ import pytest
 import torch
 
 from data.tokenizer import Tokenizer
-from model import export
-from tests.model.exports import BACKBONES, EOS, MASKED, PAD, T, exported, make, tokens_of
+from model.hf import folder as export
+from tests.support.exports import (
+    BACKBONES,
+    EOS,
+    MASKED,
+    PAD,
+    T,
+    exported,
+    make,
+    tokens_of,
+)
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("own_modules")

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.config import DecoderConfig
 from model.decoder import Decoder
 from pretrain.config import load
-from tests.model.families import PUBLISHED, in_our_names, theirs
+from tests.support.families import PUBLISHED, in_our_names, theirs
 
 V, T = 61, 24
 SIZES = {"vocab_size": V, "seq_len": T, "layers": 2, "heads": 4, "dim": 32}

@@ -18,8 +18,8 @@ from model.head import HarmonicHead
 from model.kernels import eager
 from model.reference import harmonic_loss_reference
 from model.vocab_parallel import shard_of
-from tests.model.variants import PRODUCTS, loss_and_gradients
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.variants import PRODUCTS, loss_and_gradients
 
 N, V, D = 24, 601, 32  # more prototypes than share a largest score
 

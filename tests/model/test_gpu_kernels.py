@@ -29,8 +29,8 @@ from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.kernels import choose, eager
 from model.kernels.eager import Squares, Terms
 from model.reference import harmonic_loss_reference
-from tests.model.checks import assert_no_worse
-from tests.model.variants import PRODUCTS, VARIANTS, loss_and_gradients, params_of
+from tests.support.checks import assert_no_worse
+from tests.support.variants import PRODUCTS, VARIANTS, loss_and_gradients, params_of
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.cuda.is_available() and not INTERPRETED

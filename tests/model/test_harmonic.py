@@ -21,8 +21,14 @@ from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.head import HarmonicHead
 from model.kernels import choose, eager
 from model.reference import distances_reference, harmonic_loss_reference
-from tests.model.checks import assert_no_worse
-from tests.model.variants import HARMONIC, VARIANTS, distance_of, loss_and_gradients, params_of
+from tests.support.checks import assert_no_worse
+from tests.support.variants import (
+    HARMONIC,
+    VARIANTS,
+    distance_of,
+    loss_and_gradients,
+    params_of,
+)
 
 WIDE = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
 

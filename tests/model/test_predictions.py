@@ -14,8 +14,8 @@ from model.kernels import eager
 from model.reference import scores_reference
 from model.vocab_parallel import rows_of, shard_of
 from tests.model.test_harmonic import _Largest as Largest
-from tests.model.variants import VARIANTS, distance_of, params_of
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.variants import VARIANTS, distance_of, params_of
 
 N, V, D = 12, 37, 8
 

@@ -19,8 +19,8 @@ from model.config import DecoderConfig
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from model.sample import draw, generate, texts
-from tests.pretrain.tiny import make_text, run_to_end, text_config
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_text, run_to_end, text_config
 
 V, T = 41, 24
 SIZES = {"vocab_size": V, "seq_len": T, "layers": 2, "heads": 4, "dim": 32}

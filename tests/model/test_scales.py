@@ -15,7 +15,13 @@ from model.distances import DISTANCES
 from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.head import HarmonicHead
 from model.reference import harmonic_loss_reference
-from tests.model.variants import HARMONIC, VARIANTS, distance_of, loss_and_gradients, params_of
+from tests.support.variants import (
+    HARMONIC,
+    VARIANTS,
+    distance_of,
+    loss_and_gradients,
+    params_of,
+)
 
 N, V, D, EXPONENT = 16, 50, 32, 5.5
 LONG = 3  # the token that is out of proportion

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from model.harmonic import harmonic_loss
 from model.head import HarmonicHead
 from model.vocab_parallel import VocabShard, full_rows, group_members, lookup, rows_of, shard_of
-from tests.model.variants import VARIANTS, distance_of, params_of
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.variants import VARIANTS, distance_of, params_of
 
 N_LOCAL, D = 6, 8
 

@@ -17,9 +17,9 @@ from data.loader import Windows
 from data.shards import open_split
 from model.decoder import document_positions
 from pretrain.batches import Batches, samples_of
-from pretrain.ranks import Ranks
-from tests.pretrain.tiny import SEQUENCES, T, make_data, tiny_config
-from tests.ranks import run_ranks
+from pretrain.runtime.ranks import Ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import SEQUENCES, T, make_data, tiny_config
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -144,7 +144,7 @@ def test_tokens_are_counted_by_source(windows: Windows, world: int) -> None:
 def check_documents(base: Path) -> list[tuple[int | None, int]]:
     """For each pass of a step: how many documents the decoder is told of, and how many there are."""
     from pretrain import engine
-    from tests.pretrain.tiny import opened
+    from tests.support.tiny import opened
 
     make_data(base / "data")
     cfg = tiny_config(run=str(base / "run"), data__path=str(base / "data"), model__document_mask=True)

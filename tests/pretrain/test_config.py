@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from pretrain.config import check_data, check_layout, from_tree
-from tests.pretrain.tiny import make_data, tiny_config, tiny_tree
+from tests.support.tiny import make_data, tiny_config, tiny_tree
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data.settings import ConfigError
-from pretrain import checkpoint
+from common.errors import ConfigError
+from pretrain.analysis.scoring import Evaluation
+from pretrain.checkpoints import folder as checkpoint
 from pretrain.config import RunConfig, check_data
 from pretrain.loop import Outcome
 from pretrain.metrics import read_records
-from pretrain.scoring import Evaluation
-from tests.pretrain.tiny import make_data, opened, tiny_config
-from tests.ranks import run_ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_data, opened, tiny_config
 
 LOSSES = [9.0, 8.0, 7.0, 7.5, 7.2, 7.1, 7.3, 6.0]  # after each step
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from rich.console import Console
 
-from data.settings import ConfigError
+from common.errors import ConfigError
 from pretrain.config import dump
 from pretrain.metrics import Recorder, clock, peak_flops, read_records
 from pretrain.report import main, summarise
-from tests.pretrain.tiny import make_data, tiny_config
+from tests.support.tiny import make_data, tiny_config
 
 VALUES: dict[str, Any] = {
     "loss": 2.5, "loss_mean": 2.75, "tokens": 64, "lr": 1e-3, "grad_norm": 3.0, "grad_norm_clipped": 1.0, "skipped": 0,

@@ -14,17 +14,18 @@ import torch
 from data.shards import open_split
 from data.tokenizer import EOS, MASK
 from model.reference import scores_reference
-from pretrain import geometry, report
+from pretrain import report
+from pretrain.analysis import interpretation as geometry
+from pretrain.analysis.evaluation import open_task, run_task
+from pretrain.analysis.inference import load_model
+from pretrain.analysis.scoring import MASKINGS, scoring
 from pretrain.batches import inputs_and_targets
-from pretrain.checkpoint import load_weights
+from pretrain.checkpoints.folder import load_weights
 from pretrain.config import RunConfig
-from pretrain.evaluate import open_task, run_task
-from pretrain.inference import load_model
 from pretrain.modules import build_modules, score_positions
-from pretrain.ranks import Ranks
-from pretrain.scoring import MASKINGS, scoring
-from tests.pretrain.tiny import make_text, run_to_end, text_config
-from tests.ranks import run_ranks
+from pretrain.runtime.ranks import Ranks
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_text, run_to_end, text_config
 
 T = 32
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))

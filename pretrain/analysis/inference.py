@@ -1,0 +1,78 @@
+"""A checkpoint's decoder and head for evaluation and sampling: loaded into this world's layout, without DeepSpeed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import ConfigError
+from model.decoder import Decoder
+from model.head import HarmonicHead
+from pretrain.checkpoints.folder import identity, load_weights, read_state
+from pretrain.config import RunConfig
+from pretrain.modules import build_modules, compute_dtype, hidden_states, score_positions
+from pretrain.runtime.ranks import Ranks
+
+TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
+DATA = "the data's fingerprint"  # and theirs
+
+
+class Model:
+    """A decoder and a head as they are after `step` updates: no dropout, no noise."""
+
+    def __init__(self, cfg: RunConfig, decoder: Decoder, head: HarmonicHead, step: int, eos_id: int) -> None:
+        self.cfg, self.eos_id = cfg, eos_id
+        self.decoder, self.head = decoder.to(compute_dtype(cfg)).eval(), head.eval()
+        self.head.progress = cfg.head_progress(step - 1)
+
+    @torch.no_grad()
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) -> hidden states (B, T, D). Every rank of the vocabulary group calls it, with as many."""
+        return hidden_states(self.decoder, self.head, tokens, self.cfg, self.eos_id)
+
+    def score(self, inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """See `pretrain.modules.score_positions`."""
+        return score_positions(self.head, self.hidden(inputs), at, targets)
+
+
+def fitting_state(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str | None) -> dict[str, Any]:
+    """A checkpoint's state. Raises ConfigError if it is of another model or tokenizer."""
+    state = read_state(checkpoint)
+    expected = identity(cfg, "", tokenizer_sha256)
+    for key, was in state["identity"].items():
+        if key in expected and was != expected[key] and (key == TOKENIZER or key.startswith(("model.", "head."))):
+            raise ConfigError(
+                f"{checkpoint}: {key} is {was!r} in this checkpoint, but {expected[key]!r} was given. Evaluate it with "
+                "the configuration and the tokenizer that it was trained with."
+            )
+    return state
+
+
+def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str | None, eos_id: int, ranks: Ranks) -> Model:
+    """Collective.
+
+    Args:
+        checkpoint: as `pretrain.checkpoints.folder.find_given` found it.
+        cfg: of its run.
+        tokenizer_sha256: of the tokenizer whose ids the model is to read.
+        eos_id: of that tokenizer.
+
+    Raises:
+        ConfigError: the checkpoint is of another model or tokenizer, or a weight in it is not finite.
+    """
+    state = fitting_state(checkpoint, cfg, tokenizer_sha256)
+    decoder, head = build_modules(cfg, ranks)
+    load_weights(checkpoint, decoder, head)
+    parameters = [
+        (f"{part}.{n}", p) for part, m in (("decoder", decoder), ("head", head)) for n, p in m.named_parameters()
+    ]
+    wrong = [name for name, parameter in parameters if not parameter.isfinite().all()]
+    if found := [name for names in ranks.gather(wrong) for name in names]:
+        raise ConfigError(
+            f"{checkpoint}: {found[0]} holds values that are not finite ({len(set(found))} such tensors in all); "
+            "give an earlier checkpoint"
+        )
+    return Model(cfg, decoder, head, state["step"], eos_id)

@@ -1,0 +1,279 @@
+"""The measures of pretrain/analysis/geometry.py on a run: its newest whole checkpoint, and held-out text.
+
+One process, without DeepSpeed and without a process group; weights and hidden states in float32, whatever the precision
+of training. Rows are taken as the head's distance sees them (`Distance.transform`): of length 1 for cosine, times
+L (mahalanobis' M = L L'), as bits for hamming, as they are for all others.
+
+Legend: N tokens, V prototypes, D width, C classes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import ConfigError
+from data.loader import EvaluationWindows
+from data.masking import mask_id
+from data.shards import TOKENIZER, Split, open_split
+from data.tokenizer import Tokenizer
+from model.distances import Distance
+from pretrain.analysis import geometry
+from pretrain.analysis.inference import Model, load_model
+from pretrain.analysis.scoring import maskings
+from pretrain.analysis.words import RELATIONS, token_of, token_pairs
+from pretrain.checkpoints.folder import (
+    checkpoints,
+    damage,
+    find_given,
+    read_state,
+    step_of,
+)
+from pretrain.checkpoints.weights import read_weights
+from pretrain.config import RunConfig, check_data, load
+from pretrain.runtime.ranks import Ranks
+
+TOKENS = 16_384  # of held-out text, its first
+LEAST = 8  # hidden states that a class must have
+NEIGHBOURS = 5
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run that can be looked at, and the tokens of the words whose neighbours are asked for."""
+
+    run: Path
+    cfg: RunConfig
+    checkpoint: Path
+    split: Split
+    tokenizer: Tokenizer
+    words: dict[str, int]
+
+
+def open_run(run: Path, words: Sequence[str], strict: bool) -> Source:
+    """Finds what the measures need, before any of it is read at length.
+
+    Args:
+        strict: a word that is no single token of the run's tokenizer is an error; otherwise it is left out.
+
+    Raises:
+        ConfigError: no whole checkpoint, no prepared data, data of another tokenizer than the run's, or such a word.
+    """
+    checkpoint, run = find_given(run)
+    cfg = load(run / "config.yaml")
+    check_data(cfg)
+    split = open_split(cfg.data.path, "val")
+    tokenizer = Tokenizer(Path(cfg.data.path) / TOKENIZER)
+    if read_state(checkpoint)["identity"]["the tokenizer's hash"] != tokenizer.sha256:
+        raise ConfigError(
+            f"{cfg.data.path} was prepared with another tokenizer than the one that {run} was trained with; prepare "
+            "with that one, or set data.path in the run's config.yaml to where the run's data are now"
+        )
+    if not split.tokens:
+        raise ConfigError(f"{cfg.data.path}: its val split is empty; prepare with a larger data.val_fraction")
+    tokens = {word: token_of(tokenizer, word) for word in words}
+    unknown = [word for word, token in tokens.items() if token is None]
+    if strict and unknown:
+        raise ConfigError(
+            f"--words {' '.join(unknown)}: not single tokens of {run}'s tokenizer (after a blank); give other words"
+        )
+    return Source(run, cfg, checkpoint, split, tokenizer, {w: t for w, t in tokens.items() if t is not None})
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """The figures of a run (plain values, None or nan where there is none), and what other runs are compared with."""
+
+    figures: dict[str, Any]
+    fingerprint: str  # of the data
+    hidden: Tensor  # (N, D)
+    prototypes: Tensor  # (V, D)
+
+
+def measure(source: Source) -> Measured:
+    """Raises ConfigError if weights or hidden states are not finite."""
+    cfg = source.cfg
+    model = _model(source)
+    hidden, targets = hidden_states(model, source.split, None if cfg.model.causal else mask_id(cfg.data.path))
+    prototypes = model.head.prototypes.detach()
+    embedding = None if model.decoder.tokens is None else model.decoder.tokens.weight.detach()
+    if not hidden.isfinite().all():
+        raise ConfigError(f"{source.checkpoint}: its hidden states are not all finite; take an earlier checkpoint")
+    distance = model.head.score_function
+    seen_prototypes, seen_hidden = (_seen(distance, rows) for rows in (prototypes, hidden))
+    points = {"prototypes": seen_prototypes, "embedding": embedding}
+    figures = {
+        "checkpoint": str(source.checkpoint),
+        "step": step_of(source.checkpoint),
+        "distance": cfg.head.distance,
+        "tied": cfg.model.tied,
+        "held_out_tokens": len(hidden),
+        "spectra": {
+            name: None if rows is None else _spectrum(rows) for name, rows in {**points, "hidden": seen_hidden}.items()
+        },
+        "norms": {str(step_of(one)): _norms(one, cfg) for one in _usable(source)},
+        "classes": _classes(seen_prototypes, seen_hidden, targets, distance),
+        "parallelograms": {
+            name: None if rows is None else _parallelograms(rows, source.tokenizer) for name, rows in points.items()
+        },
+        "nearest": _nearest(prototypes, distance, source),
+    }
+    return Measured(figures, source.split.fingerprint, seen_hidden, seen_prototypes)
+
+
+def compare(measured: dict[str, Measured]) -> list[dict[str, Any]]:
+    """Linear CKA of hidden states and of prototypes for every two runs; None where their data are not the same."""
+    found = []
+    for (a, one), (b, other) in itertools.combinations(measured.items(), 2):
+        same = one.fingerprint == other.fingerprint
+        figures = {
+            "hidden": geometry.linear_cka(one.hidden, other.hidden) if same else None,
+            "prototypes": geometry.linear_cka(one.prototypes, other.prototypes) if same else None,
+        }
+        found.append({"runs": [a, b], **figures})
+    return found
+
+
+def _model(source: Source) -> Model:
+    """In float32."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = source.cfg.model.model_copy(update={"compile": False})  # a few passes are not worth it
+    train = source.cfg.train.model_copy(update={"precision": "float32"})
+    cfg = source.cfg.model_copy(update={"model": model, "train": train})
+    eos_id = source.split.eos_id
+    return load_model(source.checkpoint, cfg, source.tokenizer.sha256, eos_id, Ranks(0, 1, 0, 1, device))
+
+
+def hidden_states(model: Model, split: Split, mask: int | None, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
+    """Final hidden states (N, D) of the first `tokens` tokens of a split, and those tokens (N,), which are what the
+    states predict. Windows are those of evaluation.
+
+    Args:
+        mask: the id of [MASK], behind which a masked model predicts.
+    """
+    windows, at_once = EvaluationWindows(split, model.cfg.model.seq_len), 8
+    last = min(windows.count, -(-tokens // windows.stride))
+    found, asked = [], []
+    for first in range(0, last, at_once):
+        inputs, _, targets = (
+            torch.from_numpy(part).to(model.head.prototypes.device)
+            for part in windows.batch(first, min(at_once, last - first))
+        )
+        if mask is None:
+            states = model.hidden(inputs)
+        else:
+            states = torch.zeros(())
+            for masked, hidden in maskings(inputs, targets, mask):
+                states = torch.where(hidden[..., None], model.hidden(masked), states)
+        found.append(states[targets >= 0])
+        asked.append(targets[targets >= 0])
+    return torch.cat(found)[:tokens], torch.cat(asked)[:tokens]
+
+
+@torch.no_grad()
+def _seen(distance: Distance, rows: Tensor) -> Tensor:
+    """Rows (N, D) as a distance sees them, in float32."""
+    return torch.cat([distance.transform(part.double()).float() for part in rows.split(geometry.CHUNK)])
+
+
+def _spectrum(rows: Tensor) -> dict[str, Any]:
+    found = geometry.spectrum(rows)
+    return {
+        "dimensions_90": found.dimensions(0.90),
+        "dimensions_95": found.dimensions(0.95),
+        "first_2": found.explained(2),
+        "first_5": found.explained(5),
+        "effective_rank": geometry.effective_rank(rows.double() - rows.mean(0, dtype=torch.float64)),
+        "participation_ratio": found.participation_ratio,
+    }
+
+
+def _usable(source: Source) -> list[Path]:
+    """The run's checkpoints up to the one that was found whole; those of them that are damaged are left out."""
+    kept = []
+    for path in checkpoints(source.run / "checkpoints"):
+        if step_of(path) <= step_of(source.checkpoint):
+            wrong = None if path == source.checkpoint else damage(path)
+            if wrong:
+                log.warning("norms: %s is left out: %s", path.name, wrong)
+            else:
+                kept.append(path)
+    return kept
+
+
+def _norms(checkpoint: Path, cfg: RunConfig) -> dict[str, float]:
+    """Of the prototypes as they are stored."""
+    name, shape = "head.prototypes", torch.Size((cfg.model.vocab_size, cfg.model.dim))
+    return geometry.norms(read_weights(checkpoint, {name: shape})[name])
+
+
+def _classes(prototypes: Tensor, hidden: Tensor, targets: Tensor, distance: Distance) -> dict[str, Any] | None:
+    """None if fewer than two tokens come often enough."""
+    if (targets.unique(return_counts=True)[1] >= LEAST).sum() < 2:
+        return None
+    classes = geometry.classes_of(hidden, targets, LEAST)
+    own = prototypes[classes.labels]
+    return {
+        "classes": len(classes.labels),
+        "tokens": int(classes.counts.sum()),
+        "centre_distance": _centre_distance(own, classes, distance),
+        "scatter": classes.scatter,
+        "nc1": classes.nc1,
+        "nc2": {
+            name: {"equinorm": geometry.equinorm(rows), **geometry.equiangular(rows)._asdict()}
+            for name, rows in {"means": classes.means, "prototypes": own}.items()
+        },
+        "nc3": geometry.self_duality(own, classes),
+    }
+
+
+def _centre_distance(own: Tensor, classes: geometry.Classes, distance: Distance) -> dict[str, float] | None:
+    """Medians over classes: of the prototypes, of what the true centres would read, and of other classes' prototypes.
+
+    None for the softmax baseline, whose weights are no points among the hidden states.
+    """
+    if not distance.has_exponent:
+        return None
+    readings = {
+        "prototype": geometry.centre_distances(own, classes),
+        "true_centre": classes.counts.double().rsqrt(),
+        "other_prototype": geometry.centre_distances(own.roll(1, 0), classes),
+    }
+    return {name: values.nanmedian().item() for name, values in readings.items()}
+
+
+def _parallelograms(rows: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
+    found = {}
+    for relation, pairs in RELATIONS.items():
+        tokens = token_pairs(tokenizer, pairs)
+        enough = len(tokens) >= 2
+        losses = geometry.parallelogram_loss(rows, torch.tensor(tokens))._asdict() if enough else {}
+        none = dict.fromkeys(geometry.Parallelograms._fields)
+        found[relation] = {"pairs": len(tokens), "left_out": len(pairs) - len(tokens), **none, **losses}
+    return found
+
+
+def _nearest(prototypes: Tensor, distance: Distance, source: Source) -> dict[str, Any]:
+    """Word -> the nearest tokens, as text with their distance: under the run's own distance, and under cosine."""
+    by: dict[str, Distance | str] = {"own": distance, "cosine": "cosine"}
+    chosen = list(source.words.values())
+    found = {name: geometry.nearest(prototypes, chosen, NEIGHBOURS, one) for name, one in by.items()}
+    return {
+        word: {
+            name: [
+                [source.tokenizer.decode([index]), value]
+                for index, value in zip(one.indices[place].tolist(), one.distances[place].tolist(), strict=True)
+            ]
+            for name, one in found.items()
+        }
+        for place, word in enumerate(source.words)
+    }

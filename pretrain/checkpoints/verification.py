@@ -1,0 +1,239 @@
+"""`python -m pretrain.verify RUN [key=value ...]`: is a run folder whole, and does its training repeat?
+
+Every checkpoint's files are compared with its manifest, and `latest` with them. Then the first logged steps after a
+checkpoint, the newest one that has enough of them, are trained again in a folder of their own; with --last, all those
+up to the last ones. Batch fingerprints must be those of metrics.jsonl, and losses too: to rounding, or with --exact bit
+for bit, as they are on the same layout and machine with as many threads, and on GPUs with train.deterministic. Prints
+PASS and how near the losses are (exit code 0), or FAIL and the first difference (1); 2 for bad input. The run folder is
+only read. `deepspeed --module pretrain.verify RUN` does so on many ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import logging
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+from common.exits import EXIT_BAD_INPUT
+from pretrain.checkpoints import folder as checkpoint
+from pretrain.config import RunConfig, check_data, check_layout, load
+from pretrain.metrics import read_records
+from pretrain.runtime import ranks as process
+from pretrain.runtime.ranks import Ranks
+
+TOLERANCE = {"float32": 2e-5, "bf16": 2e-2}  # nats of a loss, on another layout
+
+
+class Differs(Exception):
+    """Something in the run folder is not what it should be; the message says where."""
+
+
+class LossDiffers(Differs):
+    """A loss is not the logged one."""
+
+
+@dataclass(frozen=True)
+class Replay:
+    """From which checkpoint to train again, and what metrics.jsonl says of the logged steps after it."""
+
+    start: Path
+    trained: dict[str, Any]  # state of the checkpoint that these steps led to; of `start` if there is none
+    records: list[dict[str, Any]]
+
+
+def check_files(folder: Path, ranks: Ranks) -> int:
+    """Reads the files of all of a run's checkpoints, shared among the ranks; returns how many checkpoints there are.
+
+    Raises:
+        Differs: there is none, one is damaged, or `latest` does not name the newest.
+    """
+    found = checkpoint.checkpoints(folder)
+    if not found:
+        raise Differs(f"{folder}: there is no checkpoint")
+    for path in found:
+        for wrong in ranks.gather(checkpoint.damage(path, share=(ranks.rank, ranks.world))):
+            if wrong:
+                raise Differs(wrong)
+    named = folder / checkpoint.LATEST
+    name = named.read_text().strip() if named.exists() else "missing"
+    if name != found[-1].name:
+        raise Differs(f"{named}: {name}, but the newest checkpoint is {found[-1].name}")
+    return len(found)
+
+
+def plan(run: Path, steps: int, last: bool = False) -> Replay | None:
+    """The first `steps` logged steps after the newest checkpoint that has so many, else after the one that has most.
+
+    Args:
+        last: the last `steps` logged steps, and those before them up to a checkpoint.
+    Returns:
+        None if no step, or with `last` not so many, was logged after a checkpoint.
+    """
+    records = [record for record in read_records(run) if record["kind"] == "train"]
+    found = checkpoint.checkpoints(run / "checkpoints")
+
+    def after(path: Path) -> list[dict[str, Any]]:
+        later = [record for record in records if record["step"] > checkpoint.step_of(path)]
+        return later if last else later[:steps]
+
+    if last:
+        found = [path for path in found if len(after(path)) >= steps][-1:]
+    start = max(found, key=lambda path: (len(after(path)), path.name), default=None)
+    if start is None or not after(start):
+        return None
+    led_to = next((path for path in checkpoint.checkpoints(run / "checkpoints") if path > start), start)
+    return Replay(start, checkpoint.read_state(led_to), after(start))
+
+
+def replay(cfg: RunConfig, planned: Replay, ranks: Ranks, tolerance: float) -> float:
+    """Trains the planned steps again; returns the largest difference of a loss, in nats. Collective.
+
+    Args:
+        tolerance: nats by which a loss may differ from the logged one.
+
+    Raises:
+        Differs: another batch than the logged one, or a loss further from the logged one than `tolerance`.
+        ConfigError: these ranks cannot repeat the run.
+    """
+    from pretrain.loop import Run  # DeepSpeed: after it was told the device
+
+    ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
+    with tempfile.TemporaryDirectory(prefix="verify-") as folder:
+        aside = {
+            "run": Path(folder),
+            "resume": str(planned.start),
+            "resume_check": "size",  # its hashes have just been compared
+            "logging": cfg.logging.model_copy(update={"tensorboard": False}),
+            "energy": cfg.energy.model_copy(update={"stop_at_joules": None}),
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # a run tells its progress there
+            run = Run(cfg.model_copy(update=aside), ranks)
+            try:
+                _check_noise(run, planned.trained)
+                return _largest_difference(run, planned.records, tolerance)
+            finally:
+                run.close()
+
+
+def _check_noise(run: Any, trained: dict[str, Any]) -> None:
+    """Raises ConfigError if the run draws random numbers while it trains, and these ranks would draw others."""
+    run.trainer.head.train()
+    distance = run.trainer.head.score_function
+    noisy = run.cfg.model.dropout > 0 or distance.evaluated() is not distance
+    world, before = trained["layout"]["world"], trained["config"]
+    vocab, micro_batch = before["parallel"]["vocab"], before["train"]["micro_batch"]
+    now = (run.ranks.world, run.cfg.parallel.vocab, run.cfg.train.micro_batch)
+    if noisy and now != (world, vocab, micro_batch):
+        raise ConfigError(
+            "dropout and noise are drawn by rank and pass, so this run repeats only on the layout that trained it: "
+            f"{world} ranks, parallel.vocab={vocab}, train.micro_batch={micro_batch}"
+        )
+
+
+def _largest_difference(run: Any, records: list[dict[str, Any]], tolerance: float) -> float:
+    logged = {record["step"]: record for record in records}
+    largest = 0.0
+    for step in range(run.progress.step, max(logged)):
+        taken = run.step(step)
+        batch = run.batches.fingerprint()
+        loss = (run.ranks.sum(taken.loss.double()) / run.ranks.world).item()
+        record = logged.get(step + 1)
+        if record is None:
+            continue
+        if batch != record.get("batch"):
+            raise Differs(f"step {step + 1}: the batch {batch} is not the logged {record.get('batch')}")
+        logged_loss = math.nan if record["loss"] is None else record["loss"]
+        difference = _distance(loss, logged_loss)
+        if difference > tolerance:
+            raise LossDiffers(f"step {step + 1}: the loss {loss!r} is not the logged {logged_loss!r}")
+        largest = max(largest, difference)
+    return largest
+
+
+def _unpromised(trained: dict[str, Any], ranks: Ranks) -> str:
+    """Why the bits of a run may differ though nothing is wrong; empty: they are promised."""
+    if ranks.device.type != "cuda" or trained["config"]["train"].get("deterministic"):
+        return ""
+    return (
+        "; on a GPU bits are only promised to a run with train.deterministic=true, which this one was not: leave "
+        "--exact out to compare to rounding"
+    )
+
+
+def _distance(loss: float, logged: float) -> float:
+    """Between two losses: 0 for equals, and for two that are not finite, which are logged alike; infinite for one of
+    them and a number.
+    """
+    if math.isfinite(loss) and math.isfinite(logged):
+        return abs(loss - logged)
+    return math.inf if math.isfinite(loss) or math.isfinite(logged) else 0.0
+
+
+def verify(
+    folder: Path, overrides: Sequence[str], steps: int, ranks: Ranks, *, last: bool = False, exact: bool = False
+) -> str:
+    """What was found to be right, in words. Collective. Raises Differs and ConfigError."""
+    if steps < 1:
+        raise ConfigError(f"--steps {steps}: must be 1 or more")
+    if not (folder / "config.yaml").exists() or not (folder / "metrics.jsonl").exists():
+        raise ConfigError(f"{folder}: not a run folder (no config.yaml and metrics.jsonl in it)")
+    cfg = load(folder / "config.yaml", overrides)
+    check_layout(cfg, ranks.world, ranks.local_world)
+    count = check_files(folder / "checkpoints", ranks)
+    whole = f"{count} checkpoint{'s are' if count > 1 else ' is'} whole"
+    planned = plan(folder, steps, last)
+    if planned is None:
+        fewer = f"fewer than {steps} steps were" if last else "no step was"
+        return f"{whole}; {fewer} logged after one, so none was trained again"
+    check_data(cfg)
+    try:
+        largest = replay(cfg, planned, ranks, 0.0 if exact else TOLERANCE[cfg.train.precision])
+    except LossDiffers as wrong:
+        raise LossDiffers(f"{wrong}{_unpromised(planned.trained, ranks) if exact else ''}") from None
+    near = "bit for bit" if largest == 0 else f"to {largest:.1e} nats"
+    first, last = planned.records[0]["step"], planned.records[-1]["step"]
+    again = f"{f'steps {first} to {last}' if last > first else f'step {first}'} again from {planned.start.name}"
+    return f"{whole}; {again}: the logged batches, and the logged losses {near}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pretrain.verify", description="Check a run folder.")
+    parser.add_argument("run", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the layout, such as train.micro_batch=4")
+    parser.add_argument("--steps", type=int, default=5, help="logged steps to train again (default %(default)s)")
+    parser.add_argument("--last", action="store_true", help="the last ones logged, and those before to a checkpoint")
+    parser.add_argument(
+        "--exact",
+        action="store_true",
+        help="losses must be the logged ones bit for bit: same machine, layout, OMP_NUM_THREADS",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds this one
+    args = parser.parse_intermixed_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    for kind in (UserWarning, FutureWarning):  # as in training
+        warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
+    ranks = process.start_command(cfg=checkpoint.config_of(args.run, args.overrides))
+    try:
+        code, told = 0, f"PASS: {verify(args.run, args.overrides, args.steps, ranks, last=args.last, exact=args.exact)}"
+    except Differs as wrong:
+        code, told = 1, f"FAIL: {wrong}"
+    except ConfigError as error:
+        code, told = EXIT_BAD_INPUT, f"error: {error}"
+    if ranks.first:
+        print(told, file=sys.stderr if code == EXIT_BAD_INPUT else sys.stdout)
+    process.stop()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,153 @@
+"""`python -m pretrain.export RUN|CHECKPOINT --out FOLDER`: a checkpoint's float32 weights as plain safetensors.
+
+From any layout, without DeepSpeed and without a process group: `decoder.*` and `head.*` in files of at most --max-gb,
+with the index that Hugging Face's loaders read (its metadata has the step, which an exponent's ramp needs), beside the
+run's config.yaml. One file's tensors are in memory at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from common.errors import ConfigError
+from common.exits import EXIT_BAD_INPUT
+from common.files import publish
+from common.plain import to_json
+from model.decoder import Decoder
+from model.head import HarmonicHead
+from pretrain.checkpoints.folder import DRAFT, find_given, load_alone, step_of
+from pretrain.checkpoints.fragments import Fragment
+from pretrain.config import RunConfig, load
+from pretrain.modules import build_modules
+from pretrain.runtime.ranks import Ranks
+
+INDEX = "model.safetensors.index.json"
+MAX_GB = 5.0  # of one file
+
+
+def without_weights(cfg: RunConfig) -> tuple[Decoder, HarmonicHead]:
+    """The decoder and the head of the whole vocabulary, on the meta device."""
+    meta = torch.device("meta")
+    with meta:
+        return build_modules(cfg, Ranks(0, 1, 0, 1, meta))
+
+
+def shapes(decoder: Decoder, head: HarmonicHead) -> dict[str, torch.Size]:
+    """Every weight's name in the exported files, and its shape."""
+    parts: dict[str, nn.Module] = {"decoder": decoder, "head": head}
+    return {f"{part}.{name}": p.shape for part, module in parts.items() for name, p in module.named_parameters()}
+
+
+def stored_name(name: str) -> str:
+    """In the checkpoint."""
+    part, _, rest = name.partition(".")
+    return f"{'trunk' if part == 'decoder' else part}.{rest}.fp32"
+
+
+def groups(sizes: Mapping[str, torch.Size], most: float) -> Iterator[list[str]]:
+    """Names in order, as many at a time as fit `most` bytes of float32; one at least."""
+    chosen: list[str] = []
+    held = 0
+    for name, shape in sizes.items():
+        if chosen and held + 4 * shape.numel() > most:
+            yield chosen
+            chosen, held = [], 0
+        chosen.append(name)
+        held += 4 * shape.numel()
+    if chosen:
+        yield chosen
+
+
+def export(checkpoint: Path, run: Path, out: Path, max_bytes: float) -> int:
+    """Writes the folder `out`, whole or not at all; returns the bytes of the weights.
+
+    Raises:
+        ConfigError: `out` exists or cannot be made, or `max_bytes` is not positive.
+    """
+    if not max_bytes > 0:
+        raise ConfigError(f"--max-gb {max_bytes / 1e9}: must be positive")
+    cfg = load(run / "config.yaml")
+    with new_folder(out) as draft:
+        total = write_weights(checkpoint, shapes(*without_weights(cfg)), draft, max_bytes)
+        shutil.copy(run / "config.yaml", draft / "config.yaml")
+    return total
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A draft of the folder `out`, which is there, whole, when the block ends well; else nothing is.
+
+    Raises:
+        ConfigError: `out` exists or cannot be made.
+    """
+    if out.exists():
+        raise ConfigError(f"--out {out}: exists already; give a new folder")
+    draft = out.with_name(f"{DRAFT}{out.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    try:
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error}") from None
+    try:
+        yield draft
+        publish(draft, out)
+    except BaseException:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise
+
+
+def write_weights(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Path, max_bytes: float) -> int:
+    """Writes the weights of these names and shapes in files of at most `max_bytes`, and their index; returns the bytes
+    of all.
+    """
+    parts = list(groups(sizes, max_bytes))
+    where = {}
+    for number, names in enumerate(parts, 1):
+        file = "model.safetensors" if len(parts) == 1 else f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        save_file(
+            read_weights(checkpoint, {name: sizes[name] for name in names}), folder / file, metadata={"format": "pt"}
+        )
+        where.update(dict.fromkeys(names, file))
+    total = sum(4 * shape.numel() for shape in sizes.values())
+    about = {"total_size": total, "step": step_of(checkpoint)}
+    (folder / INDEX).write_text(to_json({"metadata": about, "weight_map": where}, indent=1))
+    for file in set(where.values()):  # safetensors lets only their owner read them
+        shutil.copymode(folder / INDEX, folder / file)
+    return total
+
+
+def read_weights(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
+    """Some float32 weights of a checkpoint, by their exported names."""
+    found = {name: torch.empty(shape) for name, shape in wanted.items()}
+    fragments = {stored_name(name): Fragment(t.view(-1), 0, t.numel()) for name, t in found.items()}
+    load_alone(checkpoint, fragments)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m pretrain.export", description="Weights as plain safetensors.")
+    parser.add_argument("run", type=Path, help="a run folder (its newest whole checkpoint), or one checkpoint's folder")
+    parser.add_argument("--out", type=Path, required=True, help="a new folder")
+    parser.add_argument("--max-gb", type=float, default=MAX_GB, help="of one file's weights (default %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        checkpoint, run = find_given(args.run)
+        total = export(checkpoint, run, args.out, args.max_gb * 1e9)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    print(f"{args.out}: {total / 1e9:.3g} GB of weights of {checkpoint}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

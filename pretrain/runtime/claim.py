@@ -1,0 +1,184 @@
+"""One job at a time in a run folder: its lock, and who holds it.
+
+Whoever writes in a run folder holds its lock first, or is of the job that does. A job that `launch run` started holds
+it by its launcher and by its first rank, any other by its first rank: the folder is free when these processes have
+ended, however they did. What the ranks leave there of their end carries the job's id, so that it is never taken for
+another's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from common.errors import ConfigError
+from common.files import lock
+from common.plain import to_json
+from common.variables import JOB_VARIABLE
+from pretrain.run_folder import EXIT_RECORD, FAILURES
+
+LOCK = "lock"  # in the run folder; its first line is the `Holder`, the second the first rank of a launcher's job
+STOP = "stop"  # what a launcher's lease says when its ranks are to save and leave
+
+
+def _command() -> str:
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    words = ["python", "-m", module.name.removesuffix(".__main__"), *sys.argv[1:]] if module else sys.argv
+    return shlex.join(words)
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who took a run folder last: the lock tells whether it still has it."""
+
+    job: str
+    launcher: bool  # and not the first rank itself
+    hosts: tuple[str, ...] = ()  # a launcher's
+    host: str = field(default_factory=socket.gethostname)
+    pid: int = field(default_factory=os.getpid)
+    command: str = field(default_factory=_command)
+    since: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S %z"))
+
+
+class Held(ConfigError):
+    """Another job has the run folder: `holder`, None if it does not say who it is."""
+
+    def __init__(self, run: Path, holder: Holder | None) -> None:
+        who = ""
+        if holder is not None:
+            who = f": `{holder.command}`, process {holder.pid} on {holder.host} since {holder.since}"
+        left = ", or ranks whose launcher was killed still do" if holder is None or holder.launcher else ""
+        super().__init__(
+            f"{run}: another job trains in this folder{who}{left}. Nothing of it was touched. Wait for it, end its "
+            "processes, or give another folder (run=...)"
+        )
+        self.holder = holder
+
+
+class Claim:
+    """A hold on a run folder for the job `job`; it ends with `release`, the `with`, or this process."""
+
+    def __init__(self, run: Path, job: str, file: TextIO, joined: bool) -> None:
+        self.run, self.job = run, job
+        self.joined = joined  # a launcher has the folder for this job
+        self._file = file
+
+    def release(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def hold(run: Path, me: Holder, name: str = LOCK) -> Claim:
+    """Takes a run folder, or joins the launcher that has it for the same job; touches nothing of anybody else's.
+
+    Args:
+        me: who takes it.
+        name: of the lock, where each host has a launcher of its own and all but the first have one beside.
+    Raises:
+        Held: another job has it.
+        ConfigError: it cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / name).open("a+", encoding="utf-8")  # what is in it stays until the lock is held
+        try:
+            if lock(file):
+                file.truncate(0)
+                file.write(to_json(asdict(me)) + "\n")
+                joined = False
+            elif not me.launcher and lock(file, shared=True) and _awaits(file, me.job):
+                file.write(to_json({"rank": 0, "host": me.host, "pid": me.pid}) + "\n")
+                joined = True
+            else:
+                raise Held(run, holder(run, name))
+            file.flush()
+            if not lock(file, shared=True):  # so that the first rank can join
+                raise Held(run, holder(run, name))
+        except BaseException:
+            file.close()
+            raise
+    except OSError as error:
+        raise ConfigError(
+            f"{run}: cannot be written ({error}); make room, or give a folder you may write (run=...)"
+        ) from None
+    return Claim(run, me.job, file, joined)
+
+
+def _awaits(file: TextIO, job: str) -> bool:
+    """Whether the launcher that has the lock has it for this job, whose first rank did not come yet."""
+    file.seek(0)
+    lines = file.read().splitlines()
+    found = _read(lines[0]) if len(lines) == 1 else None
+    return found is not None and found.launcher and found.job == job
+
+
+def holder(run: Path, name: str = LOCK) -> Holder | None:
+    """Who took a run folder last; None if nobody did, or did not say."""
+    try:
+        return _read((run / name).read_text(encoding="utf-8").partition("\n")[0])
+    except (OSError, ValueError):
+        return None
+
+
+def _read(line: str) -> Holder | None:
+    try:
+        found = json.loads(line)
+        return Holder(**{**found, "hosts": tuple(found["hosts"])})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def may_write(run: Path, job: str | None) -> bool:
+    """Whether a job was the last to take a run folder: a process of it that does not hold the lock may write there."""
+    found = holder(run)
+    return found is not None and found.job == job
+
+
+def new_job() -> str:
+    return uuid.uuid4().hex
+
+
+def job_of(environment: Mapping[str, str]) -> str | None:
+    """The job that this process is of, by what the launcher said; None if there is no launcher of ours.
+
+    Raises:
+        ConfigError: it is no name.
+    """
+    job = environment.get(JOB_VARIABLE)
+    if job is not None and not re.fullmatch(r"[0-9A-Za-z_-]+", job):
+        raise ConfigError(
+            f"{JOB_VARIABLE}={job!r}: expected letters, digits and dashes, as `launch run` sets it; `unset` it"
+        )
+    return job
+
+
+def leave_record(run: Path, job: str, code: int, reason: str, step: int | None) -> None:
+    """Writes how a job ended into its run folder, for the launcher and for those who look later."""
+    record = {"job": job, "code": code, "reason": reason, "step": step}
+    (run / EXIT_RECORD).write_text(to_json(record))
+
+
+def set_aside_failures(run: Path) -> None:
+    """Keeps the failures of an earlier job under a name of their own."""
+    folder = run / FAILURES
+    if folder.is_dir():
+        number = next(k for k in range(1, 10**6) if not (run / f"{FAILURES}-{k}").exists())
+        os.replace(folder, run / f"{FAILURES}-{number}")

@@ -1,0 +1,145 @@
+"""What is written as JSON is JSON: numbers that are not finite are null, in files and on standard output."""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from common.errors import ConfigError
+from common.exits import EXIT_DIVERGED
+from common.plain import from_json, plain, to_json
+from pretrain.analysis.scoring import Evaluation
+from pretrain.checkpoints.verification import _distance
+from pretrain.config import dump, load
+from pretrain.energy.sustainability import learning_stability, to_target
+from pretrain.metrics import Recorder, read_records
+from pretrain.report import main as report
+from pretrain.study import grid
+from tests.support.ranks import run_ranks
+from tests.support.tiny import make_data, tiny_config
+
+FOLDERS = ("model", "pretrain", "launch", "benchmarks")
+
+
+def strict(text: str) -> Any:
+    """As readers do that know no NaN."""
+
+    def refuse(name: str) -> Any:
+        raise AssertionError(f"{name} is no JSON: {text[:200]}")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_numbers_that_are_not_finite_are_null_wherever_they_are() -> None:
+    tree = {"a": math.nan, "b": [1.5, -math.inf, (2, math.inf, {"c": math.nan})], "d": "NaN", "e": True}
+    expected = {"a": None, "b": [1.5, None, [2, None, {"c": None}]], "d": "NaN", "e": True}
+    assert plain(tree) == strict(to_json(tree)) == strict(to_json(tree, indent=1)) == expected
+    assert from_json('{"loss": NaN, "norms": [Infinity, -Infinity, 1.0]}') == {"loss": None, "norms": [None, None, 1.0]}
+
+
+def writers(source: str) -> list[int]:
+    """Lines with a call of `json.dump` or `json.dumps` that does not say allow_nan=False."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    found = []
+    for call in calls:
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        told = any(k.arg == "allow_nan" and ast.unparse(k.value) == "False" for k in call.keywords)
+        if name in ("dump", "dumps") and not told and "json" in ast.unparse(call.func):
+            found.append(call.lineno)
+    return found
+
+
+@pytest.mark.parametrize("path", [p for folder in FOLDERS for p in sorted(Path(folder).rglob("*.py"))], ids=str)
+def test_nothing_is_written_that_json_has_not(path: Path) -> None:
+    assert not writers(path.read_text())
+
+
+def test_the_walk_sees_writers() -> None:
+    assert writers("import json\njson.dumps(x)\n") == [2] and writers("json.dump(x, f, allow_nan=True)") == [1]
+    assert not writers("json.dumps(x, allow_nan=False)")
+
+
+def check_diverged(base: Path) -> None:
+    changes = {"optim__lr": 1e30, "optim__clip": None, "optim__max_skipped": 2, "head__distance": "dot"}
+    cfg = tiny_config(
+        run=str(base / "run"), data__path=str(base / "data"), evaluation__every=1, logging__every=1, **changes
+    )
+    from pretrain.loop import Run
+    from pretrain.runtime import ranks as process
+
+    run = Run(cfg, process.start())
+    assert run.train().code == EXIT_DIVERGED
+    run.close()
+
+
+def test_a_run_that_diverges_leaves_json_and_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    make_data(tmp_path / "data")
+    run_ranks(check_diverged, 1, tmp_path, base=tmp_path)
+    records = [strict(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lost = [one for one in records if one["kind"] == "train" and one["skipped"]]
+    assert lost and all(one["loss"] is None and one["loss_mean"] is None and one["losses"] == [None] for one in lost)
+    assert read_records(tmp_path / "run") == records
+    for state in (tmp_path / "run").glob("checkpoints/*/*.json"):
+        strict(state.read_text())
+    assert report([str(tmp_path / "run"), "--json", "--energy", "target_loss=1.0"]) == 0
+    assert strict(capsys.readouterr().out)["runs"][str(tmp_path / "run")]["loss"] is None
+    assert report([str(tmp_path / "run"), "--energy", "target_loss=1.0"]) == 0
+
+
+NOT_FINITE = {
+    "optim.clip=.inf": "optim.clip: given inf",
+    "optim.lr=1e999": "optim.lr: given inf",
+    "head.params={p: -.inf}": "head.params.p: given -inf",
+    "deepspeed={a: [.nan]}": "deepspeed.a.0: given nan",
+}
+
+
+@pytest.mark.parametrize("setting", NOT_FINITE)
+def test_settings_that_are_not_finite_are_refused(setting: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(tiny_config()))
+    with pytest.raises(ConfigError, match=f"^{NOT_FINITE[setting]}; expected a finite number"):
+        load(tmp_path / "config.yaml", [setting])
+
+
+def test_a_loss_that_is_not_finite_reaches_no_target_and_is_no_rise() -> None:
+    records = [{"kind": "eval", "step": 1, "loss": None}, {"kind": "eval", "step": 2, "loss": 2.0}]
+    found = to_target(records, 2.5)
+    assert found is not None and found["step"] == 2 and to_target(records[:1], 2.5) is None
+    assert learning_stability([None] * 3, [2.0, None, 2.5, 1.0])["largest_rise"] == 0.5
+    assert learning_stability([None] * 3, [None, 2.0])["rises"] is None
+
+
+def test_a_logged_loss_of_null_is_repeated_by_one_that_is_not_finite() -> None:
+    assert _distance(math.nan, math.nan) == _distance(math.inf, math.nan) == 0.0
+    assert _distance(1.0, math.nan) == _distance(math.nan, 1.0) == math.inf and _distance(1.5, 1.0) == 0.5
+
+
+def test_a_loss_beyond_what_a_float_holds_has_no_perplexity() -> None:
+    one = np.array([1])
+    found = Evaluation(np.array([710.0]), one, one, one)
+    assert found.perplexity == math.inf and strict(to_json(found.as_dict()))["perplexity"] is None
+
+
+def test_a_study_counts_a_run_with_such_a_held_out_loss_as_diverged(tmp_path: Path) -> None:
+    cfg = tiny_config(run=str(tmp_path))
+    (tmp_path / "exit.json").write_text('{"code": 0}')
+    for loss, expected in (("NaN", grid.DIVERGED), ("null", grid.DIVERGED), ("2.5", grid.DONE)):
+        record = f'{{"kind": "eval", "step": 3, "loss": {loss}, "bits_per_byte": {loss}}}'
+        (tmp_path / "metrics.jsonl").write_text(record)
+        assert grid.outcome(cfg) == expected
+    assert grid.held_out(cfg) == 2.5
+
+
+def test_records_of_an_older_program_become_json_when_a_run_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1, "loss": NaN}\n{"kind": "train", "step": 2, "loss": Infinity}\n')
+    recorder = Recorder(tmp_path, 2, 5, tensorboard=True)
+    recorder.record("eval", 2, {"loss": math.nan, "perplexity": math.inf, "nested": {"a": (math.nan,)}})
+    recorder.close()
+    assert [strict(line).get("loss") for line in path.read_text().splitlines()] == [None, None, None]

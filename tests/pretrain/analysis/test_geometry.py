@@ -1,0 +1,508 @@
+"""Measures of geometry on cases with known answers, and `python -m pretrain.report --interpret` on a tiny run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from data.shards import TOKENIZER, fingerprint, read_manifest, write_manifest
+from data.tokenizer import Tokenizer, train
+from model.distances import DISTANCES
+from model.head import HarmonicHead
+from model.reference import distances_reference
+from pretrain import report
+from pretrain.analysis import geometry, interpretation
+from pretrain.analysis.inference import load_model
+from pretrain.analysis.words import NEAREST, RELATIONS, token_of, token_pairs
+from pretrain.checkpoints.folder import load_weights
+from pretrain.modules import build_modules
+from pretrain.runtime.ranks import Ranks
+from tests.data.test_shards import make_folder
+from tests.support.ranks import run_ranks
+from tests.support.tiny import run_to_end, tiny_config
+
+PAGE = Path("docs/interpretability.md")
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def rotation(dim: int, seed: int = 0) -> Tensor:
+    return torch.linalg.qr(drawn(dim, dim, seed=seed)).Q
+
+
+def with_variances(variances: list[float], rows: int, dim: int) -> Tensor:
+    """(rows, dim), with exactly these variances along rotated axes and a mean far from zero."""
+    white = torch.linalg.qr(drawn(rows, len(variances)) - drawn(rows, len(variances)).mean(0)).Q * rows**0.5
+    return white * torch.tensor(variances, dtype=torch.float64).sqrt() @ rotation(dim)[: len(variances)] + 3.0
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(geometry, "CHUNK", 7)  # so that sizes do not divide
+    monkeypatch.setattr(geometry, "PAIRS", 13)
+
+
+# ---- spectra
+
+
+def test_variances_are_found() -> None:
+    found = geometry.spectrum(with_variances([8, 4, 2, 1, 1], rows=50, dim=9))
+    assert found.variances.tolist() == pytest.approx([8, 4, 2, 1, 1, 0, 0, 0, 0])
+    assert found.explained(2) == pytest.approx(12 / 16) and found.explained(5) == pytest.approx(1)
+    assert [found.dimensions(share) for share in (0.5, 0.75, 0.76, 0.9, 0.95, 1.0)] == [1, 2, 3, 4, 5, 5]
+    assert found.participation_ratio == pytest.approx(16**2 / (64 + 16 + 4 + 1 + 1))
+
+
+def test_equal_variances_count_as_so_many_dimensions() -> None:
+    found = geometry.spectrum(with_variances([2.0] * 10, rows=40, dim=16))
+    assert found.dimensions(0.9) == 9 and found.dimensions(0.95) == 10
+    assert found.participation_ratio == pytest.approx(10)
+
+
+def test_no_variance_is_no_figure() -> None:
+    found = geometry.spectrum(torch.ones(5, 3))
+    assert found.dimensions(0.9) == 0 and math.isnan(found.explained(2)) and math.isnan(found.participation_ratio)
+    assert math.isnan(geometry.effective_rank(torch.zeros(5, 3)))
+
+
+def test_effective_rank() -> None:
+    assert geometry.effective_rank(torch.eye(6)) == pytest.approx(6)
+    assert geometry.effective_rank(torch.outer(drawn(9), drawn(4))) == pytest.approx(1)
+    p = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64)
+    matrix = rotation(12)[:, :3] * p * 5 @ rotation(8, seed=1)[:3]
+    assert geometry.effective_rank(matrix) == pytest.approx(math.exp(-(p * p.log()).sum()))
+    shifted = drawn(30, 5) + 100
+    s = torch.linalg.svdvals(shifted)
+    entropy = -(s / s.sum() * (s / s.sum()).log()).sum().item()
+    assert geometry.effective_rank(shifted) == pytest.approx(math.exp(entropy)), "of the matrix as it is"
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 12), st.floats(1e-3, 1e3), st.integers(0, 1000))
+def test_spectra_have_no_units(rows: int, dim: int, factor: float, seed: int) -> None:
+    points = drawn(rows, dim, seed=seed)
+    moved = factor * points @ rotation(dim, seed=seed + 1) + 5 * factor
+    one, other = geometry.spectrum(points), geometry.spectrum(moved)
+    assert other.participation_ratio == pytest.approx(one.participation_ratio, rel=1e-6)
+    assert 1 - 1e-9 <= one.participation_ratio <= min(dim, rows - 1) + 1e-9
+    rank = geometry.effective_rank(points)
+    assert geometry.effective_rank(factor * points) == pytest.approx(rank, rel=1e-6)
+    assert 1 - 1e-9 <= rank <= min(dim, rows) + 1e-9
+
+
+def test_norms() -> None:
+    found = geometry.norms(torch.diag(torch.arange(1.0, 22.0)))
+    expected = {"min": 1, "5%": 2, "25%": 6, "median": 11, "75%": 16, "95%": 20, "max": 21, "max/median": 21 / 11}
+    assert found == pytest.approx(expected)
+    assert math.isnan(geometry.norms(torch.zeros(3, 2))["max/median"])
+
+
+@pytest.mark.parametrize("bad", [torch.zeros(3), torch.zeros(0, 2), torch.tensor([[1.0, math.nan]])], ids=str)
+def test_what_is_no_matrix_is_refused(bad: Tensor) -> None:
+    for measure in (geometry.spectrum, geometry.effective_rank, geometry.norms, geometry.equiangular):
+        with pytest.raises(ValueError, match="a matrix of shape"):
+            measure(bad)
+
+
+# ---- neighbours
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_nearest_is_by_the_heads_own_distance(name: str) -> None:
+    head = HarmonicHead(23, 4, distance=name, seed=3).eval()
+    if name == "mahalanobis":
+        head.factor.data = torch.tensor([4.0, 0.0, -4.0, 0.0])
+    found = geometry.nearest(head.prototypes, [5, 0], 3, head.score_function)
+    for place, row in enumerate((5, 0)):
+        d = distances_reference(head.prototypes[row : row + 1], head.prototypes, head.score_function)[0].tolist()
+        order = sorted((j for j in range(23) if j != row), key=lambda j: d[j], reverse=name == "dot")[:3]
+        assert found.indices[place].tolist() == order
+        assert found.distances[place].tolist() == pytest.approx([d[j] for j in order])
+
+
+def test_nearest_of_all_and_of_none() -> None:
+    assert geometry.nearest(drawn(3, 2), [1], 10).indices.shape == (1, 2), "there are no more"
+    assert geometry.nearest(drawn(3, 2), [], 2).indices.shape == (0, 2)
+
+
+# ---- classes
+
+
+def simplex(classes: int, dim: int) -> Tensor:
+    return (torch.eye(classes, dtype=torch.float64) - 1 / classes) @ rotation(dim)[:classes] + 2.0
+
+
+def test_class_sums_are_those_of_loops() -> None:
+    rows, labels = drawn(60, 3), torch.randint(0, 9, (60,), generator=torch.Generator().manual_seed(1)) * 10
+    found = geometry.classes_of(rows, labels, least=6)
+    groups = {c: rows[labels == c] for c in labels.unique().tolist() if (labels == c).sum() >= 6}
+    assert found.labels.tolist() == sorted(groups) and 2 <= len(groups) < 9, "some are left out, some are not"
+    assert found.counts.tolist() == [len(part) for part in groups.values()]
+    means = torch.stack([part.mean(0) for part in groups.values()])
+    assert torch.allclose(found.means, means)
+    spreads = [part.var(0).sum().sqrt().item() for part in groups.values()]
+    assert found.spreads.tolist() == pytest.approx(spreads)
+    within = sum(part.T.cov(correction=0) for part in groups.values()) / len(groups)
+    between = means.T.cov(correction=0)
+    assert torch.allclose(found.within, within) and torch.allclose(found.between, between)
+    assert found.scatter == pytest.approx((within.trace() / between.trace()).item())
+    assert found.nc1 == pytest.approx((torch.linalg.inv(between) @ within).trace().item() / len(groups))
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        geometry.classes_of(rows, labels, least=60)
+    with pytest.raises(ValueError, match="one for each"):
+        geometry.classes_of(rows, labels[1:])
+
+
+def test_collapsed_classes_read_zero() -> None:
+    means = simplex(5, 8)
+    labels = torch.arange(5).repeat(4)
+    found = geometry.classes_of(means[labels], labels)
+    assert found.scatter == pytest.approx(0, abs=1e-20) and found.nc1 == pytest.approx(0, abs=1e-12)
+    assert geometry.equinorm(found.means) == pytest.approx(0, abs=1e-12)
+    assert geometry.equiangular(found.means) == pytest.approx((0, 0), abs=1e-7)
+    assert geometry.self_duality(7 * means - 4, found) == pytest.approx(0, abs=1e-12), "but for factor and place"
+    assert geometry.self_duality(-means, found) == pytest.approx(4)
+
+
+def test_nc1_of_isotropic_noise() -> None:
+    """Means +-a on every axis, C = 2 D: S_B = a^2 / D I, S_W = b^2 I, tr(S_W S_B^+) / C = D b^2 / 2 a^2."""
+    dim, a, b = 3, 2.0, 0.5
+    means = a * torch.cat((torch.eye(dim), -torch.eye(dim)))
+    noise = b * dim**0.5 * torch.cat((torch.eye(dim), -torch.eye(dim)))
+    rows = (means[:, None] + noise[None]).reshape(-1, dim)
+    found = geometry.classes_of(rows, torch.arange(2 * dim).repeat_interleave(2 * dim))
+    assert found.nc1 == pytest.approx(dim * b**2 / (2 * a**2))
+    assert found.scatter == pytest.approx(b**2 * dim / a**2)
+
+
+def test_equal_lengths_and_angles_are_two_things() -> None:
+    square = torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    assert geometry.equinorm(square) == pytest.approx(0)
+    cosines = torch.tensor([0.0] * 8 + [-1.0] * 4)
+    gap = (cosines + 1 / 3).abs().mean().item()
+    assert geometry.equiangular(square) == pytest.approx((cosines.std(correction=0).item(), gap))
+    longer = torch.tensor([[2.0, 0], [0, 1], [-2, 0], [0, -1]])
+    assert geometry.equinorm(longer) == pytest.approx(1 / 3)
+    assert geometry.equiangular(longer) == pytest.approx(geometry.equiangular(square))
+
+
+def test_unrelated_prototypes_are_at_two() -> None:
+    rows = drawn(400, 50)
+    found = geometry.classes_of(rows, torch.arange(200).repeat(2))
+    assert geometry.self_duality(drawn(200, 50, seed=9), found) == pytest.approx(2, abs=0.1)
+    with pytest.raises(ValueError, match="one for each class"):
+        geometry.self_duality(drawn(199, 50), found)
+
+
+def test_a_true_centre_reads_one_over_root_n() -> None:
+    centres, n = 10 * drawn(40, 16), 25
+    labels = torch.arange(40).repeat(n)
+    found = geometry.classes_of(centres[labels] + drawn(40 * n, 16, seed=5), labels)
+    assert geometry.centre_distances(found.means, found).abs().max() < 1e-12
+    read = geometry.centre_distances(centres, found)
+    assert read.square().mean().sqrt().item() == pytest.approx(n**-0.5, rel=0.15)
+    one_row = centres + drawn(40, 16, seed=6)
+    assert geometry.centre_distances(one_row, found).median().item() == pytest.approx(1, rel=0.15)
+
+
+# ---- relations
+
+
+def test_parallelograms_read_zero_and_independent_rows_one() -> None:
+    firsts = drawn(12, 6)
+    rows = torch.cat((firsts, firsts + drawn(6, seed=1)))
+    pairs = torch.stack((torch.arange(12), torch.arange(12, 24)), 1)
+    found = geometry.parallelogram_loss(rows, pairs)
+    assert found.loss == pytest.approx(0, abs=1e-12) and found.shuffled > 0.2
+    independent = geometry.parallelogram_loss(drawn(2000, 30), torch.arange(2000).view(-1, 2))
+    assert independent == pytest.approx((1, 1, 1), abs=0.05)
+    with pytest.raises(ValueError, match="P at least 2"):
+        geometry.parallelogram_loss(rows, pairs[:1])
+
+
+def test_parallelogram_loss_is_the_mean_over_pairs_of_pairs() -> None:
+    rows, pairs = drawn(40, 5) + 3, torch.tensor([[3, 9], [30, 1], [12, 13], [0, 39]])
+    off = rows[pairs[:, 1]] - rows[pairs[:, 0]]
+    squares = [(off[i] - off[j]).square().sum().item() for i in range(4) for j in range(i)]
+    unit = (rows - rows.mean(0)).square().sum(1).mean().item()
+    found = geometry.parallelogram_loss(rows, pairs)
+    assert found.loss == pytest.approx(sum(squares) / 6 / (4 * unit))
+    assert geometry.parallelogram_loss(50 * rows - 7, pairs) == pytest.approx(found)
+
+
+def test_baselines_are_means_over_pairings() -> None:
+    rows, words = drawn(20, 3), (2, 5, 7, 11, 13, 17)
+    pairs = torch.tensor(words).view(3, 2)
+    found = geometry.parallelogram_loss(rows, pairs)
+
+    def mean_loss(pairings: list[Tensor]) -> float:
+        return sum(geometry.parallelogram_loss(rows, one).loss for one in pairings) / len(pairings)
+
+    assert found.random == pytest.approx(mean_loss([torch.tensor(one).view(3, 2) for one in permutations(words)]))
+    sides = [torch.stack((pairs[:, 0], torch.tensor(ends)), 1) for ends in permutations(pairs[:, 1].tolist())]
+    assert found.shuffled == pytest.approx(mean_loss(sides))
+
+
+def test_cka() -> None:
+    x, y = drawn(30, 5) + 2, drawn(30, 8, seed=1)
+    assert geometry.linear_cka(x, 0.1 * x @ rotation(5) - 40) == pytest.approx(1)
+    assert geometry.linear_cka(x, y) == pytest.approx(geometry.linear_cka(y, x))
+    a, b = (rows - rows.mean(0) for rows in (x, y))
+    k, gram = a @ a.T, b @ b.T
+    assert geometry.linear_cka(x, y) == pytest.approx(((k * gram).sum() / k.norm() / gram.norm()).item()), "kernels"
+    apart = torch.linalg.qr(torch.cat((torch.ones(30, 1), drawn(30, 6)), 1)).Q[:, 1:]
+    assert geometry.linear_cka(apart[:, :3], apart[:, 3:]) == pytest.approx(0, abs=1e-20)
+    with pytest.raises(ValueError, match="the same things"):
+        geometry.linear_cka(x, y[1:])
+
+
+# ---- crystals
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(3, 40), st.integers(1, 39), st.integers(0, 100))
+def test_a_circle_in_cyclic_order_scores_one(p: int, k: int, seed: int) -> None:
+    k = k % p or 1
+    angle = 2 * math.pi * k * torch.arange(p, dtype=torch.float64) / p
+    circle = torch.stack((angle.cos(), angle.sin()), 1) @ rotation(6, seed)[:2] * 3 + 1
+    found = geometry.circle_score(circle + 0.1 * drawn(p, 1, seed=seed) @ rotation(6, seed)[2:3])
+    if math.gcd(k, p) == 1:
+        assert found.score > 0.95 and found.frequency == min(k, p - k)
+        assert geometry.circle_score(circle) == pytest.approx((1.0, min(k, p - k)))
+    else:
+        assert geometry.circle_score(circle).score < 1e-9, "points coincide"
+
+
+def test_other_shapes_are_no_circles() -> None:
+    p = 31
+    angle = 2 * math.pi * torch.arange(p, dtype=torch.float64) / p
+    circle = torch.stack((angle.cos(), angle.sin()), 1)
+    assert geometry.circle_score(circle * torch.tensor([2.0, 1.0])).score == pytest.approx(0.9), "9 to 1 by frequency"
+    assert geometry.circle_score(circle * torch.tensor([1.0, 0.0])).score == pytest.approx(0.5), "a line"
+    shuffled = circle[torch.randperm(p, generator=torch.Generator().manual_seed(1))]
+    assert geometry.circle_score(shuffled).score < 0.4, "out of order"
+    assert geometry.circle_score(drawn(p, 10)).score < 0.4
+    assert math.isnan(geometry.circle_score(torch.ones(5, 3)).score)
+
+
+def test_a_slanted_lattice_scores_one() -> None:
+    grid = torch.cartesian_prod(torch.arange(5), torch.arange(4))
+    slanted = grid.double() @ torch.tensor([[1.0, 0.3], [0.5, 0.2]], dtype=torch.float64)
+    embedded = slanted @ rotation(7)[:2] + 9
+    assert geometry.lattice_score(embedded, grid) == pytest.approx(1)
+    assert geometry.lattice_score(embedded[torch.randperm(20)], grid) < 0.7
+    assert geometry.lattice_score(embedded @ torch.outer(drawn(7), drawn(7)), grid) == pytest.approx(0.5), "one line"
+    assert math.isnan(geometry.lattice_score(torch.ones(20, 3), grid))
+    with pytest.raises(ValueError, match="span a plane"):
+        geometry.lattice_score(embedded, grid[:, :1].expand(-1, 2))
+
+
+def test_rows_without_gradient_on_any_dtype() -> None:
+    rows = drawn(12, 4).to(torch.bfloat16).requires_grad_()
+    labels = torch.arange(3).repeat(4)
+    classes = geometry.classes_of(rows, labels)
+    own = rows[:3]
+    tensors = [geometry.spectrum(rows).variances, classes.within, geometry.centre_distances(own, classes)]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert math.isfinite(geometry.circle_score(rows).score) and math.isfinite(geometry.self_duality(own, classes))
+
+
+# ---- runs
+
+WORDS = ["file", "files", "value", "values", "name", "names", "the", "not", "of", "list", "good", "better"]
+RUNS: dict[str, dict[str, Any]] = {
+    "euclidean": {"checkpoint__every": 2, "checkpoint__keep": 5},
+    "cosine": {"head__distance": "cosine", "model__tied": True, "model__seq_len": 6, "train__tokens_per_step": 48},
+    "softmax": {"head__distance": "dot"},
+    "mahalanobis": {"head__distance": "mahalanobis"},
+}
+
+
+def make_text(folder: Path) -> int:
+    """A prepared folder of random sentences, and the size of its vocabulary."""
+    stream = np.random.default_rng(3)
+    sentences = [" ".join(["", *stream.choice(WORDS, 12)]) for _ in range(120)]
+    model = folder.with_suffix(".model")
+    vocab = 330
+    train(sentences, vocab, model)
+    tokenizer = Tokenizer(model)
+    documents = [np.array(tokenizer.encode(sentence)) for sentence in sentences]
+    make_folder(folder, vocab_size=vocab, train=documents[:80], val=documents[80:])
+    (folder / TOKENIZER).write_bytes(model.read_bytes())
+    manifest = {**read_manifest(folder), "tokenizer_sha256": tokenizer.sha256}
+    write_manifest(folder, {**manifest, "fingerprint": fingerprint(manifest)})
+    return vocab
+
+
+def train_all(base: Path, vocab: int) -> None:
+    for name, changes in RUNS.items():
+        where = {"run": str(base / name), "data__path": str(base / "data"), "data__tokenizer__vocab_size": vocab}
+        run_to_end(tiny_config(**where, train__steps=4, **changes))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("interpreted")
+    run_ranks(train_all, 1, base, base=base, vocab=make_text(base / "data"))
+    return base
+
+
+def reported(capsys: pytest.CaptureFixture, *arguments: str) -> dict[str, Any]:
+    assert report.main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def single(tokenizer: Tokenizer, word: str) -> int:
+    token = token_of(tokenizer, word)
+    assert token is not None
+    return token
+
+
+def test_words_of_a_tokenizer(trained: Path) -> None:
+    tokenizer = Tokenizer(trained / "data" / TOKENIZER)
+    assert all(tokenizer.decode([single(tokenizer, word)]) == f" {word}" for word in WORDS)
+    assert token_of(tokenizer, "children") is None
+    found = token_pairs(tokenizer, RELATIONS["plural"])
+    assert found == [(single(tokenizer, one), single(tokenizer, f"{one}s")) for one in ("file", "value", "name")]
+
+
+def test_no_word_comes_twice_in_a_relation() -> None:
+    for relation, pairs in RELATIONS.items():
+        words = [word for pair in pairs for word in pair]
+        assert len(pairs) >= 20 and len(set(words)) == len(words), relation
+
+
+def test_hidden_states_are_those_of_each_window_alone(trained: Path) -> None:
+    source = interpretation.open_run(trained / "cosine", (), strict=False)
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    model = load_model(source.checkpoint, source.cfg, source.tokenizer.sha256, source.split.eos_id, ranks)
+    hidden, targets = interpretation.hidden_states(model, source.split, None, tokens=100)
+    stream = source.split.read(0, 100)
+    assert targets.tolist() == stream.tolist()
+    before = torch.tensor([source.split.eos_id, *stream[:-1]])
+    with torch.no_grad():
+        alone = torch.cat([model.decoder(model.head.prototypes[window[None]])[0] for window in before.split(6)])
+    assert torch.allclose(hidden, alone, atol=1e-6)
+    assert len(interpretation.hidden_states(model, source.split, None)[0]) == source.split.tokens, (
+        "no more than there are"
+    )
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_figures_of_a_run_are_those_of_its_weights(trained: Path, capsys: pytest.CaptureFixture, name: str) -> None:
+    run = trained / name
+    found = reported(capsys, str(run), "--interpret")["geometry"]["runs"][str(run)]
+    assert found == reported(capsys, str(run), "--interpret")["geometry"]["runs"][str(run)], "deterministic"
+    source = interpretation.open_run(run, (), strict=False)
+    decoder, head = build_modules(source.cfg, Ranks(0, 1, 0, 1, torch.device("cpu")))
+    load_weights(source.checkpoint, decoder, head)
+    w = head.prototypes.detach().double()
+    seen = w
+    if name == "cosine":
+        seen = w / w.norm(dim=1, keepdim=True)
+    if name == "mahalanobis":
+        seen = w * (dict(head.named_parameters())["factor"].detach().double() / 2).exp()
+    spectra = found["spectra"]
+    assert spectra["prototypes"]["first_2"] == pytest.approx(geometry.spectrum(seen).explained(2), rel=1e-4)
+    rank = geometry.effective_rank(seen - seen.mean(0))
+    assert spectra["prototypes"]["effective_rank"] == pytest.approx(rank, rel=1e-4)
+    assert (spectra["embedding"] is None) == found["tied"] == (name == "cosine")
+    assert (found["parallelograms"]["embedding"] is None) == found["tied"]
+    assert list(found["norms"]) == (["2", "4"] if name == "euclidean" else ["4"])
+    assert found["norms"]["4"]["median"] == pytest.approx(w.norm(dim=1).quantile(0.5).item(), rel=1e-5), "as stored"
+    plural = found["parallelograms"]["prototypes"]["plural"]
+    pairs = torch.tensor(token_pairs(source.tokenizer, RELATIONS["plural"]))
+    assert (plural["pairs"], plural["left_out"]) == (3, len(RELATIONS["plural"]) - 3)
+    assert plural["loss"] == pytest.approx(geometry.parallelogram_loss(seen, pairs).loss, rel=1e-4)
+    assert found["parallelograms"]["prototypes"]["gender"]["loss"] is None
+    classes = found["classes"]
+    assert classes["classes"] >= len(WORDS) and 0 < classes["nc3"] < 4
+    assert (classes["centre_distance"] is None) == (name == "softmax")
+    assert set(found["nearest"]) == {word for word in NEAREST if word in WORDS}
+    (text, distance), *others = found["nearest"]["file"]["own"]
+    assert len(others) == interpretation.NEIGHBOURS - 1 and isinstance(text, str)
+    best = geometry.nearest(w, [single(source.tokenizer, "file")], 1, head.eval().score_function)
+    assert distance == pytest.approx(best.distances.item(), rel=1e-6)
+
+
+def test_runs_are_compared_on_the_same_tokens(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    runs = [str(trained / name) for name in ("euclidean", "cosine", "softmax")]
+    assert report.main([*runs, "--interpret"]) == 0
+    told = capsys.readouterr().out
+    assert "parallelogram loss, plural" in told and "(3 of 30 pairs)" in told and "linear CKA" in told
+    written = json.loads((trained / "cosine" / report.INTERPRETED).read_text())
+    found = reported(capsys, *runs, "--interpret")["geometry"]
+    assert {key: value for key, value in written.items() if key != "cka"} == found["runs"][runs[1]]
+    assert [pair["runs"] for pair in written["cka"]] == [runs[:2], runs[1:]]
+    assert [pair["runs"] for pair in found["cka"]] == [runs[:2], runs[::2], runs[1:]]
+    assert all(0 < pair[what] < 1 for pair in found["cka"] for what in ("hidden", "prototypes"))
+    opened = [interpretation.measure(interpretation.open_run(Path(run), (), strict=False)) for run in runs[:2]]
+    other = interpretation.Measured({}, "other data", opened[1].hidden, opened[1].prototypes)
+    assert interpretation.compare({"a": opened[0], "b": other}) == [
+        {"runs": ["a", "b"], "hidden": None, "prototypes": None}
+    ]
+
+
+def test_a_report_without_the_flag_measures_nothing(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    found = reported(capsys, str(trained / "softmax"))
+    assert list(found) == ["runs"] and found["runs"][str(trained / "softmax")]["step"] == 4
+
+
+def test_words_of_ones_own(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    run = str(trained / "softmax")
+    found = reported(capsys, run, "--interpret", "--words", "names", "of")["geometry"]["runs"][run]
+    assert list(found["nearest"]) == ["names", "of"]
+    assert report.main([run, "--interpret", "--words", "of", "zebra"]) == 2
+    assert "--words zebra: not single tokens" in capsys.readouterr().err
+    assert report.main([run, "--words", "of"]) == 2 and "only with --interpret" in capsys.readouterr().err
+
+
+def test_data_of_another_tokenizer_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(trained / "data", data)
+    model = bytearray((data / TOKENIZER).read_bytes()) + bytes([0x7A, 0])  # an empty field that nobody knows
+    (data / TOKENIZER).write_bytes(model)
+    manifest = {**read_manifest(data), "tokenizer_sha256": hashlib.sha256(model).hexdigest()}
+    write_manifest(data, {**manifest, "fingerprint": fingerprint(manifest)})
+    shutil.copytree(trained / "softmax", tmp_path / "run", ignore=shutil.ignore_patterns(report.INTERPRETED))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained / "data"), str(data)))
+    assert report.main([str(tmp_path / "run"), "--interpret"]) == 2
+    assert "with another tokenizer" in capsys.readouterr().err
+    shutil.rmtree(data)
+    assert report.main([str(tmp_path / "run"), "--interpret"]) == 2
+    assert "no prepared data here" in capsys.readouterr().err
+    assert not (tmp_path / "run" / report.INTERPRETED).exists()
+    assert report.main([str(tmp_path / "run")]) == 0, "the table alone needs no data"
+
+
+# ---- the page
+
+
+def test_the_pages_python_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), {})
+
+
+def test_the_page_names_every_measure() -> None:
+    text = PAGE.read_text()
+    public = [name for name, one in vars(geometry).items() if getattr(one, "__module__", "") == geometry.__name__]
+    functions = [name for name in public if not name.startswith("_") and name[0].islower()]
+    assert len(functions) >= 12 and all(f"`{name}" in text for name in functions)

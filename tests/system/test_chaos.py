@@ -1,0 +1,113 @@
+"""The benchmark that kills runs, with few kills; and that its judge sees what it is there to see."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.chaos import Fault, Watchdog, chaos, check_end, compare
+from common.files import sha256_of
+from pretrain.checkpoints.folder import (
+    FORMAT,
+    LATEST,
+    MANIFEST,
+    STATE,
+    name_of,
+)
+
+
+def test_a_killed_run_ends_as_if_undisturbed(tmp_path: Path) -> None:
+    """A rank in a checkpoint's draft, one of deepspeed's launchers at a publication, our launcher in a deletion."""
+    report = chaos(tmp_path, kills=3, seed=41, damage=True)
+    assert report.fault is None, report.fault
+    told = {(kill.victim, kill.moment) for kill in report.kills}
+    assert told == {("one rank", "draft"), ("deepspeed", "publication"), ("launch", "deletion")}
+    assert report.worst == 0.0
+
+
+def save(folder: Path, step: int) -> Path:
+    """Two files and a manifest."""
+    path = folder / name_of(step)
+    path.mkdir(parents=True)
+    for name in (STATE, "part.safetensors"):
+        (path / name).write_text(f"{name} of step {step}")
+    listed = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in path.iterdir()}
+    (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listed}))
+    return path
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_harm_spares_the_last_whole_checkpoint(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    old, new = save(tmp_path, 2), save(tmp_path, 4)
+    guard = Watchdog(tmp_path)
+    assert guard.whole() == [old, new]
+    assert guard.harm(rng) is not None
+    assert guard.whole() == [old] and guard.harm(rng) is None
+    shutil.rmtree(new)
+    new = save(tmp_path, 4)
+    assert guard.whole() == [old, new], "saved again, it is judged again"
+
+
+def test_watchdog_tells_damage_and_loss(tmp_path: Path) -> None:
+    old, new = save(tmp_path, 2), save(tmp_path, 4)
+    guard = Watchdog(tmp_path)
+    guard.whole()
+    (old / STATE).write_text("another")
+    with pytest.raises(Fault, match="not whole: .*state.json"):
+        guard.whole()
+    shutil.rmtree(old)
+    shutil.rmtree(new)
+    save(tmp_path, 2)
+    with pytest.raises(Fault, match="was step 4 and is step 2"):
+        guard.whole()
+
+
+def test_the_end_is_checked(tmp_path: Path) -> None:
+    save(tmp_path, 2)
+    (tmp_path / LATEST).write_text(name_of(2) + "\n")
+    check_end(tmp_path, 2)
+    with pytest.raises(Fault, match="no checkpoint of the last step 4"):
+        check_end(tmp_path, 4)
+    save(tmp_path, 4)
+    with pytest.raises(Fault, match="`latest` names step-00000002"):
+        check_end(tmp_path, 4)
+    (tmp_path / LATEST).write_text(name_of(4) + "\n")
+    (tmp_path / "draft-old-step-00000000").mkdir()
+    with pytest.raises(Fault, match="left over after the end: draft-old-step"):
+        check_end(tmp_path, 4)
+
+
+def run_of(folder: Path, losses: dict[int, float], **first: Any) -> Path:
+    """A run folder with train records; `first` changes the first one."""
+    folder.mkdir()
+    records = [{"kind": "train", "step": s, "loss": x, "batch": "a", "tokens": s, "lr": 1.0} for s, x in losses.items()]
+    records[0] |= first
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("losses", "first", "told"),
+    [
+        ({1: 3.0, 2: 2.1, 3: 1.0}, {}, "step 2: loss is 2.1, undisturbed 2.0"),
+        ({1: 3.0, 3: 1.0}, {}, "1, 3"),
+        ({1: 3.0, 2: 2.0, 3: 1.0}, {"batch": "b"}, "step 1: batch"),
+        ({1: 3.0, 2: 2.0, 3: 1.0}, {"lr": 1.000001}, "step 1: lr"),
+    ],
+)
+def test_comparison_names_the_first_difference(
+    tmp_path: Path, losses: dict[int, float], first: dict[str, Any], told: str
+) -> None:
+    whole = run_of(tmp_path / "whole", {1: 3.0, 2: 2.0, 3: 1.0})
+    near = run_of(tmp_path / "near", {1: 3.0, 2: 2.0 + 1e-5, 3: 1.0})
+    assert compare(whole, near, 3, tolerance=2e-5) == pytest.approx(1e-5)
+    with pytest.raises(Fault, match="step 2: loss"):
+        compare(whole, near, 3, tolerance=0.0)
+    with pytest.raises(Fault, match=told):
+        compare(whole, run_of(tmp_path / "other", losses, **first), 3, tolerance=2e-5)
