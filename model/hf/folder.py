@@ -19,7 +19,7 @@ from ..decoder import Decoder
 from ..distances import OURS
 from ..head import HarmonicHead
 
-CODE = Path(__file__).parent / "hf"
+CODE = Path(__file__).parent
 MODELING, TOKENIZATION = "modeling_overtone", "tokenization_overtone"
 CARD = "README.md"
 

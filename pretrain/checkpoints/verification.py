@@ -1,30 +1,17 @@
-"""`python -m pretrain.verify RUN [key=value ...]`: is a run folder whole, and does its training repeat?
-
-Every checkpoint's files are compared with its manifest, and `latest` with them. Then the first logged steps after a
-checkpoint, the newest one that has enough of them, are trained again in a folder of their own; with --last, all those
-up to the last ones. Batch fingerprints must be those of metrics.jsonl, and losses too: to rounding, or with --exact bit
-for bit, as they are on the same layout and machine with as many threads, and on GPUs with train.deterministic. Prints
-PASS and how near the losses are (exit code 0), or FAIL and the first difference (1); 2 for bad input. The run folder is
-only read. `deepspeed --module pretrain.verify RUN` does so on many ranks.
-"""
+"""Whether a run folder is whole, and whether its training repeats: see pretrain/verify.py."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
-import logging
 import math
-import sys
 import tempfile
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
 from pretrain.checkpoints import folder as checkpoint
 from pretrain.config import RunConfig, check_data, check_layout, load
 from pretrain.metrics import read_records
@@ -71,7 +58,7 @@ def check_files(folder: Path, ranks: Ranks) -> int:
     return len(found)
 
 
-def plan(run: Path, steps: int, last: bool = False) -> Replay | None:
+def choose_replay(run: Path, steps: int, last: bool = False) -> Replay | None:
     """The first `steps` logged steps after the newest checkpoint that has so many, else after the one that has most.
 
     Args:
@@ -191,7 +178,7 @@ def verify(
     check_layout(cfg, ranks.world, ranks.local_world)
     count = check_files(folder / "checkpoints", ranks)
     whole = f"{count} checkpoint{'s are' if count > 1 else ' is'} whole"
-    planned = plan(folder, steps, last)
+    planned = choose_replay(folder, steps, last)
     if planned is None:
         fewer = f"fewer than {steps} steps were" if last else "no step was"
         return f"{whole}; {fewer} logged after one, so none was trained again"
@@ -204,36 +191,3 @@ def verify(
     first, last = planned.records[0]["step"], planned.records[-1]["step"]
     again = f"{f'steps {first} to {last}' if last > first else f'step {first}'} again from {planned.start.name}"
     return f"{whole}; {again}: the logged batches, and the logged losses {near}"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.verify", description="Check a run folder.")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the layout, such as train.micro_batch=4")
-    parser.add_argument("--steps", type=int, default=5, help="logged steps to train again (default %(default)s)")
-    parser.add_argument("--last", action="store_true", help="the last ones logged, and those before to a checkpoint")
-    parser.add_argument(
-        "--exact",
-        action="store_true",
-        help="losses must be the logged ones bit for bit: same machine, layout, OMP_NUM_THREADS",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds this one
-    args = parser.parse_intermixed_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    for kind in (UserWarning, FutureWarning):  # as in training
-        warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
-    ranks = process.start_command(cfg=checkpoint.config_of(args.run, args.overrides))
-    try:
-        code, told = 0, f"PASS: {verify(args.run, args.overrides, args.steps, ranks, last=args.last, exact=args.exact)}"
-    except Differs as wrong:
-        code, told = 1, f"FAIL: {wrong}"
-    except ConfigError as error:
-        code, told = EXIT_BAD_INPUT, f"error: {error}"
-    if ranks.first:
-        print(told, file=sys.stderr if code == EXIT_BAD_INPUT else sys.stdout)
-    process.stop()
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,16 +1,13 @@
-"""`python -m pretrain.export RUN|CHECKPOINT --out FOLDER`: a checkpoint's float32 weights as plain safetensors.
+"""A checkpoint's float32 weights as plain safetensors, from any layout, without DeepSpeed and without a process group.
 
-From any layout, without DeepSpeed and without a process group: `decoder.*` and `head.*` in files of at most --max-gb,
-with the index that Hugging Face's loaders read (its metadata has the step, which an exponent's ramp needs), beside the
-run's config.yaml. One file's tensors are in memory at a time.
+`decoder.*` and `head.*` in files of limited size, with the index that Hugging Face's loaders read (its metadata has the
+step, which an exponent's ramp needs). One file's tensors are in memory at a time.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,7 +16,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
 from common.files import publish
 from common.plain import to_json
 from model.decoder import Decoder
@@ -67,19 +63,22 @@ def groups(sizes: Mapping[str, torch.Size], most: float) -> Iterator[list[str]]:
         yield chosen
 
 
-def export(checkpoint: Path, run: Path, out: Path, max_bytes: float) -> int:
-    """Writes the folder `out`, whole or not at all; returns the bytes of the weights.
+def export_weights(given: Path, out: Path, max_bytes: float) -> tuple[Path, int]:
+    """Writes the folder `out`, whole or not at all, with the run's config.yaml; returns the checkpoint and the bytes of
+    its weights.
 
+    Args:
+        given: a run folder (its newest whole checkpoint), or one checkpoint's folder.
+        max_bytes: of one file's weights.
     Raises:
-        ConfigError: `out` exists or cannot be made, or `max_bytes` is not positive.
+        ConfigError: `given` has no checkpoint, or `out` exists or cannot be made.
     """
-    if not max_bytes > 0:
-        raise ConfigError(f"--max-gb {max_bytes / 1e9}: must be positive")
+    checkpoint, run = find_given(given)
     cfg = load(run / "config.yaml")
     with new_folder(out) as draft:
         total = write_weights(checkpoint, shapes(*without_weights(cfg)), draft, max_bytes)
         shutil.copy(run / "config.yaml", draft / "config.yaml")
-    return total
+    return checkpoint, total
 
 
 @contextmanager
@@ -131,23 +130,3 @@ def read_weights(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> dict[str
     fragments = {stored_name(name): Fragment(t.view(-1), 0, t.numel()) for name, t in found.items()}
     load_alone(checkpoint, fragments)
     return found
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.export", description="Weights as plain safetensors.")
-    parser.add_argument("run", type=Path, help="a run folder (its newest whole checkpoint), or one checkpoint's folder")
-    parser.add_argument("--out", type=Path, required=True, help="a new folder")
-    parser.add_argument("--max-gb", type=float, default=MAX_GB, help="of one file's weights (default %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        checkpoint, run = find_given(args.run)
-        total = export(checkpoint, run, args.out, args.max_gb * 1e9)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    print(f"{args.out}: {total / 1e9:.3g} GB of weights of {checkpoint}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -28,12 +28,12 @@ from pretrain.analysis.scoring import (
     compare,
     unigram_bits_per_byte,
 )
+from pretrain.analysis.summary import summarise
 from pretrain.checkpoints.folder import find_given
 from pretrain.checkpoints.saver import versions
 from pretrain.config import RunConfig
 from pretrain.energy.sustainability import PARTS, joules_of
 from pretrain.metrics import machine, read_records
-from pretrain.report import summarise
 from pretrain.runtime.ranks import Ranks
 from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
 

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.__main__ import main
 from model.config import DecoderConfig
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from model.sample import draw, generate, texts
+from pretrain.sample import main
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_text, run_to_end, text_config
 
@@ -205,9 +205,9 @@ def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for line in told.stderr.splitlines() if not line.startswith("The head runs in plain PyTorch on this")]
     assert told.returncode == 0 and not lines, told.stderr
     assert told.stdout.startswith("The café") and len(told.stdout) > len("The café\n")
-    assert main(["sample", *asked]) == 0
+    assert main([*asked]) == 0
     assert capsys.readouterr().out == told.stdout, "the same seed"
-    assert main(["sample", *asked, "--temperature", "0", "--top-p", "0.5"]) == 0
+    assert main([*asked, "--temperature", "0", "--top-p", "0.5"]) == 0
     for arguments, why in (
         ([str(trained / "nowhere")], "neither a run folder"),
         ([run, "--tokens", "900"], "900 tokens asked for after 1: the decoder has 32 positions; ask for 32 at most"),
@@ -215,7 +215,7 @@ def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([run, "--top-p", "1.5"], "top_p=1.5"),
     ):
         capsys.readouterr()
-        assert main(["sample", *arguments]) == 2
+        assert main([*arguments]) == 2
         found = capsys.readouterr()
         assert why in found.err and found.out == "", "nothing is told before the input is known to be good"
 
@@ -225,7 +225,7 @@ def test_the_command_refuses_another_tokenizer(trained: Path, capsys: pytest.Cap
     before = model.read_bytes()
     try:
         model.write_bytes(before + b"\x52\x00")  # an unknown field of the format: still a model, but another one
-        assert main(["sample", str(trained / "run")]) == 2
+        assert main([str(trained / "run")]) == 2
         assert "but the manifest says" in capsys.readouterr().err
     finally:
         model.write_bytes(before)

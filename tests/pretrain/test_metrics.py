@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 
 from common.errors import ConfigError
+from pretrain.analysis.summary import summarise
 from pretrain.config import dump
 from pretrain.metrics import Recorder, clock, peak_flops, read_records
-from pretrain.report import main, summarise
+from pretrain.report import main
 from tests.support.tiny import make_data, tiny_config
 
 VALUES: dict[str, Any] = {

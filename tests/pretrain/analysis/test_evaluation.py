@@ -27,7 +27,8 @@ from common.files import sha256_of
 from data.loader import EvaluationWindows
 from data.shards import fingerprint, open_split
 from model.reference import scores_reference
-from pretrain.analysis import evaluation as evaluate
+from pretrain import evaluate
+from pretrain.analysis import evaluation as evaluation_task
 from pretrain.analysis.inference import Model
 from pretrain.analysis.scoring import Difference, Evaluation, compare, unigram_bits_per_byte
 from pretrain.analysis.scoring import evaluate as evaluate_windows
@@ -106,7 +107,8 @@ def of_run(run: Path, stride: int = T) -> tuple[np.ndarray, np.ndarray]:
 
 def check_evaluation(tasks: list[tuple[Path, int]], vocab: int) -> list[dict[str, Any]]:
     ranks = process.with_groups(process.start(), vocab)
-    results = [evaluate.run_task(evaluate.open_task(run, stride=stride), ranks)[0] for run, stride in tasks]
+    opened = (evaluation_task.open_task(run, stride=stride) for run, stride in tasks)
+    results = [evaluation_task.run_task(task, ranks)[0] for task in opened]
     if ranks.world == 1:
         process.stop()
     return [{**found.as_dict(), **found.standard_errors(), "nats": found.nats} for found in results]
@@ -330,7 +332,7 @@ def test_the_tokenizer_must_be_that_of_the_run(english: Path, tmp_path: Path, ca
 def test_text_files_are_scored_as_they_are(english: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run = english / "small"
     split = open_split(english / "small-data", "val")
-    tokenizer = evaluate.open_tokenizer(english / "small-data")
+    tokenizer = evaluation_task.open_tokenizer(english / "small-data")
     starts = [*split.document_starts().tolist(), split.tokens]
     files = []
     for number, (start, end) in enumerate(zip(starts, starts[1:], strict=False)):
@@ -426,7 +428,7 @@ def test_weights_that_are_not_finite_are_named(copied: Path, capsys, tensor: str
 def check_poisoned(run: Path) -> str:
     ranks = process.start()
     try:
-        evaluate.run_task(evaluate.open_task(run), process.with_groups(ranks, 2))
+        evaluation_task.run_task(evaluation_task.open_task(run), process.with_groups(ranks, 2))
     except ConfigError as error:
         return str(error)
     return "scored"

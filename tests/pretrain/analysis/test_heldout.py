@@ -11,9 +11,9 @@ import pytest
 
 from common.errors import ConfigError
 from data.shards import open_split
-from pretrain import report
-from pretrain.analysis import evaluation as evaluate
+from pretrain import evaluate, report
 from pretrain.analysis.heldout import HeldOut, check_one_text, comparable, text_sha256
+from pretrain.analysis.summary import summarise
 from pretrain.metrics import read_records
 from tests.pretrain.analysis.test_evaluation import english  # noqa: F401
 from tests.support.ranks import run_ranks
@@ -93,7 +93,7 @@ def test_texts_that_differ_get_tables_of_their_own(runs: Path, capsys: pytest.Ca
     out = told(capsys, small, turned)
     assert "held-out figures do not compare" in out and out.count("held-out bits/byte") == 2
     first, second = out.split("held-out bits/byte")[1:]
-    figures = [f"{report.summarise(run)['bits_per_byte']:.4f}" for run in (small, turned)]
+    figures = [f"{summarise(run)['bits_per_byte']:.4f}" for run in (small, turned)]
     assert figures[0] in first.splitlines()[0] and figures[1] in second.splitlines()[0]
     assert json.loads(told(capsys, small, turned, "--json"))["comparable"] == [[str(small)], [str(turned)]]
     alone = told(capsys, small)

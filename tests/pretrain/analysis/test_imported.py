@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data.nanogpt import EOS, VOCAB_SIZE, import_nanogpt
-from pretrain.analysis.evaluation import main as evaluate
 from pretrain.config import RunConfig
+from pretrain.evaluate import main as evaluate
 from pretrain.metrics import read_records
 from pretrain.report import main as report
 from tests.support.ranks import run_ranks

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from pretrain.checkpoints import verification as verify
+from pretrain import verify
+from pretrain.checkpoints import verification
 from pretrain.checkpoints.folder import LATEST
 from pretrain.metrics import read_records
 from pretrain.runtime import ranks as process
@@ -202,7 +203,7 @@ def test_which_steps_are_trained_again(tmp_path: Path) -> None:
             (folder / "state.json").write_text("{}")
         records = [{"kind": "train", "step": step} for step in logged]
         (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        found = verify.plan(tmp_path / "run", steps)
+        found = verification.choose_replay(tmp_path / "run", steps)
         return None if found is None else (found.start.name[-4:], [record["step"] for record in found.records])
 
     assert planned(1000, 2000, steps=2, logged=range(10, 2001, 10)) == ("1000", [1010, 1020])

@@ -17,10 +17,12 @@ from data.loader import EvaluationWindows
 from data.shards import open_split
 from model.decoder import Decoder
 from model.head import HarmonicHead
+from pretrain import export
 from pretrain.analysis.evaluation import open_task, run_task
 from pretrain.analysis.inference import Model
 from pretrain.analysis.scoring import evaluate
-from pretrain.checkpoints import weights as export
+from pretrain.checkpoints import weights
+from pretrain.checkpoints.weights import INDEX
 from pretrain.config import RunConfig, load
 from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
@@ -102,15 +104,13 @@ def strict_load(decoder: Decoder, head: HarmonicHead, found: dict[str, torch.Ten
 
 def test_without_deepspeed_in_small_files(trained, tmp_path: Path) -> None:
     base, masters = trained
-    blocked = (
-        "import sys; sys.modules['deepspeed'] = None; from pretrain.checkpoints.weights import main; sys.exit(main())"
-    )
+    blocked = "import sys; sys.modules['deepspeed'] = None; from pretrain.export import main; sys.exit(main())"
     arguments = [str(base / "zero-3"), "--out", str(tmp_path / "new" / "out"), "--max-gb", "3e-5"]
     done = subprocess.run([sys.executable, "-c", blocked, *arguments], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert not done.stderr and "step-00000004" in done.stdout
     out = tmp_path / "new" / "out"
-    index = json.loads((out / export.INDEX).read_text())
+    index = json.loads((out / INDEX).read_text())
     files = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     assert set(index["weight_map"].values()) == set(files)
@@ -153,7 +153,7 @@ def test_whole_or_absent(trained, tmp_path: Path, monkeypatch) -> None:
     def full(*_: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(export, "publish", full)
+    monkeypatch.setattr(weights, "publish", full)
     with pytest.raises(OSError, match="no space left"):
         export.main([str(base / "zero-0"), "--out", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ConfigError
+from pretrain.analysis.summary import summarise
 from pretrain.checkpoints import folder as checkpoint
 from pretrain.config import RunConfig
 from pretrain.energy import meter as energy
@@ -26,7 +27,7 @@ from pretrain.energy.meter import (
     zeus_counter,
 )
 from pretrain.metrics import read_records
-from pretrain.report import main, summarise
+from pretrain.report import main
 from pretrain.runtime import ranks as process
 from pretrain.runtime.ranks import Ranks
 from tests.support.ranks import run_ranks

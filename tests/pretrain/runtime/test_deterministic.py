@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch.utils import deterministic as memory
 
-from pretrain.analysis.evaluation import main as evaluate
+from pretrain import verify
 from pretrain.checkpoints import folder as checkpoint
-from pretrain.checkpoints import verification as verify
+from pretrain.checkpoints import verification
 from pretrain.config import load
+from pretrain.evaluate import main as evaluate
 from pretrain.runtime import ranks as process
 from pretrain.runtime.deterministic import CUBLAS, set_deterministic
 from pretrain.runtime.ranks import Ranks
@@ -71,9 +72,9 @@ def test_runs_evaluation_and_verification_follow_the_setting(tmp_path: Path) -> 
 def test_exact_says_whose_bits_are_promised() -> None:
     gpu, cpu = (Ranks(0, 1, 0, 1, torch.device(device)) for device in ("cuda", "cpu"))
     for train, told in (({}, True), ({"deterministic": False}, True), ({"deterministic": True}, False)):
-        said = verify._unpromised({"config": {"train": train}}, gpu)
+        said = verification._unpromised({"config": {"train": train}}, gpu)
         assert ("bits are only promised to a run with train.deterministic=true" in said) == told
-        assert verify._unpromised({"config": {"train": train}}, cpu) == ""
+        assert verification._unpromised({"config": {"train": train}}, cpu) == ""
 
 
 def test_neither_setting_keeps_a_run_from_going_on() -> None:

@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from data.nanogpt import EOS, VOCAB_SIZE, import_nanogpt
 from pretrain.analysis.evaluation import open_tokenizer
-from pretrain.analysis.export import _facts, main
+from pretrain.analysis.export import _facts
 from pretrain.analysis.inference import load_model
 from pretrain.checkpoints.folder import find_given, read_state
 from pretrain.config import dump, load
+from pretrain.export import main
 from pretrain.runtime.ranks import Ranks
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_text, run_to_end, text_config, tiny_config
@@ -70,7 +71,7 @@ def test_folders_work_alone_and_offline(trained: Path, tmp_path: Path, capsys: p
     """By what their cards say, in a process that has none of our code."""
     folders = {name: tmp_path / "new" / name for name in RUNS}
     for name, out in folders.items():
-        assert main(["export", str(trained / name), "--out", str(out)]) == 0
+        assert main(["--format", "transformers", str(trained / name), "--out", str(out)]) == 0
         assert "step-00000004" in capsys.readouterr().out
     assert {path.name for path in (tmp_path / "new").iterdir()} == RUNS.keys()
 
@@ -97,7 +98,7 @@ def test_the_card_tells_what_the_run_came_to(trained: Path, tmp_path: Path) -> N
     from data.shards import fingerprint, read_manifest
     from pretrain.metrics import read_records
 
-    assert main(["export", str(trained / "causal"), "--out", str(tmp_path / "out")]) == 0
+    assert main(["--format", "transformers", str(trained / "causal"), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     cells = dict(re.findall(r"^\| (.+?) \| (.+) \|$", card, re.MULTILINE))
     (held_out,) = [record for record in read_records(trained / "causal") if record["kind"] == "eval"]
@@ -118,18 +119,18 @@ def test_the_card_tells_what_the_run_came_to(trained: Path, tmp_path: Path) -> N
 def test_an_earlier_checkpoint_has_its_own_figures(trained: Path, tmp_path: Path) -> None:
     """Half way up the exponent's ramp, before anything was held out."""
     given = trained / "causal" / "checkpoints" / "step-00000002"
-    assert main(["export", str(given), "--out", str(tmp_path / "out")]) == 0
+    assert main(["--format", "transformers", str(given), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| updates | 2 of 4 |" in card and "| held-out perplexity | not measured |" in card
     assert json.loads((tmp_path / "out" / "config.json").read_text())["exponent"] == 2.5
 
 
-def test_weights_in_several_files(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_in_several_files(trained: Path, tmp_path: Path) -> None:
     from model.hf.modeling_overtone import OvertoneForCausalLM
 
-    assert main(["export", str(trained / "causal"), "--out", str(tmp_path / "one")]) == 0
-    monkeypatch.setattr("pretrain.checkpoints.weights.MAX_GB", 3e-5)
-    assert main(["export", str(trained / "causal"), "--out", str(tmp_path / "many")]) == 0
+    assert main(["--format", "transformers", str(trained / "causal"), "--out", str(tmp_path / "one")]) == 0
+    small = ["--out", str(tmp_path / "many"), "--max-gb", "3e-5"]
+    assert main(["--format", "transformers", str(trained / "causal"), *small]) == 0
     assert len(list((tmp_path / "many").glob("*.safetensors"))) > 2
     loaded = OvertoneForCausalLM.from_pretrained(tmp_path / "many")
     whole = load_file(tmp_path / "one" / "model.safetensors")
@@ -157,7 +158,7 @@ def test_what_cannot_be_exported(trained: Path, tmp_path: Path, capsys: pytest.C
         ([str(tmp_path / "changed"), "--out", str(out)], "model.layers is 2 in this checkpoint, but 3 was given"),
         ([str(tmp_path / "imported"), "--out", str(out)], "was imported as tokens"),
     ):
-        assert main(["export", *arguments]) == 2
+        assert main(["--format", "transformers", *arguments]) == 2
         assert why in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
 

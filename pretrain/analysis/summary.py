@@ -1,0 +1,105 @@
+"""What a run came to, in figures: of its records and settings alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from common.errors import ConfigError
+from data.shards import open_split
+from pretrain.analysis.heldout import HeldOut, comparable, held_out_of
+from pretrain.analysis.scoring import unigram_bits_per_byte
+from pretrain.config import RunConfig, load
+from pretrain.energy.sustainability import (
+    PARTS,
+    PHASES,
+    footprint,
+    gradient_stability,
+    joules_of,
+    learning_stability,
+    measured_joules,
+    measured_parts,
+    missing_parts,
+    to_target,
+)
+from pretrain.metrics import read_records
+
+
+def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
+    """The figures of a run folder; None for what is not there. `energy` overrides the run's own settings of that
+    section, as `key=value`. Raises ConfigError if it is no run folder.
+    """
+    if not (run / "config.yaml").exists() or not (run / "metrics.jsonl").exists():
+        raise ConfigError(
+            f"{run}: not a run folder (no config.yaml and metrics.jsonl in it); give one that was trained"
+        )
+    cfg = load(run / "config.yaml", [f"energy.{setting}" for setting in energy])
+    records = read_records(run)
+    train = [record for record in records if record["kind"] == "train"]
+    held_out = [record for record in records if record["kind"] == "eval"]
+    last = held_out[-1] if held_out else {}
+    seconds = sum(record["seconds"] for record in train)
+    tokens = train[-1]["tokens"] if train else 0
+    joules = {f"{part}_j": {kind: joules_of(records, part, kind) for kind in PHASES} for part in PARTS}
+    train_j = measured_joules(records, "train")
+    settings = cfg.energy
+    scored_on = held_out_of(run, cfg, last)
+    of_this_text = [one["loss"] for one in held_out if one.get("text_sha256") == last.get("text_sha256")]
+    return {
+        "head": cfg.head.distance,
+        "step": max((record["step"] for record in records), default=0),
+        "steps": cfg.train.steps,
+        "tokens": tokens,
+        "loss": train[-1]["loss_mean"] if train else None,
+        "perplexity": last.get("perplexity"),
+        "bits_per_byte": last.get("bits_per_byte"),
+        "held_out": vars(scored_on),
+        "unigram_bits_per_byte": _unigram(cfg, scored_on.data_fingerprint),
+        "train_seconds": seconds,
+        "tokens_per_s": tokens / seconds if seconds else None,
+        "gflops_per_token": cfg.model.flops_per_token() / 1e9,
+        "mfu": _mfu(train),
+        **joules,
+        "gpu_j_per_token": _per(joules["gpu_j"]["train"], tokens),
+        "measured": measured_parts(records),
+        "not_measured": missing_parts(records),
+        "j_per_token": _per(train_j, tokens),
+        "j_per_step": _per(train_j, train[-1]["step"] if train else 0),
+        "footprint": footprint(measured_joules(records), settings.pue, settings.grid, settings.price_per_kwh),
+        "target_loss": settings.target_loss,
+        "to_target": None if settings.target_loss is None else to_target(records, settings.target_loss),
+        "skipped": sum(record["skipped"] for record in train),
+        "gradient_stability": gradient_stability(_of_steps(train, "grad_norms"), cfg.optim.warmup_steps),
+        "learning_stability": learning_stability(_of_steps(train, "losses"), of_this_text),
+    }
+
+
+def _per(joules: float | None, count: int) -> float | None:
+    return joules / count if joules is not None and count else None
+
+
+def _mfu(train: Sequence[dict[str, Any]]) -> float | None:
+    """Mean over time; None if it is not known for every record."""
+    if not train or any(record["mfu"] is None for record in train):
+        return None
+    return sum(record["mfu"] * record["seconds"] for record in train) / sum(record["seconds"] for record in train)
+
+
+def _of_steps(train: Sequence[dict[str, Any]], name: str) -> list[float | None]:
+    """The values of every step; nothing if a record has only its last one."""
+    return [value for record in train for value in record[name]] if all(name in record for record in train) else []
+
+
+def _unigram(cfg: RunConfig, fingerprint: str | None) -> float | None:
+    """Of the run's data, if they are where they were (and what they were, where that is known)."""
+    try:
+        train, val = (open_split(cfg.data.path, name) for name in ("train", "val"))
+    except ConfigError:
+        return None  # the data are elsewhere; the run's own figures stand
+    return unigram_bits_per_byte(train, val) if fingerprint in (None, val.fingerprint) else None
+
+
+def groups_of(found: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The runs in groups whose held-out figures compare."""
+    return comparable({name: HeldOut(**summary["held_out"]) for name, summary in found.items()})

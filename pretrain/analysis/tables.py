@@ -1,0 +1,217 @@
+"""Runs side by side, as tables for a reader."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+from rich.table import Table
+
+from pretrain.analysis.heldout import HeldOut, told_of
+from pretrain.analysis.summary import groups_of
+from pretrain.energy.sustainability import LOSS_SPIKE, NORM_SPIKE, PARTS, PHASES
+from pretrain.metrics import clock
+
+UNMEASURED = "not measured: no energy counter"
+
+
+PER_TOKEN = (  # rows whose figures depend on how a text is cut into tokens
+    "final training loss (nats/token)",
+    "held-out perplexity",
+    "training energy to the target loss",
+    "largest rise of the held-out loss (nats)",
+)
+
+
+def tables_of(found: dict[str, dict[str, Any]]) -> Iterator[Table | str]:
+    """A table for each held-out text, and why there are several."""
+    groups, about = groups_of(found), {name: HeldOut(**summary["held_out"]) for name, summary in found.items()}
+    if len(groups) > 1:
+        yield (
+            "These runs were scored on held-out texts that differ, or are not known to be the same, or by another "
+            "objective: their held-out figures do not compare. A table for each:"
+        )
+    for group in groups:
+        if len(groups) > 1:
+            yield f"\n{told_of(group, about)}"
+        of_group = {name: found[name] for name in group}
+        yield table_of(of_group)
+        if _many_tokenizers(of_group):
+            yield (
+                "Their tokenizers differ: bits/byte compare, figures per token do not. Left out: "
+                + ", ".join(PER_TOKEN)
+                + " (one RUN at a time, or --json, shows them)."
+            )
+
+
+def _many_tokenizers(found: dict[str, dict[str, Any]]) -> bool:
+    scored = [one["held_out"] for one in found.values() if one["held_out"]["scored"]]
+    return len({one["tokenizer_sha256"] for one in scored}) > 1
+
+
+def table_of(found: dict[str, dict[str, Any]]) -> Table:
+    """Runs by column; without what does not compare if they have several tokenizers."""
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "head": lambda s: s["head"],
+        "steps": lambda s: f"{s['step']:,} of {s['steps']:,}",
+        "tokens": lambda s: f"{s['tokens']:,}",
+        "final training loss (nats/token)": lambda s: _number(s["loss"], "{:.4f}"),
+        "held-out perplexity": lambda s: _number(s["perplexity"], "{:.2f}"),
+        "held-out bits/byte": lambda s: _number(s["bits_per_byte"], "{:.4f}"),
+        "unigram model's bits/byte": lambda s: _number(s["unigram_bits_per_byte"], "{:.4f}"),
+        "training time": lambda s: clock(s["train_seconds"]),
+        "tokens/s": lambda s: _number(s["tokens_per_s"], "{:,.0f}"),
+        "GFLOPs/token, matrix products": lambda s: f"{s['gflops_per_token']:,.4g}",
+        "MFU": lambda s: _number(s["mfu"], "{:.1%}"),
+        "steps skipped (not finite)": lambda s: f"{s['skipped']}",
+    }
+    for part in PARTS:
+        if part == "gpu" or any(part in summary["measured"] for summary in found.values()):
+            for kind, told in zip(PHASES, ("training", "evaluation", "saving"), strict=True):
+                rows[f"{part.upper()} energy, {told}"] = partial(_joules, part, kind)
+    rows["J/token"] = lambda s: _number(s["j_per_token"], "{:.3e}", UNMEASURED)
+    rows["J/step"] = lambda s: _number(s["j_per_step"], "{:.4g}", UNMEASURED)
+    rows |= _footprint_rows(found) | _stability_rows()
+    left_out = PER_TOKEN if _many_tokenizers(found) else ()
+    return _table(found, {name: told for name, told in rows.items() if name not in left_out})
+
+
+def _joules(part: str, kind: str, summary: dict[str, Any]) -> str:
+    missing = "-" if part in summary["measured"] else UNMEASURED
+    return _number(summary[f"{part}_j"][kind], "{:,.0f} J", missing)
+
+
+def _footprint_rows(found: dict[str, dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Energy of the site, and what was asked for: emissions, cost, joules to a target."""
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "energy, all phases": lambda s: (
+            f"{_number(s['footprint']['site_kwh'], '{:.4g} kWh', UNMEASURED)}"
+            + (f" ({', '.join(s['measured'])}; PUE {s['footprint']['pue']:g})" if s["measured"] else "")
+        )
+    }
+    if any(summary["footprint"]["grid_g_per_kwh"] is not None for summary in found.values()):
+        rows["emissions, without embodied carbon"] = lambda s: (
+            _number(s["footprint"]["gco2e"], "{:.4g} gCO2e", UNMEASURED)
+            + _number(s["footprint"]["grid_g_per_kwh"], " (at {:g} g/kWh, ", "")
+            + (f"{s['footprint']['grid_source']})" if s["footprint"]["grid_source"] else "")
+        )
+    if any(summary["footprint"]["price_per_kwh"] is not None for summary in found.values()):
+        rows["cost of electricity"] = lambda s: (
+            _number(s["footprint"]["cost"], "{:,.2f}", UNMEASURED)
+            + _number(s["footprint"]["price_per_kwh"], " (at {:g}/kWh)", "")
+        )
+    if any(summary["target_loss"] is not None for summary in found.values()):
+        rows["training energy to the target loss"] = _target
+    return rows
+
+
+def _target(summary: dict[str, Any]) -> str:
+    target, reached = summary["target_loss"], summary["to_target"]
+    if target is None:
+        return "-"
+    if reached is None:
+        return f"{target:g} nats: not reached"
+    joules = _number(reached["joules"], "{:,.0f} J", UNMEASURED)
+    return f"{joules} ({reached['loss']:.4f} <= {target:g} nats at step {reached['step']:,})"
+
+
+def _stability_rows() -> dict[str, Callable[[dict[str, Any]], str]]:
+    def spikes(stability: dict[str, Any]) -> str:
+        return _number(stability["spikes"], f"{{}} of {stability['judged']:,} steps")
+
+    return {
+        "variance of ln(gradient norm)": lambda s: _number(s["gradient_stability"]["log_norm_variance"], "{:.3g}"),
+        f"gradient spikes (above {NORM_SPIKE:g} medians)": lambda s: spikes(s["gradient_stability"]),
+        f"loss spikes (above {LOSS_SPIKE:g} sigma)": lambda s: spikes(s["learning_stability"]),
+        "largest rise of the held-out loss (nats)": lambda s: _number(
+            s["learning_stability"]["largest_rise"], "{:.4f}"
+        ),
+    }
+
+
+def notes_of(found: dict[str, dict[str, Any]]) -> list[str]:
+    """Why parts of runs were not measured."""
+    return [
+        f"{run}: {part.upper()} energy was not measured: {why}"
+        for run, summary in found.items()
+        for part, why in summary["not_measured"].items()
+    ]
+
+
+def _table(found: dict[str, dict[str, Any]], rows: dict[str, Callable[[dict[str, Any]], str]]) -> Table:
+    table = Table("", *found)
+    for name, told in rows.items():
+        table.add_row(name, *(told(one) for one in found.values()))
+    return table
+
+
+def _number(value: float | None, form: str, missing: str = "-") -> str:
+    return missing if value is None else form.format(value)
+
+
+def geometry_tables(found: dict[str, Any]) -> list[Table]:
+    """Figures by run, CKA by pair of runs, and each run's nearest prototypes."""
+    runs = found["runs"]
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {
+        "checkpoint's step": lambda f: f"{f['step']:,}",
+        "held-out tokens looked at": lambda f: f"{f['held_out_tokens']:,}",
+    }
+
+    def row(name: str, form: str, *keys: str) -> None:
+        rows[name] = lambda figures: _number(_at(figures, keys), form)
+
+    for what in ("prototypes", "embedding", "hidden"):
+        row(f"{what}: dimensions for 90% of the variance", "{:,}", "spectra", what, "dimensions_90")
+        row(f"{what}: dimensions for 95%", "{:,}", "spectra", what, "dimensions_95")
+        row(f"{what}: variance in the first 2", "{:.1%}", "spectra", what, "first_2")
+        row(f"{what}: variance in the first 5", "{:.1%}", "spectra", what, "first_5")
+        row(f"{what}: effective rank", "{:.1f}", "spectra", what, "effective_rank")
+        row(f"{what}: participation ratio", "{:.1f}", "spectra", what, "participation_ratio")
+    rows["prototypes: median length, by step"] = lambda f: _by_step(f, "median")
+    rows["prototypes: longest over median, by step"] = lambda f: _by_step(f, "max/median")
+    row("classes (tokens) with enough hidden states", "{:,}", "classes", "classes")
+    row("prototype to class mean, in spreads", "{:.3f}", "classes", "centre_distance", "prototype")
+    row("... a true centre would read", "{:.3f}", "classes", "centre_distance", "true_centre")
+    row("... another class's prototype reads", "{:.3f}", "classes", "centre_distance", "other_prototype")
+    row("scatter within / between classes", "{:.3f}", "classes", "scatter")
+    row("NC1", "{:.3g}", "classes", "nc1")
+    for what in ("means", "prototypes"):
+        row(f"NC2, {what}: equinorm", "{:.3f}", "classes", "nc2", what, "equinorm")
+        row(f"NC2, {what}: deviation of cosines", "{:.3f}", "classes", "nc2", what, "deviation")
+        row(f"NC2, {what}: gap to a simplex", "{:.3f}", "classes", "nc2", what, "simplex_gap")
+    row("NC3", "{:.3f}", "classes", "nc3")
+    for relation in next(iter(runs.values()))["parallelograms"]["prototypes"]:
+        rows[f"parallelogram loss, {relation}"] = partial(_loss, relation)
+    tables = [_table(runs, rows)]
+    if found["cka"]:
+        tables.append(Table("linear CKA", "hidden states", "prototypes"))
+        for pair in found["cka"]:
+            told = (_number(pair[what], "{:.3f}", "other data") for what in ("hidden", "prototypes"))
+            tables[-1].add_row(" and ".join(pair["runs"]), *told)
+    for run, figures in runs.items():
+        tables.append(Table(f"{run}: nearest to", f"by its own distance ({figures['distance']})", "by cosine"))
+        for word, nearest in figures["nearest"].items():
+            tables[-1].add_row(word, *(" ".join(repr(text) for text, _ in nearest[by]) for by in ("own", "cosine")))
+    return tables
+
+
+def _at(figures: Any, keys: Sequence[str]) -> Any:
+    """A figure of nested ones; None if a part above it is None."""
+    for key in keys:
+        if figures is None:
+            return None
+        figures = figures[key]
+    return figures
+
+
+def _by_step(figures: dict[str, Any], name: str) -> str:
+    return "  ".join(f"{step}: {_number(norms[name], '{:.3g}')}" for step, norms in figures["norms"].items())
+
+
+def _loss(relation: str, figures: dict[str, Any]) -> str:
+    found = figures["parallelograms"]["prototypes"][relation]
+    pairs = f"{found['pairs']} of {found['pairs'] + found['left_out']} pairs"
+    if found["loss"] is None:
+        return f"- ({pairs})"
+    return f"{found['loss']:.2f}, random {found['random']:.2f}, shuffled {found['shuffled']:.2f} ({pairs})"
