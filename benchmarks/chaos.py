@@ -38,7 +38,7 @@ from safetensors.numpy import load_file
 
 from pretrain.checkpoints import folder as checkpoint
 from pretrain.checkpoints.folder import DRAFT, LATEST
-from pretrain.metrics import read_records
+from tests.support.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 VICTIMS = ("one rank", "all ranks", "launch", "deepspeed")

@@ -56,7 +56,7 @@ def config(layers: int, dim: int, folder: Path) -> RunConfig:
 
 def measure(layers: int, dim: int, repeats: int) -> Cost:
     """In this process."""
-    from pretrain.checkpoints import folder as checkpoint
+    from pretrain.checkpoints import loading, resume
     from pretrain.checkpoints.folder import Progress
     from pretrain.checkpoints.fragments import finish_load, head_fragments, trunk_fragments
     from pretrain.checkpoints.saver import Saver
@@ -75,9 +75,9 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
             return {**trunk_fragments(trainer.engine, part), **head}
 
         def load() -> None:
-            found = checkpoint.find(folder, "auto", ranks)
+            found = resume.find(folder, "auto", ranks)
             assert found is not None
-            checkpoint.load(found, fragments())
+            loading.load(found, fragments())
             finish_load(trainer.engine, trainer.head_optimizer, 1)
 
         saver = Saver(folder, ranks, cfg.checkpoint)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 from launch.hosts import Placement
-from pretrain.run_folder import FAILURES, Failure
-from pretrain.runtime.claim import Claim
+from pretrain.runtime.endings import Failure
 
 
 @dataclass(frozen=True)
@@ -25,17 +23,6 @@ class Verdict:
     def __str__(self) -> str:
         where = f", in {self.phase}" if self.phase else ""
         return f"rank {self.rank} on {self.host} failed first{where}: {self.error}"
-
-
-def read_failures(claim: Claim) -> list[Failure]:
-    """The records of the job's own ranks, earliest first."""
-    found = []
-    for path in (claim.run / FAILURES).glob("rank-*.json"):
-        try:
-            found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):
-            continue  # half of a write on a file system that went away
-    return sorted((failure for failure in found if failure.job == claim.job), key=lambda failure: failure.time)
 
 
 def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = frozenset()) -> Verdict | None:

@@ -8,7 +8,6 @@ folder decides together with deepspeed's exit code.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,7 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import psutil
 
@@ -27,8 +25,8 @@ from launch import failures
 from launch.hosts import Placement
 from launch.lease import Lease, lease_of
 from launch.reach import ask
-from pretrain.run_folder import EXIT_RECORD, FAILURES
 from pretrain.runtime.claim import Claim
+from pretrain.runtime.endings import FAILURES, Exit, read_exit, read_failures
 
 GRACE_S = 60.0  # for the ranks to save and leave after a signal; longer if checkpoint.grace_s is
 STRAGGLER_S = 3.0  # for what is left when there is nothing to save
@@ -94,7 +92,7 @@ def run(
     other_writes = remote or bool(node)
     found = _record_of(claim, RECORD_S if other_writes and (child == 0 or received) else 0)
     code, reason = exit_code(child, found, remote)
-    if code not in (0, EXIT_PREEMPTED) or (code == 0 and failures.read_failures(claim)):
+    if code not in (0, EXIT_PREEMPTED) or (code == 0 and read_failures(claim.run, claim.job)):
         gone = _reap(placement, claim.job) if remote else frozenset()
         code, reason = _explained(code, reason, claim, placement, gone)
     if left:
@@ -111,7 +109,7 @@ def _wait(job: subprocess.Popen[bytes], received: list[int], claim: Claim) -> bo
         now = time.monotonic()
         if looked is None or now - looked > 1:
             looked = now
-            if failed is None and failures.read_failures(claim):
+            if failed is None and read_failures(claim.run, claim.job):
                 failed = now
         if failed is not None and now - failed > FAILED_S:
             print(f"launch: {FAILED_S:.0f} s after a rank failed, killing the others", file=sys.stderr, flush=True)
@@ -128,7 +126,7 @@ def _reap(placement: Placement, job: str) -> frozenset[str]:
 
 def _explained(code: int, reason: str, claim: Claim, placement: Placement, gone: Set[str]) -> tuple[int, str]:
     """Prints who failed first, with the traceback; returns the job's code and reason with that known."""
-    verdict = failures.first(failures.read_failures(claim), placement, gone)
+    verdict = failures.first(read_failures(claim.run, claim.job), placement, gone)
     if verdict is None:
         return code, reason
     if verdict.traceback and verdict.code != EXIT_BAD_INPUT:
@@ -140,18 +138,18 @@ def _explained(code: int, reason: str, claim: Claim, placement: Placement, gone:
     return code or 1, str(verdict) if code in (0, 1) else f"{reason}; {verdict}"
 
 
-def exit_code(child: int, record: Mapping[str, Any] | None, remote: bool = False) -> tuple[int, str]:
+def exit_code(child: int, record: Exit | None, remote: bool = False) -> tuple[int, str]:
     """The job's exit code and why, from deepspeed's (negative: the signal that killed it) and rank 0's record."""
     killed = 256 - child if child > 256 - signal.NSIG else 0  # deepspeed passes a rank's negative code on, modulo 256
-    if record is not None and record["code"]:
-        reason = str(record.get("reason"))
-        if record.get("step") is not None:
-            reason += f" (step {record['step']})"
-        if record["code"] == EXIT_PREEMPTED:
+    if record is not None and record.code:
+        reason = record.reason
+        if record.step is not None:
+            reason += f" (step {record.step})"
+        if record.code == EXIT_PREEMPTED:
             reason += "; the same command goes on from there"
         elif killed:
             reason = f"a rank was killed by {_name(killed)}; rank 0: {reason}"
-        return record["code"], reason
+        return record.code, reason
     if remote and child == SSH_FAILED:
         return 1, "the connection to a host failed, or ended"
     if child < 0:
@@ -175,7 +173,7 @@ def _name(number: int) -> str:
         return f"signal {number}"
 
 
-def _record_of(claim: Claim, patience_s: float) -> dict[str, Any] | None:
+def _record_of(claim: Claim, patience_s: float) -> Exit | None:
     """The job's record, waited for if another host writes it."""
     deadline = time.monotonic() + patience_s
     while (found := _read(claim)) is None and time.monotonic() < deadline:
@@ -183,14 +181,10 @@ def _record_of(claim: Claim, patience_s: float) -> dict[str, Any] | None:
     return found
 
 
-def _read(claim: Claim) -> dict[str, Any] | None:
-    """The job's record; None if there is none, or none that can be read: then it does not tell how the run ended."""
-    try:
-        found = json.loads((claim.run / EXIT_RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    ours = isinstance(found, dict) and found.get("job") == claim.job and isinstance(found.get("code"), int)
-    return found if ours else None
+def _read(claim: Claim) -> Exit | None:
+    """The job's record; None if there is none of it: then it does not tell how the run ended."""
+    record = read_exit(claim.run)
+    return record if record is not None and record.job == claim.job else None
 
 
 @contextmanager

@@ -25,8 +25,8 @@ from pretrain.runtime.claim import (
     hold,
     holder,
     new_job,
-    set_aside_failures,
 )
+from pretrain.runtime.endings import set_aside_failures
 
 LEASE_S = 1.0  # between two signs of life
 PATIENCE_S = 120.0  # for ranks whose launcher is gone to save and leave; for the first host's launcher to begin

@@ -14,6 +14,7 @@ from launch.invocation import check
 from launch.job import End
 from launch.reach import ask
 from pretrain.config import RunConfig
+from pretrain.run_folder import RunFolder
 
 FINAL = (0, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_NOT_SAVED, EXIT_PREEMPTED)  # would end so again, or are no failure
 IN_VAIN = 3  # starts in a row without a new checkpoint, after which another one is no use
@@ -61,7 +62,7 @@ def keep_running(
 
 def newest_checkpoint(run: Path) -> str | None:
     """The name of a run's newest checkpoint."""
-    return max((path.name for path in (run / "checkpoints").glob("step-*")), default=None)
+    return max((path.name for path in RunFolder(run).checkpoints()), default=None)
 
 
 def _answering(cfg: RunConfig, placement: Placement) -> Placement:

@@ -17,8 +17,8 @@ import warnings
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
 from pretrain.config import RunConfig, check_data, check_layout, load
-from pretrain.run_folder import EXIT_RECORD
-from pretrain.runtime.claim import job_of, leave_record
+from pretrain.runtime.claim import job_of
+from pretrain.runtime.endings import EXIT_RECORD, leave_exit
 from pretrain.runtime.environment import adopt, place_of
 from pretrain.runtime.signals import StopSignal
 from pretrain.runtime.watch import Watch
@@ -77,18 +77,18 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
     if refused:
         raise ConfigError(refused)
     watch.pulse(cfg.timeouts.first_step_s)
-    from pretrain.loop import Run  # DeepSpeed: after it was told the device
+    from pretrain.opening import open_run  # DeepSpeed: after it was told the device
 
     watch.join(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-    run = Run(cfg, ranks, watch.pulse)
+    run = open_run(cfg, ranks, watch.pulse)
     outcome = run.train(stop)
     run.close()
     watch.leave()
     process.stop()
     if ranks.first:
         try:
-            leave_record(cfg.run, str(watch.job), outcome.code, outcome.reason, outcome.step)
+            leave_exit(cfg.run, str(watch.job), outcome.code, outcome.reason, outcome.step)
         except OSError as error:
             logging.error("%s: %s", cfg.run / EXIT_RECORD, error)
         if outcome.code:

@@ -24,6 +24,7 @@ from torch import Tensor
 from model.decoder import documents_in
 from model.vocab_parallel import sum_across
 from pretrain.batches import inputs_and_targets
+from pretrain.checkpoints.fragments import Fragment, finish_load, head_fragments, trunk_fragments
 from pretrain.config import RunConfig
 from pretrain.modules import build_modules, hidden_states, score_positions
 from pretrain.optim import adamw
@@ -106,6 +107,20 @@ class Trainer:
             )
         log.debug("%s", chatter.getvalue())
         self._guard = _guard_for(self.engine, self._head_norm_squared)
+
+    def fragments(self, own_part: bool = False) -> dict[str, Fragment]:
+        """All float32 masters and moments that this rank holds. Collective at ZeRO stage 3.
+
+        Args:
+            own_part: to write them: what several ranks hold, each of them writes a part of.
+        """
+        writes = self.ranks.replicas is None or torch.distributed.get_rank(self.ranks.replicas) == 0
+        head = head_fragments(self.head, self.head_optimizer, writes)
+        return {**trunk_fragments(self.engine, (self.ranks.rank, self.ranks.world) if own_part else None), **head}
+
+    def finish_load(self, updates: int) -> None:
+        """After the fragments were filled: `updates` were taken before."""
+        finish_load(self.engine, self.head_optimizer, updates)
 
     def hidden(self, inputs: Tensor, documents: int | None = None) -> Tensor:
         """Tokens (B, T) -> hidden states (B, T, D); `documents` as `pretrain.modules.hidden_states` takes it."""

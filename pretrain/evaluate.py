@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if len(args.runs) != 1 + args.paired:
         parser.error(f"{len(args.runs)} RUNs given: expected one, or two with --paired")
 
-    from pretrain.checkpoints.folder import config_of
+    from pretrain.run_folder import settings_if_any
     from pretrain.runtime import ranks as process
 
-    settings = [cfg for cfg in map(config_of, args.runs) if cfg is not None]
+    settings = [cfg for cfg in map(settings_if_any, args.runs) if cfg is not None]
     ranks = process.start_command(cfg=max(settings, key=lambda cfg: cfg.train.deterministic, default=None))
     try:
         tasks = [open_task(path, args.split, args.data, args.text, args.stride) for path in args.runs]

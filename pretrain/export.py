@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not asked.max_gb > 0:
             raise ConfigError(f"--max-gb {asked.max_gb}: must be positive")
         if asked.format == "weights":
-            from pretrain.checkpoints.weights import export_weights as export  # torch: after the arguments were read
+            from pretrain.analysis.export import export_weights as export  # torch: after the arguments were read
         else:
             from pretrain.analysis.export import export_transformers as export
         checkpoint, size = export(asked.run, asked.out, asked.max_gb * 1e9)

@@ -18,11 +18,11 @@ from rich.console import Console
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
+from common.files import replace_file
 from common.plain import plain, to_json
 from pretrain.analysis.summary import groups_of, summarise
 from pretrain.analysis.tables import geometry_tables, notes_of, tables_of
-
-INTERPRETED = "interpret.json"  # in the run folder
+from pretrain.run_folder import INTERPRETED, RunFolder
 
 
 def geometry_of(runs: Sequence[Path], words: Sequence[str] | None) -> dict[str, Any]:
@@ -41,11 +41,9 @@ def geometry_of(runs: Sequence[Path], words: Sequence[str] | None) -> dict[str, 
 
 def _write(run: Path, figures: dict[str, Any], cka: list[dict[str, Any]]) -> Path:
     """Writes a run's own figures and its comparisons to its folder, whole or not at all."""
-    path = run / INTERPRETED
-    draft = path.with_suffix(".draft")
+    path = RunFolder(run).interpreted
     mine = [pair for pair in cka if str(run) in pair["runs"]]
-    draft.write_text(to_json({**figures, "cka": mine}, indent=1) + "\n")
-    os.replace(draft, path)
+    replace_file(path, to_json({**figures, "cka": mine}, indent=1) + "\n")
     return path
 
 

@@ -1,24 +1,157 @@
-"""A run folder: the names of the files in it."""
+"""A run folder: what is in it, under which names, and how it is opened.
+
+Light until something is opened: torch comes with the first method that needs it, so that launchers may use it too.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-EXIT_RECORD = "exit.json"  # how the run ended
-FAILURES = "failures"  # a folder: `rank-N.json` of each rank that failed or was ended
+from common.errors import ConfigError
+from pretrain import records
+from pretrain.checkpoints import folder as checkpoints
+from pretrain.config import RunConfig, load
+from pretrain.records import Kind
+from pretrain.runtime import endings
+
+if TYPE_CHECKING:  # torch
+    from pretrain.inference import Model
+    from pretrain.runtime.ranks import Ranks
+
+CONFIG = "config.yaml"  # resolved
+METRICS = "metrics.jsonl"
+INTERPRETED = "interpret.json"  # the figures of `report --interpret`
+MEASURED = "measured.json"  # those of a study
+DOCUMENTS = "documents.npz"  # a study's evaluation, by document
 
 
 @dataclass(frozen=True)
-class Failure:
-    """Why a rank ended before its work was done: `failures/rank-N.json`."""
+class RunFolder:
+    """The folder `path` of a run, which need not be there yet."""
 
-    rank: int
-    host: str
-    time: float  # seconds since the epoch, by the host's clock
-    kind: str  # error: its own; collective: another was gone; stuck; lost: another gave no sign; told: by another
-    phase: str  # rendezvous, load, data, forward, backward, update, collective, evaluation, save, ...
-    error: str
-    traceback: str
-    code: int
-    suspects: list[int]  # ranks that it ended for
-    job: str | None  # the id of the rank's job
+    path: Path
+
+    @classmethod
+    def containing(cls, path: Path) -> RunFolder:
+        """The run folder that `path` is, or that the checkpoint `path` is of. Raises ConfigError if it is neither."""
+        path = path.resolve()
+        run = cls(path.parent.parent if (path / checkpoints.MANIFEST).exists() else path)
+        if not run.config.exists():
+            raise ConfigError(f"{path}: neither a run folder nor a checkpoint of one (there is no {run.config})")
+        return run
+
+    @classmethod
+    def trained(cls, path: Path) -> RunFolder:
+        """The folder of a run that has begun. Raises ConfigError."""
+        run = cls(path)
+        if not run.config.exists() or not run.metrics.exists():
+            raise ConfigError(f"{path}: not a run folder (no {CONFIG} and {METRICS} in it); give one that was trained")
+        return run
+
+    # ---- the names in it
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS
+
+    @property
+    def checkpoints_folder(self) -> Path:
+        return self.path / checkpoints.CHECKPOINTS
+
+    @property
+    def exit_record(self) -> Path:
+        return self.path / endings.EXIT_RECORD
+
+    @property
+    def interpreted(self) -> Path:
+        return self.path / INTERPRETED
+
+    @property
+    def measured(self) -> Path:
+        return self.path / MEASURED
+
+    @property
+    def documents(self) -> Path:
+        return self.path / DOCUMENTS
+
+    # ---- what they hold
+
+    def settings(self, overrides: Sequence[str] = ()) -> RunConfig:
+        """The run's resolved configuration, with `key=value` overrides. Raises ConfigError."""
+        return load(self.config, overrides)
+
+    def records(self, model: type[Kind]) -> list[Kind]:
+        """Those of a kind (`Record`: all) in their order; none if the run has left none. Raises ConfigError."""
+        return records.of_kind(records.read(self.metrics), model)
+
+    def exit(self) -> endings.Exit | None:
+        """How its last job ended; None if none did, or it did not tell."""
+        return endings.read_exit(self.path)
+
+    def checkpoints(self) -> list[Path]:
+        """Those that were published, oldest first, whole or not."""
+        return checkpoints.checkpoints(self.checkpoints_folder)
+
+    def checkpoint(self, path: Path | None = None, ranks: Ranks | None = None) -> Path:
+        """The newest whole checkpoint, or `path` if that is one. With `ranks`, all of them call it.
+
+        Raises:
+            ConfigError: there is none, or none is whole.
+        """
+        from pretrain.checkpoints.resume import find
+
+        asked = "auto" if path is None or path.resolve() == self.path.resolve() else str(path.resolve())
+        found = find(self.checkpoints_folder, asked, ranks)
+        if found is None:
+            raise ConfigError(f"{self.path}: there is no checkpoint in it yet; train it first")
+        return found
+
+    def open_model(
+        self,
+        checkpoint: Path | None = None,
+        *,
+        data: Path | None = None,
+        ranks: Ranks | None = None,
+        precision: Literal["bf16", "float32"] | None = None,
+    ) -> Model:
+        """A checkpoint's decoder and head, for evaluation. Collective.
+
+        Args:
+            checkpoint: None: the newest whole one.
+            data: the prepared folder whose ids it is to read; None: the run's own.
+            ranks: the layout; None: this process alone, without compilation, which a few passes are not worth.
+            precision: None: that of training.
+        Raises:
+            ConfigError: no whole checkpoint, no data, data of another tokenizer than the run's, or a weight that is not
+                finite.
+        """
+        from data.shards import read_manifest
+        from pretrain.inference import load_model
+        from pretrain.runtime.ranks import alone
+
+        cfg = self.settings()
+        manifest = read_manifest(data or cfg.data.path)
+        if ranks is None:
+            ranks = alone()
+            cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"compile": False})})
+        if precision is not None:
+            cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": precision})})
+        checkpoint = checkpoint or self.checkpoint(ranks=ranks)
+        return load_model(checkpoint, cfg, manifest["tokenizer_sha256"], manifest["eos_id"], ranks)
+
+
+def settings_if_any(path: Path, overrides: Sequence[str] = ()) -> RunConfig | None:
+    """The configuration of a run folder or checkpoint, for what has to be set before the ranks meet; None if it cannot
+    be read, which they say together.
+    """
+    try:
+        return RunFolder.containing(path).settings(overrides)
+    except ConfigError:
+        return None

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
-from pretrain.checkpoints import folder as checkpoint
-from pretrain.checkpoints.verification import Differs, verify
+from pretrain.analysis.verification import Differs, verify
+from pretrain.run_folder import settings_if_any
 from pretrain.runtime import ranks as process
 
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for kind in (UserWarning, FutureWarning):  # as in training
         warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
-    ranks = process.start_command(cfg=checkpoint.config_of(args.run, args.overrides))
+    ranks = process.start_command(cfg=settings_if_any(args.run, args.overrides))
     try:
         code, told = 0, f"PASS: {verify(args.run, args.overrides, args.steps, ranks, last=args.last, exact=args.exact)}"
     except Differs as wrong:

@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from common.errors import ConfigError
+from data.loader import EvaluationWindows
+from data.shards import check_tokenizer, open_split, read_manifest
+from data.texts import Texts
+from data.vocabulary import open_tokenizer
 from pretrain.analysis.heldout import documents_of
-from pretrain.config import RunConfig, load
-
-if TYPE_CHECKING:  # torch: --help does without
-    from data.loader import EvaluationWindows
-    from data.tokenizer import Tokenizer
-    from pretrain.analysis.scoring import Evaluation
-    from pretrain.runtime.ranks import Ranks
+from pretrain.analysis.scoring import Evaluation, evaluate, scoring
+from pretrain.config import RunConfig
+from pretrain.run_folder import RunFolder
+from pretrain.runtime.ranks import Ranks
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,7 @@ def open_task(
     Raises:
         ConfigError: no such run or data, a vocabulary or tokenizer that does not fit, a split without a window.
     """
-    from data.loader import EvaluationWindows
-    from data.shards import check_tokenizer, open_split, read_manifest
-    from data.texts import Texts
-    from pretrain.checkpoints.folder import run_of
-
-    cfg = load(run_of(path) / "config.yaml")
+    cfg = RunFolder.containing(path).settings()
     folder = data or cfg.data.path
     check_tokenizer(folder, read_manifest(folder))
     opened = Texts(texts, open_tokenizer(folder)) if texts else open_split(folder, split)
@@ -60,26 +55,11 @@ def open_task(
     return Task(path, cfg, folder, opened.tokenizer_sha256, windows)
 
 
-def open_tokenizer(folder: Path) -> Tokenizer:
-    """That of a prepared folder. Raises ConfigError if it is not the one that made its shards, or cannot read text."""
-    from data.shards import TOKENIZER, check_tokenizer, read_manifest
-    from data.tokenizer import Tokenizer
-
-    manifest = read_manifest(folder)
-    if manifest["tokenizer_file"] != TOKENIZER:
-        raise ConfigError(f"{folder} was imported as tokens: there is no SentencePiece model in it to read text with")
-    check_tokenizer(folder, manifest)
-    return Tokenizer(folder / TOKENIZER)
-
-
 def run_task(task: Task, ranks: Ranks) -> tuple[Evaluation, Path]:
     """Scores a task in the layout that `ranks` describe; returns the checkpoint too. Collective. Raises ConfigError."""
-    from pretrain.analysis.inference import load_model
-    from pretrain.analysis.scoring import evaluate, scoring
-    from pretrain.checkpoints.folder import find_given
-
-    checkpoint, _ = find_given(task.path, ranks)
-    model = load_model(checkpoint, task.cfg, task.tokenizer_sha256, task.windows.split.eos_id, ranks)
+    run = RunFolder.containing(task.path)
+    checkpoint = run.checkpoint(task.path, ranks)
+    model = run.open_model(checkpoint, data=task.folder, ranks=ranks)
     micro_batch = task.cfg.evaluation.micro_batch or task.cfg.train.micro_batch
     score = scoring(model.score, task.cfg.model, task.folder)
     return evaluate(score, task.windows, micro_batch, ranks), checkpoint

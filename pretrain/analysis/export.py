@@ -8,16 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from data.shards import TOKENIZER
+from data.vocabulary import open_tokenizer
 from model.hf import folder as transformers_folder
-from pretrain.analysis.evaluation import open_tokenizer
-from pretrain.analysis.inference import DATA as IDENTITY_DATA
-from pretrain.analysis.inference import TOKENIZER as IDENTITY_TOKENIZER
-from pretrain.analysis.inference import fitting_state
 from pretrain.analysis.scoring import figure
-from pretrain.checkpoints.folder import find_given, run_of, total_j
+from pretrain.checkpoints import resume
+from pretrain.checkpoints.folder import total_j
 from pretrain.checkpoints.weights import new_folder, shapes, without_weights, write_weights
-from pretrain.config import RunConfig, dump, load
-from pretrain.metrics import clock, read_records
+from pretrain.config import RunConfig, dump
+from pretrain.inference import fitting_state
+from pretrain.metrics import clock
+from pretrain.records import Eval
+from pretrain.run_folder import RunFolder
+
+
+def export_weights(given: Path, out: Path, max_bytes: float) -> tuple[Path, int]:
+    """Writes the folder `out`, whole or not at all: float32 weights as plain safetensors, with the run's config.yaml;
+    returns the checkpoint and the bytes of its weights.
+
+    Args:
+        given: a run folder (its newest whole checkpoint), or one checkpoint's folder.
+        max_bytes: of one file's weights.
+    Raises:
+        ConfigError: `given` has no checkpoint, or `out` exists or cannot be made.
+    """
+    run = RunFolder.containing(given)
+    checkpoint = run.checkpoint(given)
+    with new_folder(out) as draft:
+        size = write_weights(checkpoint, shapes(*without_weights(run.settings())), draft, max_bytes)
+        shutil.copy(run.config, draft)
+    return checkpoint, size
 
 
 def export_transformers(given: Path, out: Path, max_bytes: float) -> tuple[Path, int]:
@@ -29,25 +48,25 @@ def export_transformers(given: Path, out: Path, max_bytes: float) -> tuple[Path,
     Raises:
         ConfigError: `given` has no checkpoint or no tokenizer, or `out` exists or cannot be made.
     """
-    cfg = load(run_of(given) / "config.yaml")
+    run = RunFolder.containing(given)
+    cfg = run.settings()
     tokenizer = open_tokenizer(cfg.data.path)
     with new_folder(out) as folder:
-        checkpoint, run = find_given(given)
+        checkpoint = run.checkpoint(given)
         state = fitting_state(checkpoint, cfg, tokenizer.sha256)
         decoder, head = without_weights(cfg)
         head.progress = cfg.head_progress(state["step"] - 1)
         size = write_weights(checkpoint, shapes(decoder, head), folder, max_bytes)
         shutil.copyfile(cfg.data.path / TOKENIZER, folder / TOKENIZER)
-        card = transformers_folder.card(run.name, cfg.model, head, _facts(run, state, cfg, size // 4), dump(cfg))
+        card = transformers_folder.card(run.path.name, cfg.model, head, _facts(run, state, cfg, size // 4), dump(cfg))
         transformers_folder.write(folder, decoder, head, tokenizer.eos_id, tokenizer.pad_id, card)
     return checkpoint, size
 
 
-def _facts(run: Path, state: Mapping[str, Any], cfg: RunConfig, parameters: int) -> dict[str, str]:
+def _facts(run: RunFolder, state: Mapping[str, Any], cfg: RunConfig, parameters: int) -> dict[str, str]:
     """What a run had come to at a checkpoint, by name."""
-    recorded = read_records(run) if (run / "metrics.jsonl").exists() else []
-    before = [one for one in recorded if one["kind"] == "eval" and one["step"] <= state["step"]]
-    held_out = before[-1] if before else {}
+    before = [record for record in run.records(Eval) if record.step <= state["step"]]
+    held_out = before[-1] if before else None
     joules, identity = total_j(state["joules"]), state["identity"]
     forms = {
         figure(cfg.model): "perplexity",
@@ -64,10 +83,10 @@ def _facts(run: Path, state: Mapping[str, Any], cfg: RunConfig, parameters: int)
         if joules is None
         else f"{joules:,.0f} J ({', '.join(state['joules'])})",
         "precision of training": f"{cfg.train.precision}; the weights here are the float32 masters",
-        **{f"held-out {name}": _figure(held_out.get(key)) for name, key in forms.items()},
-        "held-out figures are of update": f"{held_out['step']:,}" if held_out else "not measured",
-        "fingerprint of the data": f"`{identity[IDENTITY_DATA]}`",
-        "SHA-256 of the vocabulary": f"`{identity[IDENTITY_TOKENIZER]}`",
+        **{f"held-out {name}": _figure(getattr(held_out, key, None)) for name, key in forms.items()},
+        "held-out figures are of update": f"{held_out.step:,}" if held_out else "not measured",
+        "fingerprint of the data": f"`{identity[resume.DATA]}`",
+        "SHA-256 of the vocabulary": f"`{identity[resume.TOKENIZER]}`",
         "trained with": ", ".join(
             f"{name} {version}" for name, version in state.get("versions", {}).items() if version
         ),

@@ -20,11 +20,9 @@ import torch
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
+from data.vocabulary import open_tokenizer
 from model.sample import generate
-from pretrain.analysis.evaluation import open_tokenizer
-from pretrain.analysis.inference import load_model
-from pretrain.checkpoints.folder import config_of, find_given
-from pretrain.config import load
+from pretrain.run_folder import RunFolder, settings_if_any
 from pretrain.runtime import ranks as process
 
 try:
@@ -80,16 +78,17 @@ class Overtone(TemplateLM):
                 "options --batch_size, --max_batch_size and --device"
             )
         asked = _batch(batch_size, max_batch_size)
-        ranks = process.start(cfg=config_of(Path(run)))
+        ranks = process.start(cfg=settings_if_any(Path(run)))
         if ranks.world > 1:
             raise ConfigError(f"lm-eval was started on {ranks.world} ranks: this model runs on one process")
         _check_device(device, ranks.device)
-        checkpoint, folder = find_given(Path(run), ranks)
-        cfg = load(folder / "config.yaml")
+        folder = RunFolder.containing(Path(run))
+        cfg = folder.settings()
         self.text = open_tokenizer(Path(data) if data else cfg.data.path)
         if not cfg.model.causal:
             raise ConfigError(f"{run}: a masked model has no next token; lm-eval asks for a causal one")
-        self.model = load_model(checkpoint, cfg, self.text.sha256, self.text.eos_id, ranks)
+        checkpoint = folder.checkpoint(Path(run), ranks)
+        self.model = folder.open_model(checkpoint, data=Path(data) if data else None, ranks=ranks)
         self.length = cfg.model.seq_len
         most = math.inf if max_batch_size is None else int(max_batch_size)
         self.batch = asked or int(min(cfg.evaluation.micro_batch or cfg.train.micro_batch, most))

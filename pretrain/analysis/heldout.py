@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
 from data.shards import TOKENIZER, open_split, read_manifest
+from pretrain.checkpoints import resume
+from pretrain.checkpoints.folder import read_state
 from pretrain.config import RunConfig
+from pretrain.records import Eval
+from pretrain.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from data.loader import Scorable
@@ -87,25 +91,21 @@ def identify(cfg: RunConfig) -> dict[str, str | None]:
     }
 
 
-def held_out_of(run: Path, cfg: RunConfig, last: Mapping[str, Any]) -> HeldOut:
+def held_out_of(run: RunFolder, cfg: RunConfig, last: Eval | None) -> HeldOut:
     """Of a run, by the record of its last evaluation; of an older one, by what its newest checkpoint says of its data,
     and by the data themselves where they are still the same.
     """
     names = ("text_sha256", "tokenizer_sha256", "data_fingerprint")
-    found = {name: last.get(name) for name in names}
-    if last and found["data_fingerprint"] is None:
-        found |= _by_checkpoint(run, cfg)
-    return HeldOut(**found, objective=cfg.model.objective, scored=bool(last))
+    identity = {name: getattr(last, name, None) for name in names}
+    if last and identity["data_fingerprint"] is None:
+        identity |= _by_checkpoint(run, cfg)
+    return HeldOut(**identity, objective=cfg.model.objective, scored=last is not None)
 
 
-def _by_checkpoint(run: Path, cfg: RunConfig) -> dict[str, Any]:
-    from pretrain.analysis.inference import DATA
-    from pretrain.analysis.inference import TOKENIZER as TOKENIZERS_HASH
-    from pretrain.checkpoints.folder import checkpoints, read_state
-
+def _by_checkpoint(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
     try:
-        identity = read_state(checkpoints(run / "checkpoints")[-1])["identity"]
-        found = {"data_fingerprint": identity[DATA], "tokenizer_sha256": identity[TOKENIZERS_HASH]}
+        identity = read_state(run.checkpoints()[-1])["identity"]
+        found = {"data_fingerprint": identity[resume.DATA], "tokenizer_sha256": identity[resume.TOKENIZER]}
     except (IndexError, KeyError, ConfigError):
         return {}
     try:

@@ -26,19 +26,14 @@ from data.shards import TOKENIZER, Split, open_split
 from data.tokenizer import Tokenizer
 from model.distances import Distance
 from pretrain.analysis import geometry
-from pretrain.analysis.inference import Model, load_model
 from pretrain.analysis.scoring import maskings
 from pretrain.analysis.words import RELATIONS, token_of, token_pairs
-from pretrain.checkpoints.folder import (
-    checkpoints,
-    damage,
-    find_given,
-    read_state,
-    step_of,
-)
+from pretrain.checkpoints.folder import damage, read_state, step_of
+from pretrain.checkpoints.resume import TOKENIZER as TOKENIZER_HASH
 from pretrain.checkpoints.weights import read_weights
-from pretrain.config import RunConfig, check_data, load
-from pretrain.runtime.ranks import Ranks
+from pretrain.config import RunConfig, check_data
+from pretrain.inference import Model
+from pretrain.run_folder import RunFolder
 
 TOKENS = 16_384  # of held-out text, its first
 LEAST = 8  # hidden states that a class must have
@@ -51,7 +46,7 @@ log = logging.getLogger(__name__)
 class Source:
     """A run that can be looked at, and the tokens of the words whose neighbours are asked for."""
 
-    run: Path
+    run: RunFolder
     cfg: RunConfig
     checkpoint: Path
     split: Split
@@ -68,15 +63,15 @@ def open_run(run: Path, words: Sequence[str], strict: bool) -> Source:
     Raises:
         ConfigError: no whole checkpoint, no prepared data, data of another tokenizer than the run's, or such a word.
     """
-    checkpoint, run = find_given(run)
-    cfg = load(run / "config.yaml")
+    folder = RunFolder.containing(run)
+    checkpoint, cfg = folder.checkpoint(run), folder.settings()
     check_data(cfg)
     split = open_split(cfg.data.path, "val")
     tokenizer = Tokenizer(Path(cfg.data.path) / TOKENIZER)
-    if read_state(checkpoint)["identity"]["the tokenizer's hash"] != tokenizer.sha256:
+    if read_state(checkpoint)["identity"][TOKENIZER_HASH] != tokenizer.sha256:
         raise ConfigError(
-            f"{cfg.data.path} was prepared with another tokenizer than the one that {run} was trained with; prepare "
-            "with that one, or set data.path in the run's config.yaml to where the run's data are now"
+            f"{cfg.data.path} was prepared with another tokenizer than the one that {folder.path} was trained with; "
+            "prepare with that one, or set data.path in the run's config.yaml to where the run's data are now"
         )
     if not split.tokens:
         raise ConfigError(f"{cfg.data.path}: its val split is empty; prepare with a larger data.val_fraction")
@@ -84,9 +79,10 @@ def open_run(run: Path, words: Sequence[str], strict: bool) -> Source:
     unknown = [word for word, token in tokens.items() if token is None]
     if strict and unknown:
         raise ConfigError(
-            f"--words {' '.join(unknown)}: not single tokens of {run}'s tokenizer (after a blank); give other words"
+            f"--words {' '.join(unknown)}: not single tokens of {folder.path}'s tokenizer (after a blank); give other "
+            "words"
         )
-    return Source(run, cfg, checkpoint, split, tokenizer, {w: t for w, t in tokens.items() if t is not None})
+    return Source(folder, cfg, checkpoint, split, tokenizer, {w: t for w, t in tokens.items() if t is not None})
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +98,7 @@ class Measured:
 def measure(source: Source) -> Measured:
     """Raises ConfigError if weights or hidden states are not finite."""
     cfg = source.cfg
-    model = _model(source)
+    model = source.run.open_model(source.checkpoint, precision="float32")
     hidden, targets = hidden_states(model, source.split, None if cfg.model.causal else mask_id(cfg.data.path))
     prototypes = model.head.prototypes.detach()
     embedding = None if model.decoder.tokens is None else model.decoder.tokens.weight.detach()
@@ -141,16 +137,6 @@ def compare(measured: dict[str, Measured]) -> list[dict[str, Any]]:
         }
         found.append({"runs": [a, b], **figures})
     return found
-
-
-def _model(source: Source) -> Model:
-    """In float32."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = source.cfg.model.model_copy(update={"compile": False})  # a few passes are not worth it
-    train = source.cfg.train.model_copy(update={"precision": "float32"})
-    cfg = source.cfg.model_copy(update={"model": model, "train": train})
-    eos_id = source.split.eos_id
-    return load_model(source.checkpoint, cfg, source.tokenizer.sha256, eos_id, Ranks(0, 1, 0, 1, device))
 
 
 def hidden_states(model: Model, split: Split, mask: int | None, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
@@ -200,7 +186,7 @@ def _spectrum(rows: Tensor) -> dict[str, Any]:
 def _usable(source: Source) -> list[Path]:
     """The run's checkpoints up to the one that was found whole; those of them that are damaged are left out."""
     kept = []
-    for path in checkpoints(source.run / "checkpoints"):
+    for path in source.run.checkpoints():
         if step_of(path) <= step_of(source.checkpoint):
             wrong = None if path == source.checkpoint else damage(path)
             if wrong:

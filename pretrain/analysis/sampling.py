@@ -8,12 +8,9 @@ from pathlib import Path
 import torch
 
 from common.errors import ConfigError
+from data.vocabulary import open_tokenizer
 from model.sample import generate, texts
-from pretrain.analysis.evaluation import open_tokenizer
-from pretrain.analysis.inference import load_model
-from pretrain.checkpoints.folder import find_given
-from pretrain.config import load
-from pretrain.runtime.ranks import Ranks
+from pretrain.run_folder import RunFolder
 
 
 def continuation(
@@ -38,13 +35,11 @@ def continuation(
     Raises:
         ConfigError: no such run, no checkpoint, or a value out of its range.
     """
-    checkpoint, run = find_given(run)
-    cfg = load(run / "config.yaml")
+    folder = RunFolder.containing(run)
+    cfg = folder.settings()
     tokenizer = open_tokenizer(cfg.data.path)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"compile": False})})  # passes differ in length
-    model = load_model(checkpoint, cfg, tokenizer.sha256, tokenizer.eos_id, Ranks(0, 1, 0, 1, device))
-
+    model = folder.open_model(folder.checkpoint(run))
+    device = model.head.prototypes.device
     given = [tokenizer.eos_id, *tokenizer.encode(prompt)]  # which opens a document
     draws = torch.Generator(device)
     draws.seed() if seed is None else draws.manual_seed(seed)

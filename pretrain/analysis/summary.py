@@ -10,10 +10,8 @@ from common.errors import ConfigError
 from data.shards import open_split
 from pretrain.analysis.heldout import HeldOut, comparable, held_out_of
 from pretrain.analysis.scoring import unigram_bits_per_byte
-from pretrain.config import RunConfig, load
+from pretrain.config import RunConfig
 from pretrain.energy.sustainability import (
-    PARTS,
-    PHASES,
     footprint,
     gradient_stability,
     joules_of,
@@ -23,37 +21,34 @@ from pretrain.energy.sustainability import (
     missing_parts,
     to_target,
 )
-from pretrain.metrics import read_records
+from pretrain.records import JOULES, PHASES, Eval, Record, Train, of_kind
+from pretrain.run_folder import RunFolder
 
 
 def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
     """The figures of a run folder; None for what is not there. `energy` overrides the run's own settings of that
     section, as `key=value`. Raises ConfigError if it is no run folder.
     """
-    if not (run / "config.yaml").exists() or not (run / "metrics.jsonl").exists():
-        raise ConfigError(
-            f"{run}: not a run folder (no config.yaml and metrics.jsonl in it); give one that was trained"
-        )
-    cfg = load(run / "config.yaml", [f"energy.{setting}" for setting in energy])
-    records = read_records(run)
-    train = [record for record in records if record["kind"] == "train"]
-    held_out = [record for record in records if record["kind"] == "eval"]
-    last = held_out[-1] if held_out else {}
-    seconds = sum(record["seconds"] for record in train)
-    tokens = train[-1]["tokens"] if train else 0
-    joules = {f"{part}_j": {kind: joules_of(records, part, kind) for kind in PHASES} for part in PARTS}
+    folder = RunFolder.trained(run)
+    cfg = folder.settings([f"energy.{setting}" for setting in energy])
+    records = folder.records(Record)
+    train, held_out = of_kind(records, Train), of_kind(records, Eval)
+    last = held_out[-1] if held_out else None
+    seconds = sum(record.seconds for record in train)
+    tokens = train[-1].tokens if train else 0
+    joules = {field: {kind: joules_of(records, part, kind) for kind in PHASES} for part, field in JOULES.items()}
     train_j = measured_joules(records, "train")
     settings = cfg.energy
-    scored_on = held_out_of(run, cfg, last)
-    of_this_text = [one["loss"] for one in held_out if one.get("text_sha256") == last.get("text_sha256")]
+    scored_on = held_out_of(folder, cfg, last)
+    of_this_text = [record.loss for record in held_out if last and record.text_sha256 == last.text_sha256]
     return {
         "head": cfg.head.distance,
-        "step": max((record["step"] for record in records), default=0),
+        "step": max((record.step for record in records), default=0),
         "steps": cfg.train.steps,
         "tokens": tokens,
-        "loss": train[-1]["loss_mean"] if train else None,
-        "perplexity": last.get("perplexity"),
-        "bits_per_byte": last.get("bits_per_byte"),
+        "loss": train[-1].loss_mean if train else None,
+        "perplexity": last.perplexity if last else None,
+        "bits_per_byte": last.bits_per_byte if last else None,
         "held_out": vars(scored_on),
         "unigram_bits_per_byte": _unigram(cfg, scored_on.data_fingerprint),
         "train_seconds": seconds,
@@ -65,13 +60,15 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
         "measured": measured_parts(records),
         "not_measured": missing_parts(records),
         "j_per_token": _per(train_j, tokens),
-        "j_per_step": _per(train_j, train[-1]["step"] if train else 0),
+        "j_per_step": _per(train_j, train[-1].step if train else 0),
         "footprint": footprint(measured_joules(records), settings.pue, settings.grid, settings.price_per_kwh),
         "target_loss": settings.target_loss,
         "to_target": None if settings.target_loss is None else to_target(records, settings.target_loss),
-        "skipped": sum(record["skipped"] for record in train),
-        "gradient_stability": gradient_stability(_of_steps(train, "grad_norms"), cfg.optim.warmup_steps),
-        "learning_stability": learning_stability(_of_steps(train, "losses"), of_this_text),
+        "skipped": sum(record.skipped for record in train),
+        "gradient_stability": gradient_stability(
+            _of_steps([record.grad_norms for record in train]), cfg.optim.warmup_steps
+        ),
+        "learning_stability": learning_stability(_of_steps([record.losses for record in train]), of_this_text),
     }
 
 
@@ -79,16 +76,15 @@ def _per(joules: float | None, count: int) -> float | None:
     return joules / count if joules is not None and count else None
 
 
-def _mfu(train: Sequence[dict[str, Any]]) -> float | None:
+def _mfu(train: Sequence[Train]) -> float | None:
     """Mean over time; None if it is not known for every record."""
-    if not train or any(record["mfu"] is None for record in train):
-        return None
-    return sum(record["mfu"] * record["seconds"] for record in train) / sum(record["seconds"] for record in train)
+    shares = [record.mfu * record.seconds for record in train if record.mfu is not None]
+    return sum(shares) / sum(record.seconds for record in train) if train and len(shares) == len(train) else None
 
 
-def _of_steps(train: Sequence[dict[str, Any]], name: str) -> list[float | None]:
-    """The values of every step; nothing if a record has only its last one."""
-    return [value for record in train for value in record[name]] if all(name in record for record in train) else []
+def _of_steps(values: Sequence[Sequence[float | None] | None]) -> list[float | None]:
+    """The values of every step, from those of each record; nothing if a record has only its last one."""
+    return [value for steps in values if steps is not None for value in steps] if None not in values else []
 
 
 def _unigram(cfg: RunConfig, fingerprint: str | None) -> float | None:

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from pretrain.analysis.heldout import HeldOut, told_of
 from pretrain.analysis.summary import groups_of
-from pretrain.energy.sustainability import LOSS_SPIKE, NORM_SPIKE, PARTS, PHASES
+from pretrain.energy.sustainability import LOSS_SPIKE, NORM_SPIKE
 from pretrain.metrics import clock
+from pretrain.records import JOULES, PARTS, PHASES
 
 UNMEASURED = "not measured: no energy counter"
 
@@ -79,7 +80,7 @@ def table_of(found: dict[str, dict[str, Any]]) -> Table:
 
 def _joules(part: str, kind: str, summary: dict[str, Any]) -> str:
     missing = "-" if part in summary["measured"] else UNMEASURED
-    return _number(summary[f"{part}_j"][kind], "{:,.0f} J", missing)
+    return _number(summary[JOULES[part]][kind], "{:,.0f} J", missing)
 
 
 def _footprint_rows(found: dict[str, dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:

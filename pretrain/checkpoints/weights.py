@@ -20,9 +20,10 @@ from common.files import publish
 from common.plain import to_json
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.checkpoints.folder import DRAFT, find_given, load_alone, step_of
+from pretrain.checkpoints.folder import DRAFT, step_of
 from pretrain.checkpoints.fragments import Fragment
-from pretrain.config import RunConfig, load
+from pretrain.checkpoints.loading import load_alone
+from pretrain.config import RunConfig
 from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
 
@@ -61,24 +62,6 @@ def groups(sizes: Mapping[str, torch.Size], most: float) -> Iterator[list[str]]:
         held += 4 * shape.numel()
     if chosen:
         yield chosen
-
-
-def export_weights(given: Path, out: Path, max_bytes: float) -> tuple[Path, int]:
-    """Writes the folder `out`, whole or not at all, with the run's config.yaml; returns the checkpoint and the bytes of
-    its weights.
-
-    Args:
-        given: a run folder (its newest whole checkpoint), or one checkpoint's folder.
-        max_bytes: of one file's weights.
-    Raises:
-        ConfigError: `given` has no checkpoint, or `out` exists or cannot be made.
-    """
-    checkpoint, run = find_given(given)
-    cfg = load(run / "config.yaml")
-    with new_folder(out) as draft:
-        total = write_weights(checkpoint, shapes(*without_weights(cfg)), draft, max_bytes)
-        shutil.copy(run / "config.yaml", draft / "config.yaml")
-    return checkpoint, total
 
 
 @contextmanager

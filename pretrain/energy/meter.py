@@ -18,7 +18,7 @@ from typing import Protocol
 
 import torch
 
-from pretrain.energy.sustainability import PARTS
+from pretrain.records import JOULES, PARTS
 from pretrain.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class Spent:
 
     def as_dict(self) -> dict[str, float | None]:
         """`gpu_j`, `cpu_j` and `dram_j`, None where the phase was not measured or too short to be."""
-        return {f"{part}_j": self.joules.get(part) or None for part in PARTS}
+        return {field: self.joules.get(part) or None for part, field in JOULES.items()}
 
 
 class Counter(Protocol):

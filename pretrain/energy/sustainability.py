@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import median, pvariance
 from typing import Any
 
-PARTS = ("gpu", "cpu", "dram")  # what has counters of its own
-PHASES = ("train", "eval", "save")
-COUNTERS = "counters"  # the kind of record that says which parts are measured from its step on
+from pretrain.records import PARTS, Counters, Eval, Phase, Record, Train, of_kind
 
 # Carbon intensity of the electricity generated in 2023, life cycle, gCO2e/kWh, rounded: Ember (2024) with processing by
 # Our World in Data, "Carbon intensity of electricity generation" (CC BY 4.0); `world`: Ember (July 2024).
@@ -52,7 +50,7 @@ NORM_SPIKE = 3.0  # times the median norm of the window
 LOSS_SPIKE = 6.0  # robust standard deviations above the median loss of the window
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
-Records = Sequence[Mapping[str, Any]]
+Records = Sequence[Record]
 
 
 def kwh(energy_j: float) -> float:
@@ -73,11 +71,10 @@ def grid_intensity(grid: float | str) -> float:
 
 def missing_parts(records: Records) -> dict[str, str]:
     """Part -> why it was not measured over the whole run, from the records that say so."""
-    found: dict[str, str] = {}
-    for record in records:
-        if record["kind"] == COUNTERS:
-            found = {**record["missing"], **found}
-    return found
+    missing: dict[str, str] = {}
+    for record in of_kind(records, Counters):
+        missing = {**record.missing, **missing}
+    return missing
 
 
 def joules_of(records: Records, part: str, kind: str | None = None) -> float | None:
@@ -86,12 +83,11 @@ def joules_of(records: Records, part: str, kind: str | None = None) -> float | N
     Where a `counters` record says that the part is measured, a record without a figure was a window too short for its
     counter: its joules are in the next one.
     """
-    phases = (kind,) if kind else PHASES
-    found = [record.get(f"{part}_j") for record in records if record["kind"] in phases]
-    measured = [joules for joules in found if joules is not None]
-    told = bool(records) and records[0]["kind"] == COUNTERS
-    throughout = told and part not in missing_parts(records)
-    return sum(measured) if measured and (throughout or len(measured) == len(found)) else None
+    spent = [phase.joules(part) for phase in of_kind(records, Phase) if kind in (None, phase.kind)]
+    measured = [joules for joules in spent if joules is not None]
+    declared = bool(records) and isinstance(records[0], Counters)
+    throughout = declared and part not in missing_parts(records)
+    return sum(measured) if measured and (throughout or len(measured) == len(spent)) else None
 
 
 def measured_parts(records: Records) -> list[str]:
@@ -100,8 +96,8 @@ def measured_parts(records: Records) -> list[str]:
 
 def measured_joules(records: Records, kind: str | None = None) -> float | None:
     """Of all parts that were measured throughout; None if none was."""
-    found = [joules_of(records, part, kind) for part in measured_parts(records)]
-    known = [joules for joules in found if joules is not None]
+    by_part = [joules_of(records, part, kind) for part in measured_parts(records)]
+    known = [joules for joules in by_part if joules is not None]
     return sum(known) if known else None
 
 
@@ -132,22 +128,18 @@ def to_target(records: Records, target_nats: float) -> dict[str, Any] | None:
     """Step, tokens and joules of training up to the first evaluation whose held-out loss is at or below a target, in
     nats per token; None if there is none. Joules of evaluations and saves are not among them.
     """
-    held_out = (record for record in records if record["kind"] == "eval" and _reached(record, target_nats))
-    first = min(held_out, key=lambda record: record["step"], default=None)
+    reached = (record for record in of_kind(records, Eval) if record.loss is not None and record.loss <= target_nats)
+    first = min(reached, key=lambda record: record.step, default=None)
     if first is None:
         return None
-    before = [record for record in records if record["step"] <= first["step"]]
-    tokens = max((record["tokens"] for record in before if record["kind"] == "train"), default=0)
+    before = [record for record in records if record.step <= first.step]
+    tokens = max((record.tokens for record in of_kind(before, Train)), default=0)
     return {
-        "loss": first["loss"],
-        "step": first["step"],
+        "loss": first.loss,
+        "step": first.step,
         "tokens": tokens,
         "joules": measured_joules(before, "train"),
     }
-
-
-def _reached(record: Mapping[str, Any], target_nats: float) -> bool:
-    return record["loss"] is not None and record["loss"] <= target_nats
 
 
 def gradient_stability(norms: Sequence[float | None], warmup_steps: int = 0) -> dict[str, Any]:

@@ -26,7 +26,6 @@ from common.errors import ConfigError
 from common.files import lock
 from common.plain import to_json
 from common.variables import JOB_VARIABLE
-from pretrain.run_folder import EXIT_RECORD, FAILURES
 
 LOCK = "lock"  # in the run folder; its first line is the `Holder`, the second the first rank of a launcher's job
 STOP = "stop"  # what a launcher's lease says when its ranks are to save and leave
@@ -168,17 +167,3 @@ def job_of(environment: Mapping[str, str]) -> str | None:
             f"{JOB_VARIABLE}={job!r}: expected letters, digits and dashes, as `launch run` sets it; `unset` it"
         )
     return job
-
-
-def leave_record(run: Path, job: str, code: int, reason: str, step: int | None) -> None:
-    """Writes how a job ended into its run folder, for the launcher and for those who look later."""
-    record = {"job": job, "code": code, "reason": reason, "step": step}
-    (run / EXIT_RECORD).write_text(to_json(record))
-
-
-def set_aside_failures(run: Path) -> None:
-    """Keeps the failures of an earlier job under a name of their own."""
-    folder = run / FAILURES
-    if folder.is_dir():
-        number = next(k for k in range(1, 10**6) if not (run / f"{FAILURES}-{k}").exists())
-        os.replace(folder, run / f"{FAILURES}-{number}")

@@ -76,6 +76,11 @@ class Ranks:
         self.sum(torch.zeros(()))
 
 
+def alone() -> Ranks:
+    """This process without others, on the first GPU if there is one; no process group is needed."""
+    return Ranks(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def start(timeout_s: float = 1800, cfg: RunConfig | None = None) -> Ranks:
     """Joins the process group that the launcher described in the environment, or makes one of a single process.
 

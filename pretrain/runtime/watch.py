@@ -39,18 +39,16 @@ from common.exits import EXIT_BAD_INPUT
 from common.plain import to_json
 from common.variables import LEASE_VARIABLE
 from pretrain.config import RunConfig
-from pretrain.run_folder import FAILURES, Failure
 from pretrain.runtime.claim import (
     STOP,
     Claim,
     Holder,
     hold,
     job_of,
-    leave_record,
     may_write,
     new_job,
-    set_aside_failures,
 )
+from pretrain.runtime.endings import FAILURES, Failure, leave_exit, set_aside_failures
 
 BEAT_S = 1.0  # between two signs of life, and two looks
 LOST_S = 3.0  # after which a store that refuses is gone, and rank 0 with it
@@ -64,7 +62,8 @@ PHASES: tuple[tuple[str, str | None, str], ...] = (
     ("pretrain/runtime/ranks.py", "with_groups", "rendezvous"),
     ("pretrain/checkpoints/saver.py", None, "save"),
     ("pretrain/loop.py", "finish_save", "save"),
-    ("pretrain/checkpoints/folder.py", None, "load"),
+    ("pretrain/checkpoints/resume.py", None, "load"),
+    ("pretrain/checkpoints/loading.py", None, "load"),
     ("torch/distributed/", None, "collective"),
     ("model/vocab_parallel.py", None, "collective"),  # waits for what it began before
     ("deepspeed/comm/", None, "collective"),
@@ -355,7 +354,7 @@ class Watch:
         draft.write_text(to_json(asdict(failure), indent=1))
         os.replace(draft, folder / f"rank-{self.rank}.json")
         if self.rank == 0 and failure.code != EXIT_BAD_INPUT:  # a job that was refused is no end of the run
-            leave_record(self.cfg.run, failure.job, failure.code, failure.error, None)
+            leave_exit(self.cfg.run, failure.job, failure.code, failure.error, None)
 
     def _tell(self, failure: Failure) -> None:
         if self._store is None:

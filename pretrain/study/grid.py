@@ -7,7 +7,6 @@ is a run folder as any other, made by `python -m launch run`; what is done is sk
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -30,10 +29,10 @@ from pretrain.config import (
     check_data,
     dump,
     from_tree,
-    load,
 )
-from pretrain.metrics import clock, read_records
-from pretrain.run_folder import EXIT_RECORD
+from pretrain.metrics import clock
+from pretrain.records import Eval
+from pretrain.run_folder import RunFolder
 
 LAUNCH = [sys.executable, "-m", "launch", "run"]
 DONE, DIVERGED = "done", "diverged"
@@ -105,8 +104,8 @@ def check(study: LanguageConfig) -> None:
     """Raises ConfigError if a run of the study could not be trained, or one that is there was another."""
     for cell in [Cell(c.head, c.lr, seed) for c in study.sweep() for seed in study.seeds]:
         cfg = study.config(cell)
-        found = cfg.run / "config.yaml"
-        if found.exists() and dump(load(found)) != dump(cfg):
+        run = RunFolder(cfg.run)
+        if run.config.exists() and dump(run.settings()) != dump(cfg):
             raise ConfigError(
                 f"{cfg.run} was trained with other settings than this study's; give the study another `out`, or remove "
                 "that folder"
@@ -115,27 +114,24 @@ def check(study: LanguageConfig) -> None:
 
 def outcome(cfg: RunConfig) -> str | None:
     """DONE or DIVERGED, as is a run whose last held-out loss is not finite; None for a run that has not ended."""
-    try:
-        code = json.loads((cfg.run / EXIT_RECORD).read_text())["code"]
-    except FileNotFoundError:
+    ended = RunFolder(cfg.run).exit()
+    if ended is None or ended.code not in (0, EXIT_DIVERGED):
         return None
-    if code == 0:
-        return DIVERGED if _last_evaluation(cfg).get("loss", 0.0) is None else DONE
-    return DIVERGED if code == EXIT_DIVERGED else None
+    last = _last_evaluation(cfg)
+    return DIVERGED if ended.code or (last and last.loss is None) else DONE
 
 
 def held_out(cfg: RunConfig) -> float | None:
     """Bits/byte of a run's last evaluation, if it is done."""
     if outcome(cfg) != DONE:
         return None
-    return _last_evaluation(cfg).get("bits_per_byte")
+    last = _last_evaluation(cfg)
+    return last.bits_per_byte if last else None
 
 
-def _last_evaluation(cfg: RunConfig) -> dict[str, Any]:
-    """Its record; empty if the run left none."""
-    path = cfg.run / "metrics.jsonl"
-    found = [record for record in read_records(cfg.run) if record["kind"] == "eval"] if path.exists() else []
-    return found[-1] if found else {}
+def _last_evaluation(cfg: RunConfig) -> Eval | None:
+    """Its record; None if the run left none."""
+    return next(reversed(RunFolder(cfg.run).records(Eval)), None)
 
 
 def chosen_lr(study: LanguageConfig, head: str) -> float | None:

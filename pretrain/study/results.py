@@ -29,16 +29,15 @@ from pretrain.analysis.scoring import (
     unigram_bits_per_byte,
 )
 from pretrain.analysis.summary import summarise
-from pretrain.checkpoints.folder import find_given
 from pretrain.checkpoints.saver import versions
 from pretrain.config import RunConfig
-from pretrain.energy.sustainability import PARTS, joules_of
-from pretrain.metrics import machine, read_records
-from pretrain.runtime.ranks import Ranks
+from pretrain.energy.sustainability import joules_of
+from pretrain.metrics import machine
+from pretrain.records import JOULES, PARTS, Eval, Record, Train
+from pretrain.run_folder import RunFolder
+from pretrain.runtime.ranks import alone
 from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
 
-MEASURED = "measured.json"  # in a run folder
-DOCUMENTS = "documents.npz"  # its evaluation, by document
 SHOWN = 300  # prototypes of a projection: those of the most frequent tokens
 
 
@@ -46,18 +45,17 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     """Scores a finished run's newest checkpoint by document and measures its geometry; a second call reads the first
     one's files. Raises ConfigError.
     """
-    checkpoint, run = find_given(cfg.run)
-    files = run / MEASURED, run / DOCUMENTS
-    if all(file.exists() for file in files):
-        found = json.loads(files[0].read_text())
+    run = RunFolder(cfg.run)
+    checkpoint = run.checkpoint()
+    if run.measured.exists() and run.documents.exists():
+        found = json.loads(run.measured.read_text())
         if found["checkpoint"] == checkpoint.name:
             return found
-    log(f"measuring {run.name}")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scored, _ = run_task(open_task(run), Ranks(0, 1, 0, 1, device))
-    with files[1].open("wb") as stream:
+    log(f"measuring {run.path.name}")
+    scored, _ = run_task(open_task(cfg.run), alone())
+    with run.documents.open("wb") as stream:
         np.savez(stream, **vars(scored))
-    source = interpretation.open_run(run, (), strict=False)
+    source = interpretation.open_run(cfg.run, (), strict=False)
     looked_at = interpretation.measure(source)
     spectrum = geometry.spectrum(looked_at.prototypes)
     found = plain(
@@ -69,7 +67,7 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
             "projection": projection(looked_at.prototypes, spectrum, source),
         }
     )
-    replace_file(files[0], to_json(found))
+    replace_file(run.measured, to_json(found))
     return found
 
 
@@ -196,7 +194,7 @@ def difference(pairs: Sequence[tuple[RunConfig, RunConfig]]) -> dict[str, Any]:
 
 
 def _documents(run: Path) -> Evaluation:
-    with np.load(run / DOCUMENTS, allow_pickle=False) as found:
+    with np.load(RunFolder(run).documents, allow_pickle=False) as found:
         return Evaluation(**found)
 
 
@@ -230,7 +228,7 @@ def _speed(configs: Sequence[RunConfig]) -> dict[str, Any]:
 
 def _j_per_token(summary: dict[str, Any], parts: Sequence[str]) -> float | None:
     """Of training."""
-    joules = [summary[f"{part}_j"]["train"] for part in parts]
+    joules = [summary[JOULES[part]]["train"] for part in parts]
     return sum(joules) / summary["tokens"] if joules and None not in joules and summary["tokens"] else None
 
 
@@ -251,7 +249,7 @@ def _spent(summaries: Sequence[dict[str, Any]], parts: Sequence[str]) -> dict[st
 
 def _rate(run: Path) -> float | None:
     """Tokens per second in the median of a run's records but the first, in which kernels are compiled."""
-    rates = [record["tokens_per_s"] for record in read_records(run) if record["kind"] == "train"][1:]
+    rates = [record.tokens_per_s for record in RunFolder(run).records(Train)][1:]
     return statistics.median(rates) if rates else None
 
 
@@ -275,11 +273,11 @@ def _first(
     cell: Cell, cfg: RunConfig, summary: dict[str, Any], measured: dict[str, Any], parts: Sequence[str]
 ) -> dict[str, Any]:
     """What is shown of one seed alone."""
-    records = read_records(cfg.run)
+    records = RunFolder(cfg.run).records(Record)
     return {
         "shown_seed": cell.seed,
-        "train_curve": curve(records, "train", parts),
-        "eval_curve": curve(records, "eval", parts),
+        "train_curve": curve(records, Train, parts),
+        "eval_curve": curve(records, Eval, parts),
         "unigram_bits_per_byte": summary["unigram_bits_per_byte"],
         "scree": measured["scree"],
         "projection": measured["projection"],
@@ -287,22 +285,22 @@ def _first(
     }
 
 
-def curve(records: Sequence[dict[str, Any]], kind: str, parts: Sequence[str]) -> list[dict[str, Any]]:
+def curve(records: Sequence[Record], kind: type[Train | Eval], parts: Sequence[str]) -> list[dict[str, Any]]:
     """Losses of a kind's records against what training had taken by then: tokens, seconds, joules of the parts."""
     points, tokens, seconds = [], 0, 0.0
     so_far: dict[str, float] = {}
     counted = all(joules_of(records, part, "train") is not None for part in parts)
     for record in records:
-        if record["kind"] == "train":
-            tokens, seconds = record["tokens"], seconds + record["seconds"]
+        if isinstance(record, Train):
+            tokens, seconds = record.tokens, seconds + record.seconds
             for part in parts:
-                if (spent := record.get(f"{part}_j")) is not None:
+                if (spent := record.joules(part)) is not None:
                     so_far[part] = so_far.get(part, 0.0) + spent
-        if record["kind"] == kind:
-            loss = record["loss_mean"] if kind == "train" else record["loss"]
-            more = {} if kind == "train" else {"bits_per_byte": record["bits_per_byte"]}
+        if isinstance(record, kind):
+            loss = record.loss_mean if isinstance(record, Train) else record.loss
+            more = {} if isinstance(record, Train) else {"bits_per_byte": record.bits_per_byte}
             joules = sum(so_far.values()) if so_far and counted and len(so_far) == len(parts) else None
-            point = {"step": record["step"], "tokens": tokens, "seconds": round(seconds, 3), "joules": joules}
+            point = {"step": record.step, "tokens": tokens, "seconds": round(seconds, 3), "joules": joules}
             points.append({**point, "loss": loss, **more})
     return points
 

@@ -15,13 +15,16 @@ from common.errors import ConfigError
 from common.exits import EXIT_DIVERGED
 from common.plain import from_json, plain, to_json
 from pretrain.analysis.scoring import Evaluation
-from pretrain.checkpoints.verification import _distance
+from pretrain.analysis.verification import _distance
 from pretrain.config import dump, load
 from pretrain.energy.sustainability import learning_stability, to_target
-from pretrain.metrics import Recorder, read_records
+from pretrain.metrics import Recorder
+from pretrain.records import Eval, Train
 from pretrain.report import main as report
+from pretrain.run_folder import RunFolder
 from pretrain.study import grid
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import make_data, tiny_config
 
 FOLDERS = ("model", "pretrain", "launch", "benchmarks")
@@ -70,10 +73,10 @@ def check_diverged(base: Path) -> None:
     cfg = tiny_config(
         run=str(base / "run"), data__path=str(base / "data"), evaluation__every=1, logging__every=1, **changes
     )
-    from pretrain.loop import Run
+    from pretrain.opening import open_run
     from pretrain.runtime import ranks as process
 
-    run = Run(cfg, process.start())
+    run = open_run(cfg, process.start())
     assert run.train().code == EXIT_DIVERGED
     run.close()
 
@@ -108,7 +111,7 @@ def test_settings_that_are_not_finite_are_refused(setting: str, tmp_path: Path) 
 
 
 def test_a_loss_that_is_not_finite_reaches_no_target_and_is_no_rise() -> None:
-    records = [{"kind": "eval", "step": 1, "loss": None}, {"kind": "eval", "step": 2, "loss": 2.0}]
+    records = [Eval(step=1, seconds=1.0, loss=None), Eval(step=2, seconds=1.0, loss=2.0)]
     found = to_target(records, 2.5)
     assert found is not None and found["step"] == 2 and to_target(records[:1], 2.5) is None
     assert learning_stability([None] * 3, [2.0, None, 2.5, 1.0])["largest_rise"] == 0.5
@@ -130,7 +133,7 @@ def test_a_study_counts_a_run_with_such_a_held_out_loss_as_diverged(tmp_path: Pa
     cfg = tiny_config(run=str(tmp_path))
     (tmp_path / "exit.json").write_text('{"code": 0}')
     for loss, expected in (("NaN", grid.DIVERGED), ("null", grid.DIVERGED), ("2.5", grid.DONE)):
-        record = f'{{"kind": "eval", "step": 3, "loss": {loss}, "bits_per_byte": {loss}}}'
+        record = f'{{"kind": "eval", "step": 3, "seconds": 1.0, "loss": {loss}, "bits_per_byte": {loss}}}'
         (tmp_path / "metrics.jsonl").write_text(record)
         assert grid.outcome(cfg) == expected
     assert grid.held_out(cfg) == 2.5
@@ -139,7 +142,7 @@ def test_a_study_counts_a_run_with_such_a_held_out_loss_as_diverged(tmp_path: Pa
 def test_records_of_an_older_program_become_json_when_a_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"kind": "train", "step": 1, "loss": NaN}\n{"kind": "train", "step": 2, "loss": Infinity}\n')
-    recorder = Recorder(tmp_path, 2, 5, tensorboard=True)
-    recorder.record("eval", 2, {"loss": math.nan, "perplexity": math.inf, "nested": {"a": (math.nan,)}})
+    recorder = Recorder(RunFolder(tmp_path), 2, 5, tensorboard=True)
+    recorder.record(Train(step=2, seconds=1.0, loss=math.nan, lr=math.inf, losses=(math.nan,)))
     recorder.close()
     assert [strict(line).get("loss") for line in path.read_text().splitlines()] == [None, None, None]

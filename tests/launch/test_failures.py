@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from launch.failures import first, read_failures
+from launch.failures import first
 from launch.hosts import Placement
-from pretrain.run_folder import Failure
-from pretrain.runtime.claim import Holder, hold, set_aside_failures
+from pretrain.runtime.claim import Holder, hold
+from pretrain.runtime.endings import Failure, read_failures, set_aside_failures
 
 PLACEMENT = Placement({"a": 2, "b": 1})
 
@@ -85,9 +85,12 @@ def test_records_are_read_in_order_and_an_earlier_jobs_are_kept_aside(tmp_path: 
             for one in (failure(0, "told", 9.0), failure(1, "error", 3.0)):
                 leave(tmp_path, one)
             (tmp_path / "failures" / "rank-2.json").write_text('{"rank": 2')
-            assert [one.rank for one in read_failures(claim)] == [1, 0]
+            assert [one.rank for one in read_failures(claim.run, claim.job)] == [1, 0]
             set_aside_failures(tmp_path)
-            assert read_failures(claim) == [] and (tmp_path / f"failures-{start + 1}" / "rank-0.json").exists()
+            assert (
+                read_failures(claim.run, claim.job) == []
+                and (tmp_path / f"failures-{start + 1}" / "rank-0.json").exists()
+            )
 
 
 def test_another_jobs_records_are_not_read(tmp_path: Path) -> None:
@@ -97,6 +100,6 @@ def test_another_jobs_records_are_not_read(tmp_path: Path) -> None:
         leave(tmp_path, failure(1, "error", job=None))
         old = {key: value for key, value in asdict(failure(2, "error")).items() if key != "job"}
         (tmp_path / "failures" / "rank-2.json").write_text(json.dumps(old))
-        assert read_failures(claim) == []
+        assert read_failures(claim.run, claim.job) == []
         leave(tmp_path, failure(3, "told"))
-        assert [one.rank for one in read_failures(claim)] == [3]
+        assert [one.rank for one in read_failures(claim.run, claim.job)] == [3]

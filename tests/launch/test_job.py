@@ -19,6 +19,7 @@ from launch.hosts import Placement
 from launch.job import exit_code, run
 from launch.lease import Lease
 from pretrain.runtime.claim import STOP, Holder, hold
+from pretrain.runtime.endings import Exit
 
 ROOT = Path(__file__).parents[2]
 
@@ -48,7 +49,7 @@ ROOT = Path(__file__).parents[2]
     ],
 )
 def test_the_record_and_the_child_decide(child, record, code, reason):
-    found = exit_code(child, record)
+    found = exit_code(child, record and Exit(**record))
     assert found[0] == code and reason in found[1]
 
 

@@ -13,9 +13,9 @@ from common.errors import ConfigError
 from pretrain.analysis.scoring import Evaluation
 from pretrain.checkpoints import folder as checkpoint
 from pretrain.config import RunConfig, check_data
-from pretrain.loop import Outcome
-from pretrain.metrics import read_records
+from pretrain.decisions import Outcome
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import make_data, opened, tiny_config
 
 LOSSES = [9.0, 8.0, 7.0, 7.5, 7.2, 7.1, 7.3, 6.0]  # after each step

@@ -14,8 +14,11 @@ from rich.console import Console
 from common.errors import ConfigError
 from pretrain.analysis.summary import summarise
 from pretrain.config import dump
-from pretrain.metrics import Recorder, clock, peak_flops, read_records
+from pretrain.metrics import Recorder, clock, peak_flops
+from pretrain.records import Eval, Record, Train
 from pretrain.report import main
+from pretrain.run_folder import RunFolder
+from tests.support.records import read_records
 from tests.support.tiny import make_data, tiny_config
 
 VALUES: dict[str, Any] = {
@@ -24,14 +27,20 @@ VALUES: dict[str, Any] = {
 }  # fmt: skip
 
 
+def train(step: int, **changes: Any) -> Train:
+    return Train(step=step, **{**VALUES, **changes})
+
+
 def test_records_and_plain_lines(tmp_path: Path) -> None:
     out = io.StringIO()
-    recorder = Recorder(tmp_path, 0, 10, tensorboard=True, console=Console(file=out, width=200))
-    recorder.record("train", 2, VALUES)
-    recorder.progress(2, VALUES, 75.0)
-    recorder.progress(4, {**VALUES, "gpu_j_per_token": 0.002, "mfu": 0.41, "skipped": 1}, 3700.0)
+    recorder = Recorder(RunFolder(tmp_path), 0, 10, tensorboard=True, console=Console(file=out, width=200))
+    recorder.record(train(2))
+    recorder.progress(train(2), 75.0)
+    recorder.progress(train(4, gpu_j_per_token=0.002, mfu=0.41, skipped=1), 3700.0)
     recorder.close()
-    assert read_records(tmp_path) == [{"kind": "train", "step": 2, **VALUES}]
+    (line,) = read_records(tmp_path)
+    assert line == {"kind": "train", "step": 2, **dict.fromkeys(line.keys() - {"kind", "step"}), **VALUES}
+    assert RunFolder(tmp_path).records(Record) == [train(2)]
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["gpu_j"] is None
     plain, measured = out.getvalue().splitlines()
     assert plain == "step 2/10 loss 2.5000 32 tok/s norm 3.000->1.000 lr 1.00e-03 eta 1:15"
@@ -47,20 +56,20 @@ def test_records_and_plain_lines(tmp_path: Path) -> None:
 def test_a_live_line_on_a_terminal(tmp_path: Path) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160)
-    recorder = Recorder(tmp_path, 0, 10, tensorboard=False, console=console)
-    recorder.progress(4, VALUES, 10.0)
+    recorder = Recorder(RunFolder(tmp_path), 0, 10, tensorboard=False, console=console)
+    recorder.progress(train(4), 10.0)
     recorder.close()
     assert "4/10 loss 2.5000" in out.getvalue()
 
 
 def test_records_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
-    first = Recorder(tmp_path, 0, 10, tensorboard=False)
+    first = Recorder(RunFolder(tmp_path), 0, 10, tensorboard=False)
     for step in (2, 4, 6):
-        first.record("train", step, VALUES)
+        first.record(train(step))
     first.close()
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')  # killed while it wrote
-    Recorder(tmp_path, 4, 10, tensorboard=False).close()
+    Recorder(RunFolder(tmp_path), 4, 10, tensorboard=False).close()
     assert [record["step"] for record in read_records(tmp_path)] == [2, 4]
 
 
@@ -69,11 +78,11 @@ def test_report(tmp_path: Path, capsys) -> None:
     cfg = tiny_config(run=str(tmp_path / "run"), data__path=str(tmp_path / "data"))
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(dump(cfg))
-    recorder = Recorder(tmp_path / "run", 0, 5, tensorboard=False)
-    recorder.record("train", 1, {**VALUES, "gpu_j": 4.0})
-    recorder.record("train", 2, {**VALUES, "gpu_j": 6.0, "tokens": 128, "skipped": 1})
-    held_out = {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.5, "tokens": 9, "text_bytes": 20, "seconds": 1.0}
-    recorder.record("eval", 2, {**held_out, "gpu_j": None})
+    recorder = Recorder(RunFolder(tmp_path / "run"), 0, 5, tensorboard=False)
+    recorder.record(train(1, gpu_j=4.0))
+    recorder.record(train(2, gpu_j=6.0, tokens=128, skipped=1))
+    held_out = Eval(step=2, loss=2.0, perplexity=7.4, bits_per_byte=1.5, tokens=9, text_bytes=20, seconds=1.0)
+    recorder.record(held_out)
     recorder.close()
     found = summarise(tmp_path / "run")
     assert found["tokens_per_s"] == 32.0 and found["skipped"] == 1 and found["perplexity"] == 7.4

@@ -17,11 +17,11 @@ from model.reference import scores_reference
 from pretrain import report
 from pretrain.analysis import interpretation as geometry
 from pretrain.analysis.evaluation import open_task, run_task
-from pretrain.analysis.inference import load_model
 from pretrain.analysis.scoring import MASKINGS, scoring
 from pretrain.batches import inputs_and_targets
-from pretrain.checkpoints.folder import load_weights
+from pretrain.checkpoints.loading import load_weights
 from pretrain.config import RunConfig
+from pretrain.inference import load_model
 from pretrain.modules import build_modules, score_positions
 from pretrain.runtime.ranks import Ranks
 from tests.support.ranks import run_ranks

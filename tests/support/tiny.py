@@ -15,7 +15,8 @@ from pretrain.config import RunConfig, from_tree
 from tests.data.test_shards import EOS, make_folder
 
 if TYPE_CHECKING:  # the loop needs DeepSpeed, whose start takes seconds
-    from pretrain.loop import Outcome, Run
+    from pretrain.decisions import Outcome
+    from pretrain.loop import Run
 
 V, T, SEQUENCES = 67, 8, 8
 
@@ -135,12 +136,12 @@ def make_data(folder: Path, train_tokens: int = 2000, val_tokens: int = 137) -> 
 @contextmanager
 def opened(cfg: RunConfig) -> Iterator[Run]:
     """A run on the ranks of this process group; it is closed on leaving."""
-    from pretrain.loop import Run
+    from pretrain.opening import open_run
     from pretrain.runtime import ranks as process
 
     ranks = process.start(cfg=cfg)
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-    run = Run(cfg, ranks)
+    run = open_run(cfg, ranks)
     try:
         yield run
     finally:
@@ -157,7 +158,7 @@ def outcome_of(cfg: RunConfig) -> Outcome:
 
 def run_to_end(cfg: RunConfig) -> list[float]:
     """A whole run on the ranks of this process group; returns the logged losses by step (rank 0's, from the file)."""
-    from pretrain.metrics import read_records
+    from tests.support.records import read_records
 
     outcome = outcome_of(cfg)
     assert outcome.code == 0, outcome

@@ -12,13 +12,7 @@ import pytest
 
 from benchmarks.chaos import Fault, Watchdog, chaos, check_end, compare
 from common.files import sha256_of
-from pretrain.checkpoints.folder import (
-    FORMAT,
-    LATEST,
-    MANIFEST,
-    STATE,
-    name_of,
-)
+from pretrain.checkpoints.folder import FORMAT, LATEST, MANIFEST, STATE, name_of
 
 
 def test_a_killed_run_ends_as_if_undisturbed(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ import pytest
 import yaml
 
 from pretrain.config import load
-from pretrain.metrics import read_records
 from tests.support.hosts import Host, Hosts, needs_hosts
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import make_data, run_to_end, tiny_tree
 
 pytestmark = [needs_hosts, pytest.mark.timeout(900)]

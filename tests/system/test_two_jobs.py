@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from pretrain.config import load
-from pretrain.metrics import read_records
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import make_data, run_to_end, tiny_tree
 
 DIRECT = [sys.executable, "-m", "pretrain"]

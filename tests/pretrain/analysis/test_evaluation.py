@@ -29,17 +29,17 @@ from data.shards import fingerprint, open_split
 from model.reference import scores_reference
 from pretrain import evaluate
 from pretrain.analysis import evaluation as evaluation_task
-from pretrain.analysis.inference import Model
 from pretrain.analysis.scoring import Difference, Evaluation, compare, unigram_bits_per_byte
 from pretrain.analysis.scoring import evaluate as evaluate_windows
-from pretrain.checkpoints.folder import load_weights
+from pretrain.checkpoints.loading import load_weights
 from pretrain.config import RunConfig, load
-from pretrain.metrics import read_records
+from pretrain.inference import Model
 from pretrain.modules import build_modules
 from pretrain.runtime import ranks as process
 from pretrain.runtime.ranks import Ranks
 from tests.data.test_shards import EOS
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import (
     T,
     V,

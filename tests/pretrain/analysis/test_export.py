@@ -17,13 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from data.nanogpt import EOS, VOCAB_SIZE, import_nanogpt
-from pretrain.analysis.evaluation import open_tokenizer
+from data.vocabulary import open_tokenizer
 from pretrain.analysis.export import _facts
-from pretrain.analysis.inference import load_model
-from pretrain.checkpoints.folder import find_given, read_state
+from pretrain.checkpoints.folder import read_state
 from pretrain.config import dump, load
 from pretrain.export import main
-from pretrain.runtime.ranks import Ranks
+from pretrain.run_folder import RunFolder
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_text, run_to_end, text_config, tiny_config
 
@@ -81,11 +80,9 @@ def test_folders_work_alone_and_offline(trained: Path, tmp_path: Path, capsys: p
     assert used.returncode == 0 and used.stdout, used.stderr
 
     for name, out in folders.items():
-        checkpoint, run = find_given(trained / name)
-        cfg = load(run / "config.yaml")
+        run = RunFolder(trained / name)
+        cfg, model = run.settings(), run.open_model()
         tokenizer = open_tokenizer(cfg.data.path)
-        one = Ranks(0, 1, 0, 1, torch.device("cpu"))
-        model = load_model(checkpoint, cfg, tokenizer.sha256, tokenizer.eos_id, one)
         ids, log_probs = torch.load(f"{out}.pt")
         opening = [tokenizer.eos_id] if cfg.model.causal else []
         assert ids.tolist() == [opening + tokenizer.encode(TEXT + "\0")]
@@ -96,7 +93,7 @@ def test_folders_work_alone_and_offline(trained: Path, tmp_path: Path, capsys: p
 
 def test_the_card_tells_what_the_run_came_to(trained: Path, tmp_path: Path) -> None:
     from data.shards import fingerprint, read_manifest
-    from pretrain.metrics import read_records
+    from tests.support.records import read_records
 
     assert main(["--format", "transformers", str(trained / "causal"), "--out", str(tmp_path / "out")]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
@@ -108,8 +105,8 @@ def test_the_card_tells_what_the_run_came_to(trained: Path, tmp_path: Path) -> N
     assert cells["held-out figures are of update"] == "4"
     assert cells["energy, of all phases"] == "not measured"
     assert cells["fingerprint of the data"] == f"`{fingerprint(read_manifest(trained / 'data'))}`"
-    cfg, state = load(trained / "causal" / "config.yaml"), read_state(find_given(trained / "causal")[0])
-    measured = _facts(trained / "causal", {**state, "joules": {"gpu": 1000.0, "cpu": 234.6}}, cfg, 1)
+    cfg, state = load(trained / "causal" / "config.yaml"), read_state(RunFolder(trained / "causal").checkpoint())
+    measured = _facts(RunFolder(trained / "causal"), {**state, "joules": {"gpu": 1000.0, "cpu": 234.6}}, cfg, 1)
     assert measured["energy, of all phases"] == "1,235 J (gpu, cpu)"
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert cells["parameters"] == f"{sum(w.numel() for w in weights.values()):,}"

@@ -25,9 +25,9 @@ from model.head import HarmonicHead
 from model.reference import distances_reference
 from pretrain import report
 from pretrain.analysis import geometry, interpretation
-from pretrain.analysis.inference import load_model
 from pretrain.analysis.words import NEAREST, RELATIONS, token_of, token_pairs
-from pretrain.checkpoints.folder import load_weights
+from pretrain.checkpoints.loading import load_weights
+from pretrain.inference import load_model
 from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
 from tests.data.test_shards import make_folder

@@ -14,9 +14,9 @@ from data.shards import open_split
 from pretrain import evaluate, report
 from pretrain.analysis.heldout import HeldOut, check_one_text, comparable, text_sha256
 from pretrain.analysis.summary import summarise
-from pretrain.metrics import read_records
 from tests.pretrain.analysis.test_evaluation import english  # noqa: F401
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import run_to_end, tiny_config
 
 

@@ -11,9 +11,9 @@ import pytest
 from data.nanogpt import EOS, VOCAB_SIZE, import_nanogpt
 from pretrain.config import RunConfig
 from pretrain.evaluate import main as evaluate
-from pretrain.metrics import read_records
 from pretrain.report import main as report
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import T, run_to_end, tiny_config
 
 

@@ -13,9 +13,12 @@ import pytest
 from common.exits import EXIT_NOT_SAVED
 from pretrain.checkpoints import folder as checkpoint
 from pretrain.checkpoints import saver
-from pretrain.metrics import Recorder, read_records
+from pretrain.metrics import Recorder
+from pretrain.records import Train
+from pretrain.run_folder import RunFolder
 from tests.pretrain.checkpoints.test_saver import config, kept
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import make_data, outcome_of
 
 MIB = 1 << 20
@@ -100,14 +103,14 @@ def test_a_folder_that_cannot_be_written_for_a_while(disk: Path, harm: str, capf
 
 
 def test_records_wait_for_room(disk: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recorder = Recorder(disk, 0, 10, tensorboard=False)
-    recorder.record("train", 1, {"loss": 1.0})
+    recorder = Recorder(RunFolder(disk), 0, 10, tensorboard=False)
+    recorder.record(Train(step=1, seconds=1.0, loss=1.0))
     (disk / "ballast").write_bytes(b"x" * shutil.disk_usage(disk).free)
     with caplog.at_level(logging.ERROR):
         for step in (2, 3):
-            recorder.record("train", step, {"note": "x" * 5000})
+            recorder.record(Train(step=step, seconds=1.0, loss=1.0, batch="x" * 5000))
     assert len(caplog.records) == 1 and "records wait in memory" in caplog.text
     (disk / "ballast").unlink()
-    recorder.record("train", 4, {"loss": 4.0})
+    recorder.record(Train(step=4, seconds=1.0, loss=4.0))
     recorder.close()
     assert [record["step"] for record in read_records(disk)] == [1, 2, 3, 4]

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from common.errors import ConfigError
 from pretrain.checkpoints import folder as checkpoint
+from pretrain.checkpoints import loading, resume
 from pretrain.config import RunConfig
 from tests.support.ranks import run_ranks
 from tests.support.tiny import (
@@ -173,33 +174,33 @@ def test_damage_is_found_and_the_last_whole_checkpoint_is_used(finished: Path, h
     else:
         (newest / "manifest.json").write_text("{")
     with caplog.at_level("WARNING"):
-        assert checkpoint.find(folder, "auto") == before
+        assert resume.find(folder, "auto") == before
     assert newest.name in caplog.text
     if harm != "manifest":
         assert victim.name in caplog.text
     flip(next(before.glob("*.safetensors")))
     with pytest.raises(ConfigError, match="none of the 2 checkpoints can be used"):
-        checkpoint.find(folder, "auto")
+        resume.find(folder, "auto")
     assert len(checkpoint.checkpoints(folder)) == 2, "nothing was deleted"
 
 
 def test_resume_settings(finished: Path) -> None:
     folder = finished / "run" / "checkpoints"
     newest = folder / f"step-{STEPS:08d}"
-    assert checkpoint.find(folder, "auto") == checkpoint.find(folder, str(newest)) == newest
-    assert checkpoint.find(finished / "new" / "checkpoints", str(finished / "run")) == newest
-    assert checkpoint.find(finished / "new" / "checkpoints", "auto") is None
+    assert resume.find(folder, "auto") == resume.find(folder, str(newest)) == newest
+    assert resume.find(finished / "new" / "checkpoints", str(finished / "run")) == newest
+    assert resume.find(finished / "new" / "checkpoints", "auto") is None
     for trace in (checkpoint.LATEST, f"{checkpoint.ABANDONED}step-00000008"):
         gone = finished / f"gone-{trace}"
         gone.mkdir()
         (gone / trace).touch()
         with pytest.raises(ConfigError, match=f"has no checkpoint, but there were some, as .*{trace} tells"):
-            checkpoint.find(gone, "auto")
-        assert checkpoint.find(gone, "never") is None
+            resume.find(gone, "auto")
+        assert resume.find(gone, "never") is None
     with pytest.raises(ConfigError, match="resume=never, but .* holds 2 checkpoints"):
-        checkpoint.find(folder, "never")
+        resume.find(folder, "never")
     with pytest.raises(ConfigError, match="neither a checkpoint nor a run folder"):
-        checkpoint.find(folder, str(finished / "nowhere"))
+        resume.find(folder, str(finished / "nowhere"))
 
 
 def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) -> None:
@@ -208,11 +209,11 @@ def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) ->
     fingerprint, tokenizer = saved["the data's fingerprint"], saved["the tokenizer's hash"]
 
     def who(**changes: Any) -> dict[str, Any]:
-        return checkpoint.identity(config(finished, "run", **changes), fingerprint, tokenizer)
+        return resume.identity(config(finished, "run", **changes), fingerprint, tokenizer)
 
-    def check(identity: dict[str, Any], *allow: str) -> list[checkpoint.Difference]:
-        found = checkpoint.audit(checkpoint.read_state(path), {"identity": identity}, allow)
-        checkpoint.check_audit(path, found)
+    def check(identity: dict[str, Any], *allow: str) -> list[resume.Difference]:
+        found = resume.audit(checkpoint.read_state(path), {"identity": identity}, allow)
+        resume.check_audit(path, found)
         return found
 
     def now(**changes: Any) -> dict[str, Any]:
@@ -233,21 +234,19 @@ def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) ->
         with pytest.raises(ConfigError, match=told):
             check(who(**changes))
     with pytest.raises(ConfigError, match="the data's fingerprint was"):
-        check(checkpoint.identity(config(finished, "run"), "other", tokenizer))
-    younger = checkpoint.audit(without_newer_settings(checkpoint.read_state(path)), now(), [])
+        check(resume.identity(config(finished, "run"), "other", tokenizer))
+    younger = resume.audit(without_newer_settings(checkpoint.read_state(path)), now(), [])
     assert younger == [], "settings that came after the checkpoint are at their defaults"
     state = checkpoint.read_state(path)
     del state["config"]["train"]["deterministic"], state["config"]["parallel"]["backend"]
-    assert checkpoint.audit({part: state[part] for part in ("identity", "config")}, now(), []) == []
-    changed = checkpoint.audit(
-        checkpoint.read_state(path), now(train__deterministic=True, parallel__backend="gloo"), []
-    )
+    assert resume.audit({part: state[part] for part in ("identity", "config")}, now(), []) == []
+    changed = resume.audit(checkpoint.read_state(path), now(train__deterministic=True, parallel__backend="gloo"), [])
     verdicts = {one.key: one.verdict for one in changed}
     assert verdicts["train.deterministic"] == verdicts["parallel.backend"] == "harmless"
     assert "refused" not in verdicts.values()
     with pytest.raises(ConfigError, match="model.norm was 'layernorm' and is 'rmsnorm'"):
         state = without_newer_settings(checkpoint.read_state(path))
-        checkpoint.check_audit(path, checkpoint.audit(state, now(model__norm="rmsnorm"), []))
+        resume.check_audit(path, resume.audit(state, now(model__norm="rmsnorm"), []))
     allowed = check(who(optim__lr=0.5, optim__clip=None), "optim")
     assert {(one.key, one.verdict) for one in allowed} >= {("optim.lr", "allowed"), ("optim.clip", "allowed")}
 
@@ -285,8 +284,8 @@ def test_weights_load_without_deepspeed_whole_and_sharded(finished: Path) -> Non
     path = finished / "run" / "checkpoints" / f"step-{STEPS:08d}"
     decoder, head = Decoder(cfg.model), HarmonicHead(67, cfg.model.dim)
     before = {name: p.detach().clone() for name, p in decoder.named_parameters()}
-    checkpoint.load_weights(path, decoder, head)
+    loading.load_weights(path, decoder, head)
     assert all(not torch.equal(p, before[name]) for name, p in decoder.named_parameters() if p.dim() > 1)
     part = HarmonicHead(67, cfg.model.dim, shard=VocabShard(20, 50, total=67))
-    checkpoint.load_weights(path, Decoder(cfg.model), part)
+    loading.load_weights(path, Decoder(cfg.model), part)
     assert torch.equal(part.prototypes[:30], head.prototypes[20:50])

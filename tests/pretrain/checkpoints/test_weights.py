@@ -19,11 +19,11 @@ from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain import export
 from pretrain.analysis.evaluation import open_task, run_task
-from pretrain.analysis.inference import Model
 from pretrain.analysis.scoring import evaluate
 from pretrain.checkpoints import weights
 from pretrain.checkpoints.weights import INDEX
 from pretrain.config import RunConfig, load
+from pretrain.inference import Model
 from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
 from tests.data.test_shards import EOS

@@ -26,11 +26,11 @@ from pretrain.energy.meter import (
     ZeusCounter,
     zeus_counter,
 )
-from pretrain.metrics import read_records
 from pretrain.report import main
 from pretrain.runtime import ranks as process
 from pretrain.runtime.ranks import Ranks
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.replay import Replay, gpus
 from tests.support.tiny import make_data, outcome_of, tiny_config
 
@@ -262,10 +262,10 @@ def config(base: Path, **changes: Any) -> RunConfig:
 
 def measured(cfg: RunConfig, counter: energy.Counter | None) -> Any:
     """Trains, on a node with this counter."""
-    from pretrain import loop
+    from pretrain import opening
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "zeus_counter", lambda _: counter)
+        patch.setattr(opening, "zeus_counter", lambda _: counter)
         return outcome_of(cfg)
 
 

@@ -23,15 +23,17 @@ from pretrain.energy.sustainability import (
     measured_parts,
     to_target,
 )
+from pretrain.records import Counters, Record, from_plain
 
 
-def record(kind: str, step: int, gpu_j: float | None, cpu_j: float | None = None, **more: Any) -> dict[str, Any]:
-    return {"kind": kind, "step": step, "gpu_j": gpu_j, "cpu_j": cpu_j, "dram_j": None, **more}
+def record(kind: str, step: int, gpu_j: float | None, cpu_j: float | None = None, **more: Any) -> Record:
+    spent = {"seconds": 1.0, "gpu_j": gpu_j, "cpu_j": cpu_j}
+    return from_plain({"kind": kind, "step": step, "loss": None, **spent, **more})
 
 
-def counters(step: int, *measured: str) -> dict[str, Any]:
+def counters(step: int, *measured: str) -> Record:
     missing = {part: f"no {part}" for part in ("gpu", "cpu", "dram") if part not in measured}
-    return {"kind": "counters", "step": step, "measured": list(measured), "missing": missing}
+    return Counters(step=step, measured=measured, missing=missing)
 
 
 def test_a_null_is_a_short_window_only_where_a_counter_was_there() -> None:

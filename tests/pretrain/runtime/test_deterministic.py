@@ -12,10 +12,11 @@ import torch
 from torch.utils import deterministic as memory
 
 from pretrain import verify
-from pretrain.checkpoints import folder as checkpoint
-from pretrain.checkpoints import verification
+from pretrain.analysis import verification
+from pretrain.checkpoints import resume
 from pretrain.config import load
 from pretrain.evaluate import main as evaluate
+from pretrain.run_folder import settings_if_any
 from pretrain.runtime import ranks as process
 from pretrain.runtime.deterministic import CUBLAS, set_deterministic
 from pretrain.runtime.ranks import Ranks
@@ -79,14 +80,14 @@ def test_exact_says_whose_bits_are_promised() -> None:
 
 def test_neither_setting_keeps_a_run_from_going_on() -> None:
     changed = tiny_config(train__deterministic=True, parallel__backend="gloo")
-    assert checkpoint.identity(changed, "", "") == checkpoint.identity(tiny_config(), "", "")
+    assert resume.identity(changed, "", "") == resume.identity(tiny_config(), "", "")
 
 
 def test_the_settings_of_a_run_are_known_before_ranks_meet(tmp_path: Path) -> None:
-    assert checkpoint.config_of(tmp_path) is None
+    assert settings_if_any(tmp_path) is None
     from pretrain.config import dump
 
     (tmp_path / "config.yaml").write_text(dump(tiny_config()))
-    assert checkpoint.config_of(tmp_path) == load(tmp_path / "config.yaml")
-    found = checkpoint.config_of(tmp_path, ["train.deterministic=true"])
+    assert settings_if_any(tmp_path) == load(tmp_path / "config.yaml")
+    found = settings_if_any(tmp_path, ["train.deterministic=true"])
     assert found is not None and found.train.deterministic

@@ -21,14 +21,14 @@ from common.exits import EXIT_DIVERGED, EXIT_PREEMPTED
 from common.settings import read_tree, validate
 from model.config import HeadConfig
 from pretrain.config import load
-from pretrain.metrics import read_records
-from pretrain.run_folder import EXIT_RECORD
-from pretrain.runtime.claim import leave_record
+from pretrain.records import Eval, Record, Train
+from pretrain.runtime.endings import EXIT_RECORD, leave_exit
 from pretrain.study import grid
 from pretrain.study.__main__ import main
 from pretrain.study.grid import Cell, LanguageConfig
 from tests.support.pages import Tree
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import make_text, outcome_of, text_config
 
 
@@ -57,7 +57,7 @@ def study(folder: Path, **changes: Any) -> LanguageConfig:
 def check_run(config: Path) -> None:
     cfg = load(config)
     ended = outcome_of(cfg)
-    leave_record(cfg.run, "of the tests", ended.code, ended.reason, ended.step)
+    leave_exit(cfg.run, "of the tests", ended.code, ended.reason, ended.step)
 
 
 @pytest.fixture
@@ -343,22 +343,18 @@ def test_intervals_are_students() -> None:
 def test_a_curve_says_what_training_had_taken() -> None:
     from pretrain.study.results import curve
 
-    def train(step: int, joules: float | None) -> dict[str, Any]:
-        figures = {"tokens": 10 * step, "seconds": 2.0, "loss_mean": 5.0 / step, "gpu_j": joules}
-        return {"kind": "train", "step": step, **figures}
+    def train(step: int, joules: float | None) -> Train:
+        return Train(step=step, tokens=10 * step, seconds=2.0, loss=None, loss_mean=5.0 / step, gpu_j=joules)
 
-    records = [
-        train(1, 3.0),
-        {"kind": "eval", "step": 1, "loss": 4.0, "bits_per_byte": 2.0, "gpu_j": 9.0},
-        train(2, 4.0),
-    ]
-    assert curve(records, "train", ["gpu"]) == [
+    held = Eval(step=1, seconds=1.0, loss=4.0, bits_per_byte=2.0, gpu_j=9.0)
+    records: list[Record] = [train(1, 3.0), held, train(2, 4.0)]
+    assert curve(records, Train, ["gpu"]) == [
         {"step": 1, "tokens": 10, "seconds": 2.0, "joules": 3.0, "loss": 5.0},
         {"step": 2, "tokens": 20, "seconds": 4.0, "joules": 7.0, "loss": 2.5},
     ]
-    (held_out,) = curve(records, "eval", ["gpu"])
+    (held_out,) = curve(records, Eval, ["gpu"])
     assert held_out == {"step": 1, "tokens": 10, "seconds": 2.0, "joules": 3.0, "loss": 4.0, "bits_per_byte": 2.0}
-    assert [point["joules"] for point in curve([train(1, None), train(2, 4.0)], "train", ["gpu"])] == [None, None]
+    assert [point["joules"] for point in curve([train(1, None), train(2, 4.0)], Train, ["gpu"])] == [None, None]
 
 
 def test_the_command_launches_real_runs(tmp_path: Path) -> None:

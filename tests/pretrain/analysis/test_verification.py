@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from pretrain import verify
-from pretrain.checkpoints import verification
+from pretrain.analysis import verification
 from pretrain.checkpoints.folder import LATEST
-from pretrain.metrics import read_records
+from pretrain.run_folder import RunFolder
 from pretrain.runtime import ranks as process
 from tests.pretrain.checkpoints.test_resume import flip
 from tests.support.ranks import run_ranks
+from tests.support.records import read_records
 from tests.support.tiny import make_data, run_to_end, tiny_config
 
 ON_TWO_RANKS: dict[str, dict[str, Any]] = {
@@ -201,10 +202,10 @@ def test_which_steps_are_trained_again(tmp_path: Path) -> None:
             folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
             folder.mkdir(parents=True)
             (folder / "state.json").write_text("{}")
-        records = [{"kind": "train", "step": step} for step in logged]
+        records = [{"kind": "train", "step": step, "seconds": 1.0, "loss": 1.0} for step in logged]
         (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        found = verification.choose_replay(tmp_path / "run", steps)
-        return None if found is None else (found.start.name[-4:], [record["step"] for record in found.records])
+        found = verification.choose_replay(RunFolder(tmp_path / "run"), steps)
+        return None if found is None else (found.start.name[-4:], [record.step for record in found.records])
 
     assert planned(1000, 2000, steps=2, logged=range(10, 2001, 10)) == ("1000", [1010, 1020])
     assert planned(1000, 2000, steps=2, logged=range(10, 2101, 10)) == ("2000", [2010, 2020])

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from pretrain.checkpoints import folder as checkpoint
-from pretrain.config import RunConfig, check_data, check_layout, load
-from pretrain.metrics import read_records
+from pretrain.checkpoints.folder import LATEST, damage, read_state, step_of
+from pretrain.config import RunConfig, check_data, check_layout
+from pretrain.records import Train
+from pretrain.run_folder import RunFolder
 from pretrain.runtime import ranks as process
 from pretrain.runtime.ranks import Ranks
 
@@ -35,30 +36,30 @@ class Replay:
 
     start: Path
     trained: dict[str, Any]  # state of the checkpoint that these steps led to; of `start` if there is none
-    records: list[dict[str, Any]]
+    records: list[Train]
 
 
-def check_files(folder: Path, ranks: Ranks) -> int:
+def check_files(run: RunFolder, ranks: Ranks) -> int:
     """Reads the files of all of a run's checkpoints, shared among the ranks; returns how many checkpoints there are.
 
     Raises:
         Differs: there is none, one is damaged, or `latest` does not name the newest.
     """
-    found = checkpoint.checkpoints(folder)
-    if not found:
-        raise Differs(f"{folder}: there is no checkpoint")
-    for path in found:
-        for wrong in ranks.gather(checkpoint.damage(path, share=(ranks.rank, ranks.world))):
+    published = run.checkpoints()
+    if not published:
+        raise Differs(f"{run.checkpoints_folder}: there is no checkpoint")
+    for path in published:
+        for wrong in ranks.gather(damage(path, share=(ranks.rank, ranks.world))):
             if wrong:
                 raise Differs(wrong)
-    named = folder / checkpoint.LATEST
+    named = run.checkpoints_folder / LATEST
     name = named.read_text().strip() if named.exists() else "missing"
-    if name != found[-1].name:
-        raise Differs(f"{named}: {name}, but the newest checkpoint is {found[-1].name}")
-    return len(found)
+    if name != published[-1].name:
+        raise Differs(f"{named}: {name}, but the newest checkpoint is {published[-1].name}")
+    return len(published)
 
 
-def choose_replay(run: Path, steps: int, last: bool = False) -> Replay | None:
+def choose_replay(run: RunFolder, steps: int, last: bool = False) -> Replay | None:
     """The first `steps` logged steps after the newest checkpoint that has so many, else after the one that has most.
 
     Args:
@@ -66,20 +67,20 @@ def choose_replay(run: Path, steps: int, last: bool = False) -> Replay | None:
     Returns:
         None if no step, or with `last` not so many, was logged after a checkpoint.
     """
-    records = [record for record in read_records(run) if record["kind"] == "train"]
-    found = checkpoint.checkpoints(run / "checkpoints")
+    records = run.records(Train)
 
-    def after(path: Path) -> list[dict[str, Any]]:
-        later = [record for record in records if record["step"] > checkpoint.step_of(path)]
+    def after(path: Path) -> list[Train]:
+        later = [record for record in records if record.step > step_of(path)]
         return later if last else later[:steps]
 
+    starts = published = run.checkpoints()
     if last:
-        found = [path for path in found if len(after(path)) >= steps][-1:]
-    start = max(found, key=lambda path: (len(after(path)), path.name), default=None)
+        starts = [path for path in published if len(after(path)) >= steps][-1:]
+    start = max(starts, key=lambda path: (len(after(path)), path.name), default=None)
     if start is None or not after(start):
         return None
-    led_to = next((path for path in checkpoint.checkpoints(run / "checkpoints") if path > start), start)
-    return Replay(start, checkpoint.read_state(led_to), after(start))
+    led_to = next((path for path in published if path > start), start)
+    return Replay(start, read_state(led_to), after(start))
 
 
 def replay(cfg: RunConfig, planned: Replay, ranks: Ranks, tolerance: float) -> float:
@@ -92,7 +93,7 @@ def replay(cfg: RunConfig, planned: Replay, ranks: Ranks, tolerance: float) -> f
         Differs: another batch than the logged one, or a loss further from the logged one than `tolerance`.
         ConfigError: these ranks cannot repeat the run.
     """
-    from pretrain.loop import Run  # DeepSpeed: after it was told the device
+    from pretrain.opening import open_run  # DeepSpeed: after it was told the device
 
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
     with tempfile.TemporaryDirectory(prefix="verify-") as folder:
@@ -104,7 +105,7 @@ def replay(cfg: RunConfig, planned: Replay, ranks: Ranks, tolerance: float) -> f
             "energy": cfg.energy.model_copy(update={"stop_at_joules": None}),
         }
         with contextlib.redirect_stdout(io.StringIO()):  # a run tells its progress there
-            run = Run(cfg.model_copy(update=aside), ranks)
+            run = open_run(cfg.model_copy(update=aside), ranks)
             try:
                 _check_noise(run, planned.trained)
                 return _largest_difference(run, planned.records, tolerance)
@@ -127,8 +128,8 @@ def _check_noise(run: Any, trained: dict[str, Any]) -> None:
         )
 
 
-def _largest_difference(run: Any, records: list[dict[str, Any]], tolerance: float) -> float:
-    logged = {record["step"]: record for record in records}
+def _largest_difference(run: Any, records: list[Train], tolerance: float) -> float:
+    logged = {record.step: record for record in records}
     largest = 0.0
     for step in range(run.progress.step, max(logged)):
         taken = run.step(step)
@@ -137,9 +138,9 @@ def _largest_difference(run: Any, records: list[dict[str, Any]], tolerance: floa
         record = logged.get(step + 1)
         if record is None:
             continue
-        if batch != record.get("batch"):
-            raise Differs(f"step {step + 1}: the batch {batch} is not the logged {record.get('batch')}")
-        logged_loss = math.nan if record["loss"] is None else record["loss"]
+        if batch != record.batch:
+            raise Differs(f"step {step + 1}: the batch {batch} is not the logged {record.batch}")
+        logged_loss = math.nan if record.loss is None else record.loss
         difference = _distance(loss, logged_loss)
         if difference > tolerance:
             raise LossDiffers(f"step {step + 1}: the loss {loss!r} is not the logged {logged_loss!r}")
@@ -172,13 +173,12 @@ def verify(
     """What was found to be right, in words. Collective. Raises Differs and ConfigError."""
     if steps < 1:
         raise ConfigError(f"--steps {steps}: must be 1 or more")
-    if not (folder / "config.yaml").exists() or not (folder / "metrics.jsonl").exists():
-        raise ConfigError(f"{folder}: not a run folder (no config.yaml and metrics.jsonl in it)")
-    cfg = load(folder / "config.yaml", overrides)
+    run = RunFolder.trained(folder)
+    cfg = run.settings(overrides)
     check_layout(cfg, ranks.world, ranks.local_world)
-    count = check_files(folder / "checkpoints", ranks)
+    count = check_files(run, ranks)
     whole = f"{count} checkpoint{'s are' if count > 1 else ' is'} whole"
-    planned = choose_replay(folder, steps, last)
+    planned = choose_replay(run, steps, last)
     if planned is None:
         fewer = f"fewer than {steps} steps were" if last else "no step was"
         return f"{whole}; {fewer} logged after one, so none was trained again"
@@ -188,6 +188,6 @@ def verify(
     except LossDiffers as wrong:
         raise LossDiffers(f"{wrong}{_unpromised(planned.trained, ranks) if exact else ''}") from None
     near = "bit for bit" if largest == 0 else f"to {largest:.1e} nats"
-    first, last = planned.records[0]["step"], planned.records[-1]["step"]
-    again = f"{f'steps {first} to {last}' if last > first else f'step {first}'} again from {planned.start.name}"
+    first, final = planned.records[0].step, planned.records[-1].step
+    again = f"{f'steps {first} to {final}' if final > first else f'step {first}'} again from {planned.start.name}"
     return f"{whole}; {again}: the logged batches, and the logged losses {near}"

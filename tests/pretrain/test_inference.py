@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model.sample import generate
-from pretrain.analysis.inference import Model
+from pretrain.inference import Model
 from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
 from tests.data.test_shards import EOS

@@ -11,13 +11,12 @@ from torch import Tensor
 from common.errors import ConfigError
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.checkpoints.folder import identity, load_weights, read_state
+from pretrain.checkpoints.folder import read_state
+from pretrain.checkpoints.loading import load_weights
+from pretrain.checkpoints.resume import TOKENIZER, identity
 from pretrain.config import RunConfig
 from pretrain.modules import build_modules, compute_dtype, hidden_states, score_positions
 from pretrain.runtime.ranks import Ranks
-
-TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
-DATA = "the data's fingerprint"  # and theirs
 
 
 class Model:

@@ -1,0 +1,40 @@
+"""Reading a checkpoint's tensors into any layout."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+from model.decoder import Decoder
+from model.head import HarmonicHead
+from pretrain.checkpoints.folder import Progress, read_state
+from pretrain.checkpoints.fragments import Fragment, head_fragment
+
+
+def load(checkpoint: Path, fragments: Mapping[str, Fragment]) -> Progress:
+    """Fills the fragments of all ranks from a checkpoint of any layout."""
+    dcp.load(dict(fragments), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
+    state = read_state(checkpoint)
+    found = Progress(**{key: state.get(key, default) for key, default in asdict(Progress()).items()})
+    return found if found.total_j is not None else replace(found, joules=None)
+
+
+def load_weights(checkpoint: Path, decoder: Decoder, head: HarmonicHead) -> None:
+    """Fills a whole decoder and this rank's part of a head with float32 weights, without DeepSpeed or a process
+    group.
+    """
+    wanted = {f"trunk.{n}.fp32": Fragment(p.data.view(-1), 0, p.numel()) for n, p in decoder.named_parameters()}
+    wanted |= {f"head.{n}.fp32": head_fragment(head, n, p.data) for n, p in head.named_parameters()}
+    load_alone(checkpoint, wanted)
+
+
+def load_alone(checkpoint: Path, fragments: Mapping[str, Fragment]) -> None:
+    """Fills fragments from a checkpoint, in this process without others."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.load(dict(fragments), storage_reader=HuggingFaceStorageReader(str(checkpoint)), no_dist=True)

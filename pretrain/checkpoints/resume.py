@@ -1,0 +1,191 @@
+"""Which checkpoint a run goes on from, and what may differ between the two."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from common.errors import ConfigError
+from pretrain.checkpoints.folder import ABANDONED, CHECKPOINTS, LATEST, MANIFEST, Check, checkpoints, damage
+from pretrain.config import RunConfig, from_tree
+from pretrain.runtime.ranks import Ranks
+
+log = logging.getLogger(__name__)
+
+TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
+DATA = "the data's fingerprint"  # and theirs
+
+# What may differ between a checkpoint and the run that goes on from it: the layout, and what does not touch the
+# weights.
+FREE_SETTINGS = (
+    "run",
+    "resume",
+    "resume_allow",
+    "resume_check",
+    "data.path",
+    "model.activation_checkpointing",
+    "model.attention",
+    "model.compile",
+    "head.chunk_mib",
+    "head.fused",
+    "train.micro_batch",
+    "train.deterministic",
+    "parallel",
+    "evaluation",
+    "checkpoint",
+    "timeouts",
+    "energy",
+    "logging",
+    "deepspeed",
+)
+
+
+def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str | None) -> dict[str, Any]:
+    """What must be the same for a run to go on from a checkpoint."""
+    settings = _flat(cfg.model_dump(mode="json"))
+    fixed = {k: v for k, v in settings.items() if not any(k == f or k.startswith(f + ".") for f in FREE_SETTINGS)}
+    return {**fixed, DATA: data_fingerprint, TOKENIZER: tokenizer_sha256}
+
+
+def state_of(cfg: RunConfig, ranks: Ranks, data_fingerprint: str, tokenizer_sha256: str | None) -> dict[str, Any]:
+    """What every checkpoint of a run tells of it, besides its progress."""
+    layout = {"world": ranks.world, "parallel": cfg.parallel.model_dump(mode="json")}
+    return {
+        "identity": identity(cfg, data_fingerprint, tokenizer_sha256),
+        "config": cfg.model_dump(mode="json"),
+        "layout": layout,
+    }
+
+
+def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{above}{key}"
+        out.update(_flat(value, path + ".") if isinstance(value, Mapping) else {path: value})
+    return out
+
+
+def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "full") -> Path | None:
+    """The checkpoint to go on from: the newest whole one of the run for `auto`, that of a given path, None for a
+    fresh start. With `ranks`, all of them call it and share the reading.
+
+    Raises:
+        ConfigError: there are checkpoints but none is whole, or there were some; `never` in a folder that has some; a
+        path that is no checkpoint.
+    """
+    path = Path(resume)
+    if resume in ("auto", "never"):
+        candidates = checkpoints(folder)
+    else:
+        candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / CHECKPOINTS)
+    candidates = _as_the_first_sees_them(candidates, ranks)
+    if resume == "never":
+        if candidates:
+            raise ConfigError(
+                f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest {candidates[-1].name}. "
+                "Use resume=auto to go on from it, or another run folder (run=...) to start afresh."
+            )
+        return None
+    if not candidates and resume == "auto":
+        traces = _as_the_first_sees_them([*folder.glob(LATEST), *sorted(folder.glob(f"{ABANDONED}*"))], ranks)
+        if not traces:
+            return None
+        raise ConfigError(
+            f"resume=auto: {folder} has no checkpoint, but there were some, as {traces[0]} tells. Put them back (one "
+            "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
+            "another run folder (run=...). Nothing was changed."
+        )
+    if not candidates:
+        raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
+    share = (ranks.rank, ranks.world) if ranks else (0, 1)
+    wrong = None
+    for path in reversed(candidates):
+        told = [damage(path, check, share)]
+        if ranks and ranks.world > 1:
+            told = ranks.gather(told[0])
+        wrong = next((one for one in told if one), None)
+        if wrong is None:
+            if path != candidates[-1]:
+                log.warning("going on from %s: what was trained after it is lost, and trained again", path.name)
+            return path
+        log.warning("not going on from %s: %s", path.name, wrong)
+    raise ConfigError(
+        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore one, or "
+        "start afresh in another run folder (run=...). Nothing was changed."
+    )
+
+
+def _as_the_first_sees_them(paths: list[Path], ranks: Ranks | None) -> list[Path]:
+    """The first rank's paths, for all: a network file system may show others an older listing."""
+    if ranks is None or ranks.world == 1:
+        return paths
+    return [Path(name) for name in ranks.gather([str(path) for path in paths])[0]]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One thing that is not as it was when a checkpoint was written."""
+
+    key: str
+    was: Any
+    now: Any
+    verdict: str  # harmless, allowed, or refused
+
+
+def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]) -> list[Difference]:
+    """What differs between a checkpoint's state and the run that wants to go on from it, refusals first.
+
+    `now` has the same `identity`, `config`, `layout` and `versions` as the state. Settings that do not touch the
+    weights, the layout and versions are harmless; what is left of the identity is refused, unless `allow` names it (or
+    a section above it).
+    """
+    newer = now["identity"].keys() - state["identity"].keys()
+    newer |= _flat(now.get("config", {})).keys() - _flat(state.get("config", {})).keys()
+    if newer:
+        state = _as_read_today(state)
+    found = []
+    for key, was, is_now in _differing(state["identity"], now["identity"]):
+        allowed = any(key == one or key.startswith(one + ".") for one in allow)
+        found.append(Difference(key, was, is_now, "allowed" if allowed else "refused"))
+    known = {one.key for one in found}
+    for part in ("config", "layout", "versions"):
+        for key, was, is_now in _differing(_flat(state.get(part, {})), _flat(now.get(part, {}))):
+            if key not in known:
+                found.append(Difference(key if part == "config" else f"{part}: {key}", was, is_now, "harmless"))
+    return sorted(found, key=lambda one: ["refused", "allowed", "harmless"].index(one.verdict))
+
+
+def _as_read_today(state: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state with the settings that did not exist when it was written, at their defaults."""
+    cfg = from_tree(state["config"])
+    return {**state, "identity": {**identity(cfg, "", ""), **state["identity"]}, "config": cfg.model_dump(mode="json")}
+
+
+def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
+
+
+def check_audit(checkpoint: Path, found: Sequence[Difference]) -> None:
+    """Raises ConfigError if a difference is refused; else says them all, as a table."""
+    refused = [one for one in found if one.verdict == "refused"]
+    if refused:
+        told = "; ".join(f"{one.key} was {one.was!r} and is {one.now!r}" for one in refused)
+        keys = ", ".join(one.key for one in refused)
+        raise ConfigError(
+            f"{checkpoint} cannot be resumed with this configuration: {told}. Set back what changed, allow it "
+            f"(resume_allow: [{keys}]), or start afresh in another run folder (run=...). Nothing was changed."
+        )
+    if found:
+        table = Table("", "was", "is", "verdict", title=f"What differs from {checkpoint.name}", title_justify="left")
+        for one in found:
+            table.add_row(one.key, repr(one.was), repr(one.now), one.verdict)
+        text = io.StringIO()
+        Console(file=text, width=120).print(table)
+        log.info("%s", text.getvalue().rstrip())

@@ -1,0 +1,106 @@
+"""Opening a run: its data, the checkpoint that it goes on from, its folder, its trainer; in that order, so that what
+cannot go on is refused before anything is touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from common.errors import ConfigError
+from common.files import replace_file
+from data.loader import EvaluationWindows, Windows
+from data.shards import open_split
+from pretrain.batches import Batches
+from pretrain.checkpoints import resume
+from pretrain.checkpoints.folder import Progress, read_state, remove_drafts, total_j
+from pretrain.checkpoints.loading import load
+from pretrain.checkpoints.saver import Saver, versions
+from pretrain.config import RunConfig, dump
+from pretrain.energy.meter import Meter, zeus_counter
+from pretrain.engine import Trainer
+from pretrain.loop import Run
+from pretrain.metrics import Recorder
+from pretrain.run_folder import RunFolder
+from pretrain.runtime.ranks import Ranks
+
+
+def open_run(cfg: RunConfig, ranks: Ranks, pulse: Callable[[float | None], None] = lambda limit_s: None) -> Run:
+    """A run, ready for its next step. Collective. The run folder is the caller's: its lock is held, or nobody else
+    knows of it.
+
+    Args:
+        pulse: hears that this rank gets on, and in how many seconds again if that is not as before.
+    Raises:
+        ConfigError: data, checkpoint, folder or budget do not allow it; nothing was touched, or nothing lost.
+    """
+    folder = RunFolder(cfg.run)
+    train = open_split(cfg.data.path, "train")
+    held_out = EvaluationWindows(open_split(cfg.data.path, "val"), cfg.model.seq_len)
+    batches = Batches(Windows(train, cfg.model.seq_len, cfg.train.seed), cfg, ranks)
+    state = resume.state_of(cfg, ranks, train.fingerprint, train.tokenizer_sha256)
+    start = resume.find(folder.checkpoints_folder, cfg.resume, ranks, cfg.resume_check)
+    if start is not None:
+        resume.check_audit(start, resume.audit(read_state(start), {**state, "versions": versions()}, cfg.resume_allow))
+    meter = Meter(ranks, zeus_counter(ranks))
+    check_budget(cfg, meter, start)
+    ranks.barrier()  # everybody has looked before anything is touched
+    put_in_order(folder, cfg, ranks)
+    trainer = Trainer(cfg, ranks, train.eos_id)
+    saver = Saver(folder.checkpoints_folder, ranks, cfg.checkpoint, cfg.timeouts.save_s)
+    progress = Progress(joules=dict.fromkeys(meter.measured, 0.0))
+    if start is not None:
+        progress = load(start, trainer.fragments())
+        trainer.finish_load(progress.updates)
+    trainer.head.progress = cfg.head_progress(progress.step - 1)  # as the last update left it
+    recorder = Recorder(folder, progress.step, cfg.train.steps, cfg.logging.tensorboard) if ranks.first else None
+    run = Run(cfg, ranks, trainer, batches, held_out, meter, saver, recorder, state, progress, pulse)
+    run.say(f"resumed from {start}" if start else f"started in {cfg.run}")
+    run.record_counters()
+    if start is not None and start.parent == folder.checkpoints_folder:
+        run.saved_step = progress.step
+    return run
+
+
+def put_in_order(folder: RunFolder, cfg: RunConfig, ranks: Ranks) -> None:
+    """Removes from a run folder what does not hold from here on, and writes the configuration.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    problem = None
+    if ranks.first:
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            remove_drafts(folder.checkpoints_folder)
+            replace_file(folder.config, dump(cfg))
+            folder.exit_record.unlink(missing_ok=True)
+        except OSError as error:
+            problem = f"{cfg.run}: cannot be written ({error}); make room, or give a folder you may write (run=...)"
+    problem = ranks.gather(problem)[0]
+    if problem:
+        raise ConfigError(problem)
+
+
+def check_budget(cfg: RunConfig, meter: Meter, start: Path | None) -> None:
+    """Raises ConfigError if a run has a budget of joules and could never stop by it."""
+    budget = cfg.energy.stop_at_joules
+    why = None if budget is None else _why_never(meter, start)
+    if why:
+        raise ConfigError(
+            f"energy.stop_at_joules={budget:g}: the run could never stop by it, since {why}. Leave it out, or see "
+            "docs/energy.md for who may read which counter"
+        )
+
+
+def _why_never(meter: Meter, start: Path | None) -> str | None:
+    if not meter.measured:
+        return "no energy is measured here: " + "; ".join(f"{part}: {why}" for part, why in meter.missing.items())
+    if start is None:
+        return None
+    before = read_state(start).get("joules")
+    if total_j(before) is None:
+        return f"{start} does not know what was spent before it"
+    lost = sorted(set(before or ()) - set(meter.measured))
+    reasons = "; ".join(meter.missing[part] for part in lost)
+    return f"{start} counts {' and '.join(lost)} too: {reasons}" if lost else None

@@ -1,0 +1,71 @@
+"""How a job ended, as its run folder tells: `exit.json`, and a file in `failures/` for each rank that failed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.plain import to_json
+
+EXIT_RECORD = "exit.json"
+FAILURES = "failures"
+
+
+@dataclass(frozen=True)
+class Exit:
+    """How a job ended, for its launcher and for those who look later."""
+
+    code: int
+    reason: str = ""
+    step: int | None = None  # None: it failed
+    job: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a rank ended before its work was done: `failures/rank-N.json`."""
+
+    rank: int
+    host: str
+    time: float  # seconds since the epoch, by the host's clock
+    kind: str  # error: its own; collective: another was gone; stuck; lost: another gave no sign; told: by another
+    phase: str  # rendezvous, load, data, forward, backward, update, collective, evaluation, save, ...
+    error: str
+    traceback: str
+    code: int
+    suspects: list[int]  # ranks that it ended for
+    job: str | None  # the id of the rank's job
+
+
+def leave_exit(run: Path, job: str, code: int, reason: str, step: int | None) -> None:
+    (run / EXIT_RECORD).write_text(to_json(asdict(Exit(code, reason, step, job))))
+
+
+def read_exit(run: Path) -> Exit | None:
+    """None if no job has ended in the folder, or what is there is no record: it does not tell how."""
+    try:
+        found = Exit(**json.loads((run / EXIT_RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return found if isinstance(found.code, int) else None
+
+
+def read_failures(run: Path, job: str) -> list[Failure]:
+    """Of a job's own ranks, earliest first."""
+    failures = []
+    for path in (run / FAILURES).glob("rank-*.json"):
+        try:
+            failures.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
+        except (OSError, ValueError, TypeError):
+            continue  # half of a write on a file system that went away
+    return sorted((failure for failure in failures if failure.job == job), key=lambda failure: failure.time)
+
+
+def set_aside_failures(run: Path) -> None:
+    """Keeps the failures of an earlier job under a name of their own."""
+    folder = run / FAILURES
+    if folder.is_dir():
+        number = next(k for k in range(1, 10**6) if not (run / f"{FAILURES}-{k}").exists())
+        os.replace(folder, run / f"{FAILURES}-{number}")
