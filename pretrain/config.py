@@ -14,10 +14,10 @@ import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from common.errors import ConfigError
+from common.grids import grid_intensity
 from common.settings import read_tree, validate
 from data.config import DataConfig
 from model.config import DecoderConfig, HeadConfig
-from pretrain.energy.sustainability import grid_intensity
 
 # What the house sets in DeepSpeed's configuration, and where to set it instead.
 OWNED_BY_US = {
@@ -142,7 +142,7 @@ class EnergyConfig(BaseModel, extra="forbid", frozen=True):
 
     stop_at_joules: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # measured, of all phases
     target_loss: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # nats per held-out token
-    grid: float | str | None = Field(default=None)  # gCO2e per kWh, or a name of pretrain/energy/sustainability.py
+    grid: float | str | None = Field(default=None)  # gCO2e per kWh, or a name of common/grids.py
     price_per_kwh: float | None = Field(default=None, ge=0, allow_inf_nan=False)  # the cost is in its currency
     pue: float = Field(default=1.0, ge=1, allow_inf_nan=False)  # energy of the site over that of its machines
 

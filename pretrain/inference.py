@@ -23,7 +23,7 @@ class Model:
     """A decoder and a head as they are after `step` updates: no dropout, no noise."""
 
     def __init__(self, cfg: RunConfig, decoder: Decoder, head: HarmonicHead, step: int, eos_id: int) -> None:
-        self.cfg, self.eos_id = cfg, eos_id
+        self.cfg, self.step, self.eos_id = cfg, step, eos_id
         self.decoder, self.head = decoder.to(compute_dtype(cfg)).eval(), head.eval()
         self.head.progress = cfg.head_progress(step - 1)
 

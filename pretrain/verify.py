@@ -19,7 +19,7 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
-from pretrain.analysis.verification import Differs, verify
+from pretrain.replay import Differs, verify
 from pretrain.run_folder import settings_if_any
 from pretrain.runtime import ranks as process
 

@@ -9,13 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.grids import GRIDS, grid_intensity
 from pretrain.energy.sustainability import (
     ENOUGH,
-    GRIDS,
     WINDOW,
     footprint,
     gradient_stability,
-    grid_intensity,
     joules_of,
     kwh,
     learning_stability,

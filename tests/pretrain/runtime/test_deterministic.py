@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch.utils import deterministic as memory
 
+from pretrain import replay as verification
 from pretrain import verify
-from pretrain.analysis import verification
 from pretrain.checkpoints import resume
 from pretrain.config import load
 from pretrain.evaluate import main as evaluate

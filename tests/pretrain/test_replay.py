@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
+from pretrain import replay as verification
 from pretrain import verify
-from pretrain.analysis import verification
 from pretrain.checkpoints.folder import LATEST
 from pretrain.run_folder import RunFolder
 from pretrain.runtime import ranks as process
