@@ -54,7 +54,7 @@ def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str | None, e
     """Collective.
 
     Args:
-        checkpoint: as `pretrain.checkpoints.folder.find_given` found it.
+        checkpoint: the folder of a whole one.
         cfg: of its run.
         tokenizer_sha256: of the tokenizer whose ids the model is to read.
         eos_id: of that tokenizer.
@@ -69,9 +69,9 @@ def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str | None, e
         (f"{part}.{n}", p) for part, m in (("decoder", decoder), ("head", head)) for n, p in m.named_parameters()
     ]
     wrong = [name for name, parameter in parameters if not parameter.isfinite().all()]
-    if found := [name for names in ranks.gather(wrong) for name in names]:
+    if bad := [name for names in ranks.gather(wrong) for name in names]:
         raise ConfigError(
-            f"{checkpoint}: {found[0]} holds values that are not finite ({len(set(found))} such tensors in all); "
+            f"{checkpoint}: {bad[0]} holds values that are not finite ({len(set(bad))} such tensors in all); "
             "give an earlier checkpoint"
         )
     return Model(cfg, decoder, head, state["step"], eos_id)

@@ -71,8 +71,8 @@ def by_source(task: Task, result: Evaluation) -> dict[str, Evaluation]:
     if len(split.sources) < 2:
         return {}
     of_document = split.document_sources()
-    found = {name: result.of(of_document == number) for number, name in enumerate(split.sources)}
-    return {name: part for name, part in found.items() if len(part.nats)}
+    parts = {name: result.of(of_document == number) for number, name in enumerate(split.sources)}
+    return {name: part for name, part in parts.items() if len(part.nats)}
 
 
 def check_same_documents(a: Task, b: Task) -> None:
@@ -81,16 +81,16 @@ def check_same_documents(a: Task, b: Task) -> None:
     With one tokenizer, tokens are compared; with two, what they decode to, which is the text itself for tokenizers with
     byte fallback, as all are that this program trains.
     """
-    one, other = a.windows.split, b.windows.split
-    told = f"{a.path} and {b.path} cannot be compared"
+    first, second = a.windows.split, b.windows.split
+    refusal = f"{a.path} and {b.path} cannot be compared"
     if a.cfg.model.causal != b.cfg.model.causal:
-        raise ConfigError(f"{told}: a masked model's pseudo-likelihood is no likelihood")
-    if (one.document_bytes() < 0).any():
-        raise ConfigError(f"{told}: the bytes of their documents are not known, so there are no bits/byte")
-    if one.documents != other.documents or (one.document_bytes() != other.document_bytes()).any():
+        raise ConfigError(f"{refusal}: a masked model's pseudo-likelihood is no likelihood")
+    if (first.document_bytes() < 0).any():
+        raise ConfigError(f"{refusal}: the bytes of their documents are not known, so there are no bits/byte")
+    if first.documents != second.documents or (first.document_bytes() != second.document_bytes()).any():
         raise ConfigError(
-            f"{told}: their data have {one.documents} and {other.documents} documents, or documents of other lengths; "
-            "give the data of one of them (--data), or text files (--text)"
+            f"{refusal}: their data have {first.documents} and {second.documents} documents, or documents of other "
+            "lengths; give the data of one of them (--data), or text files (--text)"
         )
     texts: list[Iterator[str | bytes]] = [
         _contents(task, decoded=a.tokenizer_sha256 != b.tokenizer_sha256) for task in (a, b)
@@ -98,8 +98,9 @@ def check_same_documents(a: Task, b: Task) -> None:
     for number, (mine, theirs) in enumerate(zip(*texts, strict=True)):
         if mine != theirs:
             raise ConfigError(
-                f"{told}: document {number} is another text in the one than in the other (or a tokenizer without byte "
-                "fallback does not give its text back); give the data of one of them (--data), or text files (--text)"
+                f"{refusal}: document {number} is another text in the one than in the other (or a tokenizer without "
+                "byte fallback does not give its text back); give the data of one of them (--data), or text files "
+                "(--text)"
             )
 
 

@@ -87,8 +87,8 @@ def norms(rows: Tensor) -> dict[str, float]:
     """(N, D) -> quantiles of the rows' Euclidean lengths, in the units of the rows, and "max/median"."""
     lengths = torch.cat([part.norm(dim=1) for part in _doubles(_matrix(rows))])
     levels = lengths.new_tensor(list(QUANTILES.values()))
-    found = dict(zip(QUANTILES, torch.quantile(lengths, levels).tolist(), strict=True))
-    return {**found, "max/median": found["max"] / found["median"] if found["median"] else math.nan}
+    quantiles = dict(zip(QUANTILES, torch.quantile(lengths, levels).tolist(), strict=True))
+    return {**quantiles, "max/median": quantiles["max"] / quantiles["median"] if quantiles["median"] else math.nan}
 
 
 # ---- neighbours
@@ -113,15 +113,15 @@ def nearest(
     """
     prototypes, entry = _matrix(prototypes), resolve(distance, params).evaluated()
     count = min(count, len(prototypes) - 1)
-    found = Neighbours(
+    neighbours = Neighbours(
         torch.empty(len(chosen), count, dtype=torch.int64), torch.empty(len(chosen), count, dtype=torch.float64)
     )
     for place, row in enumerate(chosen):
         parts = [distances_reference(prototypes[row : row + 1], part, entry) for part in prototypes.split(CHUNK)]
         d = torch.cat(parts, dim=1)[0]
         d[row] = math.inf if entry.has_exponent else -math.inf
-        found.distances[place], found.indices[place] = d.topk(count, largest=not entry.has_exponent)
-    return found
+        neighbours.distances[place], neighbours.indices[place] = d.topk(count, largest=not entry.has_exponent)
+    return neighbours
 
 
 # ---- classes

@@ -105,49 +105,49 @@ def held_out_of(run: RunFolder, cfg: RunConfig, last: Eval | None) -> HeldOut:
 def _by_checkpoint(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
     try:
         identity = read_state(run.checkpoints()[-1])["identity"]
-        found = {"data_fingerprint": identity[resume.DATA], "tokenizer_sha256": identity[resume.TOKENIZER]}
+        trained_on = {"data_fingerprint": identity[resume.DATA], "tokenizer_sha256": identity[resume.TOKENIZER]}
     except (IndexError, KeyError, ConfigError):
         return {}
     try:
-        here = identify(cfg)
+        there_now = identify(cfg)
     except ConfigError:
-        return found  # the data are elsewhere
-    return here if here["data_fingerprint"] == found["data_fingerprint"] else found
+        return trained_on  # the data are elsewhere
+    return there_now if there_now["data_fingerprint"] == trained_on["data_fingerprint"] else trained_on
 
 
-def comparable(found: Mapping[str, HeldOut]) -> list[list[str]]:
+def comparable(texts: Mapping[str, HeldOut]) -> list[list[str]]:
     """The runs, by name, in groups that were scored on one text. One without figures is in the first group."""
     groups: list[list[str]] = []
-    for name, mine in found.items():
+    for name, mine in texts.items():
         if mine.scored:
-            fitting = next((group for group in groups if any(mine.is_same(found[other]) for other in group)), None)
+            fitting = next((group for group in groups if any(mine.is_same(texts[other]) for other in group)), None)
             if fitting is None:
                 groups.append([name])
             else:
                 fitting.append(name)
-    unscored = [name for name, mine in found.items() if not mine.scored]
+    unscored = [name for name, mine in texts.items() if not mine.scored]
     if not groups:
         return [unscored]
-    order = list(found)
+    order = list(texts)
     groups[0] = sorted([*groups[0], *unscored], key=order.index)
     return groups
 
 
-def check_one_text(found: Mapping[str, HeldOut]) -> None:
+def check_one_text(texts: Mapping[str, HeldOut]) -> None:
     """Raises ConfigError if runs that are to be compared were scored on texts that are known to differ."""
-    scored = [(name, one) for name, one in found.items() if one.scored]
-    for name, one in scored[1:]:
+    scored = [(name, text) for name, text in texts.items() if text.scored]
+    for name, text in scored[1:]:
         first, other = scored[0]
-        if one.is_same(other) is False:
+        if text.is_same(other) is False:
             raise ConfigError(
                 f"{first} and {name} were scored on other held-out texts, so their figures do not compare; prepare the "
                 "data that both are to have, and train the one anew that had others"
             )
 
 
-def told_of(group: Sequence[str], found: Mapping[str, HeldOut]) -> str:
+def told_of(group: Sequence[str], texts: Mapping[str, HeldOut]) -> str:
     """The held-out text of a group, in words."""
-    known = [found[name] for name in group if found[name].scored]
+    known = [texts[name] for name in group if texts[name].scored]
     if not known:
         return "no held-out text was scored"
     text, data = known[0].text_sha256, known[0].data_fingerprint

@@ -116,7 +116,7 @@ def measure(source: Source) -> Measured:
         "spectra": {
             name: None if rows is None else _spectrum(rows) for name, rows in {**points, "hidden": seen_hidden}.items()
         },
-        "norms": {str(step_of(one)): _norms(one, cfg) for one in _usable(source)},
+        "norms": {str(step_of(checkpoint)): _norms(checkpoint, cfg) for checkpoint in _usable(source)},
         "classes": _classes(seen_prototypes, seen_hidden, targets, distance),
         "parallelograms": {
             name: None if rows is None else _parallelograms(rows, source.tokenizer) for name, rows in points.items()
@@ -128,15 +128,15 @@ def measure(source: Source) -> Measured:
 
 def compare(measured: dict[str, Measured]) -> list[dict[str, Any]]:
     """Linear CKA of hidden states and of prototypes for every two runs; None where their data are not the same."""
-    found = []
-    for (a, one), (b, other) in itertools.combinations(measured.items(), 2):
-        same = one.fingerprint == other.fingerprint
+    pairs = []
+    for (a, first), (b, second) in itertools.combinations(measured.items(), 2):
+        same = first.fingerprint == second.fingerprint
         figures = {
-            "hidden": geometry.linear_cka(one.hidden, other.hidden) if same else None,
-            "prototypes": geometry.linear_cka(one.prototypes, other.prototypes) if same else None,
+            "hidden": geometry.linear_cka(first.hidden, second.hidden) if same else None,
+            "prototypes": geometry.linear_cka(first.prototypes, second.prototypes) if same else None,
         }
-        found.append({"runs": [a, b], **figures})
-    return found
+        pairs.append({"runs": [a, b], **figures})
+    return pairs
 
 
 def hidden_states(model: Model, split: Split, mask: int | None, tokens: int = TOKENS) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ def hidden_states(model: Model, split: Split, mask: int | None, tokens: int = TO
     """
     windows, at_once = EvaluationWindows(split, model.cfg.model.seq_len), 8
     last = min(windows.count, -(-tokens // windows.stride))
-    found, asked = [], []
+    rows, labels = [], []
     for first in range(0, last, at_once):
         inputs, _, targets = (
             torch.from_numpy(part).to(model.head.prototypes.device)
@@ -160,9 +160,9 @@ def hidden_states(model: Model, split: Split, mask: int | None, tokens: int = TO
             states = torch.zeros(())
             for masked, hidden in maskings(inputs, targets, mask):
                 states = torch.where(hidden[..., None], model.hidden(masked), states)
-        found.append(states[targets >= 0])
-        asked.append(targets[targets >= 0])
-    return torch.cat(found)[:tokens], torch.cat(asked)[:tokens]
+        rows.append(states[targets >= 0])
+        labels.append(targets[targets >= 0])
+    return torch.cat(rows)[:tokens], torch.cat(labels)[:tokens]
 
 
 @torch.no_grad()
@@ -172,14 +172,14 @@ def _seen(distance: Distance, rows: Tensor) -> Tensor:
 
 
 def _spectrum(rows: Tensor) -> dict[str, Any]:
-    found = geometry.spectrum(rows)
+    spectrum = geometry.spectrum(rows)
     return {
-        "dimensions_90": found.dimensions(0.90),
-        "dimensions_95": found.dimensions(0.95),
-        "first_2": found.explained(2),
-        "first_5": found.explained(5),
+        "dimensions_90": spectrum.dimensions(0.90),
+        "dimensions_95": spectrum.dimensions(0.95),
+        "first_2": spectrum.explained(2),
+        "first_5": spectrum.explained(5),
         "effective_rank": geometry.effective_rank(rows.double() - rows.mean(0, dtype=torch.float64)),
-        "participation_ratio": found.participation_ratio,
+        "participation_ratio": spectrum.participation_ratio,
     }
 
 
@@ -238,28 +238,28 @@ def _centre_distance(own: Tensor, classes: geometry.Classes, distance: Distance)
 
 
 def _parallelograms(rows: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
-    found = {}
+    by_relation = {}
     for relation, pairs in RELATIONS.items():
         tokens = token_pairs(tokenizer, pairs)
         enough = len(tokens) >= 2
         losses = geometry.parallelogram_loss(rows, torch.tensor(tokens))._asdict() if enough else {}
         none = dict.fromkeys(geometry.Parallelograms._fields)
-        found[relation] = {"pairs": len(tokens), "left_out": len(pairs) - len(tokens), **none, **losses}
-    return found
+        by_relation[relation] = {"pairs": len(tokens), "left_out": len(pairs) - len(tokens), **none, **losses}
+    return by_relation
 
 
 def _nearest(prototypes: Tensor, distance: Distance, source: Source) -> dict[str, Any]:
     """Word -> the nearest tokens, as text with their distance: under the run's own distance, and under cosine."""
     by: dict[str, Distance | str] = {"own": distance, "cosine": "cosine"}
     chosen = list(source.words.values())
-    found = {name: geometry.nearest(prototypes, chosen, NEIGHBOURS, one) for name, one in by.items()}
+    neighbours = {name: geometry.nearest(prototypes, chosen, NEIGHBOURS, kind) for name, kind in by.items()}
     return {
         word: {
             name: [
                 [source.tokenizer.decode([index]), value]
-                for index, value in zip(one.indices[place].tolist(), one.distances[place].tolist(), strict=True)
+                for index, value in zip(nearest.indices[place].tolist(), nearest.distances[place].tolist(), strict=True)
             ]
-            for name, one in found.items()
+            for name, nearest in neighbours.items()
         }
         for place, word in enumerate(source.words)
     }

@@ -25,9 +25,9 @@ PER_TOKEN = (  # rows whose figures depend on how a text is cut into tokens
 )
 
 
-def tables_of(found: dict[str, dict[str, Any]]) -> Iterator[Table | str]:
+def tables_of(summaries: dict[str, dict[str, Any]]) -> Iterator[Table | str]:
     """A table for each held-out text, and why there are several."""
-    groups, about = groups_of(found), {name: HeldOut(**summary["held_out"]) for name, summary in found.items()}
+    groups, about = groups_of(summaries), {name: HeldOut(**summary["held_out"]) for name, summary in summaries.items()}
     if len(groups) > 1:
         yield (
             "These runs were scored on held-out texts that differ, or are not known to be the same, or by another "
@@ -36,7 +36,7 @@ def tables_of(found: dict[str, dict[str, Any]]) -> Iterator[Table | str]:
     for group in groups:
         if len(groups) > 1:
             yield f"\n{told_of(group, about)}"
-        of_group = {name: found[name] for name in group}
+        of_group = {name: summaries[name] for name in group}
         yield table_of(of_group)
         if _many_tokenizers(of_group):
             yield (
@@ -46,12 +46,12 @@ def tables_of(found: dict[str, dict[str, Any]]) -> Iterator[Table | str]:
             )
 
 
-def _many_tokenizers(found: dict[str, dict[str, Any]]) -> bool:
-    scored = [one["held_out"] for one in found.values() if one["held_out"]["scored"]]
-    return len({one["tokenizer_sha256"] for one in scored}) > 1
+def _many_tokenizers(summaries: dict[str, dict[str, Any]]) -> bool:
+    scored = [summary["held_out"] for summary in summaries.values() if summary["held_out"]["scored"]]
+    return len({text["tokenizer_sha256"] for text in scored}) > 1
 
 
-def table_of(found: dict[str, dict[str, Any]]) -> Table:
+def table_of(summaries: dict[str, dict[str, Any]]) -> Table:
     """Runs by column; without what does not compare if they have several tokenizers."""
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "head": lambda s: s["head"],
@@ -68,14 +68,14 @@ def table_of(found: dict[str, dict[str, Any]]) -> Table:
         "steps skipped (not finite)": lambda s: f"{s['skipped']}",
     }
     for part in PARTS:
-        if part == "gpu" or any(part in summary["measured"] for summary in found.values()):
-            for kind, told in zip(PHASES, ("training", "evaluation", "saving"), strict=True):
-                rows[f"{part.upper()} energy, {told}"] = partial(_joules, part, kind)
+        if part == "gpu" or any(part in summary["measured"] for summary in summaries.values()):
+            for kind, phase in zip(PHASES, ("training", "evaluation", "saving"), strict=True):
+                rows[f"{part.upper()} energy, {phase}"] = partial(_joules, part, kind)
     rows["J/token"] = lambda s: _number(s["j_per_token"], "{:.3e}", UNMEASURED)
     rows["J/step"] = lambda s: _number(s["j_per_step"], "{:.4g}", UNMEASURED)
-    rows |= _footprint_rows(found) | _stability_rows()
-    left_out = PER_TOKEN if _many_tokenizers(found) else ()
-    return _table(found, {name: told for name, told in rows.items() if name not in left_out})
+    rows |= _footprint_rows(summaries) | _stability_rows()
+    left_out = PER_TOKEN if _many_tokenizers(summaries) else ()
+    return _table(summaries, {name: cell for name, cell in rows.items() if name not in left_out})
 
 
 def _joules(part: str, kind: str, summary: dict[str, Any]) -> str:
@@ -83,7 +83,7 @@ def _joules(part: str, kind: str, summary: dict[str, Any]) -> str:
     return _number(summary[JOULES[part]][kind], "{:,.0f} J", missing)
 
 
-def _footprint_rows(found: dict[str, dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
+def _footprint_rows(summaries: dict[str, dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
     """Energy of the site, and what was asked for: emissions, cost, joules to a target."""
     rows: dict[str, Callable[[dict[str, Any]], str]] = {
         "energy, all phases": lambda s: (
@@ -91,18 +91,18 @@ def _footprint_rows(found: dict[str, dict[str, Any]]) -> dict[str, Callable[[dic
             + (f" ({', '.join(s['measured'])}; PUE {s['footprint']['pue']:g})" if s["measured"] else "")
         )
     }
-    if any(summary["footprint"]["grid_g_per_kwh"] is not None for summary in found.values()):
+    if any(summary["footprint"]["grid_g_per_kwh"] is not None for summary in summaries.values()):
         rows["emissions, without embodied carbon"] = lambda s: (
             _number(s["footprint"]["gco2e"], "{:.4g} gCO2e", UNMEASURED)
             + _number(s["footprint"]["grid_g_per_kwh"], " (at {:g} g/kWh, ", "")
             + (f"{s['footprint']['grid_source']})" if s["footprint"]["grid_source"] else "")
         )
-    if any(summary["footprint"]["price_per_kwh"] is not None for summary in found.values()):
+    if any(summary["footprint"]["price_per_kwh"] is not None for summary in summaries.values()):
         rows["cost of electricity"] = lambda s: (
             _number(s["footprint"]["cost"], "{:,.2f}", UNMEASURED)
             + _number(s["footprint"]["price_per_kwh"], " (at {:g}/kWh)", "")
         )
-    if any(summary["target_loss"] is not None for summary in found.values()):
+    if any(summary["target_loss"] is not None for summary in summaries.values()):
         rows["training energy to the target loss"] = _target
     return rows
 
@@ -131,11 +131,11 @@ def _stability_rows() -> dict[str, Callable[[dict[str, Any]], str]]:
     }
 
 
-def notes_of(found: dict[str, dict[str, Any]]) -> list[str]:
+def notes_of(summaries: dict[str, dict[str, Any]]) -> list[str]:
     """Why parts of runs were not measured."""
     return [
         f"{run}: {part.upper()} energy was not measured: {why}"
-        for run, summary in found.items()
+        for run, summary in summaries.items()
         for part, why in summary["not_measured"].items()
     ]
 

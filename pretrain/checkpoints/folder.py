@@ -111,9 +111,9 @@ def damage(checkpoint: Path, check: Check = "full", share: tuple[int, int] = (0,
     def problem(name: str) -> str | None:
         path, (size, sha256) = checkpoint / name, listed[name]
         try:
-            found = path.stat().st_size
-            if found != size:
-                return f"{path}: {found} bytes instead of {size}"
+            bytes_there = path.stat().st_size
+            if bytes_there != size:
+                return f"{path}: {bytes_there} bytes instead of {size}"
             same = check == "size" or sha256_of(path) == sha256
         except FileNotFoundError:
             return f"{path}: missing"
@@ -122,7 +122,7 @@ def damage(checkpoint: Path, check: Check = "full", share: tuple[int, int] = (0,
         return None if same else f"{path}: its SHA-256 is not the manifest's"
 
     with ThreadPoolExecutor() as pool:
-        return next((found for found in pool.map(problem, sorted(listed)[share[0] :: share[1]]) if found), None)
+        return next(filter(None, pool.map(problem, sorted(listed)[share[0] :: share[1]])), None)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

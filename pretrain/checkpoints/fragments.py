@@ -72,13 +72,13 @@ class Fragment(torch.Tensor):
 def head_fragments(head: HarmonicHead, optimizer: torch.optim.Optimizer, writes: bool) -> dict[str, Fragment]:
     """The head's real rows, and its exponent and factor if it trains them; `writes` on one replica of each shard."""
     _make_adam_state(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
-    found = {}
+    fragments = {}
     for name, parameter in head.named_parameters():
         once = writes and (name == "prototypes" or head.shard.rank == 0)
         for what in ("fp32", *MOMENTS):
             values = parameter.data if what == "fp32" else optimizer.state[parameter][what]
-            found[f"head.{name}.{what}"] = head_fragment(head, name, values, once)
-    return found
+            fragments[f"head.{name}.{what}"] = head_fragment(head, name, values, once)
+    return fragments
 
 
 def head_fragment(head: HarmonicHead, name: str, values: Tensor, writes: bool = True) -> Fragment:
@@ -101,7 +101,7 @@ def trunk_fragments(engine: Any, part: tuple[int, int] | None = None) -> dict[st
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False  # else groups after the second stay unlinked (DeepSpeed 0.19)
         optimizer._lazy_init_hp_params_optimizer_state()
-    found = {}
+    fragments = {}
     for name, parameter in engine.module.named_parameters():
         start, size, writes, read = _place(engine, inner, parameter)
         share = part if engine.optimizer is engine.basic_optimizer else None  # stage 0: every rank has all of it
@@ -110,10 +110,10 @@ def trunk_fragments(engine: Any, part: tuple[int, int] | None = None) -> dict[st
             first, end = start, start + local.numel()
             if share is not None:
                 first, end = (size * k // share[1] for k in (share[0], share[0] + 1))
-            found[f"trunk.{name}.{what}"] = Fragment(
+            fragments[f"trunk.{name}.{what}"] = Fragment(
                 local[first - start : end - start], first, size, writes and end > first
             )
-    return found
+    return fragments
 
 
 def _place(

@@ -20,8 +20,8 @@ def load(checkpoint: Path, fragments: Mapping[str, Fragment]) -> Progress:
     """Fills the fragments of all ranks from a checkpoint of any layout."""
     dcp.load(dict(fragments), storage_reader=HuggingFaceStorageReader(str(checkpoint)))
     state = read_state(checkpoint)
-    found = Progress(**{key: state.get(key, default) for key, default in asdict(Progress()).items()})
-    return found if found.total_j is not None else replace(found, joules=None)
+    progress = Progress(**{key: state.get(key, default) for key, default in asdict(Progress()).items()})
+    return progress if progress.total_j is not None else replace(progress, joules=None)
 
 
 def load_weights(checkpoint: Path, decoder: Decoder, head: HarmonicHead) -> None:

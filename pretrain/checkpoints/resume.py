@@ -107,10 +107,10 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):
-        told = [damage(path, check, share)]
+        damages = [damage(path, check, share)]
         if ranks and ranks.world > 1:
-            told = ranks.gather(told[0])
-        wrong = next((one for one in told if one), None)
+            damages = ranks.gather(damages[0])
+        wrong = next(filter(None, damages), None)
         if wrong is None:
             if path != candidates[-1]:
                 log.warning("going on from %s: what was trained after it is lost, and trained again", path.name)
@@ -150,16 +150,16 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
     newer |= _flat(now.get("config", {})).keys() - _flat(state.get("config", {})).keys()
     if newer:
         state = _as_read_today(state)
-    found = []
+    differences = []
     for key, was, is_now in _differing(state["identity"], now["identity"]):
-        allowed = any(key == one or key.startswith(one + ".") for one in allow)
-        found.append(Difference(key, was, is_now, "allowed" if allowed else "refused"))
-    known = {one.key for one in found}
+        allowed = any(key == setting or key.startswith(setting + ".") for setting in allow)
+        differences.append(Difference(key, was, is_now, "allowed" if allowed else "refused"))
+    known = {difference.key for difference in differences}
     for part in ("config", "layout", "versions"):
         for key, was, is_now in _differing(_flat(state.get(part, {})), _flat(now.get(part, {}))):
             if key not in known:
-                found.append(Difference(key if part == "config" else f"{part}: {key}", was, is_now, "harmless"))
-    return sorted(found, key=lambda one: ["refused", "allowed", "harmless"].index(one.verdict))
+                differences.append(Difference(key if part == "config" else f"{part}: {key}", was, is_now, "harmless"))
+    return sorted(differences, key=lambda difference: ["refused", "allowed", "harmless"].index(difference.verdict))
 
 
 def _as_read_today(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,20 +172,20 @@ def _differing(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str
     return [(key, was.get(key), now.get(key)) for key in {**was, **now} if was.get(key) != now.get(key)]
 
 
-def check_audit(checkpoint: Path, found: Sequence[Difference]) -> None:
+def check_audit(checkpoint: Path, differences: Sequence[Difference]) -> None:
     """Raises ConfigError if a difference is refused; else says them all, as a table."""
-    refused = [one for one in found if one.verdict == "refused"]
+    refused = [difference for difference in differences if difference.verdict == "refused"]
     if refused:
-        told = "; ".join(f"{one.key} was {one.was!r} and is {one.now!r}" for one in refused)
-        keys = ", ".join(one.key for one in refused)
+        changes = "; ".join(f"{it.key} was {it.was!r} and is {it.now!r}" for it in refused)
+        keys = ", ".join(difference.key for difference in refused)
         raise ConfigError(
-            f"{checkpoint} cannot be resumed with this configuration: {told}. Set back what changed, allow it "
+            f"{checkpoint} cannot be resumed with this configuration: {changes}. Set back what changed, allow it "
             f"(resume_allow: [{keys}]), or start afresh in another run folder (run=...). Nothing was changed."
         )
-    if found:
+    if differences:
         table = Table("", "was", "is", "verdict", title=f"What differs from {checkpoint.name}", title_justify="left")
-        for one in found:
-            table.add_row(one.key, repr(one.was), repr(one.now), one.verdict)
+        for difference in differences:
+            table.add_row(difference.key, repr(difference.was), repr(difference.now), difference.verdict)
         text = io.StringIO()
         Console(file=text, width=120).print(table)
         log.info("%s", text.getvalue().rstrip())

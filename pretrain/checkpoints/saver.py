@@ -72,7 +72,7 @@ class Snapshot:
 
     def of(self, fragments: Mapping[str, Fragment]) -> dict[str, Fragment]:
         """The fragments that this rank writes, copied."""
-        found = {}
+        copies = {}
         for name, fragment in fragments.items():
             if not fragment.writes:
                 continue
@@ -82,10 +82,10 @@ class Snapshot:
                 buffer = torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
                 self._buffers[name] = buffer
             buffer.copy_(local, non_blocking=True)
-            found[name] = Fragment(buffer, fragment.start, fragment.numel())
+            copies[name] = Fragment(buffer, fragment.start, fragment.numel())
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        return found
+        return copies
 
 
 class Saver:
@@ -149,14 +149,14 @@ class Saver:
             result = work()
         except BaseException as problem:  # as torch's CheckpointException is: the other ranks must hear of it
             error = _told(problem, self.ranks.rank)
-        found: list[Any] = [(result, error)]
+        outcomes: list[Any] = [(result, error)]
         if self.group is not None:
-            found = [None] * self.ranks.world
-            dist.all_gather_object(found, (result, error), group=self.group)
-        errors = dict.fromkeys(told for _, told in found if told)  # each once
+            outcomes = [None] * self.ranks.world
+            dist.all_gather_object(outcomes, (result, error), group=self.group)
+        errors = dict.fromkeys(error for _, error in outcomes if error)  # each once
         if errors:
             raise SaveError("; ".join(errors))
-        return [value for value, _ in found]
+        return [value for value, _ in outcomes]
 
     def _make(self, draft: Path) -> None:
         if self.ranks.first:
@@ -211,14 +211,14 @@ def abandon(later: Path) -> None:
     os.replace(later, aside)
 
 
-def superfluous(found: list[Path], cfg: CheckpointConfig, best: int | None) -> list[Path]:
+def superfluous(published: list[Path], cfg: CheckpointConfig, best: int | None) -> list[Path]:
     """The checkpoints, oldest first, that retention lets go: never the newest."""
-    stays = set(found[-cfg.keep :])
-    for path in found:
+    stays = set(published[-cfg.keep :])
+    for path in published:
         step = step_of(path)
         if (cfg.keep_every and step % cfg.keep_every == 0) or (cfg.keep_best and step == best):
             stays.add(path)
-    return [path for path in found if path not in stays]
+    return [path for path in published if path not in stays]
 
 
 @functools.cache

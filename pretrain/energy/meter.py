@@ -159,9 +159,9 @@ class Meter:
         mine: dict[str, str] = {}
         if owed := owed_by(self.ranks):
             mine = dict.fromkeys(owed, self._failure or NO_COUNTER) if self.counter is None else self.counter.missing
-        for rank, told in enumerate(self.ranks.gather(mine)):
+        for rank, missing in enumerate(self.ranks.gather(mine)):
             where = f" (node of rank {rank})" if self.nodes > 1 else ""
-            self.missing = {**{part: why + where for part, why in told.items()}, **self.missing}
+            self.missing = {**{part: why + where for part, why in missing.items()}, **self.missing}
 
     def _read(self) -> Reading:
         """This node's counters, none of them below what it was; nothing where none can be read."""
@@ -169,14 +169,14 @@ class Meter:
             return {}
         try:
             deadline = time.monotonic() + WRAP_NOTICED_S
-            found = self.counter.read()
-            while fallen := [part for part in self._last if any(_below(found[part], self._last[part]))]:
+            reading = self.counter.read()
+            while fallen := [part for part in self._last if any(_below(reading[part], self._last[part]))]:
                 if time.monotonic() > deadline:
                     raise ValueError(f"the counter of {fallen[0]} went back")
                 time.sleep(PAUSE_S)
-                found = self.counter.read()
-            self._last = found
-            return found
+                reading = self.counter.read()
+            self._last = reading
+            return reading
         except Exception as error:  # the run goes on, unmeasured
             log.warning("energy is no longer measured on this node: %r", error)
             self.counter, self._failure = None, f"the counter failed: {error!r}"

@@ -125,8 +125,8 @@ def _awaits(file: TextIO, job: str) -> bool:
     """Whether the launcher that has the lock has it for this job, whose first rank did not come yet."""
     file.seek(0)
     lines = file.read().splitlines()
-    found = _read(lines[0]) if len(lines) == 1 else None
-    return found is not None and found.launcher and found.job == job
+    first = _read(lines[0]) if len(lines) == 1 else None
+    return first is not None and first.launcher and first.job == job
 
 
 def holder(run: Path, name: str = LOCK) -> Holder | None:
@@ -139,16 +139,16 @@ def holder(run: Path, name: str = LOCK) -> Holder | None:
 
 def _read(line: str) -> Holder | None:
     try:
-        found = json.loads(line)
-        return Holder(**{**found, "hosts": tuple(found["hosts"])})
+        values = json.loads(line)
+        return Holder(**{**values, "hosts": tuple(values["hosts"])})
     except (ValueError, TypeError, KeyError):
         return None
 
 
 def may_write(run: Path, job: str | None) -> bool:
     """Whether a job was the last to take a run folder: a process of it that does not hold the lock may write there."""
-    found = holder(run)
-    return found is not None and found.job == job
+    last = holder(run)
+    return last is not None and last.job == job
 
 
 def new_job() -> str:

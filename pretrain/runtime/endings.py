@@ -46,10 +46,10 @@ def leave_exit(run: Path, job: str, code: int, reason: str, step: int | None) ->
 def read_exit(run: Path) -> Exit | None:
     """None if no job has ended in the folder, or what is there is no record: it does not tell how."""
     try:
-        found = Exit(**json.loads((run / EXIT_RECORD).read_text(encoding="utf-8")))
+        record = Exit(**json.loads((run / EXIT_RECORD).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
-    return found if isinstance(found.code, int) else None
+    return record if isinstance(record.code, int) else None
 
 
 def read_failures(run: Path, job: str) -> list[Failure]:

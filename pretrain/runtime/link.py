@@ -40,15 +40,15 @@ def main() -> int:
                 took.append(time.perf_counter() - began)
             seconds[count] = min(took)
     except RuntimeError as error:
-        told = {"host": socket.gethostname(), "error": str(error).strip().splitlines()[0]}
-        print(LINK_MARK + to_json(told), flush=True)
+        problem = {"host": socket.gethostname(), "error": str(error).strip().splitlines()[0]}
+        print(LINK_MARK + to_json(problem), flush=True)
         os._exit(1)
     if ranks.first:
         # A ring moves 2 (N - 1) / N of the bytes over each link.
         moved = 2 * (ranks.world - 1) / ranks.world * 4 * LARGE
         name = os.environ.get("NCCL_SOCKET_IFNAME" if ranks.device.type == "cuda" else "GLOO_SOCKET_IFNAME")
-        found = {"latency_s": seconds[SMALL], "bytes_per_s": moved / seconds[LARGE], "interface": name}
-        print(LINK_MARK + to_json(found), flush=True)
+        speed = {"latency_s": seconds[SMALL], "bytes_per_s": moved / seconds[LARGE], "interface": name}
+        print(LINK_MARK + to_json(speed), flush=True)
     process.stop()
     return 0
 

@@ -67,10 +67,10 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """A plain value of every rank, in their order."""
-        found: list[Any] = [value] * self.world
+        values: list[Any] = [value] * self.world
         if self.world > 1:
-            dist.all_gather_object(found, value)
-        return found
+            dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         self.sum(torch.zeros(()))
@@ -199,8 +199,9 @@ def interface_to(address: str) -> str | None:
             own = probe.getsockname()[0]
     except OSError:
         return None
-    found = (name for name, held in psutil.net_if_addrs().items() if any(one.address == own for one in held))
-    return next(found, None)
+    held = psutil.net_if_addrs().items()
+    names = (name for name, addresses in held if any(its.address == own for its in addresses))
+    return next(names, None)
 
 
 def _choose_interface(address: str, many_hosts: bool) -> None:
@@ -213,7 +214,7 @@ def _choose_interface(address: str, many_hosts: bool) -> None:
     """
     if given := os.environ.get("GLOO_SOCKET_IFNAME", "").strip():
         names = psutil.net_if_addrs()
-        if unknown := [one for one in given.split(",") if one.strip() not in names]:
+        if unknown := [asked for asked in given.split(",") if asked.strip() not in names]:
             raise ConfigError(
                 f"GLOO_SOCKET_IFNAME={given}: this host has no network interface {', '.join(unknown)}, but "
                 f"{', '.join(names)}. Name one of these, or unset it to have the one that leads to {address}"
