@@ -1,7 +1,8 @@
 """Harmonic loss for PyTorch: `from overtone import HarmonicHead`.
 
 Installed, this package needs torch alone. Its public names are the ones below, each imported at its first use, so that
-importing the package does not import torch. `overtone.config.DecoderConfig`, of which a Decoder is made, takes pydantic.
+importing the package does not import torch. A Decoder is made of an `overtone.config.DecoderConfig`, which needs
+pydantic too.
 """
 
 from importlib import import_module
