@@ -3,8 +3,8 @@
     pip install . scikit-learn
     python examples/classifier.py               # or a file of torch.save((images, classes)): images (N, 64), 0 to 16
 
-Seconds on a CPU. The last lines are the accuracy on images held out, about 98%, and what a softmax does not give: a class
-has a prototype among the features, so that a prediction is the nearest of them, and prototypes can be compared.
+Seconds on a CPU. The last lines are the accuracy on images held out, about 98%, and what a softmax does not give:
+prototypes lie among the features, so that a prediction is the nearest of them, and they can be compared.
 """
 
 import sys

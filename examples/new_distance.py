@@ -3,8 +3,8 @@
     pip install .
     python examples/new_distance.py
 
-Seconds on a CPU. It prints how far loss and gradients in float32 are from a plain formula in float64, about 1e-6 of their
-largest number, and the accuracy on three rings of points, 100%.
+Seconds on a CPU. It prints how far loss and gradients in float32 are from a plain formula in float64, about 1e-6 of
+their largest number, and the accuracy on three rings of points, 100%.
 
 The Lorentzian distance, d(x, w) = sum_k log(1 + |x_k - w_k|), grows with the logarithm of a difference: entries that
 are far off count little (Cha, 2007, "Comprehensive Survey on Distance/Similarity Measures between Probability Density
