@@ -45,13 +45,13 @@ SLOWER := $(shell grep -qw avx512_bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null
 
 quickstart: setup
 	@test -z '$(SLOWER)' || echo "quickstart: neither a GPU nor AVX512_BF16 here; going on with $(SLOWER)"
-	@$(BIN)/python -m data prepare configs/quickstart.yaml
-	@$(BIN)/python -m launch run configs/quickstart.yaml $(SLOWER)
-	@$(BIN)/python -m pretrain.report runs/quickstart
+	@$(BIN)/overtone prepare configs/quickstart.yaml
+	@$(BIN)/overtone run configs/quickstart.yaml $(SLOWER)
+	@$(BIN)/overtone report runs/quickstart
 	@echo
 	@echo "next commands:"
-	@echo "  $(BIN)/python -m launch run configs/quickstart.yaml head.distance=dot run=runs/quickstart-softmax$(if $(SLOWER), $(SLOWER))"
-	@echo "  $(BIN)/python -m pretrain.report runs/quickstart runs/quickstart-softmax"
+	@echo "  $(BIN)/overtone run configs/quickstart.yaml head.distance=dot run=runs/quickstart-softmax$(if $(SLOWER), $(SLOWER))"
+	@echo "  $(BIN)/overtone report runs/quickstart runs/quickstart-softmax"
 	@echo "  $(BIN)/tensorboard --logdir runs"
 
 PYTEST := -m pytest -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
