@@ -25,13 +25,16 @@ PROBE := import sys; \
 	from importlib.util import find_spec; \
 	find_spec("ensurepip") or sys.exit(v + " without ensurepip (on Debian: install python3-venv)")
 
-.PHONY: help quickstart test setup lint lock test-latest clean
+.PHONY: help quickstart test test-quick setup lint docs wheel lock test-latest clean
 
 help:
 	@echo "make quickstart   set up, then train, evaluate and report configs/quickstart.yaml"
 	@echo "make test         set up, then lint, types and tests"
-	@echo "make setup        .venv with everything that training needs"
+	@echo "make test-quick   set up, then the tests that take seconds and need no hosts: on each change"
+	@echo "make setup        .venv with everything that training needs, and the command $(BIN)/overtone"
 	@echo "make lint         ruff and mypy"
+	@echo "make docs         the site of docs/, in site/; a broken link fails"
+	@echo "make wheel        the wheel of model/ as overtone, in dist/"
 	@echo "make lock         resolve pyproject.toml anew and write requirements/*.txt"
 	@echo "make test-latest  types and tests with the newest release of everything, in $(LATEST)"
 	@echo "make clean        remove environments and caches; prepared/ and runs/ stay"
@@ -42,13 +45,13 @@ SLOWER := $(shell grep -qw avx512_bf16 /proc/cpuinfo || nvidia-smi -L >/dev/null
 
 quickstart: setup
 	@test -z '$(SLOWER)' || echo "quickstart: neither a GPU nor AVX512_BF16 here; going on with $(SLOWER)"
-	@$(BIN)/python -m data prepare configs/quickstart.yaml
-	@$(BIN)/python -m launch run configs/quickstart.yaml $(SLOWER)
-	@$(BIN)/python -m pretrain.report runs/quickstart
+	@$(BIN)/overtone prepare configs/quickstart.yaml
+	@$(BIN)/overtone run configs/quickstart.yaml $(SLOWER)
+	@$(BIN)/overtone report runs/quickstart
 	@echo
 	@echo "next commands:"
-	@echo "  $(BIN)/python -m launch run configs/quickstart.yaml head.distance=dot run=runs/quickstart-softmax$(if $(SLOWER), $(SLOWER))"
-	@echo "  $(BIN)/python -m pretrain.report runs/quickstart runs/quickstart-softmax"
+	@echo "  $(BIN)/overtone run configs/quickstart.yaml head.distance=dot run=runs/quickstart-softmax$(if $(SLOWER), $(SLOWER))"
+	@echo "  $(BIN)/overtone report runs/quickstart runs/quickstart-softmax"
 	@echo "  $(BIN)/tensorboard --logdir runs"
 
 PYTEST := -m pytest -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
@@ -56,10 +59,21 @@ PYTEST := -m pytest -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-r
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
+test-quick: $(VENV)/.ready-dev
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow and not hosts and not gpu"
+
 lint: $(VENV)/.ready-dev
 	$(BIN)/python -m ruff check
 	$(BIN)/python -m ruff format --check
 	$(BIN)/python -m mypy
+
+docs: $(VENV)/.ready-dev
+	$(BIN)/python -m mkdocs build --strict
+
+# setuptools would put what an earlier build left in build/ into the wheel too.
+wheel: $(VENV)/.ready-dev
+	rm -rf build
+	$(BIN)/python -m build --wheel --no-isolation
 
 setup: $(VENV)/.ready
 
@@ -79,7 +93,7 @@ test-latest: $(VENV)/.python
 	code=0; $(LATEST)/bin/python -m mypy || code=1; OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST) || code=1; exit $$code
 
 clean:
-	rm -rf $(VENV) $(LATEST) $(LOCKER) .ruff_cache .mypy_cache .pytest_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(LATEST) $(LOCKER) .ruff_cache .mypy_cache .pytest_cache .hypothesis build dist site *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:

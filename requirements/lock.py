@@ -53,9 +53,7 @@ def blocks(text: str) -> Lock:
 
 def for_cpus(lock: Lock, triton: bool) -> Lock:
     """Without what the build of torch for GPUs brings along; nvidia-ml-py is what Zeus asks for."""
-    gpu = {
-        name for name in lock if name.startswith(("nvidia-", "cuda-")) and name != "nvidia-ml-py"
-    }  # Zeus asks for it
+    gpu = {name for name in lock if name.startswith(("nvidia-", "cuda-")) and name != "nvidia-ml-py"}
     gpu |= set() if triton else {"triton"}
     return {name: block for name, block in lock.items() if name not in gpu} | blocks(TORCH.read_text())
 
@@ -68,7 +66,7 @@ def main() -> None:
         bounds.write_text(f"torch=={torch[1]}\n")
         dev = resolve(["dev"], bounds)
         bounds.write_text("\n".join(re.findall(r"^\w[^\\\n]*", "".join(dev.values()), re.MULTILINE)))
-        run = resolve([], bounds)
+        run = resolve(["train"], bounds)
     finally:
         bounds.unlink(missing_ok=True)
     locks = {
@@ -87,8 +85,13 @@ def newest() -> None:
     """Prints what pyproject.toml asks for with the extra `dev`, without bounds: for `make test-latest`."""
     project = tomllib.loads((HERE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *(one for name in ("eval", "export", "dev") for one in extras[name])]
-    print(*sorted({re.split(r"[<>=!~ ]", one)[0] for one in asked if not one.startswith("overtone")}))
+    requirements, unread = list(project["dependencies"]), ["dev"]
+    while unread:
+        for requirement in extras[unread.pop()]:
+            of_ours = re.fullmatch(r"overtone\[(.*)\]", requirement)
+            unread += of_ours[1].split(",") if of_ours else []
+            requirements += [] if of_ours else [requirement]
+    print(*sorted({re.split(r"[<>=!~ ]", requirement)[0] for requirement in requirements}))
 
 
 if __name__ == "__main__":

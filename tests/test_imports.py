@@ -5,12 +5,12 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
+
+import model
+from tests.support.installed import environment, required_by
 
 HOUSE = {"common", "data", "model", "pretrain", "launch", "cli", "benchmarks", "tests"}
 ALLOWED_WITHIN = {  # folder -> folders of the house that it may import
@@ -24,7 +24,7 @@ ALLOWED_WITHIN = {  # folder -> folders of the house that it may import
     },
 }
 EXCEPTIONS: dict[str, set[str]] = {
-    "model/__main__.py": {"model", "pretrain", "data"},  # reads runs and text; nothing imports it
+    "model/__main__.py": {"model", "cli"},  # the console script; nothing imports it
     "model/hf/modeling_overtone.py": set(),  # copied into exported folders, where nothing of the house is
     "model/hf/tokenization_overtone.py": set(),
 }
@@ -97,25 +97,37 @@ def test_the_walk_sees_violations() -> None:
 
 
 def test_package_markers_are_empty() -> None:
-    assert all(path.read_text() == "" for path in SOURCES if path.name == "__init__.py")
+    """But for that of the installed package, which holds its public names."""
+    markers = [path for path in SOURCES if path.name == "__init__.py"]
+    assert [path.as_posix() for path in markers if path.read_text()] == ["model/__init__.py"]
 
 
-def required_by(*distributions: str) -> set[str]:
-    """Names of the modules that distributions bring, and what they require without extras."""
-    found: set[str] = set()
-    left = list(distributions)
-    while left:
-        name = canonicalize_name(left.pop())
-        if name in found:
-            continue
-        try:
-            asked = [Requirement(word) for word in metadata.requires(name) or ()]
-        except metadata.PackageNotFoundError:
-            continue  # optional on this platform
-        found.add(name)
-        left += [one.name for one in asked if one.marker is None or one.marker.evaluate({"extra": ""})]
-    modules = metadata.packages_distributions().items()
-    return {module for module, brought_by in modules if found & {canonicalize_name(one) for one in brought_by}}
+def run(program: str, environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_are_imported_at_first_use(tmp_path: Path) -> None:
+    assert all(hasattr(model, name) for name in model.__all__) and set(model.__all__) <= set(dir(model))
+    assert not hasattr(model, "HarmonicHat")
+    program = """
+import sys, overtone, overtone.__main__, model
+assert "torch" not in sys.modules
+from overtone import *
+assert HarmonicHead.__module__ == "overtone.head" and "torch" in sys.modules
+"""
+    run(program, environment(tmp_path))
+
+
+def test_a_checkout_is_imported_under_both_its_names(tmp_path: Path) -> None:
+    """As an editable installation has them. The kernels in C++ are torch's, and registered once."""
+    program = """
+import torch, model.head, overtone.head
+features, targets = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)), torch.arange(6)
+losses = [head.HarmonicHead(10, 8, seed=1)(features, targets) for head in (model.head, overtone.head)]
+assert losses[0] == losses[1] and model.head.HarmonicHead is not overtone.head.HarmonicHead
+"""
+    run(program, environment(tmp_path))
 
 
 HIDING = """
@@ -133,8 +145,9 @@ class Hiding:
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 """
 HEAD = """
-import model.head, model.harmonic, model.kernels.choose, torch
-head = model.head.HarmonicHead(10, 8, seed=1)
+import torch
+from overtone import HarmonicHead
+head = HarmonicHead(10, 8, seed=1)
 optimizer = torch.optim.AdamW(head.parameters())
 features, targets = torch.randn(6, 8, generator=torch.Generator().manual_seed(1)), torch.arange(6)
 losses = []
@@ -145,16 +158,16 @@ for _ in range(2):
     optimizer.zero_grad()
 assert losses[1] < losses[0]
 """
-DECODER = """
-import model.attention, model.decoder
-assert "pydantic" not in sys.modules and "model.config" not in sys.modules
+PUBLIC = """
+import sys
+from overtone import *
+import overtone.attention
+assert "pydantic" not in sys.modules and "overtone.config" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("program", [HEAD, DECODER], ids=["the head trains", "the decoder is imported"])
-def test_torch_alone_is_needed(program: str) -> None:
-    allowed = {"model"} | required_by("torch")
+@pytest.mark.parametrize("program", [HEAD, PUBLIC], ids=["the head trains", "public names are imported"])
+def test_torch_alone_is_needed(program: str, tmp_path: Path) -> None:
+    allowed = {"overtone"} | required_by("torch")
     assert "torch" in allowed and not allowed & {"pydantic", "yaml", "numpy", "rich", "deepspeed", "ninja"}
-    words = [sys.executable, "-c", f"ALLOWED = {allowed!r}\n{HIDING}\n{program}"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    run(f"ALLOWED = {allowed!r}\n{HIDING}\n{program}", environment(tmp_path))

@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 FOLDER = Path("requirements")
 LOCKS = ["run-cpu", "dev-cpu", "run-gpu", "dev-gpu"]
+DEV = ["train", "eval", "export", "docs", "dev"]  # all that the extra `dev` brings
 LEANED_ON = ["torch", "deepspeed", "transformers", "triton", "zeus", "datasets", "lm-eval"]
 
 
@@ -34,10 +35,9 @@ def pins(name: str, python: str) -> dict[str, str]:
     return found
 
 
-def asked(extra: str | None) -> list[Requirement]:
+def asked(*extras: str) -> list[Requirement]:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    words = [*project["dependencies"], *(extras["eval"] + extras["export"] + extras["dev"] if extra else [])]
+    words = project["dependencies"] + [word for name in extras for word in project["optional-dependencies"][name]]
     return [Requirement(word) for word in words if not word.startswith("overtone")]
 
 
@@ -45,7 +45,7 @@ def asked(extra: str | None) -> list[Requirement]:
 @pytest.mark.parametrize("name", LOCKS)
 def test_the_lock_has_all_that_is_asked_for_within_bounds(name: str, python: str) -> None:
     locked = pins(name, python)
-    for one in asked("dev" if name.startswith("dev") else None):
+    for one in asked(*(DEV if name.startswith("dev") else ["train"])):
         assert one.specifier.contains(locked[one.name.lower()]), one
 
 
@@ -68,11 +68,11 @@ def test_no_file_of_the_lock_names_an_address() -> None:
 
 
 def test_what_we_lean_on_has_bounds_on_both_sides() -> None:
-    bounds = {one.name: {part.operator for part in one.specifier} for one in asked("dev")}
+    bounds = {one.name: {part.operator for part in one.specifier} for one in asked(*DEV)}
     assert all(bounds[name] == {">=", "<"} for name in LEANED_ON), bounds
 
 
 def test_the_newest_of_everything_is_asked_for_without_bounds() -> None:
     command = [sys.executable, "requirements/lock.py", "newest"]
     names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-    assert set(names) == {one.name for one in asked("dev")} and not set("<>=[") & set("".join(names))
+    assert set(names) == {one.name for one in asked(*DEV)} and not set("<>=[") & set("".join(names))
