@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import ConfigError
-from data.nanogpt import Gpt2Vocabulary
-from data.shards import REMAKE, Split, check_tokenizer, open_split, read_manifest
+from data.gpt2 import Gpt2Vocabulary
+from data.manifest import REMAKE, check_tokenizer, read_manifest
+from data.shards import Split, open_split
 from data.tokenizer import Tokenizer
 
 QUANTILES = (0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1)

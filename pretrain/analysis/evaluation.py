@@ -41,7 +41,8 @@ def open_task(
         ConfigError: no such run or data, a vocabulary or tokenizer that does not fit, a split without a window.
     """
     from data.loader import EvaluationWindows
-    from data.shards import check_tokenizer, open_split, read_manifest
+    from data.manifest import check_tokenizer, read_manifest
+    from data.shards import open_split
     from data.texts import Texts
     from pretrain.checkpoints.folder import run_of
 
@@ -62,7 +63,7 @@ def open_task(
 
 def open_tokenizer(folder: Path) -> Tokenizer:
     """That of a prepared folder. Raises ConfigError if it is not the one that made its shards, or cannot read text."""
-    from data.shards import TOKENIZER, check_tokenizer, read_manifest
+    from data.manifest import TOKENIZER, check_tokenizer, read_manifest
     from data.tokenizer import Tokenizer
 
     manifest = read_manifest(folder)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.shards import TOKENIZER
+from data.manifest import TOKENIZER
 from model.hf import folder as transformers_folder
 from pretrain.analysis.evaluation import open_tokenizer
 from pretrain.analysis.inference import DATA as IDENTITY_DATA
