@@ -28,10 +28,10 @@ class Gpt2Vocabulary:
             raise ConfigError(f"{path}: not GPT-2's vocabulary, which maps {VOCAB_SIZE:,} pieces to the ids from 0 on")
         if ids.get("<|endoftext|>") != EOS:
             raise ConfigError(f"{path}: <|endoftext|> is {ids.get('<|endoftext|>')}, but GPT-2's is {EOS}")
-        alphabet = alphabet()
+        byte_of = alphabet()
         self.pieces: list[str] = sorted(ids, key=ids.__getitem__)
         try:
-            texts = [bytes(alphabet[character] for character in piece) for piece in self.pieces[:EOS]]
+            texts = [bytes(byte_of[character] for character in piece) for piece in self.pieces[:EOS]]
         except KeyError as error:
             raise ConfigError(
                 f"{path}: {error} is not in the alphabet of GPT-2's pieces; give its vocab.json"
