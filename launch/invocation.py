@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import ConfigError
+from common.machine import cores
 from common.variables import BIND_VARIABLE, JOB_VARIABLE, LEASE_VARIABLE
 from launch.exports import env_file, exported
-from launch.hosts import Placement, cores
+from launch.hosts import Placement
 from launch.lease import lease_of
 from launch.probe import free_port as _free_port
 from launch.probe import gpus as _gpus
