@@ -29,13 +29,13 @@ class Verdict:
 
 def read_failures(claim: Claim) -> list[Failure]:
     """The records of the job's own ranks, earliest first."""
-    found = []
+    records = []
     for path in (claim.run / FAILURES).glob("rank-*.json"):
         try:
-            found.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
+            records.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
         except (OSError, ValueError, TypeError):
             continue  # half of a write on a file system that went away
-    return sorted((failure for failure in found if failure.job == claim.job), key=lambda failure: failure.time)
+    return sorted((failure for failure in records if failure.job == claim.job), key=lambda failure: failure.time)
 
 
 def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = frozenset()) -> Verdict | None:
@@ -74,8 +74,10 @@ def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = fr
         rank = next((rank for rank in missed if hosts[rank] in gone), (by_first or missed)[0])
         witness = next(failure for failure in failures if rank in failure.suspects)
         away = f"{hosts[rank]} cannot be reached; " if hosts[rank] in gone else ""
-        told = by_rank[rank]
-        return Verdict(rank, hosts[rank], told.phase, f"{away}rank {witness.rank}: {witness.error}", told.traceback, 1)
+        record = by_rank[rank]
+        return Verdict(
+            rank, hosts[rank], record.phase, f"{away}rank {witness.rank}: {witness.error}", record.traceback, 1
+        )
     if any(failure.kind in ("stuck", "collective") for failure in failures):
         held_up = [f for f in failures if f.kind in ("stuck", "told") and f.phase not in ("collective", "rendezvous")]
         if held_up:
