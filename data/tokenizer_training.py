@@ -20,26 +20,26 @@ def make_tokenizer(cfg: DataConfig, path: Path, log: Log) -> None:
     Raises:
         ConfigError: the given one has another vocabulary than the settings say, or the sample is too small for them.
     """
-    given = cfg.tokenizer.model
-    if given is None:
+    model = cfg.tokenizer.model
+    if model is None:
         texts = sample(cfg)
         size = sum(len(text.encode()) for text in texts)
         log(f"training a tokenizer: {cfg.tokenizer.vocab_size:,} pieces from {size / 1e6:.2f} MB of text")
         train(texts, cfg.tokenizer.vocab_size, path, cfg.tokenizer.nfkc)
         return
-    tokenizer = Tokenizer(given)
+    tokenizer = Tokenizer(model)
     if tokenizer.vocab_size != cfg.tokenizer.vocab_size:
         raise ConfigError(
-            f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but {given} has {tokenizer.vocab_size} pieces; "
+            f"data.tokenizer.vocab_size={cfg.tokenizer.vocab_size}, but {model} has {tokenizer.vocab_size} pieces; "
             f"set it to {tokenizer.vocab_size}"
         )
     if changes := tokenizer.changes():
         examples = ", ".join(f"{text!r} becomes {back!r}" for text, back in changes.items())
         log(
-            f"{given}: this model does not give every text back as it was: {examples}. It is used as it is; for exact "
+            f"{model}: this model does not give every text back as it was: {examples}. It is used as it is; for exact "
             "text leave data.tokenizer.model out, and one is trained"
         )
-    shutil.copyfile(given, path)
+    shutil.copyfile(model, path)
 
 
 def sample(cfg: DataConfig) -> list[str]:

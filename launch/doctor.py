@@ -78,11 +78,8 @@ def examine(placement: Placement, cfg: RunConfig | None) -> tuple[dict[str, Fact
         if writable:
             token.unlink(missing_ok=True)
     answers = {host: answer for host, (answer, _) in timed.items()}
-    return (
-        answers,
-        {host: skew for host, (_, skew) in timed.items()},
-        [a for a in answers.values() if isinstance(a, str)],
-    )
+    skews = {host: skew for host, (_, skew) in timed.items()}
+    return answers, skews, [answer for answer in answers.values() if isinstance(answer, str)]
 
 
 def _timed(host: str, words: Sequence[str]) -> tuple[Facts | str, float]:

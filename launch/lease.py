@@ -68,7 +68,7 @@ class Lease:
             self._write(self._text or str(count))
 
     def _write(self, text: str) -> None:
-        # Two threads write, and no flush: a disk that is busy with a checkpoint would hold up the sign of life.
+        # Not flushed: a disk that is busy with a checkpoint would hold the sign of life up. Two threads write.
         with suppress(OSError):  # the file system may come back; if not, the ranks take this launcher for dead
             draft = self.path.with_name(f"draft-{self.path.name}-{threading.get_ident()}")
             draft.write_text(f"{self._job} {text}")
