@@ -17,7 +17,7 @@ from data.config import DataConfig
 from data.encode import EncodedBatch, HeldOutRuns
 from data.overlap import union
 from data.sources.corpus import Document, is_empty, read
-from data.sources.formats import Part
+from data.sources.stored import Part
 
 BATCH_CHARS = 1 << 20  # text that is sent to a process at once
 

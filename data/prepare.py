@@ -32,8 +32,9 @@ from data.manifest import (
 from data.pipeline import find_held_out_runs
 from data.reuse import job_of, resume, reuse
 from data.sources.corpus import EMBEDDED, check_columns, parts_of
-from data.sources.formats import LINES, Part
+from data.sources.formats import LINES
 from data.sources.separators import check_separators
+from data.sources.stored import Part
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import make_tokenizer
 from data.writing import Writing, write_documents

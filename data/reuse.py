@@ -12,7 +12,7 @@ from data.draft import Draft
 from data.manifest import FORMAT, check_tokenizer, read_manifest
 from data.shards import open_split
 from data.sources.corpus import EMBEDDED, is_remote, parts_of
-from data.sources.formats import Part
+from data.sources.stored import Part
 
 
 def job_of(cfg: DataConfig, parts: dict[str, list[Part]]) -> dict[str, Any]:

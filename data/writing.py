@@ -18,7 +18,7 @@ from data.manifest import SPLITS
 from data.pipeline import EncodedDocument, encoded, until
 from data.shard_writer import ShardWriter
 from data.sources.corpus import no_text, read
-from data.sources.formats import Part
+from data.sources.stored import Part
 
 COMMIT_SECONDS = 15  # a killed run loses little more than so much work
 TELL_SECONDS = 0.2

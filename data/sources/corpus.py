@@ -12,8 +12,9 @@ from pathlib import Path
 from common.errors import ConfigError
 from data.config import EmbeddedSource, FilesSource, HubSource
 from data.sources.embedded import embedded_texts
-from data.sources.formats import SUFFIXES, Part, check_column, rows_of
+from data.sources.formats import SUFFIXES, check_column, rows_of
 from data.sources.hub import ONLY_PART, PARTIAL, folder_of, hub_parts, is_partial
+from data.sources.stored import Part
 
 EMBEDDED = "embedded"
 EMBEDDED_BYTES = 2_400_000  # about, on any Python
