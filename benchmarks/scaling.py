@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scaling > docs/scaling.md`: plans (`launch/plan.py`) from 8 to 1,024 GPUs, not measurements.
+"""`python -m benchmarks.scaling > docs/scaling.md`: plans (launch/estimate.py) from 8 to 1,024 GPUs, not measurements.
 
 For each number of GPUs and each kind of vocabulary group, the fastest plan that fits, over ZeRO 1 to 3, recomputed or
 kept activations, and micro-batches.
@@ -13,8 +13,9 @@ from typing import Any
 
 from common.gpus import GIB, GPUS
 from launch.cluster import Cluster
+from launch.estimate import StepTime, assumptions, step_time
+from launch.fit import altered
 from launch.footprint import Memory, memory, parameters, prototype_elements
-from launch.plan import StepTime, altered, assumptions, step_time
 from launch.traffic import collectives
 from pretrain.config import RunConfig, from_tree
 

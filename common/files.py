@@ -1,14 +1,17 @@
-"""Files that are whole or absent: hashes, locks, and a folder that gets its final name when it is complete."""
+"""Files that are whole or absent: hashes, locks, and files and folders that get their names when they are complete."""
 
 import errno
 import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 
 def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -21,13 +24,22 @@ def publish(draft: Path, final: Path) -> None:
     flush(final.parent)
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Replaces a file's text at once and durably: it has the old one or the new one at every moment."""
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """A draft beside a file, to be written in the block, which then takes the file's place at once and durably: the
+    file has the old content or the new one at every moment.
+    """
     draft = file.with_name(f"draft-{file.name}")
-    draft.write_text(text, encoding="utf-8")
+    yield draft
     flush(draft)
     os.replace(draft, file)
     flush(file.parent)
+
+
+def replace_file(file: Path, text: str) -> None:
+    """Replaces a file's text, as `replacing` does."""
+    with replacing(file) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:

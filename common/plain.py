@@ -19,6 +19,7 @@ def plain(tree: Any) -> Any:
 
 
 def to_json(tree: Any, indent: int | None = None) -> str:
+    """JSON of plain values, with null for numbers that are not finite."""
     return json.dumps(plain(tree), indent=indent, allow_nan=False)
 
 

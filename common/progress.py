@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from common.units import time_left
+
 REPORT_SECONDS = 30
 
 Log = Callable[[str], Any]
@@ -13,6 +15,7 @@ Tell = Callable[[float, str], None]  # share done, from 0 to 1, and how much tha
 
 
 def say(line: str) -> None:
+    """Prints a line of a log."""
     print(line, flush=True)  # a log file or a pipe shows it at once
 
 
@@ -37,12 +40,6 @@ def progress(what: str, log: Log) -> Iterator[Tell]:
         if now - reported >= REPORT_SECONDS and share > first:
             reported = now
             left = (now - began) * (1 - share) / (share - first)
-            log(f"{what}: {share:.1%}, {amount}, {duration(left)} left")
+            log(f"{what}: {share:.1%}, {amount}, {time_left(left)} left")
 
     yield tell
-
-
-def duration(seconds: float) -> str:
-    """Hours and minutes, or minutes and seconds."""
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"

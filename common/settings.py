@@ -129,13 +129,13 @@ def validate(cls: type[Model], tree: Any, where: str = "") -> Model:
         for problem in error.errors(include_url=False):
             path, choices = _locate(cls, problem, where)
             problems.setdefault(path, []).append((problem, choices))
-        raise ConfigError("\n".join(_explain(path, found) for path, found in problems.items())) from None
+        raise ConfigError("\n".join(_explain(path, said) for path, said in problems.items())) from None
 
 
-def _explain(path: str, found: list[tuple[Any, list[str]]]) -> str:
+def _explain(path: str, said: list[tuple[Any, list[str]]]) -> str:
     """One line for everything pydantic says about one path (for a union it complains once for each member)."""
     # in a union, what a member's own check says tells more than that other members are of another type
-    problem, choices = next((one for one in found if one[0]["type"] == "value_error"), found[0])
+    problem, choices = next((entry for entry in said if entry[0]["type"] == "value_error"), said[0])
     kind, message, given = problem["type"], problem["msg"], _show(problem["input"])
     name = path or "the top level"
     if kind == "extra_forbidden":
@@ -154,7 +154,7 @@ def _explain(path: str, found: list[tuple[Any, list[str]]]) -> str:
     if kind == "value_error":
         return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
     prefix = "Input should be "
-    wanted = dict.fromkeys(p["msg"].removeprefix(prefix) for p, _ in found if p["msg"].startswith(prefix))
+    wanted = dict.fromkeys(p["msg"].removeprefix(prefix) for p, _ in said if p["msg"].startswith(prefix))
     if not wanted:
         return f"{name}: given {given}; {message}"
     expected = " or ".join(wanted).replace("a valid array", "a list").replace("an object", "a mapping")
@@ -185,8 +185,8 @@ def _locate(cls: type[BaseModel], problem: Any, where: str) -> tuple[str, list[s
         keys = []
         if isinstance(node, type) and issubclass(node, BaseModel):
             keys = [field.alias or name for name, field in node.model_fields.items()]
-            found = [field for name, field in node.model_fields.items() if part in (name, field.alias)]
-            here = found[0].annotation if found else None
+            fields = [field for name, field in node.model_fields.items() if part in (name, field.alias)]
+            here = fields[0].annotation if fields else None
         else:
             arguments = [a for a in get_args(node) if a is not Ellipsis]
             fixed = get_origin(node) is tuple and isinstance(part, int) and part < len(arguments)

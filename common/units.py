@@ -21,6 +21,19 @@ def duration(seconds: float) -> str:
     return _fitting(seconds, TIMES)
 
 
+def clock(seconds: float) -> str:
+    """Such as 1:15 or 1:01:01: minutes and seconds, from an hour on hours too."""
+    minutes, rest = divmod(round(max(0.0, seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def time_left(seconds: float) -> str:
+    """Such as 2 min 50 s or 1 h 02 min."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes} min {rest:02} s"
+
+
 def energy(joules: float) -> str:
     """Such as 1.21 kWh: from J to GWh."""
     return _fitting(joules, ENERGIES)

@@ -13,9 +13,7 @@ from typing import Any, Generic, TypeVar
 
 from common.errors import ConfigError
 
-HERE = (
-    4  # so many items are worked on in this process first: most small jobs end before processes are worth their start
-)
+HERE = 4  # items that are worked on in this process first: most small jobs end before processes are worth their start
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,6 +39,7 @@ class Workers(Generic[Item, Result]):
             self._pool.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, item: Item) -> Future[Result]:
+        """Sends an item to be worked on; `result` waits for what comes of it."""
         self._asked += 1
         if self.count > 1 and self._asked > HERE:
             if self._pool is None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from common.errors import ConfigError
 from common.files import lock, publish, replace_file
-from data.shards import MANIFEST
+from data.manifest import MANIFEST
 
 JOURNAL = "journal.json"
 SEEN = "seen.bin"  # hashes of the documents so far

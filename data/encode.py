@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data.manifest import DTYPES
 from data.overlap import overlap, runs_of, union
-from data.shards import DTYPES
 from data.sources.corpus import is_empty
 from data.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ def held_out(digest: int, val_fraction: float) -> bool:
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedBatch:
     """N documents, in order."""
 
     verdicts: np.ndarray  # uint8 (N,): FINE, EMPTY or SHORT; what is not fine has no ids
@@ -42,17 +42,17 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Makes tokens of texts."""
+    """Makes tokens of texts, in whatever process: it is sent there without what it has read."""
 
     model: Path
     dtype: str
     min_chars: int
     val_fraction: float
     val_overlap: float | None
-    val_runs: Path | None  # sorted uint64, as val_runs_of gives them
+    val_runs: Path | None  # sorted uint64, as `HeldOutRuns` finds them
 
     def __getstate__(self) -> dict[str, object]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}  # a process reads the files itself
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
@@ -63,9 +63,9 @@ class Encoder:
         assert self.val_runs is not None
         return np.load(self.val_runs, mmap_mode="r")
 
-    def __call__(self, texts: list[str]) -> Encoded:
+    def __call__(self, texts: list[str]) -> EncodedBatch:
         verdicts = np.array([verdict(text, self.min_chars) for text in texts], dtype=np.uint8)
-        fine = [text for text, found in zip(texts, verdicts, strict=True) if found == FINE]
+        fine = [texts[place] for place in np.flatnonzero(verdicts == FINE)]
         tokens = [self._tokenizer.encode_array(text) for text in fine]
         digests, text_bytes, lengths = (np.zeros(len(texts), dtype=kind) for kind in (np.uint64, np.int64, np.int64))
         near = np.zeros(len(texts), dtype=bool)
@@ -76,7 +76,7 @@ class Encoder:
             if self.val_overlap is not None and not held_out(digest, self.val_fraction):
                 near[place] = overlap(runs_of(text), self._known) >= self.val_overlap
         ids = np.concatenate([np.empty(0, dtype=np.int32), *tokens]).astype(DTYPES[self.dtype])
-        return Encoded(verdicts, digests, text_bytes, near, lengths, ids)
+        return EncodedBatch(verdicts, digests, text_bytes, near, lengths, ids)
 
 
 @dataclass(frozen=True)
@@ -92,4 +92,5 @@ class HeldOutRuns:
 
 
 def verdict(text: str, min_chars: int) -> int:
+    """FINE, EMPTY or SHORT: what a text alone tells of whether it is taken."""
     return EMPTY if is_empty(text) else SHORT if len(text) < min_chars else FINE

@@ -10,8 +10,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from common.errors import ConfigError
-from data.nanogpt import Gpt2Vocabulary
-from data.shards import REMAKE, Split, check_tokenizer, open_split, read_manifest
+from data.gpt2 import Gpt2Vocabulary
+from data.manifest import REMAKE, check_tokenizer, read_manifest
+from data.shards import Split, open_split
 from data.tokenizer import Tokenizer
 
 QUANTILES = (0, 0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1)
@@ -31,15 +32,16 @@ class Statistics:
     counts: np.ndarray  # int64 (V,): how often each id occurs
 
     def quantiles(self) -> dict[float, int]:
-        found = np.quantile(self.lengths, QUANTILES, method="inverted_cdf")
-        return {q: int(length) for q, length in zip(QUANTILES, found, strict=True)}
+        """Lengths by QUANTILES, each that of a document."""
+        lengths = np.quantile(self.lengths, QUANTILES, method="inverted_cdf")
+        return {q: int(length) for q, length in zip(QUANTILES, lengths, strict=True)}
 
     def histogram(self) -> list[tuple[int, int, int]]:
         """(least, most, documents) for lengths 0, 1, 2-3, 4-7 and so on, between the least and the greatest."""
         bits = np.frexp(self.lengths.astype(np.float64))[1]  # of a length, 0 for 0
-        found = np.bincount(bits)
+        documents = np.bincount(bits)
         first = int(bits.min())
-        return [(1 << b >> 1, (1 << b) - 1, int(found[b])) for b in range(first, len(found))]
+        return [(1 << b >> 1, (1 << b) - 1, int(documents[b])) for b in range(first, len(documents))]
 
     def frequent(self) -> list[tuple[int, int]]:
         """(id, count) of the most frequent tokens."""
@@ -56,12 +58,12 @@ def statistics(split: Split) -> Statistics:
     lengths = np.diff(split.document_starts(), append=split.tokens) - 1
     counts = np.zeros(split.vocab_size, dtype=np.int64)
     for start in range(0, split.tokens, BLOCK):
-        found = np.bincount(split.read(start, min(BLOCK, split.tokens - start)), minlength=split.vocab_size)
-        if len(found) > split.vocab_size:
+        block = np.bincount(split.read(start, min(BLOCK, split.tokens - start)), minlength=split.vocab_size)
+        if len(block) > split.vocab_size:
             raise ConfigError(
-                f"the {split.name} split holds id {len(found) - 1}, but its vocabulary is {split.vocab_size}; {REMAKE}"
+                f"the {split.name} split holds id {len(block) - 1}, but its vocabulary is {split.vocab_size}; {REMAKE}"
             )
-        counts += found
+        counts += block
     return Statistics(lengths, counts)
 
 
@@ -90,7 +92,7 @@ def inspect(folder: Path, console: Console | None = None) -> None:
     console.print(f"dropped: {dropped or 'not known'}; fingerprint {split.fingerprint[:12]}")
 
 
-def _show(split: Split, found: Statistics, vocabulary: Vocabulary | None, console: Console) -> None:
+def _show(split: Split, stats: Statistics, vocabulary: Vocabulary | None, console: Console) -> None:
     table = Table("", "documents", "tokens", "bytes of text", "bytes/token", title=split.name, title_justify="left")
     rows = {"all": {"documents": split.documents, "tokens": split.tokens, "text_bytes": split.text_bytes}}
     if len(split.sources) > 1:
@@ -103,25 +105,25 @@ def _show(split: Split, found: Statistics, vocabulary: Vocabulary | None, consol
     console.print(table)
 
     console.print(
-        "tokens per document: " + ", ".join(f"{q:.0%} {n:,}" for q, n in found.quantiles().items()), soft_wrap=True
+        "tokens per document: " + ", ".join(f"{q:.0%} {n:,}" for q, n in stats.quantiles().items()), soft_wrap=True
     )
-    histogram = found.histogram()
+    histogram = stats.histogram()
     most = max(count for _, _, count in histogram)
     for low, high, count in histogram:
         console.print(f"{low:>12,} to {high:>12,}  {'#' * -(-BAR * count // most):<{BAR}} {count:,}")
 
     if isinstance(vocabulary, Tokenizer) and len(vocabulary.byte_ids()):
-        console.print(f"single bytes, for what no piece covers: {found.share(vocabulary.byte_ids()):.3%} of the tokens")
-    total = found.counts.sum()
+        console.print(f"single bytes, for what no piece covers: {stats.share(vocabulary.byte_ids()):.3%} of the tokens")
+    total = stats.counts.sum()
     pieces = [
-        f"{i if vocabulary is None else repr(vocabulary.piece(i))} {count / total:.2%}" for i, count in found.frequent()
+        f"{i if vocabulary is None else repr(vocabulary.piece(i))} {count / total:.2%}" for i, count in stats.frequent()
     ]
     console.print(escape("most frequent: " + ", ".join(pieces)), soft_wrap=True)
     if vocabulary is None:
         console.print("no sample: these tokens were imported without a vocabulary")
         return
-    middle = int(np.argsort(found.lengths, kind="stable")[split.documents // 2])
-    start, length = int(split.document_starts()[middle]), int(found.lengths[middle])
+    middle = int(np.argsort(stats.lengths, kind="stable")[split.documents // 2])
+    start, length = int(split.document_starts()[middle]), int(stats.lengths[middle])
     ids = split.read(start, min(length, SAMPLE_TOKENS)).tolist()
     console.print(f"the first {len(ids)} of {length:,} tokens of document {middle:,}, whose length is the median:")
     console.print(escape(vocabulary.decode(ids)), soft_wrap=True)

@@ -54,8 +54,8 @@ class Windows:
         if sources == 1:
             return np.array([len(numbers) * self.seq_len])
         starts = self.order(np.asarray(numbers, dtype=np.int64))[:, None] * self.seq_len
-        found = self.split.token_sources(starts + np.arange(self.seq_len))
-        return np.bincount(found.ravel(), minlength=sources)
+        by_token = self.split.token_sources(starts + np.arange(self.seq_len))
+        return np.bincount(by_token.ravel(), minlength=sources)
 
     def batch(self, first: int, count: int) -> np.ndarray:
         """Tokens of samples first .. first+count-1, int64 (count, T+1)."""

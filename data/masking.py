@@ -10,7 +10,7 @@ import numpy as np
 
 from common.errors import ConfigError
 from data.loader import IGNORED
-from data.shards import TOKENIZER
+from data.manifest import TOKENIZER
 from data.tokenizer import Tokenizer
 
 HIDDEN = 0.15  # of a sequence's tokens
@@ -23,13 +23,13 @@ def mask_id(folder: Path) -> int:
     Raises:
         ConfigError: their tokenizer has none.
     """
-    found = Tokenizer(folder / TOKENIZER).mask_id
-    if found is None:
+    mask = Tokenizer(folder / TOKENIZER).mask_id
+    if mask is None:
         raise ConfigError(
             f"{folder / TOKENIZER}: this tokenizer has no <mask> symbol, which model.objective=masked needs; prepare "
             "with a tokenizer trained here, or with one that has it"
         )
-    return found
+    return mask
 
 
 def masked(

@@ -5,10 +5,7 @@ GPT-2's vocabulary file (vocab.json or encoder.json: the same mapping of byte st
 document's text are known and text can be shown. Without one they are not, and so neither are bits per byte.
 """
 
-import json
 import shutil
-from collections.abc import Sequence
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,59 +16,13 @@ from common.errors import ConfigError
 from common.files import sha256_of
 from common.progress import Log, progress, say
 from data.draft import draft_of
-from data.prepare import SPLITS, tell_splits
-from data.shards import FORMAT, MANIFEST, ShardWriter, fingerprint, read_manifest, split_entry, write_manifest
-from data.token_files import GPT2, Asked, Layout, TokenFile, check_ids, files_of, open_files
+from data.gpt2 import EOS, VOCAB_SIZE, Gpt2Vocabulary
+from data.manifest import FORMAT, MANIFEST, SPLITS, fingerprint, log_splits, read_manifest, split_entry, write_manifest
+from data.shard_writer import ShardWriter
+from data.token_files import Asked, Layout, TokenFile, check_ids, files_of, open_files
 
-VOCAB_SIZE, EOS = GPT2.vocab_size, GPT2.eos_id
 VOCABULARY = "vocab.json"
 SHARD_TOKENS = 100_000_000
-
-
-class Gpt2Vocabulary:
-    """The byte string of each GPT-2 id, from a vocab.json.
-
-    Raises:
-        ConfigError: the file cannot be read or is not such a vocabulary.
-    """
-
-    def __init__(self, path: Path) -> None:
-        try:
-            ids = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: cannot be read ({error}); give GPT-2's vocab.json or encoder.json") from None
-        if not isinstance(ids, dict) or sorted(ids.values(), key=str) != sorted(range(VOCAB_SIZE), key=str):
-            raise ConfigError(f"{path}: not GPT-2's vocabulary, which maps {VOCAB_SIZE:,} pieces to the ids from 0 on")
-        if ids.get("<|endoftext|>") != EOS:
-            raise ConfigError(f"{path}: <|endoftext|> is {ids.get('<|endoftext|>')}, but GPT-2's is {EOS}")
-        alphabet = _alphabet()
-        self.pieces: list[str] = sorted(ids, key=ids.__getitem__)
-        try:
-            found = [bytes(alphabet[character] for character in piece) for piece in self.pieces[:EOS]]
-        except KeyError as error:
-            raise ConfigError(
-                f"{path}: {error} is not in the alphabet of GPT-2's pieces; give its vocab.json"
-            ) from None
-        self._bytes = [*found, b""]  # the mark of the end has no text
-
-    @cached_property
-    def lengths(self) -> np.ndarray:
-        """Bytes of text of each id, int64 (V,)."""
-        return np.array([len(piece) for piece in self._bytes], dtype=np.int64)
-
-    def piece(self, index: int) -> str:
-        return self.pieces[index]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
-        return b"".join(self._bytes[i] for i in ids).decode("utf-8", errors="replace")
-
-
-def _alphabet() -> dict[str, int]:
-    """The character by which GPT-2's files write each byte: itself where it is visible, else one from U+0100 on."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
 
 
 def import_nanogpt(
@@ -95,8 +46,8 @@ def import_nanogpt(
             f"{folder}: meta.pkl says that these are characters, not GPT-2 tokens; prepare the text itself with "
             "`python -m data prepare CONFIG`"
         )
-    layout, files = open_files([path for found in paths.values() for path in found], asked)
-    streams = {split: [file for file in files if file.path in found] for split, found in paths.items()}
+    layout, files = open_files([path for files in paths.values() for path in files], asked)
+    streams = {split: [file for file in files if file.path in paths[split]] for split in SPLITS}
     if vocabulary is not None and (layout.vocab_size, layout.eos_id) != (VOCAB_SIZE, EOS):
         raise ConfigError(f"{vocabulary}: --vocab is GPT-2's vocabulary, but the ids are of another one; leave it out")
     known = None if vocabulary is None else Gpt2Vocabulary(vocabulary)
@@ -127,7 +78,7 @@ def import_nanogpt(
         }
         manifest["fingerprint"] = fingerprint(manifest)
         write_manifest(draft.path, manifest)
-    tell_splits(manifest, log)
+    log_splits(manifest, log)
     if vocabulary is None:
         log("the bytes of the text are not known without --vocab, so there will be no bits/byte")
     log(f"imported {out}: fingerprint {manifest['fingerprint'][:12]}. To train on it, set")

@@ -36,12 +36,12 @@ def _code(word: str) -> int:
 
 def union(parts: Iterable[np.ndarray]) -> np.ndarray:
     """All the hashes of several sorted arrays, sorted, each once."""
-    found = [np.empty(0, dtype=np.uint64)]
+    sets = [np.empty(0, dtype=np.uint64)]
     for part in parts:
-        found.append(part)
-        while len(found) > 1 and len(found[-2]) < 2 * len(found[-1]):  # so that memory stays near the size of the union
-            found[-2:] = [np.union1d(found[-2], found[-1])]
-    return np.unique(np.concatenate(found))
+        sets.append(part)
+        while len(sets) > 1 and len(sets[-2]) < 2 * len(sets[-1]):  # so that memory stays near the size of the union
+            sets[-2:] = [np.union1d(sets[-2], sets[-1])]
+    return np.unique(np.concatenate(sets))
 
 
 def overlap(runs: np.ndarray, known: np.ndarray) -> float:

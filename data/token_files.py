@@ -12,7 +12,9 @@ import numpy as np
 
 from common.errors import ConfigError
 from common.progress import Log, progress
-from data.shards import DTYPES, MAGIC
+from data.gpt2 import EOS, VOCAB_SIZE
+from data.manifest import DTYPES
+from data.shards import MAGIC
 
 BLOCK = 1 << 24  # tokens that are looked at together
 LLM_C_HEADER = 256  # int32
@@ -32,10 +34,10 @@ class Layout:
 
     @property
     def ids(self) -> str:
-        return "GPT-2 id" if self.vocab_size == GPT2.vocab_size else f"id of a vocabulary of {self.vocab_size:,}"
+        return "GPT-2 id" if self.vocab_size == VOCAB_SIZE else f"id of a vocabulary of {self.vocab_size:,}"
 
 
-GPT2 = Layout("uint16", 50257, 50256)
+GPT2 = Layout("uint16", VOCAB_SIZE, EOS)
 LLAMA3 = Layout("uint32", 128256, 128000)  # llm.c puts <|begin_of_text|> between documents
 LLM_C = {20240520: (1, GPT2), 20240801: (7, LLAMA3)}  # by magic number: version, layout
 
@@ -51,21 +53,21 @@ class Asked:
 
     def layout(self, known: Layout) -> Layout:
         """Raises ConfigError if the settings do not go together."""
-        found = Layout(
+        layout = Layout(
             self.dtype or known.dtype,
             known.vocab_size if self.vocab_size is None else self.vocab_size,
             known.eos_id if self.eos_id is None else self.eos_id,
         )
-        if found.vocab_size > 1 << 16 and found.dtype == "uint16":
+        if layout.vocab_size > 1 << 16 and layout.dtype == "uint16":
             raise ConfigError(
-                f"a vocabulary of {found.vocab_size:,} has ids that uint16 cannot hold; add --dtype uint32"
+                f"a vocabulary of {layout.vocab_size:,} has ids that uint16 cannot hold; add --dtype uint32"
             )
-        if not 0 <= found.eos_id < found.vocab_size:
+        if not 0 <= layout.eos_id < layout.vocab_size:
             raise ConfigError(
-                f"the end-of-text id {found.eos_id} is not within a vocabulary of {found.vocab_size:,}; give the id "
+                f"the end-of-text id {layout.eos_id} is not within a vocabulary of {layout.vocab_size:,}; give the id "
                 "that stands between documents as --eos-id"
             )
-        return found
+        return layout
 
 
 @dataclass(frozen=True)
@@ -85,18 +87,18 @@ def files_of(folder: Path, split: str) -> list[Path]:
     plain = folder / f"{split}.bin"
     if plain.is_file():
         return [plain]
-    found = sorted({*folder.glob(f"*_{split}.bin"), *folder.glob(f"*_{split}_[0-9]*.bin")})
-    names = {path.name.rpartition(f"_{split}")[0] for path in found}
+    paths = sorted({*folder.glob(f"*_{split}.bin"), *folder.glob(f"*_{split}_[0-9]*.bin")})
+    names = {path.name.rpartition(f"_{split}")[0] for path in paths}
     if len(names) > 1:
         raise ConfigError(
             f"{folder}: files of several data sets ({', '.join(sorted(names))}); give a folder with those of one"
         )
-    if not found:
+    if not paths:
         raise ConfigError(
             f"{plain}: missing; give the folder in which nanoGPT's prepare.py wrote train.bin and val.bin, or llm.c's "
             "NAME_train.bin and NAME_val.bin"
         )
-    return found
+    return paths
 
 
 def open_files(paths: list[Path], asked: Asked) -> tuple[Layout, list[TokenFile]]:

@@ -109,8 +109,8 @@ class _Words(dict[str, bytes]):
 
     def __missing__(self, word: str) -> bytes:
         self.chars += len(word)
-        self[word] = found = array("i", self._encode(word)).tobytes()
-        return found
+        self[word] = ids = array("i", self._encode(word)).tobytes()
+        return ids
 
     def clear(self) -> None:
         super().clear()
@@ -176,10 +176,10 @@ class Tokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` without a Python object for each id: int32 (tokens,)."""
         parts = text.split(BLANK) if self._blank_bytes else [text]
-        found = self._blank_bytes.join(self._encode(part) for part in parts)
+        ids = self._blank_bytes.join(self._encode(part) for part in parts)
         if self._words.chars > KNOWN_CHARS:
             self._words.clear()
-        return np.frombuffer(found, dtype=np.int32)
+        return np.frombuffer(ids, dtype=np.int32)
 
     def _encode(self, text: str) -> bytes:
         words = WORD.findall(text) if self._by_words else [text]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from common.errors import ConfigError
-from data.shards import TOKENIZER, check_tokenizer, read_manifest
+from data.manifest import TOKENIZER, check_tokenizer, read_manifest
 from data.tokenizer import Tokenizer
 
 

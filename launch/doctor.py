@@ -42,15 +42,15 @@ def doctor(placement: Placement, cfg: RunConfig | None) -> int:
         cfg: for the checks of the data and of the run folder; None: they are left out.
     """
     console = Console(width=None if sys.stdout.isatty() else 160)
-    found, skews, problems = examine(placement, cfg)
-    console.print(_table(found, skews, cfg is not None))
-    problems += skewed(skews) + compared(found, cfg is not None)
-    if not any(isinstance(told, str) for told in found.values()):
-        link = measure(placement, found)
+    answers, skews, problems = examine(placement, cfg)
+    console.print(_table(answers, skews, cfg is not None))
+    problems += skewed(skews) + compared(answers, cfg is not None)
+    if not any(isinstance(answer, str) for answer in answers.values()):
+        link = measure(placement, answers)
         problems += link.get("problems", [])
         if "latency_s" in link:
             rate, latency = link["bytes_per_s"] / 1e9, link["latency_s"] * 1e6
-            between = f"{len(found)} hosts" if len(found) > 1 else "ranks of this machine"
+            between = f"{len(answers)} hosts" if len(answers) > 1 else "ranks of this machine"
             console.print(f"all-reduce between {between} by {link['interface']}: {rate:.2f} GB/s, {latency:.0f} us")
     for problem in problems:
         console.print(f"[bold]problem[/bold] {problem}", highlight=False, soft_wrap=True)
@@ -73,12 +73,13 @@ def examine(placement: Placement, cfg: RunConfig | None) -> tuple[dict[str, Fact
             return {host: here for host in placement.ranks}, dict.fromkeys(placement.ranks, 0.0), []
         words = ["-m", "launch.probe", str(run), str(data), token.name]
         with ThreadPoolExecutor(64) as pool:
-            told = dict(zip(placement.ranks, pool.map(lambda host: _timed(host, words), placement.ranks), strict=True))
+            timed = dict(zip(placement.ranks, pool.map(lambda host: _timed(host, words), placement.ranks), strict=True))
     finally:
         if writable:
             token.unlink(missing_ok=True)
-    found = {host: answer for host, (answer, _) in told.items()}
-    return found, {host: skew for host, (_, skew) in told.items()}, [a for a in found.values() if isinstance(a, str)]
+    answers = {host: answer for host, (answer, _) in timed.items()}
+    skews = {host: skew for host, (_, skew) in timed.items()}
+    return answers, skews, [answer for answer in answers.values() if isinstance(answer, str)]
 
 
 def _timed(host: str, words: Sequence[str]) -> tuple[Facts | str, float]:
@@ -91,7 +92,7 @@ def _timed(host: str, words: Sequence[str]) -> tuple[Facts | str, float]:
     return answer, min(answer["time"] - asked, 0.0) + max(answer["time"] - answered, 0.0)
 
 
-def _table(found: Mapping[str, Facts | str], skews: Mapping[str, float], with_config: bool) -> Table:
+def _table(answers: Mapping[str, Facts | str], skews: Mapping[str, float], with_config: bool) -> Table:
     columns = [
         "host",
         "python",
@@ -106,28 +107,28 @@ def _table(found: Mapping[str, Facts | str], skews: Mapping[str, float], with_co
         "skew s",
     ]
     table = Table(*columns, "energy", *(["data", "free GiB", "run folder"] if with_config else []))
-    for host, told in found.items():
-        if isinstance(told, str):
+    for host, answer in answers.items():
+        if isinstance(answer, str):
             table.add_row(host, "no answer")
             continue
-        packages = told["packages"]
+        packages = answer["packages"]
         nccl = next((version for name, version in packages.items() if "nccl" in name), None)
-        memory = str(min(told["gpu_free_mib"])) if told["gpu_free_mib"] else None
-        revision = (told["revision"] or "")[:9] + ("+" if told["changed"] else "")
-        cells = [host, told["python"], packages.get("torch"), packages.get("deepspeed"), nccl]
-        cells += [told["driver"].splitlines()[0] if told["driver"] else None, str(told["gpus"]), memory]
-        cells += [str(told["cores"]), revision, f"{skews[host]:.1f}", told["energy"]]
+        memory = str(min(answer["gpu_free_mib"])) if answer["gpu_free_mib"] else None
+        revision = (answer["revision"] or "")[:9] + ("+" if answer["changed"] else "")
+        cells = [host, answer["python"], packages.get("torch"), packages.get("deepspeed"), nccl]
+        cells += [answer["driver"].splitlines()[0] if answer["driver"] else None, str(answer["gpus"]), memory]
+        cells += [str(answer["cores"]), revision, f"{skews[host]:.1f}", answer["energy"]]
         if with_config:
-            data = told["data"]
-            shared = "shared" if told["shares_run"] else "local"
-            cells += ["bad" if data["problem"] else data["sha256"][:9], f"{told['free_bytes'] / 2**30:.0f}", shared]
+            data = answer["data"]
+            shared = "shared" if answer["shares_run"] else "local"
+            cells += ["bad" if data["problem"] else data["sha256"][:9], f"{answer['free_bytes'] / 2**30:.0f}", shared]
         table.add_row(*(cell or "-" for cell in cells))
     return table
 
 
-def compared(found: Mapping[str, Facts | str], with_config: bool) -> list[str]:
+def compared(answers: Mapping[str, Facts | str], with_config: bool) -> list[str]:
     """The problems of the hosts that answered, each with its remedy."""
-    hosts = {host: told for host, told in found.items() if isinstance(told, dict)}
+    hosts = {host: answer for host, answer in answers.items() if isinstance(answer, dict)}
     problems = []
     facets: list[tuple[str, dict[str, Any], str]] = [
         ("Python", {h: t["python"] for h, t in hosts.items()}, "install the same on every host (`make setup`)"),
@@ -135,22 +136,22 @@ def compared(found: Mapping[str, Facts | str], with_config: bool) -> list[str]:
         ("the driver", {h: t["driver"].splitlines()[:1] for h, t in hosts.items()}, "install the same driver"),
         ("the number of GPUs", {h: t["gpus"] for h, t in hosts.items()}, "look at `nvidia-smi -L` there"),
     ]
-    names = sorted({name for told in hosts.values() for name in told["packages"]})
+    names = sorted({name for answer in hosts.values() for name in answer["packages"]})
     for name in names:
-        versions = {host: told["packages"].get(name) for host, told in hosts.items()}
+        versions = {host: answer["packages"].get(name) for host, answer in hosts.items()}
         facets.append((name, versions, "install the same on every host (`make setup`)"))
     if with_config:
-        manifests = {host: told["data"]["sha256"] for host, told in hosts.items()}
+        manifests = {host: answer["data"]["sha256"] for host, answer in hosts.items()}
         facets.append(("the data's manifest", manifests, "copy the prepared folder, or prepare it again, on that host"))
     for what, values, remedy in facets:
         problems += _odd(what, values, remedy)
-    for host, told in hosts.items():
-        problems += _own_problems(host, told, with_config)
+    for host, answer in hosts.items():
+        problems += _own_problems(host, answer, with_config)
     return problems
 
 
-def _revision(told: Facts) -> str:
-    return f"{told['revision']}, changed ({told['changed']})" if told["changed"] else str(told["revision"])
+def _revision(answer: Facts) -> str:
+    return f"{answer['revision']}, changed ({answer['changed']})" if answer["changed"] else str(answer["revision"])
 
 
 def _odd(what: str, values: Mapping[str, Any], remedy: str) -> list[str]:
@@ -164,21 +165,21 @@ def _odd(what: str, values: Mapping[str, Any], remedy: str) -> list[str]:
     ]
 
 
-def _own_problems(host: str, told: Facts, with_config: bool) -> list[str]:
+def _own_problems(host: str, answer: Facts, with_config: bool) -> list[str]:
     problems = []
-    if not told["compiler"]:
+    if not answer["compiler"]:
         problems.append(f"{host}: there is no g++, with which DeepSpeed and Overtone build; install it")
-    if not told["ninja"]:
+    if not answer["ninja"]:
         problems.append(f"{host}: there is no ninja beside {sys.executable}; run `make setup` there")
     if with_config:
-        if told["data"]["problem"]:
-            problems.append(f"{host}: {told['data']['problem']}; copy the prepared folder there, or prepare it there")
-        if not told["writable"]:
+        if answer["data"]["problem"]:
+            problems.append(f"{host}: {answer['data']['problem']}; copy the prepared folder there, or prepare it there")
+        if not answer["writable"]:
             problems.append(f"{host}: the run folder cannot be written; change its owner, or set run=FOLDER")
-        elif not told["shares_run"]:
+        elif not answer["shares_run"]:
             problems.append(f"{host}: its run folder is not this machine's; put it on storage that all hosts share")
-        if told["free_bytes"] < LEAST_FREE_BYTES:
-            free = told["free_bytes"] / 2**30
+        if answer["free_bytes"] < LEAST_FREE_BYTES:
+            free = answer["free_bytes"] / 2**30
             problems.append(f"{host}: {free:.1f} GiB are free in the run folder; checkpoints need more, make room")
     return problems
 
@@ -192,9 +193,9 @@ def skewed(skews: Mapping[str, float]) -> list[str]:
     ]
 
 
-def measure(placement: Placement, found: Mapping[str, Facts | str]) -> dict[str, Any]:
+def measure(placement: Placement, answers: Mapping[str, Facts | str]) -> dict[str, Any]:
     """Latency and bandwidth of an all-reduce between one rank on each host, or two of this machine; or `problems`."""
-    told = {host: answer for host, answer in found.items() if isinstance(answer, dict)}
+    facts_by_host = {host: answer for host, answer in answers.items() if isinstance(answer, dict)}
     if placement.hostfile is None:
         if len(placement.gpus) == 1:
             return {}
@@ -206,13 +207,13 @@ def measure(placement: Placement, found: Mapping[str, Facts | str]) -> dict[str,
     placement = Placement(dict.fromkeys(placement.ranks, 1), placement.hostfile, chosen=one_each)
     with TemporaryDirectory(prefix="doctor-") as name:
         folder = Path(name)
-        invocation.write_files(placement, told, folder)
+        invocation.write_files(placement, facts_by_host, folder)
         try:
-            address, port = invocation.meeting_point(placement, told)
+            address, port = invocation.meeting_point(placement, facts_by_host)
         except ConfigError as error:
             return {"problems": [str(error)]}
         words = invocation.command("", [], placement, module="pretrain.runtime.link", address=address, port=port)
-        return _linked(words, invocation.environment(placement, told, folder=folder))
+        return _linked(words, invocation.environment(placement, facts_by_host, folder=folder))
 
 
 def _linked(words: Sequence[str], added: Mapping[str, str]) -> dict[str, Any]:
@@ -223,10 +224,10 @@ def _linked(words: Sequence[str], added: Mapping[str, str]) -> dict[str, Any]:
         output, errors = ran.stdout, ran.stderr
     except subprocess.TimeoutExpired:
         output, errors = "", f"no end within {LINK_S:.0f} s"
-    told = [json.loads(line.partition(LINK_MARK)[2]) for line in output.splitlines() if LINK_MARK in line]
-    for one in told:
-        if "latency_s" in one:
-            return one
-    said = [f"{one['host']}: {one['error']}" for one in told] or [" ".join(errors.split())[-300:]]
+    reports = [json.loads(line.partition(LINK_MARK)[2]) for line in output.splitlines() if LINK_MARK in line]
+    for report in reports:
+        if "latency_s" in report:
+            return report
+    said = [f"{report['host']}: {report['error']}" for report in reports] or [" ".join(errors.split())[-300:]]
     remedy = "open all TCP ports between the hosts, or name the interface in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME"
     return {"problems": [f"the ranks could not reduce together ({'; '.join(said)}); {remedy}"]}

@@ -61,8 +61,8 @@ def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = fr
         rank = next((rank for rank in missed if hosts[rank] in gone), (by_first or missed)[0])
         witness = next(failure for failure in failures if rank in failure.suspects)
         away = f"{hosts[rank]} cannot be reached; " if hosts[rank] in gone else ""
-        told = by_rank[rank]
-        return Verdict(rank, hosts[rank], told.phase, f"{away}rank {witness.rank}: {witness.error}", told.traceback, 1)
+        record, error = by_rank[rank], f"{away}rank {witness.rank}: {witness.error}"
+        return Verdict(rank, hosts[rank], record.phase, error, record.traceback, 1)
     if any(failure.kind in ("stuck", "collective") for failure in failures):
         held_up = [f for f in failures if f.kind in ("stuck", "told") and f.phase not in ("collective", "rendezvous")]
         if held_up:

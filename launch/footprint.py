@@ -36,6 +36,8 @@ ZERO_DEFAULTS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Parameters:
+    """How many parameters a model has, by what they are."""
+
     trunk: int  # all of the DeepSpeed engine's module, the embeddings below included
     token_embedding: int  # 0: tied
     positions: int  # 0: no table
@@ -69,6 +71,7 @@ def replicated_head(cfg: RunConfig) -> int:
 
 
 def parameters(cfg: RunConfig) -> Parameters:
+    """Of the whole model, on however many GPUs."""
     sizes = module_sizes(cfg)
     return Parameters(
         trunk=cfg.model.parameters(),
@@ -80,10 +83,10 @@ def parameters(cfg: RunConfig) -> Parameters:
 
 def module_sizes(cfg: RunConfig, least: float = 0) -> dict[str, int]:
     """Of the trunk's modules, the elements in parameters of more than `least`."""
-    found: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for weight in cfg.model.weights():
-        found[weight.module] = found.get(weight.module, 0) + (weight.size if weight.size > least else 0)
-    return found
+        sizes[weight.module] = sizes.get(weight.module, 0) + (weight.size if weight.size > least else 0)
+    return sizes
 
 
 def prototype_elements(cfg: RunConfig, cluster: Cluster) -> int:
@@ -95,15 +98,16 @@ def optimizer_groups(cfg: RunConfig) -> list[list[int]]:
     """Elements of the trunk's parameters in the groups of pretrain.optim.parameter_groups, which a test compares:
     matrices first. DeepSpeed flattens each group.
     """
-    found: dict[tuple[bool, float], list[int]] = {}
+    groups: dict[tuple[bool, float], list[int]] = {}
     for weight in cfg.model.weights():
         matrix = weight.kind == "matrices"
-        group = (matrix or weight.kind in cfg.optim.also_decay, cfg.model.width_scale() if matrix else 1.0)
-        found.setdefault(group, []).append(weight.size)
-    return [sizes for _, sizes in sorted(found.items(), reverse=True)]
+        settings = (matrix or weight.kind in cfg.optim.also_decay, cfg.model.width_scale() if matrix else 1.0)
+        groups.setdefault(settings, []).append(weight.size)
+    return [sizes for _, sizes in sorted(groups.items(), reverse=True)]
 
 
 def vocab_ranks(cfg: RunConfig, cluster: Cluster) -> int:
+    """k: ranks that hold all prototypes together."""
     return cfg.parallel.vocab_ranks(cluster.gpus, cluster.ranks_per_node)
 
 
@@ -118,6 +122,7 @@ def width(cfg: RunConfig) -> int:
 
 
 def zero_settings(cfg: RunConfig) -> dict[str, Any]:
+    """DeepSpeed's defaults, and what the configuration's `deepspeed.zero_optimization` says instead."""
     return {**ZERO_DEFAULTS, **cfg.deepspeed.get("zero_optimization", {})}
 
 
@@ -236,13 +241,13 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
 def _most_overlapped(sizes: Sequence[int], world: int) -> int:
     """Elements of the parameters that a rank's share of a flat group reaches into, for the rank with most."""
     share = max(1, -(-sum(sizes) // world))
-    found = [0] * world
+    reached = [0] * world
     first = 0
     for size in sizes:
         for rank in range(first // share, (first + size - 1) // share + 1):
-            found[rank] += size
+            reached[rank] += size
         first += size
-    return max(found)
+    return max(reached)
 
 
 def stage3_gathers(cfg: RunConfig) -> tuple[int, int, int]:

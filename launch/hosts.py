@@ -2,13 +2,13 @@
 
 import os
 import re
-import subprocess
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.errors import ConfigError
-from launch.probe import cores
+from common.machine import cores
+from launch.probe import listed_gpus
 
 CPU_RANKS = 2  # on a machine without a GPU, so that whatever is distributed is exercised
 LINE = re.compile(r"(?P<host>[A-Za-z0-9_\[][\w.@:\[\]-]*)\s+slots=(?P<slots>[0-9]+)\s*(#.*)?", re.ASCII)
@@ -25,6 +25,7 @@ class Placement:
 
     @property
     def world(self) -> int:
+        """Ranks on all hosts."""
         return sum(self.ranks.values())
 
 
@@ -45,19 +46,19 @@ def read_hostfile(path: Path) -> dict[str, int]:
         text = line.strip()
         if not text or text.startswith("#"):
             continue
-        found = LINE.fullmatch(text)
-        if found is None:
+        match = LINE.fullmatch(text)
+        if match is None:
             raise ConfigError(
                 f"{path}, line {number}: given {text!r}; expected `HOST slots=N`, such as `node1 slots=8`"
             )
-        host = found["host"]
+        host = match["host"]
         if host in slots:
             raise ConfigError(f"{path}, line {number}: the host {host} is given twice; add its slots up in one line")
-        if int(found["slots"]) == 0:
+        if int(match["slots"]) == 0:
             raise ConfigError(
                 f"{path}, line {number}: the host {host} has slots=0; give it a rank or more, or take its line out"
             )
-        slots[host] = int(found["slots"])
+        slots[host] = int(match["slots"])
     if not slots:
         raise ConfigError(f"{path}: there is no host in it; it has a line `HOST slots=N` for each host")
     return slots
@@ -162,7 +163,7 @@ def _chosen(
 
 def _filter(offered: Mapping[str, int], text: str, hostfile: Path, option: str) -> dict[str, list[int]]:
     """Slots by host of `HOST[:SLOT,...][@HOST...]`, each of which must be in the hostfile."""
-    found: dict[str, list[int]] = {}
+    slots: dict[str, list[int]] = {}
     for part in text.split("@"):
         host, colon, listed = part.partition(":")
         if host not in offered:
@@ -176,8 +177,8 @@ def _filter(offered: Mapping[str, int], text: str, hostfile: Path, option: str) 
                     f"{option} {text}: slot {number!r} of {host}; expected numbers from 0 to {offered[host] - 1}, such "
                     f"as {host}:0 or {host}:0,1"
                 )
-        found[host] = sorted({*found.get(host, ()), *map(int, numbers)})
-    return found
+        slots[host] = sorted({*slots.get(host, ()), *map(int, numbers)})
+    return slots
 
 
 def visible_gpus() -> tuple[int, ...]:
@@ -197,9 +198,4 @@ def visible_gpus() -> tuple[int, ...]:
                 "`nvidia-smi -L` tells which number each name has"
             )
         return tuple(sorted({int(name) for name in names}))
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return ()
-    found = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]
-    return tuple(range(len(found))) if listed.returncode == 0 else ()
+    return tuple(range(listed_gpus()))

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import ConfigError
+from common.machine import cores
 from common.variables import BIND_VARIABLE, JOB_VARIABLE, LEASE_VARIABLE
 from launch.exports import env_file, exported
-from launch.hosts import Placement, cores
+from launch.hosts import Placement
 from launch.lease import lease_of
 from launch.probe import free_port as _free_port
 from launch.probe import gpus as _gpus
@@ -292,9 +293,10 @@ def own_node(placement: Placement) -> int:
     """Which of the hosts this machine is. Raises ConfigError if that is not clear."""
     import psutil
 
-    own = {one.address for held in psutil.net_if_addrs().values() for one in held if not one.address.startswith("127.")}
+    addresses_here = (entry.address for entries in psutil.net_if_addrs().values() for entry in entries)
+    own = {address for address in addresses_here if not address.startswith("127.")}
     names = _own_names()
-    found = []
+    nodes = []
     for node, host in enumerate(placement.ranks):
         name = host.rpartition("@")[2]
         try:
@@ -302,10 +304,10 @@ def own_node(placement: Placement) -> int:
         except OSError:
             addresses = set()
         if name in names or addresses & own:
-            found.append(node)
-    if len(found) != 1:
+            nodes.append(node)
+    if len(nodes) != 1:
         listed = ", ".join(placement.ranks)
         raise ConfigError(
-            f"--launcher none: this machine is {len(found)} of the hosts {listed}; say which with --node-rank K, from 0"
+            f"--launcher none: this machine is {len(nodes)} of the hosts {listed}; say which with --node-rank K, from 0"
         )
-    return found[0]
+    return nodes[0]

@@ -120,8 +120,8 @@ def _wait(job: subprocess.Popen[bytes], received: list[int], claim: Claim) -> bo
 
 def _reap(placement: Placement, job: str) -> frozenset[str]:
     """Ends what is left of the job on its hosts; returns the hosts that do not answer, where it ends by itself."""
-    told = ask(list(placement.ranks), ["-m", "launch.reap", job])
-    return frozenset(host for host, answer in told.items() if isinstance(answer, str))
+    answers = ask(list(placement.ranks), ["-m", "launch.reap", job])
+    return frozenset(host for host, answer in answers.items() if isinstance(answer, str))
 
 
 def _explained(code: int, reason: str, claim: Claim, placement: Placement, gone: Set[str]) -> tuple[int, str]:
@@ -176,9 +176,9 @@ def _name(number: int) -> str:
 def _record_of(claim: Claim, patience_s: float) -> Exit | None:
     """The job's record, waited for if another host writes it."""
     deadline = time.monotonic() + patience_s
-    while (found := _read(claim)) is None and time.monotonic() < deadline:
+    while (record := _read(claim)) is None and time.monotonic() < deadline:
         time.sleep(POLL_S)
-    return found
+    return record
 
 
 def _read(claim: Claim) -> Exit | None:
@@ -237,8 +237,8 @@ def _tell(
     ranks = _ranks(members, module)
     if ranks:
         why = "" if job.poll() is None else "deepspeed ended without its ranks; "
-        told = f"launch: {why}telling {len(ranks)} ranks to save and stop; a second signal kills"
-        print(told, file=sys.stderr, flush=True)
+        line = f"launch: {why}telling {len(ranks)} ranks to save and stop; a second signal kills"
+        print(line, file=sys.stderr, flush=True)
     for process in ranks or members:
         with suppress(psutil.Error):
             process.terminate()
@@ -247,22 +247,22 @@ def _tell(
 
 def _members(session: int) -> list[psutil.Process]:
     """The living processes of a session, orphans included."""
-    found = []
+    living = []
     for process in psutil.process_iter():
         with suppress(psutil.Error, OSError):
             if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
+                living.append(process)
+    return living
 
 
 def _ranks(members: Sequence[psutil.Process], module: str) -> list[psutil.Process]:
     """Those that run `-m module`, without the helpers that they forked, which have the same command line."""
-    found = {}
+    running = {}
     for process in members:
         with suppress(psutil.Error):
             if ("-m", module) in pairwise(process.cmdline()):
-                found[process.pid] = (process, process.ppid())
-    return [process for process, parent in found.values() if parent not in found]
+                running[process.pid] = (process, process.ppid())
+    return [process for process, parent in running.values() if parent not in running]
 
 
 def _kill(session: int) -> None:

@@ -68,6 +68,7 @@ class Lease:
             self._write(self._text or str(count))
 
     def _write(self, text: str) -> None:
+        # Not flushed: a disk that is busy with a checkpoint would hold the sign of life up. Two threads write.
         with suppress(OSError):  # the file system may come back; if not, the ranks take this launcher for dead
             draft = self.path.with_name(f"draft-{self.path.name}-{threading.get_ident()}")
             draft.write_text(f"{self._job} {text}")
@@ -109,7 +110,7 @@ def take(run: Path, placement: Placement, node: int | None = None, patience_s: f
     if node:
         return _take_beside(run, placement, node, patience_s)
     me = Holder(new_job(), launcher=True, hosts=tuple(placement.ranks))
-    renewal, deadline, told = _Renewal(lease_of(run)), time.monotonic() + patience_s, False
+    renewal, deadline, announced = _Renewal(lease_of(run)), time.monotonic() + patience_s, False
     while True:
         try:
             claim = hold(run, me)
@@ -118,8 +119,8 @@ def take(run: Path, placement: Placement, node: int | None = None, patience_s: f
             alone = held.holder is None or not held.holder.launcher
             if alone or renewal.seen() or time.monotonic() > deadline:
                 raise
-        if not told and time.monotonic() > deadline - patience_s + 3 * LEASE_S:
-            told = True
+        if not announced and time.monotonic() > deadline - patience_s + 3 * LEASE_S:
+            announced = True
             print(
                 f"launch: {run}: its launcher is gone; waiting until its ranks have left", file=sys.stderr, flush=True
             )
@@ -134,11 +135,11 @@ def _take_beside(run: Path, placement: Placement, node: int, patience_s: float) 
     first = lease_of(run)
     renewal = _Renewal(first)
     while True:
-        found = holder(run)
-        if found is not None and renewal.seen() and _text_of(first).split()[:1] == [found.job]:
-            if found.hosts != hosts:
-                raise Held(run, found)
-            return hold(run, Holder(found.job, launcher=True, hosts=hosts), f"{LOCK}-{node}")
+        current = holder(run)
+        if current is not None and renewal.seen() and _text_of(first).split()[:1] == [current.job]:
+            if current.hosts != hosts:
+                raise Held(run, current)
+            return hold(run, Holder(current.job, launcher=True, hosts=hosts), f"{LOCK}-{node}")
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"--launcher none: the launcher of {hosts[0]} did not begin in {run} within {patience_s:.0f} s; give "

@@ -37,18 +37,20 @@ def free_port() -> int | None:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """Processor cores that this process may use, as common/machine.py counts them, which this file does without."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> int:
-    """GPUs of this host."""
+    """GPUs of this host that CUDA may use."""
     if os.environ.get("CUDA_VISIBLE_DEVICES", "all").partition(",")[0].strip() in ("", "-1"):
         return 0  # as CUDA reads it
-    with suppress(OSError, subprocess.TimeoutExpired):
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
-        return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    return 0
+    return listed_gpus()
+
+
+def listed_gpus() -> int:
+    """GPUs that the driver lists, whatever CUDA_VISIBLE_DEVICES says."""
+    return sum(line.startswith("GPU ") for line in (_said("nvidia-smi", "-L") or "").splitlines())
 
 
 def facts() -> dict[str, Any]:
@@ -63,7 +65,7 @@ def facts() -> dict[str, Any]:
         "gpus": gpus(),
         "time": time.time(),
         "python": platform.python_version(),
-        "packages": {name: found for name in PACKAGES if (found := _version(name)) is not None},
+        "packages": {name: installed for name in PACKAGES if (installed := _version(name)) is not None},
     }
 
 
@@ -74,7 +76,7 @@ def more_facts(run: Path, data: Path, token: str) -> dict[str, Any]:
         "revision": _said("git", "rev-parse", "HEAD"),
         "changed": _changes(),
         "driver": _query("driver_version"),
-        "gpu_free_mib": [int(found) for found in _query("memory.free").split() if found.isdecimal()],
+        "gpu_free_mib": [int(mib) for mib in _query("memory.free").split() if mib.isdecimal()],
         "data": data_state(data),
         "free_bytes": shutil.disk_usage(above).free,
         "writable": os.access(above, os.W_OK),
@@ -89,8 +91,8 @@ def more_facts(run: Path, data: Path, token: str) -> dict[str, Any]:
 
 def _changes() -> str:
     """The beginning of a hash of what differs from the revision that is checked out; empty if nothing does."""
-    told = _said("git", "diff", "HEAD")
-    return hashlib.sha256(told.encode()).hexdigest()[:9] if told else ""
+    changes = _said("git", "diff", "HEAD")
+    return hashlib.sha256(changes.encode()).hexdigest()[:9] if changes else ""
 
 
 def nearest(folder: Path) -> Path:
@@ -124,11 +126,11 @@ def data_state(folder: Path) -> dict[str, str | None]:
 
 def energy() -> str:
     """Which energy counters there are, and whether this user may read them."""
-    found = [f"{count} GPU" for count in [gpus()] if count]
+    readable = [f"{count} GPU" for count in [gpus()] if count]
     counters = sorted(Path("/sys/class/powercap").glob("intel-rapl:*/energy_uj"))
     if counters:
-        found.append("CPU" if os.access(counters[0], os.R_OK) else f"CPU (only {counters[0].owner()} reads it)")
-    return ", ".join(found) or "none"
+        readable.append("CPU" if os.access(counters[0], os.R_OK) else f"CPU (only {counters[0].owner()} reads it)")
+    return ", ".join(readable) or "none"
 
 
 def _query(field: str) -> str:
@@ -149,8 +151,8 @@ def _version(package: str) -> str | None:
 
 
 if __name__ == "__main__":
-    found = facts()
+    answer = facts()
     if len(sys.argv) == 4:
-        found |= more_facts(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
-    found["time"] = time.time()  # as late as can be
-    sys.stdout.write(MARK + json.dumps(found, allow_nan=False) + "\n")
+        answer |= more_facts(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])
+    answer["time"] = time.time()  # as late as can be
+    sys.stdout.write(MARK + json.dumps(answer, allow_nan=False) + "\n")

@@ -47,15 +47,15 @@ def _ask(host: str, words: Sequence[str]) -> Facts | str:
     there = f"cd {shlex.quote(os.getcwd())} && {shlex.join([sys.executable, *words])}"
     command = ["ssh", *shlex.split(ssh_arguments()), host, there]
     try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, stdin=subprocess.DEVNULL)
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return f"{host}: connected, but no answer within {ANSWER_S:.0f} s; look at its load and its file systems"
-    found = [line for line in told.stdout.splitlines() if line.startswith(MARK)]
-    if told.returncode == 0 and found:
-        facts: Facts = json.loads(found[-1].removeprefix(MARK))
+    marked = [line for line in ran.stdout.splitlines() if line.startswith(MARK)]
+    if ran.returncode == 0 and marked:
+        facts: Facts = json.loads(marked[-1].removeprefix(MARK))
         return facts
-    said = " ".join(told.stderr.split())[-500:] or f"exit code {told.returncode}"
-    if told.returncode == 255:
+    said = " ".join(ran.stderr.split())[-500:] or f"exit code {ran.returncode}"
+    if ran.returncode == 255:
         return f"{host}: cannot be reached by ssh without a password ({said}). Try `ssh {host} true`"
     return (
         f"{host}: {sys.executable} did not run in {os.getcwd()} ({said}). The checkout and its .venv must be at the "
@@ -69,8 +69,8 @@ def answers(placement: Placement) -> dict[str, Facts]:
     Raises:
         ConfigError: hosts that cannot be reached or cannot run the job, each with the remedy.
     """
-    told = ask(list(placement.ranks))
-    problems = [answer for answer in told.values() if isinstance(answer, str)]
+    by_host = ask(list(placement.ranks))
+    problems = [answer for answer in by_host.values() if isinstance(answer, str)]
     if problems:
         raise ConfigError(f"{placement.hostfile}: " + "; ".join(problems))
-    return {host: facts for host, facts in told.items() if not isinstance(facts, str)}
+    return {host: facts for host, facts in by_host.items() if not isinstance(facts, str)}

@@ -18,13 +18,13 @@ from launch.probe import MARK
 
 def holders(variable: bytes) -> list[int]:
     """Process ids of the processes whose environment began with `variable`, NAME=VALUE, in it."""
-    found = []
+    pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal() and int(entry.name) != os.getpid():
             with suppress(OSError):
                 if variable in (entry / "environ").read_bytes().split(b"\0"):
-                    found.append(int(entry.name))
-    return found
+                    pids.append(int(entry.name))
+    return pids
 
 
 if __name__ == "__main__":

@@ -67,8 +67,8 @@ def newest_checkpoint(run: Path) -> str | None:
 
 def _answering(cfg: RunConfig, placement: Placement) -> Placement:
     """The part of a placement whose hosts answer and that the layout permits. Raises ConfigError if there is none."""
-    told = ask(list(placement.ranks))
-    gone = {host: problem for host, problem in told.items() if isinstance(problem, str)}
+    answers = ask(list(placement.ranks))
+    gone = {host: problem for host, problem in answers.items() if isinstance(problem, str)}
     for problem in gone.values():
         _say(f"without {problem}")
     return fitting(cfg, placement, gone) if gone else placement

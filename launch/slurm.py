@@ -107,15 +107,15 @@ def queue(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str]) -
     if not asked.submit:
         print(f"submit it with: sbatch {shlex.quote(str(path))}")
         return
-    told = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
-    if told.returncode:
-        raise ConfigError(f"sbatch does not take {path}: {told.stderr.strip()}")
-    print(f"{told.stdout.strip()}; its output: {cfg.run / 'slurm-JOB.out'}")
+    submitted = subprocess.run(["sbatch", str(path)], capture_output=True, text=True)
+    if submitted.returncode:
+        raise ConfigError(f"sbatch does not take {path}: {submitted.stderr.strip()}")
+    print(f"{submitted.stdout.strip()}; its output: {cfg.run / 'slurm-JOB.out'}")
 
 
 def options_of(asked: argparse.Namespace, cfg: RunConfig) -> dict[str, str | None]:
     """sbatch's options by name, without their dashes; None: an option without a value. Raises ConfigError."""
-    given = dict(_option(text) for text in asked.sbatch)
+    extra = dict(_option(text) for text in asked.sbatch)
     for name, least in (("nodes", asked.nodes), ("gpus_per_node", asked.gpus_per_node)):
         if least is not None and least < 1:
             remedy = "; leave it out to train on cores" if name == "gpus_per_node" else ""
@@ -130,16 +130,16 @@ def options_of(asked: argparse.Namespace, cfg: RunConfig) -> dict[str, str | Non
             f"{cfg.checkpoint.grace_s:g}, and {MARGIN_S} s); ask for more time"
         )
     run = str(cfg.run.absolute()).replace("%", "%%")  # % begins a pattern there
-    found: dict[str, str | None] = {"job-name": cfg.run.absolute().name, "nodes": str(asked.nodes)}
-    found["ntasks-per-node"] = "1"
+    options: dict[str, str | None] = {"job-name": cfg.run.absolute().name, "nodes": str(asked.nodes)}
+    options["ntasks-per-node"] = "1"
     if asked.gpus_per_node:
-        found["gpus-per-node"] = str(asked.gpus_per_node)
-    if not SHARING & given.keys():  # a rank's share of cores and memory is a node's
-        found |= {"exclusive": None, "mem": "0"}
-    found |= {name: vars(asked)[name] for name in ("time", "partition", "account") if vars(asked)[name] is not None}
-    found |= {"chdir": os.getcwd(), "output": f"{run}/slurm-%j.out", "open-mode": "append"}
-    found |= {"requeue": None, "signal": f"USR1@{lead}"}
-    return found | given
+        options["gpus-per-node"] = str(asked.gpus_per_node)
+    if not SHARING & extra.keys():  # a rank's share of cores and memory is a node's
+        options |= {"exclusive": None, "mem": "0"}
+    options |= {name: vars(asked)[name] for name in ("time", "partition", "account") if vars(asked)[name] is not None}
+    options |= {"chdir": os.getcwd(), "output": f"{run}/slurm-%j.out", "open-mode": "append"}
+    options |= {"requeue": None, "signal": f"USR1@{lead}"}
+    return options | extra
 
 
 def _option(text: str) -> tuple[str, str | None]:

@@ -72,8 +72,8 @@ def collectives(cfg: RunConfig, cluster: Cluster) -> list[Collective]:
     """What one GPU takes part in during one update; groups of one are left out, and so are norms and flags of a few
     bytes.
     """
-    found = [*_of_trunk(cfg, cluster), *_of_vocabulary_group(cfg, cluster), _of_replicas(cfg, cluster)]
-    return [one for one in found if one.ranks > 1]
+    kinds = [*_of_trunk(cfg, cluster), *_of_vocabulary_group(cfg, cluster), _of_replicas(cfg, cluster)]
+    return [kind for kind in kinds if kind.ranks > 1]
 
 
 def _of_trunk(cfg: RunConfig, cluster: Cluster) -> Iterator[Collective]:

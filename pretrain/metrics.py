@@ -14,6 +14,7 @@ from common.files import replace_file
 from common.gpus import PEAK_FLOPS
 from common.machine import cores, cpu_name
 from common.plain import plain, to_json
+from common.units import clock
 from pretrain.records import Record, Train, read_lines
 from pretrain.run_folder import RunFolder
 
@@ -123,10 +124,3 @@ def training_line(record: Train) -> str:
     if record.skipped:
         parts.append(f"skipped {record.skipped}")
     return " ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """75.0 -> 1:15."""
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

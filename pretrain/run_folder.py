@@ -132,7 +132,7 @@ class RunFolder:
             ConfigError: no whole checkpoint, no data, data of another tokenizer than the run's, or a weight that is not
                 finite.
         """
-        from data.shards import read_manifest
+        from data.manifest import read_manifest
         from pretrain.inference import load_model
         from pretrain.runtime.ranks import alone
 

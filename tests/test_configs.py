@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from common.settings import read_tree, validate
+from launch.fit import altered
 from launch.footprint import parameters
-from launch.plan import altered
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.config import RunConfig, check_layout, dump, from_tree, load

@@ -12,14 +12,9 @@ from pathlib import Path
 from common.errors import ConfigError
 from data.config import EmbeddedSource, FilesSource, HubSource
 from data.sources.embedded import embedded_texts
-from data.sources.formats import SUFFIXES, Part, check_column, rows_of
-from data.sources.hub import (
-    ONLY_PART,
-    PARTIAL,
-    folder_of,
-    hub_parts,
-    is_partial,
-)
+from data.sources.formats import SUFFIXES, check_column, rows_of
+from data.sources.hub import ONLY_PART, PARTIAL, folder_of, hub_parts, is_partial
+from data.sources.stored import Part
 
 EMBEDDED = "embedded"
 EMBEDDED_BYTES = 2_400_000  # about, on any Python
@@ -90,6 +85,7 @@ def is_empty(text: str) -> bool:
 
 
 def no_text(source: Plain) -> ConfigError:
+    """What to raise for a source without any text."""
     return ConfigError(f"data.source ({source.kind}): no document holds any text; give a source with text in it")
 
 
@@ -120,11 +116,11 @@ def files_of(source: FilesSource) -> list[Path]:
             raise ConfigError(
                 f"data.source.paths: {pattern} is a folder; name its files, such as {pattern.rstrip('/')}/*.txt"
             )
-        found = [literal] if literal.is_file() else sorted(map(Path, glob.glob(str(literal), recursive=True)))
-        found = [file for file in found if file.is_file()]
-        if not found:
+        paths = [literal] if literal.is_file() else sorted(map(Path, glob.glob(str(literal), recursive=True)))
+        paths = [file for file in paths if file.is_file()]
+        if not paths:
             raise ConfigError(f"data.source.paths: {pattern} matches no file in {Path.cwd()}; check the path")
-        for file in found:
+        for file in paths:
             if not file.name.endswith(SUFFIXES):
                 raise ConfigError(f"{file}: cannot read this type of file; expected one of {', '.join(SUFFIXES)}")
             if is_partial(str(file)) and PARTIAL not in pattern:

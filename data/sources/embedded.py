@@ -36,10 +36,10 @@ def embedded_texts() -> tuple[str, ...]:
                 fresh.append(text)
         return "\n\n".join(fresh)
 
-    found = [document(iter([text])) for _, text in sorted(_topics().items())]
-    found += [document(_docstrings(file)) for file in _sources()]
-    found += [document(_binary_docstrings(name)) for name in C_MODULES.split()]
-    return tuple(text for text in found if text)
+    documents = [document(iter([text])) for _, text in sorted(_topics().items())]
+    documents += [document(_docstrings(file)) for file in _sources()]
+    documents += [document(_binary_docstrings(name)) for name in C_MODULES.split()]
+    return tuple(text for text in documents if text)
 
 
 def _topics() -> dict[str, str]:

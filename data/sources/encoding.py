@@ -23,10 +23,10 @@ NULS: dict[tuple[bool, ...], str] = {
 
 def without_mark(start: bytes, name: str) -> bytes:
     """The first bytes of a text, without UTF-8's byte-order mark. Raises ConfigError if it is UTF-16 or UTF-32."""
-    found = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
-    found = found or NULS.get(tuple(byte == 0 for byte in start[:4]))
-    if found is not None:
+    other = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
+    other = other or NULS.get(tuple(byte == 0 for byte in start[:4]))
+    if other is not None:
         raise ConfigError(
-            f"{name}: the text is {found}, expected UTF-8; convert it, such as by `iconv -f {found} -t UTF-8 OLD > NEW`"
+            f"{name}: the text is {other}, expected UTF-8; convert it, such as by `iconv -f {other} -t UTF-8 OLD > NEW`"
         )
     return start.removeprefix(codecs.BOM_UTF8)

@@ -6,7 +6,8 @@ from typing import Any
 
 from common.errors import ConfigError
 from data.config import HubSource
-from data.sources.formats import ACCESS, SUFFIXES, Part, damage_named
+from data.sources.formats import SUFFIXES
+from data.sources.stored import ACCESS, Part, damage_named
 
 CONVERTED = "refs/convert/parquet"  # the branch of a dataset's own copy in parquet files
 PARTIAL = "partial-"  # begins the names of its folders that hold no more than the first 5 GB of a split

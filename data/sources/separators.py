@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from common.errors import ConfigError
 from common.progress import Log
-from data.sources.formats import Part, damage_named, unpacked
+from data.sources.stored import Part, damage_named, unpacked
 
 BLOCK = 1 << 20  # bytes
 ESCAPES = {r"\n": "\n", r"\r": "\r", r"\t": "\t"}

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from common.errors import ConfigError
 from data.loader import EvaluationWindows
-from data.shards import check_tokenizer, open_split, read_manifest
+from data.manifest import check_tokenizer, read_manifest
+from data.shards import open_split
 from data.texts import Texts
 from data.vocabulary import open_tokenizer
 from pretrain.analysis.heldout import documents_of

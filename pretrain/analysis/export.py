@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from data.shards import TOKENIZER
+from common.units import clock
+from data.manifest import TOKENIZER
 from data.vocabulary import open_tokenizer
 from model.hf import folder as transformers_folder
 from pretrain.analysis.scoring import figure
@@ -16,7 +17,6 @@ from pretrain.checkpoints.folder import total_j
 from pretrain.checkpoints.weights import new_folder, shapes, without_weights, write_weights
 from pretrain.config import RunConfig, dump
 from pretrain.inference import fitting_state
-from pretrain.metrics import clock
 from pretrain.records import Eval
 from pretrain.run_folder import RunFolder
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
-from data.shards import TOKENIZER, open_split, read_manifest
+from data.manifest import TOKENIZER, read_manifest
+from data.shards import open_split
 from pretrain.checkpoints import resume
 from pretrain.checkpoints.folder import read_state
 from pretrain.config import RunConfig

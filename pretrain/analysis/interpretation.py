@@ -21,8 +21,9 @@ from torch import Tensor
 
 from common.errors import ConfigError
 from data.loader import EvaluationWindows
+from data.manifest import TOKENIZER
 from data.masking import mask_id
-from data.shards import TOKENIZER, Split, open_split
+from data.shards import Split, open_split
 from data.tokenizer import Tokenizer
 from model.distances import Distance
 from pretrain.analysis import geometry

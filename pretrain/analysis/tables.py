@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.table import Table
 
+from common.units import clock
 from pretrain.analysis.heldout import HeldOut, told_of
 from pretrain.analysis.summary import groups_of
 from pretrain.energy.sustainability import LOSS_SPIKE, NORM_SPIKE
-from pretrain.metrics import clock
 from pretrain.records import JOULES, PARTS, PHASES
 
 UNMEASURED = "not measured: no energy counter"

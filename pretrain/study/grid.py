@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT, EXIT_DIVERGED
 from common.files import replace_file
+from common.units import clock
 from data.prepare import prepare
 from model.config import HeadConfig
 from pretrain.config import (
@@ -30,7 +31,6 @@ from pretrain.config import (
     dump,
     from_tree,
 )
-from pretrain.metrics import clock
 from pretrain.records import Eval
 from pretrain.run_folder import RunFolder
 

@@ -6,10 +6,8 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
-
 from common import progress as module
-from common.progress import duration, progress
+from common.progress import progress
 
 
 def test_lines_tell_the_time_left(monkeypatch):
@@ -25,11 +23,6 @@ def test_lines_tell_the_time_left(monkeypatch):
         "encoding: 65.0%, 60 MB, 2 min 20 s left",
         "encoding: 72.5%, 90 MB, 1 min 50 s left",
     ]
-
-
-@pytest.mark.parametrize(("seconds", "told"), [(0, "0 min 00 s"), (3599, "59 min 59 s"), (3725, "1 h 02 min")])
-def test_durations(seconds, told):
-    assert duration(seconds) == told
 
 
 def test_a_terminal_gets_a_bar_and_a_pipe_does_not():

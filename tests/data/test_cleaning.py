@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.errors import ConfigError
-from data import prepare as module
+from data import pipeline
+from data.manifest import read_manifest
 from data.overlap import RUN_WORDS, overlap, runs_of, union
 from data.prepare import prepare
-from data.shards import open_split, read_manifest
-from tests.data.test_prepare import (
+from data.shards import open_split
+from tests.data.corpus import (
     TEXTS,
     Killed,
     assert_same,
@@ -104,7 +105,7 @@ def near_copies(tmp_path: Path) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_near_copies_of_held_out_documents_are_never_in_train(tmp_path, monkeypatch, workers):
-    monkeypatch.setattr(module, "BATCH_CHARS", 3000)
+    monkeypatch.setattr(pipeline, "BATCH_CHARS", 3000)
     documents, copies = near_copies(tmp_path)
     manifest = prepare(config(tmp_path, val_overlap=0.2, tokenizer={"vocab_size": 320}), quiet, workers)
     assert manifest["dropped"]["overlapping"] == len(copies) > 10
@@ -131,7 +132,7 @@ def test_a_killed_run_keeps_the_held_out_runs(tmp_path, monkeypatch):
     for _ in range(2):
         with pytest.raises(Killed):
             prepare(config(tmp_path, **settings), quiet)
-        monkeypatch.setattr(module, "HeldOutRuns", lambda *_: pytest.fail("they were looked for again"))
+        monkeypatch.setattr(pipeline, "HeldOutRuns", lambda *_: pytest.fail("they were looked for again"))
     prepare(config(tmp_path, **settings), quiet)
     assert_same(tmp_path / "prepared", tmp_path / "whole")
 
@@ -209,7 +210,7 @@ def test_shares_are_as_the_weights_and_every_document_knows_its_source(tmp_path,
 def test_a_mixture_is_the_same_for_any_number_of_processes_and_after_kills(tmp_path, mixture, monkeypatch):
     settings = {"source": mixture, "val_overlap": 0.5, "min_chars": 10}
     prepare(config(tmp_path, path=str(tmp_path / "whole"), **settings), quiet)
-    monkeypatch.setattr(module, "BATCH_CHARS", 3000)
+    monkeypatch.setattr(pipeline, "BATCH_CHARS", 3000)
     prepare(config(tmp_path, path=str(tmp_path / "two"), **settings), quiet, 2)
     assert_same(tmp_path / "two", tmp_path / "whole")
     hurry(monkeypatch)

@@ -13,9 +13,11 @@ from data import nanogpt as module
 from data import token_files
 from data.__main__ import main
 from data.config import DataConfig
-from data.nanogpt import EOS, VOCAB_SIZE, Gpt2Vocabulary, import_nanogpt
+from data.gpt2 import EOS, VOCAB_SIZE, Gpt2Vocabulary, alphabet
+from data.manifest import read_manifest
+from data.nanogpt import import_nanogpt
 from data.prepare import prepare
-from data.shards import open_split, read_manifest, verify_folder
+from data.shards import open_split, verify_folder
 from data.token_files import Asked
 
 
@@ -31,7 +33,7 @@ def pieces() -> list[bytes]:
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory) -> Path:
     """A vocab.json of the size and in the alphabet of GPT-2's."""
-    written = {byte: character for character, byte in module._alphabet().items()}
+    written = {byte: character for character, byte in alphabet().items()}
     ids = {"".join(written[byte] for byte in piece): number for number, piece in enumerate(pieces())}
     path = tmp_path_factory.mktemp("vocabulary") / "vocab.json"
     path.write_text(json.dumps({"<|endoftext|>": EOS, **ids}))
@@ -97,8 +99,8 @@ def test_with_a_vocabulary_text_bytes_are_exact(tmp_path, folder, vocabulary):
 
 
 def test_the_vocabulary_gives_text_back(vocabulary):
-    assert {"Ġ": 32, "Ċ": 10, "A": 65, "é": 0xE9, "Ń": 0xAD}.items() <= module._alphabet().items()  # as GPT-2 has them
-    assert sorted(module._alphabet().values()) == list(range(256))
+    assert {"Ġ": 32, "Ċ": 10, "A": 65, "é": 0xE9, "Ń": 0xAD}.items() <= alphabet().items()  # as GPT-2 has them
+    assert sorted(alphabet().values()) == list(range(256))
     found = Gpt2Vocabulary(vocabulary)
     text = "naïve 🎉\n"
     assert found.decode([*text.encode(), EOS]) == text

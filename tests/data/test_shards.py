@@ -9,16 +9,9 @@ import pytest
 from common.errors import ConfigError
 from common.files import sha256_of
 from data.draft import Draft
-from data.shards import (
-    FORMAT,
-    ShardWriter,
-    fingerprint,
-    open_split,
-    read_manifest,
-    split_entry,
-    verify_folder,
-    write_manifest,
-)
+from data.manifest import FORMAT, fingerprint, read_manifest, split_entry, write_manifest
+from data.shard_writer import ShardWriter
+from data.shards import open_split, verify_folder
 
 EOS = 2
 

@@ -26,7 +26,7 @@ def machine(monkeypatch):
             lines = [f"GPU {k}: a GPU (UUID: GPU-{k})\n  MIG 1g.5gb Device 0: (UUID: MIG-{k})\n" for k in range(gpus)]
             return subprocess.CompletedProcess(command, 0, "".join(lines), "")
 
-        monkeypatch.setattr(hosts.subprocess, "run", nvidia_smi)
+        monkeypatch.setattr(subprocess, "run", nvidia_smi)
         monkeypatch.setattr(hosts, "cores", lambda: cores)
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

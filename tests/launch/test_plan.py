@@ -23,6 +23,8 @@ from common.gpus import GPUS
 from launch import footprint
 from launch.__main__ import main
 from launch.cluster import Cluster
+from launch.estimate import plan, step_time
+from launch.fit import altered
 from launch.footprint import (
     ZERO_DEFAULTS,
     by_product,
@@ -34,7 +36,6 @@ from launch.footprint import (
     stage3_gathers,
     zero_stage,
 )
-from launch.plan import altered, plan, step_time
 from launch.traffic import Collective, collectives
 from tests.support.decoders import decoder_settings
 from tests.support.tiny import tiny_config

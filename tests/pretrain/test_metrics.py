@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 
 from common.errors import ConfigError
+from common.units import clock
 from pretrain.analysis.summary import summarise
 from pretrain.config import dump
-from pretrain.metrics import Recorder, clock, peak_flops
+from pretrain.metrics import Recorder, peak_flops
 from pretrain.records import Eval, Record, Train
 from pretrain.report import main
 from pretrain.run_folder import RunFolder

@@ -7,7 +7,7 @@ import pytest
 
 from common.errors import ConfigError
 from data.config import HubSource
-from data.prepare import _differences
+from data.reuse import differences
 from data.sources.corpus import documents
 from tests.data.sources.test_corpus import TEXTS, files, write_parquet
 
@@ -148,5 +148,5 @@ def test_a_folder_above_the_dataset_may_have_any_name(tmp_path):
 
 
 def test_data_that_were_prepared_before_that_setting_are_still_found(tmp_path):
-    assert list(_differences({"source": {"kind": "hub"}}, {"source": {"kind": "hub", "partial": False}})) == []
-    assert list(_differences({"source": {"kind": "hub"}}, {"source": {"kind": "hub", "partial": True}}))
+    assert list(differences({"source": {"kind": "hub"}}, {"source": {"kind": "hub", "partial": False}})) == []
+    assert list(differences({"source": {"kind": "hub"}}, {"source": {"kind": "hub", "partial": True}}))

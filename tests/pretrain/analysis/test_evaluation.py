@@ -25,7 +25,8 @@ from torch.nn import functional as F
 from common.errors import ConfigError
 from common.files import sha256_of
 from data.loader import EvaluationWindows
-from data.shards import fingerprint, open_split
+from data.manifest import fingerprint
+from data.shards import open_split
 from model.reference import scores_reference
 from pretrain import evaluate
 from pretrain.analysis import evaluation as evaluation_task

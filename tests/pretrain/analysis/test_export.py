@@ -92,7 +92,7 @@ def test_folders_work_alone_and_offline(trained: Path, tmp_path: Path, capsys: p
 
 
 def test_the_card_tells_what_the_run_came_to(trained: Path, tmp_path: Path) -> None:
-    from data.shards import fingerprint, read_manifest
+    from data.manifest import fingerprint, read_manifest
     from tests.support.records import read_records
 
     assert main(["--format", "transformers", str(trained / "causal"), "--out", str(tmp_path / "out")]) == 0

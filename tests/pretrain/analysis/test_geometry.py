@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data.shards import TOKENIZER, fingerprint, read_manifest, write_manifest
+from data.manifest import TOKENIZER, fingerprint, read_manifest, write_manifest
 from data.tokenizer import Tokenizer, train
 from model.distances import DISTANCES
 from model.head import HarmonicHead

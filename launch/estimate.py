@@ -1,0 +1,240 @@
+"""What a run will take, before it is queued: parameters, memory of a GPU, traffic, time and energy. Arithmetic only:
+no GPU, no data and no process is touched, and nothing here was measured.
+
+Memory and traffic follow from what the code allocates and sends (launch/footprint.py, launch/traffic.py). Time and
+energy rest on assumptions, all of which are told with the plan.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from common.errors import ConfigError
+from common.gpus import GIB
+from launch.cluster import HOP_S, LINK_EFFICIENCY, USABLE, Cluster
+from launch.fit import altered, cheapest_changes, divisors, largest_micro_batch
+from launch.footprint import (
+    ZERO_DEFAULTS,
+    Memory,
+    Parameters,
+    activations,
+    by_product,
+    memory,
+    parameters,
+    prototype_elements,
+    vocab_ranks,
+    zero_stage,
+)
+from launch.traffic import Collective, collectives
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one update."""
+
+    compute_s: float
+    exposed_s: float  # communication that no computation hides
+    update_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.compute_s + self.exposed_s + self.update_s
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, in bytes, seconds, tokens and joules."""
+
+    cluster: Cluster
+    parameters: Parameters
+    zero: int  # as it runs
+    vocab_ranks: int
+    accumulation: int
+    memory: Memory
+    usable_bytes: int
+    memory_by_stage: Mapping[int, Memory]  # the same run at each ZeRO stage
+    activation_bytes: Mapping[str, int]  # kept and recomputed
+    collectives: tuple[Collective, ...]
+    time: StepTime
+    tokens_per_step: int
+    budget_tokens: int
+    largest_micro_batch: int | None  # that fits; None: not even one sequence
+    changes: tuple[str, ...] | None  # the cheapest that make it fit; None: none was found
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak <= self.usable_bytes
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_per_step / self.time.total_s
+
+    @property
+    def seconds(self) -> float:
+        return self.budget_tokens / self.tokens_per_s
+
+    @property
+    def gpu_j(self) -> float:
+        return self.seconds * self.cluster.gpus * self.cluster.hardware.watts
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, derived ones included, in the units of their names."""
+        return {
+            "cluster": {**asdict(self.cluster), "hardware": asdict(self.cluster.hardware)},
+            "parameters": {**asdict(self.parameters), "total": self.parameters.total},
+            "zero": self.zero,
+            "vocab_ranks": self.vocab_ranks,
+            "accumulation": self.accumulation,
+            "memory": _plain(self.memory),
+            "usable_bytes": self.usable_bytes,
+            "fits": self.fits,
+            "memory_by_stage": {str(stage): _plain(memory) for stage, memory in self.memory_by_stage.items()},
+            "activation_bytes": dict(self.activation_bytes),
+            "collectives": [
+                {
+                    **asdict(collective),
+                    "sent_bytes": collective.wire,
+                    "between_nodes_bytes": collective.between_nodes,
+                    "seconds": collective.seconds(self.cluster.hardware),
+                }
+                for collective in self.collectives
+            ],
+            "time": {**asdict(self.time), "total_s": self.time.total_s},
+            "tokens_per_s": self.tokens_per_s,
+            "budget_tokens": self.budget_tokens,
+            "seconds": self.seconds,
+            "days": self.seconds / 86400,
+            "gpu_kwh": self.gpu_j / 3.6e6,
+            "largest_micro_batch": self.largest_micro_batch,
+            "changes": self.changes,
+            "assumed": assumptions(self.cluster),
+            "notes": self.notes,
+        }
+
+
+def _plain(memory: Memory) -> dict[str, Any]:
+    phases = {name: dict(items) for name, items in memory.phases.items()}
+    return {"standing": dict(memory.standing), "phases": phases, "fullest": memory.fullest, "peak": memory.peak}
+
+
+def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -> Plan:
+    """What a run of `cfg` takes on `cluster`.
+
+    Args:
+        budget_tokens: of the whole run; None: the configuration's steps.
+    Raises:
+        ConfigError: the cluster's ranks cannot share the batch or the prototypes.
+    """
+    _check(cfg, cluster)
+    if budget_tokens is not None and not 1 <= budget_tokens < math.inf:
+        raise ConfigError(f"--budget-tokens {budget_tokens}: expected 1 or more")
+    return Plan(
+        cluster=cluster,
+        parameters=parameters(cfg),
+        zero=zero_stage(cfg),
+        vocab_ranks=vocab_ranks(cfg, cluster),
+        accumulation=cfg.accumulation(cluster.gpus),
+        memory=memory(cfg, cluster),
+        usable_bytes=cluster.usable_bytes,
+        memory_by_stage={stage: memory(altered(cfg, parallel={"zero": stage}), cluster) for stage in range(4)},
+        activation_bytes={
+            "kept": activations(altered(cfg, model={"activation_checkpointing": False})),
+            "recomputed": activations(altered(cfg, model={"activation_checkpointing": True})),
+        },
+        collectives=tuple(collectives(cfg, cluster)),
+        time=step_time(cfg, cluster),
+        tokens_per_step=cfg.train.tokens_per_step,
+        budget_tokens=int(budget_tokens or 0) or cfg.train.steps * cfg.train.tokens_per_step,
+        largest_micro_batch=largest_micro_batch(cfg, cluster),
+        changes=cheapest_changes(cfg, cluster),
+        notes=tuple(_notes(cfg, cluster)),
+    )
+
+
+def _check(cfg: RunConfig, cluster: Cluster) -> None:
+    from pretrain.config import check_layout  # brings pydantic, which a command's help does without
+
+    sequences = cfg.sequences_per_step()
+    if sequences % cluster.gpus:
+        possible = [gpus for gpus in divisors(sequences) if cluster.could_be(gpus)]
+        raise ConfigError(
+            f"--gpus {cluster.gpus}: train.tokens_per_step={cfg.train.tokens_per_step} is {sequences} sequences, which "
+            f"{cluster.gpus} GPUs cannot share. Possible: {', '.join(map(str, possible))}."
+        )
+    check_layout(cfg, cluster.gpus, cluster.ranks_per_node)
+    zero = cfg.deepspeed.get("zero_optimization", {})
+    for name in ZERO_DEFAULTS:
+        value = zero.get(name, 1) if isinstance(zero, dict) else zero
+        if name != "overlap_comm" and not (isinstance(value, int | float) and value > 0):
+            raise ConfigError(f"deepspeed.zero_optimization.{name}: given {value}; a plan needs a number above 0")
+
+
+def step_time(cfg: RunConfig, cluster: Cluster) -> StepTime:
+    """Of one update.
+
+    Matrix products run at a fraction of the peak, attention as if it were not causal; where blocks are recomputed the
+    trunk takes one more forward pass. AdamW reads a master, two moments and a gradient and writes the first three: 28
+    bytes for each parameter of a rank.
+    """
+    model, gpu = cfg.model, cluster.hardware
+    head = model.head_flops_per_token()
+    trunk = (model.flops_per_token() - head) * (4 / 3 if model.activation_checkpointing else 1)
+    peak = gpu.bf16_flops if cfg.train.precision == "bf16" else gpu.float32_flops
+    rate = cluster.gpus * cluster.mfu * peak
+    work = {"trunk": cfg.train.tokens_per_step * trunk / rate, "head": cfg.train.tokens_per_step * head / rate}
+    hidden = {"nothing": 0.0, **work}
+    exposed = {name: -room for name, room in hidden.items()}
+    for collective in collectives(cfg, cluster):
+        exposed[collective.behind] += collective.seconds(gpu)
+    own = parameters(cfg).trunk if zero_stage(cfg) == 0 else -(-parameters(cfg).trunk // cluster.gpus)
+    return StepTime(
+        compute_s=sum(work.values()),
+        exposed_s=sum(max(0.0, seconds) for seconds in exposed.values()),
+        update_s=28 * (own + prototype_elements(cfg, cluster)) / gpu.memory_bytes_s,
+    )
+
+
+def assumptions(cluster: Cluster) -> list[str]:
+    """Everything that the figures of time and energy, and the room for memory, rest on."""
+    gpu = cluster.hardware
+    return [
+        f"{USABLE:.0%} of {gpu.memory / GIB:.0f} GiB can be used: the rest is CUDA, NCCL and fragmentation",
+        f"matrix products reach {cluster.mfu:.0%} of the peak of {gpu.bf16_flops / 1e12:.0f} TFLOP/s in bf16, "
+        f"{gpu.float32_flops / 1e12:.0f} in float32; attention is counted whole, and nothing else costs time",
+        f"{gpu.link_bytes_s / 1e9:.0f} GB/s inside a node and {gpu.network_bytes_s / 1e9:.4g} GB/s between nodes, per "
+        f"GPU and direction, of which {LINK_EFFICIENCY:.0%} is reached; {HOP_S * 1e6:.0f} us from rank to rank",
+        "every collective is a ring over all links at once; an all-reduce has the latency of a tree",
+        "at ZeRO 3 communication of the trunk hides behind all of its computation, at 0 to 2 nothing does (without "
+        "overlap_comm); the head's maxima, sums and scattered gradients hide behind its own, gathered hidden states "
+        "do not; nor do prototype gradients",
+        f"every GPU draws {gpu.watts:.0f} W" + ("" if cluster.watts else ", the most that its board takes"),
+        "hosts, network and cooling take no energy",
+    ]
+
+
+def _notes(cfg: RunConfig, cluster: Cluster) -> Iterator[str]:
+    """What the reader of this plan in particular should know."""
+    if zero_stage(cfg) != cfg.parallel.zero:
+        yield "bf16 at ZeRO stage 0 runs as stage 1"
+    if not by_product(cfg):
+        yield f"head.distance={cfg.head.distance} goes entry by entry: the time is a lower bound"
+    if cfg.train.precision == "bf16" and not cluster.hardware.has_bf16:
+        yield f"{cluster.gpu} has no bf16 units: its peak is that of float16, which bf16 will not reach"
+    if cfg.model.compile:
+        yield "model.compile: compiled blocks may keep less for the backward pass than is planned"
+    known = {f"zero_optimization.{name}" for name in ZERO_DEFAULTS}
+    given = {
+        f"{name}.{inner}" if isinstance(value, dict) else name
+        for name, value in cfg.deepspeed.items()
+        for inner in (value if isinstance(value, dict) else ("",))
+    }
+    unknown = sorted(given - known)
+    if unknown:
+        yield f"not counted: deepspeed.{', deepspeed.'.join(unknown)}"
