@@ -9,7 +9,7 @@ from typing import Any
 
 from pretrain.study.algorithmic_results import ENOUGH
 from pretrain.study.page import layout
-from pretrain.study.page.charts import (
+from pretrain.study.page.charts.axes import (
     Axis,
     Interval,
     Rule,

@@ -14,7 +14,7 @@ from typing import Any
 from pretrain.analysis.scoring import UNIGRAM_TOKENS
 from pretrain.energy.sustainability import LOSS_SPIKE, NORM_SPIKE, WINDOW
 from pretrain.study.page import layout
-from pretrain.study.page.charts import (
+from pretrain.study.page.charts.axes import (
     Axis,
     Interval,
     Outline,

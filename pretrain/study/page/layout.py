@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
-from pretrain.study.page.charts import style_class
+from pretrain.study.page.charts.axes import style_class
 
 NONE = "-"
 MINUS = "\N{MINUS SIGN}"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.study.page.charts import (
+from pretrain.study.page.charts.axes import (
     Axis,
     Outline,
     Point,
