@@ -28,9 +28,9 @@ from typing import IO
 from rich.console import Console
 
 from benchmarks.gpu.findings import read_found
-from benchmarks.gpu.processes import ROOT, finish, start, tail
 from benchmarks.gpu.report import Report, Result
 from benchmarks.gpu.stages import STAGES, Stage, chosen
+from benchmarks.processes import ROOT, finish, start, tail
 from common.machine import cpu_name
 
 PROBE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from benchmarks.gpu.findings import Findings
-from benchmarks.gpu.processes import end, finish, start
+from benchmarks.processes import end, finish, start
 from common.plain import to_json
 
 PRODUCTS = ("euclidean", "cosine", "dot")

@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from benchmarks.gpu import tokens
 from benchmarks.gpu.findings import Findings
-from benchmarks.gpu.processes import finish, start
+from benchmarks.processes import finish, start
 from common.plain import from_json, to_json
 
 CONFIG = "configs/gpt2-124m-untied.yaml"
