@@ -8,20 +8,16 @@ verified. Medians of several.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
-from benchmarks.head import alone, machine
+from benchmarks.measuring import alone, machine, parser, timed, wide_console
 from pretrain.config import RunConfig, from_tree
 
 SIZES = ((4, 256), (6, 384), (8, 512), (12, 768))  # layers, D
@@ -105,21 +101,15 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
         return Cost(count, stall_s, save_s, load_s, size, their_save_s, their_load_s)
 
 
-def timed(work: Callable[[], object]) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description="What a checkpoint costs.")
-    parser.add_argument("--repeats", type=int, default=5, help="medians are over so many (default %(default)s)")
-    given = parser.parse_args(argv)
-    console = Console(width=max(110, Console().width))
+    command = parser("checkpoint", __doc__)
+    command.add_argument("--repeats", type=int, default=5, help="medians are over so many (default %(default)s)")
+    repeats: int = command.parse_args(argv).repeats
+    console = wide_console()
     table = Table("parameters", "bytes", "training waits, s", "saved after, s", "verified and loaded, s",
                   "DeepSpeed saves, s", "DeepSpeed loads, s")  # fmt: skip
     for layers, dim in SIZES:
-        cost: Cost = alone(measure, layers, dim, given.repeats)
+        cost: Cost = alone(measure, layers, dim, repeats)
         times = (cost.stall_s, cost.save_s, cost.load_s, cost.deepspeed_save_s, cost.deepspeed_load_s)
         table.add_row(f"{cost.parameters / 1e6:.1f} M", f"{cost.size / 1e6:,.0f} MB", *(f"{t:.2f}" for t in times))
     console.print(machine("cpu"))

@@ -27,7 +27,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
-from benchmarks.head import machine
+from benchmarks.measuring import machine, parser
 from model.distances import DISTANCES
 from model.head import HarmonicHead
 
@@ -265,16 +265,16 @@ def exponent_of(text: str) -> Any:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.classify")
-    parser.add_argument("--task", choices=["digits", "addition"], default="digits")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default %(default)s)")
-    parser.add_argument("--epochs", type=int, help="default 20 for digits, 1000 for addition")
-    told = f"default: all for digits, {' '.join(ADDITION_HEADS)} for addition"
-    parser.add_argument("--heads", nargs="+", choices=list(DISTANCES), metavar="DISTANCE", help=told)
-    parser.add_argument("--exponent", type=exponent_of, default="sqrt_dim", help="a number, sqrt_dim or learned")
-    parser.add_argument("--modulus", type=int, default=59, help="p of addition (default %(default)s)")
-    parser.add_argument("--fraction", type=float, default=0.6, help="of all pairs, to train on (default %(default)s)")
-    return parser.parse_args()
+    command = parser("classify", __doc__)
+    command.add_argument("--task", choices=["digits", "addition"], default="digits")
+    command.add_argument("--seeds", type=int, default=3, help="runs of each row (default %(default)s)")
+    command.add_argument("--epochs", type=int, help="default 20 for digits, 1000 for addition")
+    heads = f"default: all for digits, {' '.join(ADDITION_HEADS)} for addition"
+    command.add_argument("--heads", nargs="+", choices=list(DISTANCES), metavar="DISTANCE", help=heads)
+    command.add_argument("--exponent", type=exponent_of, default="sqrt_dim", help="a number, sqrt_dim or learned")
+    command.add_argument("--modulus", type=int, default=59, help="p of addition (default %(default)s)")
+    command.add_argument("--fraction", type=float, default=0.6, help="of all pairs, to train on (default %(default)s)")
+    return command.parse_args()
 
 
 def main() -> None:

@@ -27,9 +27,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from benchmarks.measuring import machine, parser, wide_console
 from common.errors import ConfigError
 from common.machine import cores
 from common.settings import validate
@@ -208,8 +208,8 @@ def loading_table(found: Loading) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description="What the way to batches costs.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    command = parser("data", __doc__)
+    commands = command.add_subparsers(dest="command", required=True)
     text = commands.add_parser("prepare", help="from text to shards, against tiktoken")
     text.add_argument("texts", nargs="*", metavar="TEXT.txt", help="text files (default: the embedded corpus)")
     text.add_argument("--megabytes", type=int, default=16, help="so much text, said again (default %(default)s)")
@@ -218,7 +218,7 @@ def main(argv: list[str] | None = None) -> int:
     shards.add_argument("config", help="a YAML file of configs/, prepared")
     shards.add_argument("overrides", nargs="*", metavar="key=value")
     shards.add_argument("--steps", type=int, default=5, help="training steps that are timed (default %(default)s)")
-    args = parser.parse_args(argv)
+    args = command.parse_args(argv)
     try:
         return _measure(args)
     except ConfigError as error:
@@ -229,14 +229,13 @@ def main(argv: list[str] | None = None) -> int:
 def _measure(args: argparse.Namespace) -> int:
     import torch
 
-    from benchmarks.head import machine  # torch: --help does without
     from benchmarks.train import trainable
 
     if args.command == "load":
         found = loading_table(loading(trainable(args.config, args.overrides), args.steps))
     else:
         found = preparation_table(list(preparation(texts_of(args.texts, args.megabytes), args.repeats)))
-    console = Console(width=max(120, Console().width), highlight=False)
+    console = wide_console(120)
     console.print(machine("cuda" if args.command == "load" and torch.cuda.is_available() else "cpu"))
     console.print(found)
     return 0

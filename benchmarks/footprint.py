@@ -8,7 +8,6 @@ compared: a CPU says nothing of a GPU's.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import weakref
 from collections import Counter
@@ -26,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.measuring import parser, wide_console
 from launch.cluster import Cluster
 from launch.footprint import activations, memory
 from launch.traffic import collectives
@@ -327,10 +327,9 @@ def validate(console: Console, worlds: list[int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plan", description="Plans against measurements.")
-    parser.add_argument("--worlds", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default 2 4)")
-    given = parser.parse_args(argv)
-    validate(Console(width=max(120, Console().width), highlight=False), given.worlds)
+    command = parser("plan", __doc__)
+    command.add_argument("--worlds", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default 2 4)")
+    validate(wide_console(120), command.parse_args(argv).worlds)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
@@ -32,7 +31,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
-from common.machine import cpu_name
+from benchmarks.measuring import apart, machine, parser, timed, wide_console
 from model.distances import DISTANCES, make
 from model.harmonic import harmonic_loss
 
@@ -184,10 +183,10 @@ def measure(row: str, shape: Shape, bare: bool, fused: bool | None = None) -> Co
         times: dict[str, list[float]] = {"both": [], "forward": [], "bare": []}
         stop = time.perf_counter() + shape.enough_s
         while len(times["both"]) < shape.repeats and (not times["both"] or time.perf_counter() < stop):
-            times["both"].append(seconds(both, x.device))
+            times["both"].append(timed(both, x.device))
             x.grad = w.grad = None
-            times["forward"].append(seconds(forward, x.device))
-            times["bare"].append(seconds(lambda: products(x.detach(), rows, grads), x.device) if bare else 0.0)
+            times["forward"].append(timed(forward, x.device))
+            times["bare"].append(timed(lambda: products(x.detach(), rows, grads), x.device) if bare else 0.0)
     except torch.OutOfMemoryError:
         return "out of memory"
     both_s, forward_s, bare_s = (statistics.median(values) for values in times.values())
@@ -201,8 +200,8 @@ def measure_cdist(shape: Shape) -> Cost:
     both, forward = [], []
     for _ in range(3):
         x.grad = w.grad = None
-        both.append(seconds(lambda: torch.cdist(x, w, p=1).backward(ones), x.device))
-        forward.append(seconds(lambda: torch.cdist(x.detach(), w.detach(), p=1), x.device))
+        both.append(timed(lambda: torch.cdist(x, w, p=1).backward(ones), x.device))
+        forward.append(timed(lambda: torch.cdist(x.detach(), w.detach(), p=1), x.device))
     return Cost(statistics.median(both), statistics.median(forward), 0.0, None)
 
 
@@ -210,21 +209,6 @@ def products(x: Tensor, rows: Tensor, grads: Tensor) -> None:
     """The three products that any head must take."""
     for a, b in ((x, rows.t()), (grads, rows), (grads.t(), x)):
         torch.mm(a, b)
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    wait(device)
-    start = time.perf_counter()
-    result = work()
-    wait(device)
-    spent = time.perf_counter() - start
-    del result  # giving memory back is not part of it
-    return spent
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def extra_bytes(work: Callable[[], object], device: torch.device) -> int | None:
@@ -248,29 +232,6 @@ def resident(field: str) -> int:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     raise OSError(f"no {field} in /proc/self/status")
-
-
-def machine(device: str) -> str:
-    if device.startswith("cuda"):
-        triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none"
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Triton {triton}"
-    return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-
-
-def apart(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls it in a process of its own on a CPU; here on a GPU, whose allocator tells rows apart, and where every
-    process would make a context anew.
-    """
-    if torch.device(device).type == "cuda":
-        torch.cuda.empty_cache()
-        return function(*arguments)
-    return alone(function, *arguments)
-
-
-def alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls it in a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(function, arguments)
 
 
 def memory(cost: Cost) -> str:
@@ -334,34 +295,38 @@ def growth(console: Console, shape: Shape, chosen: str | None, fused: bool | Non
         console.print(table)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.head", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tokens", type=int, help="N (default: 2048; on a GPU 65536)")
-    parser.add_argument("--dim", type=int, nargs="+", help="one D or more (default: 384; on a GPU 768 and 4096)")
-    parser.add_argument("--vocab", type=int, nargs="+", help="one V or more (default: 8192; on a GPU 50304 and 151936)")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--distance", choices=list(DISTANCES), help="this one alone, without the comparisons")
-    parser.add_argument(
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    command = parser("head", __doc__)
+    command.add_argument("--tokens", type=int, help="N (default: 2048; on a GPU 65536)")
+    command.add_argument("--dim", type=int, nargs="+", help="one D or more (default: 384; on a GPU 768 and 4096)")
+    command.add_argument("--vocab", type=int, nargs="+", help="one V or more (default: 8192; on a GPU 50304, 151936)")
+    command.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
+    command.add_argument("--distance", choices=list(DISTANCES), help="this one alone, without the comparisons")
+    command.add_argument(
         "--growth", action="store_true", help="time and memory against N and V, from the given sizes on"
     )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--repeats", type=int, default=7, help="medians are over so many runs (default %(default)s)")
-    parser.add_argument(
+    command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    command.add_argument("--repeats", type=int, default=7, help="medians are over so many runs (default %(default)s)")
+    command.add_argument(
         "--fused", action=argparse.BooleanOptionalAction, help="the design of heads that are products (default: the "
         "device's own)"
     )  # fmt: skip
-    given = parser.parse_args(argv)
-    few = FEW_TOKENS[torch.device(given.device).type] if given.tokens is None else None
-    tokens, dims, vocabs = DEFAULTS[torch.device(given.device).type]
-    console = Console(width=max(110, Console().width))  # in a file too, a row is a line
-    console.print(machine(given.device))
-    for dim in given.dim or dims:
-        for vocab in given.vocab or vocabs:
-            shape = Shape(given.tokens or tokens, dim, vocab, given.dtype, given.device, given.repeats)
-            if given.growth:
-                growth(console, shape, given.distance, given.fused)
+    return command.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
+    few = FEW_TOKENS[torch.device(args.device).type] if args.tokens is None else None
+    tokens, dims, vocabs = DEFAULTS[torch.device(args.device).type]
+    console = wide_console()
+    console.print(machine(args.device))
+    for dim in args.dim or dims:
+        for vocab in args.vocab or vocabs:
+            shape = Shape(args.tokens or tokens, dim, vocab, args.dtype, args.device, args.repeats)
+            if args.growth:
+                growth(console, shape, args.distance, args.fused)
             else:
-                compare(console, shape, given.distance, few, given.fused)
+                compare(console, shape, args.distance, few, args.fused)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,20 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from torch.nn import functional as F
 
+from benchmarks.measuring import machine, parser, timed, wait, wide_console
+from benchmarks.plain import LEARNING_RATE, Plain
 from common.errors import ConfigError
 from common.plain import to_json
 from data.loader import Windows
@@ -37,24 +35,10 @@ from launch.invocation import command, environment
 from model.decoder import Decoder
 from pretrain.batches import Batches
 from pretrain.config import RunConfig, check_data, check_layout, load
-from pretrain.optim import parameter_groups
 from pretrain.runtime import ranks as process
 
 WARM_UP = 2
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "all_gather")
-LEARNING_RATE = 1e-4
-
-
-def wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def timed(work: Callable[[], object], device: torch.device) -> float:
-    began = time.perf_counter()
-    work()
-    wait(device)
-    return time.perf_counter() - began
 
 
 def product_rate(device: torch.device, tokens: int, dim: int) -> float:
@@ -62,31 +46,6 @@ def product_rate(device: torch.device, tokens: int, dim: int) -> float:
     a, b = (torch.randn(s, device=device).bfloat16() for s in ((tokens, dim), (dim, 4 * dim)))
     times = [timed(lambda: a @ b, device) for _ in range(25)]
     return 2 * tokens * dim * 4 * dim / statistics.median(times[5:])
-
-
-class Plain:
-    """The baseline: the same model as one would write it in plain PyTorch, torch's own attention kernel included."""
-
-    def __init__(self, cfg: RunConfig, device: torch.device) -> None:
-        self.cfg, self.device = cfg, device
-        self.decoder = Decoder(cfg.model.model_copy(update={"compile": False, "tied": False}), seed=1).to(device)
-        for block in self.decoder.blocks:
-            block.attention.short = 0  # type: ignore[union-attr, assignment]
-        self.head = nn.Linear(cfg.model.dim, cfg.model.vocab_size, bias=False, device=device)
-        modules = nn.ModuleList([self.decoder, self.head])
-        self.parameters = list(modules.parameters())
-        groups = parameter_groups([modules], cfg.optim)
-        self.optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=cfg.optim.betas, fused=True)
-
-    def step(self, batches: list[Tensor]) -> None:
-        for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16):
-                logits = self.head(self.decoder(batch[:, :-1]))
-                loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), batch[:, 1:].reshape(-1))
-            (loss / len(batches)).backward()
-        nn.utils.clip_grad_norm_(self.parameters, self.cfg.optim.clip or 1e30)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
 
 class PlainProcess:
@@ -111,11 +70,14 @@ class PlainProcess:
 def serve_plain(cfg: RunConfig) -> None:
     """The child of PlainProcess: reads step numbers, answers with seconds."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plain = Plain(cfg, device)
+    decoder = Decoder(cfg.model.model_copy(update={"compile": False, "tied": False}), seed=1)
+    for block in decoder.blocks:
+        block.attention.short = 0  # type: ignore[union-attr, assignment]  # torch's own attention kernel
+    plain = Plain(cfg, device, decoder)
     windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
     batches = Batches(windows, cfg, process.Ranks(0, 1, 0, 1, device))
     for line in sys.stdin:
-        read = [one.to(device) for one in batches.of(int(line))]
+        read = [batch.to(device) for batch in batches.of(int(line))]
         print(timed(lambda r=read: plain.step(r), device), flush=True)  # type: ignore[misc]
 
 
@@ -186,7 +148,6 @@ def measure(cfg: RunConfig, steps: int, plain: PlainProcess | None = None) -> di
         "phases_s": {name: seconds / steps for name, seconds in where.items()},
         "communication_s": communication / steps,
         "rate": product_rate(device, cfg.train.micro_batch * cfg.model.seq_len, cfg.model.dim),
-        "threads": torch.get_num_threads(),
         "rank": ranks.rank,
     }
 
@@ -202,20 +163,12 @@ def in_two_ranks(config: str, overrides: list[str], steps: int) -> dict[str, Any
     return json.loads(lines[-1])
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores, torch {torch.__version__}"
-
-
-def told(cfg: RunConfig, found: dict[str, Any], two: dict[str, Any] | None, device: torch.device) -> None:
-    console = Console(width=110, highlight=False)
+def show(cfg: RunConfig, found: dict[str, Any], two: dict[str, Any] | None, device: torch.device) -> None:
+    console = wide_console()
     tokens = cfg.train.tokens_per_step
     used = cfg.model.flops_per_token() * tokens / found["step_s"]
     plain = found["plain_step_s"]
-    console.print(f"{machine(device)}; {found['threads']} threads; {tokens:,} tokens per step; medians")
+    console.print(f"{machine(device)}; {tokens:,} tokens per step; medians")
     console.print(
         f"{cfg.model.layers} layers, D {cfg.model.dim}, T {cfg.model.seq_len}, V {cfg.model.vocab_size}, "
         f"{cfg.head.distance} head, {cfg.train.precision}, ZeRO {cfg.parallel.zero}"
@@ -261,16 +214,14 @@ def trainable(config: str, overrides: list[str]) -> RunConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.train", description="Time a configuration's training step."
-    )
-    parser.add_argument("config")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--steps", type=int, default=9, help="timed steps of each kind")
-    parser.add_argument("--one", action="store_true", help="leave the two ranks out")
-    parser.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)  # a rank of in_two_ranks
-    parser.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # the child of PlainProcess
-    args = parser.parse_intermixed_args(argv)
+    command = parser("train", __doc__)
+    command.add_argument("config")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("--steps", type=int, default=9, help="timed steps of each kind")
+    command.add_argument("--one", action="store_true", help="leave the two ranks out")
+    command.add_argument("--inner", action="store_true", help=argparse.SUPPRESS)  # a rank of in_two_ranks
+    command.add_argument("--plain", action="store_true", help=argparse.SUPPRESS)  # the child of PlainProcess
+    args = command.parse_intermixed_args(argv)
     try:
         cfg = trainable(args.config, args.overrides)
     except ConfigError as error:
@@ -291,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     plain = PlainProcess(args.config, args.overrides)
     found = measure(cfg, args.steps, plain)
     plain.close()
-    told(cfg, found, two, process.start().device)
+    show(cfg, found, two, process.start().device)
     process.stop()
     return 0
 

@@ -15,7 +15,9 @@ from launch.footprint import parameters
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.config import RunConfig, check_layout, dump, from_tree, load
-from pretrain.study.algorithmic import TASKS, AlgorithmicConfig, Learner, cell_of
+from pretrain.study.algorithmic import TASKS, cell_of
+from pretrain.study.algorithmic_cell import Learner
+from pretrain.study.algorithmic_config import AlgorithmicConfig
 
 GPT2 = {"vocab_size": 50_257, "bias": True, "mlp": "gelu_tanh"}
 QWEN = {"vocab_size": 151_936}

@@ -28,9 +28,10 @@ from typing import IO
 from rich.console import Console
 
 from benchmarks.gpu.findings import read_found
-from benchmarks.gpu.processes import ROOT, finish, start, tail
 from benchmarks.gpu.report import Report, Result
 from benchmarks.gpu.stages import STAGES, Stage, chosen
+from benchmarks.measuring import parser, wide_console
+from benchmarks.processes import ROOT, finish, start, tail
 from common.machine import cpu_name
 
 PROBE = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else '')"
@@ -138,16 +139,17 @@ def run_all(stages: Sequence[Stage], report: Report, minutes: float, began: floa
         report.write()
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=(__doc__ or "").split("\n")[0])
-    found.add_argument("--minutes", type=float, default=9.0, help="for all stages together (default %(default)g)")
-    found.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
-    found.add_argument("--stages", metavar="A,B", help=f"of {','.join(stage.name for stage in STAGES)} (default: all)")
-    found.add_argument("--small", action="store_true", help="small sizes; so it is without a GPU")
-    found.add_argument("--stage", help=argparse.SUPPRESS)  # the child of run_stage
-    found.add_argument("--findings", type=Path, help=argparse.SUPPRESS)
-    found.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
-    return found
+def arguments() -> argparse.ArgumentParser:
+    command = parser("gpu", __doc__)
+    command.add_argument("--minutes", type=float, default=9.0, help="for all stages together (default %(default)g)")
+    command.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
+    names = ",".join(stage.name for stage in STAGES)
+    command.add_argument("--stages", metavar="A,B", help=f"of {names} (default: all)")
+    command.add_argument("--small", action="store_true", help="small sizes; so it is without a GPU")
+    command.add_argument("--stage", help=argparse.SUPPRESS)  # the child of run_stage
+    command.add_argument("--findings", type=Path, help=argparse.SUPPRESS)
+    command.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    return command
 
 
 @contextmanager
@@ -168,10 +170,10 @@ def stopped_by_signals() -> Iterator[None]:
 
 def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
     began = time.monotonic()
-    args = parser().parse_args(argv)
+    args = arguments().parse_args(argv)
     if args.stage is not None:
         return chosen(args.stage, stages)[0].run(args.findings, args.seconds, args.small)
-    console = Console(width=max(110, Console().width), highlight=False)
+    console = wide_console()
     try:
         if not (math.isfinite(args.minutes) and args.minutes > 0):
             raise ValueError(f"--minutes {args.minutes:g}: expected a number above 0, such as --minutes 9")

@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.gpu.findings import Findings
-from benchmarks.gpu.processes import ROOT, finish, start
 from benchmarks.gpu.tally import VARIABLE
+from benchmarks.processes import ROOT, finish, start
 
 FOLDERS = ("tests/model", "tests/pretrain")
 ALWAYS = (

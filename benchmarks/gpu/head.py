@@ -7,7 +7,6 @@ Legend: N tokens, D width, V prototypes.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import inspect
@@ -23,7 +22,8 @@ from dataclasses import asdict, dataclass
 from typing import IO, Any
 
 from benchmarks.gpu.findings import Findings
-from benchmarks.gpu.processes import end, finish, start
+from benchmarks.measuring import parser
+from benchmarks.processes import end, finish, start
 from common.plain import to_json
 
 PRODUCTS = ("euclidean", "cosine", "dot")
@@ -356,9 +356,9 @@ def measure(findings: Findings) -> None:
 
 
 if __name__ == "__main__":
-    asked = argparse.ArgumentParser(prog="python -m benchmarks.gpu.head", description="The worker of the stage `head`.")
-    asked.add_argument("--first", type=int, default=0, help="the row to begin with")
-    asked.add_argument("--seconds", type=float, default=600.0)
-    asked.add_argument("--small", action="store_true")
-    given = asked.parse_args()
-    sys.exit(worker(given.first, given.seconds, given.small))
+    command = parser("gpu.head", "The worker of the stage `head`.")
+    command.add_argument("--first", type=int, default=0, help="the row to begin with")
+    command.add_argument("--seconds", type=float, default=600.0)
+    command.add_argument("--small", action="store_true")
+    args = command.parse_args()
+    sys.exit(worker(args.first, args.seconds, args.small))

@@ -18,8 +18,8 @@ import torch
 
 from benchmarks.gpu import tokens
 from benchmarks.gpu.findings import Findings
-from benchmarks.gpu.processes import end, finish, start
 from benchmarks.gpu.train import fields, records_of
+from benchmarks.processes import end, finish, start
 
 VOCAB, STEPS = 67, 6
 APART = 1e-5  # of a loss in float32

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.gpu.findings import Found
-from benchmarks.gpu.processes import ROOT
 from benchmarks.machine import slug
+from benchmarks.processes import ROOT
 from common.files import replace_file
 from common.plain import to_json
 

@@ -6,7 +6,6 @@ after the first ones, which hold compiling. The first run is stopped by a signal
 
 from __future__ import annotations
 
-import argparse
 import json
 import signal
 import subprocess
@@ -20,7 +19,8 @@ from typing import IO, Any
 
 from benchmarks.gpu import tokens
 from benchmarks.gpu.findings import Findings
-from benchmarks.gpu.processes import finish, start
+from benchmarks.measuring import parser
+from benchmarks.processes import finish, start
 from common.plain import from_json, to_json
 
 CONFIG = "configs/gpt2-124m-untied.yaml"
@@ -277,68 +277,30 @@ def measure(findings: Findings) -> None:
 
 
 def plain_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
-    """nanoGPT's way: the same decoder and a linear layer in one compiled module, cross-entropy over logits in memory,
-    bf16 autocast, fused AdamW, the recipe's accumulation.
+    """nanoGPT's way: the same decoder and a linear layer in one compiled module, bf16 autocast, the recipe's
+    accumulation.
     """
     deadline = time.monotonic() + seconds
     import torch
-    from torch import Tensor, nn
-    from torch.nn import functional as F
 
+    from benchmarks.plain import Plain
     from data.loader import Windows
     from data.shards import open_split
     from model.decoder import Decoder
     from pretrain.batches import Batches
-    from pretrain.energy.meter import ZeusCounter
     from pretrain.metrics import peak_flops
-    from pretrain.optim import parameter_groups
     from pretrain.runtime import ranks as process
 
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    rows = cfg.model.vocab_size if small else PADDED
-
-    class Plain(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            own = cfg.model.model_copy(update={"compile": False, "tied": False, "attention": "sdpa"})
-            self.decoder = Decoder(own, seed=1)
-            self.head = nn.Linear(cfg.model.dim, rows, bias=False)
-            nn.init.normal_(self.head.weight, std=0.02)
-
-        def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-            logits = self.head(self.decoder(inputs))
-            return F.cross_entropy(logits.view(-1, rows), targets.reshape(-1))
-
-    model = Plain().to(device)
-    forward = model if small else torch.compile(model)
-    groups = parameter_groups([model], cfg.optim)
-    for group in groups:
-        del group["names"]
-    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=cfg.optim.betas, fused=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    decoder = Decoder(cfg.model.model_copy(update={"compile": False, "tied": False, "attention": "sdpa"}), seed=1)
+    plain = Plain(cfg, device, decoder, cfg.model.vocab_size if small else PADDED, compiled=not small)
     windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
     batches = Batches(windows, cfg, process.Ranks(0, 1, 0, 1, device))
-    counter = ZeusCounter(int(on_gpu))
 
-    def joules() -> float | None:
-        if on_gpu:
-            torch.cuda.synchronize()
-        return None if "gpu" in counter.missing else counter.read()["gpu"][0]
+    def step(number: int) -> torch.Tensor:
+        return plain.step(batches.of(number), cfg.train.precision == "bf16")
 
-    def step(number: int) -> Tensor:
-        losses = []
-        passes = cfg.accumulation(1)
-        for read in batches.of(number):
-            batch = read.to(device, non_blocking=True)
-            with torch.autocast(device.type, torch.bfloat16, enabled=cfg.train.precision == "bf16"):
-                loss = forward(batch[:, :-1], batch[:, 1:])
-            (loss / passes).backward()
-            losses.append(loss.detach())
-        nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip or 1e30)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return torch.stack(losses).mean()
-
+    joules = joules_of(device)
     for number in range(WARM_STEPS):
         step(number)
     before, began, done = joules(), time.perf_counter(), 0
@@ -360,12 +322,27 @@ def plain_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
     }
 
 
+def joules_of(device: Any) -> Callable[[], float | None]:
+    """A reader of the GPU's counter, once the device has done what it was told; of None without one."""
+    from benchmarks.measuring import wait
+    from pretrain.energy.meter import ZeusCounter
+
+    counter = ZeusCounter(int(device.type == "cuda"))
+
+    def read() -> float | None:
+        wait(device)
+        return None if "gpu" in counter.missing else counter.read()["gpu"][0]
+
+    return read
+
+
 def phases_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
     """Seconds of a step's phases, which are waited for one by one, and a step's kernels."""
     import torch
 
     from benchmarks.gpu.kernels import breakdown
-    from benchmarks.train import phases, timed
+    from benchmarks.measuring import timed
+    from benchmarks.train import phases
     from data.loader import Windows
     from data.shards import open_split
     from pretrain.batches import Batches
@@ -400,17 +377,17 @@ def phases_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
 
 
 def main() -> int:
-    asked = argparse.ArgumentParser(prog="python -m benchmarks.gpu.train", description="A child of the stage `train`.")
-    asked.add_argument("kind", choices=("plain", "phases"))
-    asked.add_argument("overrides", nargs="*", metavar="key=value")
-    asked.add_argument("--seconds", type=float, default=60.0)
-    asked.add_argument("--small", action="store_true")
-    given = asked.parse_intermixed_args()
+    command = parser("gpu.train", "A child of the stage `train`.")
+    command.add_argument("kind", choices=("plain", "phases"))
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+    command.add_argument("--seconds", type=float, default=60.0)
+    command.add_argument("--small", action="store_true")
+    args = command.parse_intermixed_args()
     from pretrain.config import load
 
-    cfg = load(CONFIG, given.overrides)
-    does = {"plain": plain_process, "phases": phases_process}[given.kind]
-    print(to_json(does(cfg, given.seconds, given.small)), flush=True)
+    cfg = load(CONFIG, args.overrides)
+    does = {"plain": plain_process, "phases": phases_process}[args.kind]
+    print(to_json(does(cfg, args.seconds, args.small)), flush=True)
     return 0
 
 

@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
-    from pretrain.study import grid, results
-    from pretrain.study.page.language import page
+    from pretrain.study import grid, results, tables
+    from pretrain.study.page import language
 
     study = validate(grid.LanguageConfig, tree)
     grid.check(study)
@@ -67,32 +67,30 @@ def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
         except grid.Stopped as stopped:
             print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
             return stopped.code or 1
-        found = results.gather(study, say)
-        write(study.out, found, found["runs"])
-        replace_file(study.out / PAGE, page(found))
-    _tell(results.table(found))
-    say(f"written: {study.out / PAGE}, {RESULTS} and {ROWS} beside it")
+        outcome = results.gather(study, say)
+        write(study.out, outcome, outcome["runs"], language.page(outcome))
+    _tell(study.out, tables.language(outcome))
     return 0
 
 
 def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
-    from pretrain.study import algorithmic, algorithmic_results
-    from pretrain.study.page.algorithmic import page
+    from pretrain.study import algorithmic, tables
+    from pretrain.study.algorithmic_config import AlgorithmicConfig
+    from pretrain.study.page import algorithmic as pages
 
-    study = validate(algorithmic.AlgorithmicConfig, tree)
+    study = validate(AlgorithmicConfig, tree)
     if launch or report:
         raise ConfigError(f"{' '.join([*launch, *['--report'] * report])}: an algorithmic study takes no such option")
     with _alone(study.out):
-        found = algorithmic.run(study, say)
-        write(study.out, found, found["cells"])
-        replace_file(study.out / PAGE, page(found))
-    _tell(algorithmic_results.table(found))
-    say(f"written: {study.out / PAGE}, {RESULTS} and {ROWS} beside it")
+        outcome = algorithmic.run(study, say)
+        write(study.out, outcome, outcome["cells"], pages.page(outcome))
+    _tell(study.out, tables.algorithmic(outcome))
     return 0
 
 
-def _tell(table: Table) -> None:
+def _tell(folder: Path, table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+    say(f"written: {folder / PAGE}, {RESULTS} and {ROWS} beside it")
 
 
 @contextmanager
@@ -109,14 +107,15 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def write(folder: Path, found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Replaces a study's results, whole, and as rows."""
-    replace_file(folder / RESULTS, to_json(found) + "\n")
+def write(folder: Path, results: dict[str, Any], rows: Sequence[dict[str, Any]], page: str) -> None:
+    """Replaces a study's results, whole, as rows and as a page."""
+    replace_file(folder / RESULTS, to_json(results) + "\n")
     table = io.StringIO()
     writer = csv.DictWriter(table, list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     replace_file(folder / ROWS, table.getvalue())
+    replace_file(folder / PAGE, page)
 
 
 if __name__ == "__main__":

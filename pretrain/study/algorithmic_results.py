@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
-
-from rich.table import Table
 
 GOAL = 0.95  # accuracy that counts as generalised (test examples) or memorised (training examples)
 ENOUGH = 0.8  # share of seeds that must generalise for a fraction to be enough
@@ -32,14 +30,14 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for cell in cells:
         key = tuple(cell[name] for name in ("task", "network", "head", "lr", "weight_decay", "epochs"))
         groups.setdefault(key, {}).setdefault(cell["fraction"], []).append(cell)
-    found = []
+    summary = []
     for (task, network, head, lr, weight_decay, epochs), by_fraction in groups.items():
         fractions = [
             {"fraction": fraction, "examples": runs[0]["examples"], **at_fraction(runs)}
             for fraction, runs in sorted(by_fraction.items())
         ]
-        enough = [one for one in fractions if one["generalised"] >= ENOUGH * one["seeds"]]
-        found.append(
+        enough = [entry for entry in fractions if entry["generalised"] >= ENOUGH * entry["seeds"]]
+        summary.append(
             {
                 "task": task,
                 "network": network,
@@ -49,11 +47,11 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "epochs": epochs,
                 "data_needed": enough[0]["fraction"] if enough else None,
                 "examples_needed": enough[0]["examples"] if enough else None,
-                "never": sum(one["never"] for one in fractions),
+                "never": sum(entry["never"] for entry in fractions),
                 "fractions": fractions,
             }
         )
-    return found
+    return summary
 
 
 def compare(cells: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
@@ -62,12 +60,12 @@ def compare(cells: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]], 
     cells with the same task, examples and seed have `only_it`, `only_baseline` or `both` generalise, and of the last
     the median ratio of epochs (`epochs_ratio`). The baseline has None there.
     """
-    needed = {(one["network"], one["head"], one["task"]): one["data_needed"] or math.inf for one in summary}
+    needed = {(entry["network"], entry["head"], entry["task"]): entry["data_needed"] or math.inf for entry in summary}
     by_head: dict[tuple[str, str], dict[tuple[Any, ...], dict[str, Any]]] = {}
     for cell in cells:
         place = cell["task"], cell["fraction"], cell["seed"]
         by_head.setdefault((cell["network"], cell["head"]), {})[place] = cell
-    found = []
+    comparison = []
     for (network, head), mine in by_head.items():
         reached = {place: cell for place, cell in mine.items() if cell["epochs_to_generalise"] is not None}
         counted = {"cells": len(mine), "generalised": len(reached), "lost": len(reached) - kept(list(reached.values()))}
@@ -91,8 +89,8 @@ def compare(cells: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]], 
                 "both": len(ratios),
                 "epochs_ratio": statistics.median(ratios) if ratios else None,
             }
-        found.append({"network": network, "head": head, **counted, **against})
-    return found
+        comparison.append({"network": network, "head": head, **counted, **against})
+    return comparison
 
 
 def at_fraction(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -131,46 +129,3 @@ def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
         "mean": statistics.mean(there) if there else None,
         "deviation": statistics.stdev(there) if len(there) > 1 else None,
     }
-
-
-def table(results: dict[str, Any]) -> Table:
-    """A row for each task, network and head; all but the data needed and the cells that never generalised is at the
-    largest fraction.
-    """
-    columns: dict[str, Callable[[dict[str, Any], dict[str, Any]], str]] = {
-        "task": lambda one, at: one["task"],
-        "network": lambda one, at: one["network"],
-        "head": lambda one, at: one["head"],
-        "rate, decay": lambda one, at: f"{one['lr']:g}, {one['weight_decay']:g}",
-        "data needed": lambda one, at: _told(one["data_needed"], "{:.0%}", "more"),
-        "never": lambda one, at: f"{one['never']} of {_total(one, 'seeds')}",
-        "diverged": lambda one, at: str(_total(one, "diverged")),
-        "of the examples": lambda one, at: f"{at['fraction']:.0%}",
-        "epochs to 95%": lambda one, at: _told(at["median_epochs_to_generalise"], "{:.0f}", "never"),
-        "test accuracy": lambda one, at: _mean(at["test_accuracy"], "{:.0%}"),
-        "prototypes: 2 components": lambda one, at: _mean(at["prototypes_explained"], "{:.0%}"),
-        "crystal": lambda one, at: _mean(at["prototypes_crystal"], "{:.2f}"),
-        "embedding: 2 components": lambda one, at: _mean(at["embedding_explained"], "{:.0%}"),
-    }
-    told = Table(*columns, title="epochs as medians, all else as means over seeds")
-    last = None
-    for one in results["summary"]:
-        if last not in (None, (one["task"], one["network"])):
-            told.add_section()
-        last = one["task"], one["network"]
-        told.add_row(*(tell(one, one["fractions"][-1]) for tell in columns.values()))
-    return told
-
-
-def _total(one: dict[str, Any], name: str) -> int:
-    return sum(each[name] for each in one["fractions"])
-
-
-def _mean(spread: dict[str, float | None], form: str) -> str:
-    if spread["deviation"] is None:
-        return _told(spread["mean"], form, "-")
-    return f"{_told(spread['mean'], form, '-')} ± {form.format(spread['deviation'])}"
-
-
-def _told(value: float | None, form: str, missing: str) -> str:
-    return missing if value is None else form.format(value)

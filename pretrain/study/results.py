@@ -6,12 +6,12 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from common.files import replace_file
 from common.plain import plain, to_json
@@ -106,6 +106,19 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
     return {"mean": mean, **bounds, "values": list(values)}
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """What the runs of a study came to so far."""
+
+    configs: dict[Cell, RunConfig]  # of all runs
+    summaries: dict[Cell, dict[str, Any]]  # of those that are done
+    measured: dict[Cell, dict[str, Any]]  # of those whose learning rate was chosen
+    parts: list[str]  # whose energy every run measured
+
+    def bits(self, cell: Cell) -> float:
+        return self.measured[cell]["evaluation"]["bits_per_byte"]
+
+
 def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
     """The results of all runs that are done so far. Raises ConfigError."""
     runs = {cell: study.config(cell) for cell in cells(study)}
@@ -117,41 +130,17 @@ def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
     kept = [cell for of_head in finished.values() for cell in of_head.values()]
     measured = {cell: measure(runs[cell], log) for cell in kept}
     summaries = {cell: summarise(cfg.run) for cell, cfg in runs.items() if _done(cfg)}
-    check_one_text({str(runs[cell].run): HeldOut(**one["held_out"]) for cell, one in summaries.items()})
+    check_one_text({str(runs[cell].run): HeldOut(**summary["held_out"]) for cell, summary in summaries.items()})
     parts, missing = common_parts(list(summaries.values()))
+    outcomes = Outcomes(runs, summaries, measured, parts)
     base = finished[study.baseline]
     apart = {
-        cell: measured[cell]["evaluation"]["bits_per_byte"] - measured[base[cell.seed]]["evaluation"]["bits_per_byte"]
+        cell: outcomes.bits(cell) - outcomes.bits(base[cell.seed])
         for cell in kept
         if cell.head != study.baseline and cell.seed in base
     }
     any_config = next(iter(runs.values()))
     train, val = (open_split(any_config.data.path, name) for name in ("train", "val"))
-    heads = []
-    for head in study.heads:
-        of_head = finished[head]
-        first = next(iter(of_head.values()), None)
-        both = [seed for seed in of_head if seed in base] if head != study.baseline else []
-        pairs = [(runs[of_head[seed]], runs[base[seed]]) for seed in both]
-        heads.append(
-            {
-                "name": head,
-                **study.heads[head].model_dump(mode="json", include={"distance", "params"}),
-                "exponent": exponent(study.heads[head]),
-                "lr": rates[head],
-                "lr_at_edge": len(study.lrs) > 1 and rates[head] in (min(study.lrs), max(study.lrs)),
-                "sweep": [_swept(cell, cfg) for cell, cfg in runs.items() if cell.head == head],
-                "started": sum(outcome(cfg) is not None for cell, cfg in runs.items() if cell.head == head),
-                "diverged": sum(outcome(cfg) not in (None, DONE) for cell, cfg in runs.items() if cell.head == head),
-                "seeds": list(of_head),
-                "bits_per_byte": _over([measured[cell]["evaluation"]["bits_per_byte"] for cell in of_head.values()]),
-                "difference": difference(pairs) if pairs else None,
-                **_speed([runs[cell] for cell in of_head.values()]),
-                **_spent([summaries[cell] for cell in of_head.values()], parts),
-                **_shape([measured[cell]["geometry"] for cell in of_head.values()]),
-                **(_first(first, runs[first], summaries[first], measured[first], parts) if first else {}),
-            }
-        )
     return plain(
         {
             "name": study.out.name,
@@ -162,7 +151,7 @@ def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
             "baseline": study.baseline,
             "measured": parts,
             "not_measured": missing,
-            "heads": heads,
+            "heads": [_head(study, head, rates[head], finished[head], base, outcomes) for head in study.heads],
             "runs": [
                 _row(cell, cfg, parts, summaries.get(cell), measured.get(cell)) | {"less_baseline": apart.get(cell)}
                 for cell, cfg in runs.items()
@@ -171,12 +160,40 @@ def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
     )
 
 
+def _head(
+    study: LanguageConfig,
+    name: str,
+    lr: float | None,
+    finished: dict[int, Cell],
+    base: dict[int, Cell],
+    outcomes: Outcomes,
+) -> dict[str, Any]:
+    """A head's results; `finished` and `base` are its runs and the baseline's at their chosen rates, by seed."""
+    configs, summaries, measured = outcomes.configs, outcomes.summaries, outcomes.measured
+    settings, own = study.heads[name], list(finished.values())
+    both = [seed for seed in finished if seed in base] if name != study.baseline else []
+    ends = {cell: outcome(cfg) for cell, cfg in configs.items() if cell.head == name}
+    return {
+        "name": name,
+        **settings.model_dump(mode="json", include={"distance", "params"}),
+        "exponent": exponent(settings),
+        "lr": lr,
+        "lr_at_edge": len(study.lrs) > 1 and lr in (min(study.lrs), max(study.lrs)),
+        "sweep": [_swept(cell, configs[cell]) for cell in ends],
+        "started": sum(end is not None for end in ends.values()),
+        "diverged": sum(end not in (None, DONE) for end in ends.values()),
+        "seeds": list(finished),
+        "bits_per_byte": interval([outcomes.bits(cell) for cell in own]) if own else None,
+        "difference": difference([(configs[finished[seed]], configs[base[seed]]) for seed in both]) if both else None,
+        **_speed([configs[cell] for cell in own]),
+        **_spent([summaries[cell] for cell in own], outcomes.parts),
+        **_shape([measured[cell]["geometry"] for cell in own]),
+        **(_first(own[0], configs[own[0]], summaries[own[0]], measured[own[0]], outcomes.parts) if own else {}),
+    }
+
+
 def _done(cfg: RunConfig) -> bool:
     return outcome(cfg) == DONE
-
-
-def _over(values: Sequence[float]) -> dict[str, Any] | None:
-    return interval(values) if values else None
 
 
 def difference(pairs: Sequence[tuple[RunConfig, RunConfig]]) -> dict[str, Any]:
@@ -184,13 +201,13 @@ def difference(pairs: Sequence[tuple[RunConfig, RunConfig]]) -> dict[str, Any]:
     documents of all seeds' mean.
     """
     scored = [[_documents(cfg.run) for cfg in pair] for pair in pairs]
-    found = interval([compare(a, b).bits_per_byte_difference for a, b in scored])
+    over_seeds = interval([compare(a, b).bits_per_byte_difference for a, b in scored])
     mean = [
         Evaluation(np.mean([side.nats for side in sides], 0), sides[0].hits, sides[0].tokens, sides[0].text_bytes)
         for sides in zip(*scored, strict=True)
     ]
     by_document = compare(*mean)
-    return {**found, "documents_low": by_document.low, "documents_high": by_document.high}
+    return {**over_seeds, "documents_low": by_document.low, "documents_high": by_document.high}
 
 
 def _documents(run: Path) -> Evaluation:
@@ -206,16 +223,16 @@ def exponent(head: HeadConfig) -> float | str | None:
     """As it was set; None where it means nothing, as for softmax."""
     if not DISTANCES[head.distance].has_exponent:
         return None
-    given = head.exponent
-    return f"{given.first:g} to {given.last:g}" if isinstance(given, ExponentRamp) else given
+    ramp = head.exponent
+    return f"{ramp.first:g} to {ramp.last:g}" if isinstance(ramp, ExponentRamp) else ramp
 
 
 def common_parts(summaries: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, str]]:
     """The parts of the machines whose energy every run measured throughout, which alone can be compared, and why the
     others were not.
     """
-    parts = [part for part in PARTS if summaries and all(part in one["measured"] for one in summaries)]
-    reasons = {part: why for one in reversed(summaries) for part, why in one["not_measured"].items()}
+    parts = [part for part in PARTS if summaries and all(part in summary["measured"] for summary in summaries)]
+    reasons = {part: why for summary in reversed(summaries) for part, why in summary["not_measured"].items()}
     return parts, {part: why for part, why in reasons.items() if part not in parts}
 
 
@@ -235,14 +252,13 @@ def _j_per_token(summary: dict[str, Any], parts: Sequence[str]) -> float | None:
 def _spent(summaries: Sequence[dict[str, Any]], parts: Sequence[str]) -> dict[str, Any]:
     """Means over seeds."""
     return {
-        "j_per_token": _mean([_j_per_token(one, parts) for one in summaries]),
-        "gradient_stability": {
-            key: _mean([one["gradient_stability"][key] for one in summaries])
-            for key in ("log_norm_variance", "spikes", "judged")
-        },
-        "learning_stability": {
-            key: _mean([one["learning_stability"][key] for one in summaries])
-            for key in ("spikes", "judged", "largest_rise")
+        "j_per_token": _mean([_j_per_token(summary, parts) for summary in summaries]),
+        **{
+            name: {key: _mean([summary[name][key] for summary in summaries]) for key in keys}
+            for name, keys in (
+                ("gradient_stability", ("log_norm_variance", "spikes", "judged")),
+                ("learning_stability", ("spikes", "judged", "largest_rise")),
+            )
         },
     }
 
@@ -260,7 +276,9 @@ def _shape(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "participation_ratio": "participation_ratio",
         "first_2": "first_2",
     }
-    return {ours: _mean([one["spectra"]["prototypes"][theirs] for one in figures]) for ours, theirs in names.items()}
+    return {
+        ours: _mean([figure["spectra"]["prototypes"][theirs] for figure in figures]) for ours, theirs in names.items()
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -313,18 +331,17 @@ def _row(
     measured: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """A run in a line, for CSV. Its prototypes are measured if its learning rate was chosen."""
-    found = summary or {}
-    gradient, learning = ((found.get(f"{name}_stability") or {}) for name in ("gradient", "learning"))
+    figures = summary or {}
+    gradient, learning = ((figures.get(f"{name}_stability") or {}) for name in ("gradient", "learning"))
     names = ("bits_per_byte", "perplexity", "loss", "train_seconds", "skipped")
-    shape = _shape([measured["geometry"]] if measured else [])
     return {
         **vars(cell),
         "chosen": measured is not None,
         "outcome": outcome(cfg),
-        **{name: found.get(name) for name in names},
+        **{name: figures.get(name) for name in names},
         "tokens_per_s": _rate(cfg.run) if summary else None,
         "j_per_token": _j_per_token(summary, parts) if summary else None,
-        **shape,
+        **_shape([measured["geometry"]] if measured else []),
         **{f"gradient_{key}": gradient.get(key) for key in ("log_norm_variance", "spikes")},
         "loss_spikes": learning.get("spikes"),
     }
@@ -356,39 +373,3 @@ def about(cfg: RunConfig, train: Split, val: Split) -> dict[str, Any]:
             "tokens_per_step": cfg.train.tokens_per_step,
         },
     }
-
-
-def table(results: dict[str, Any]) -> Table:
-    """Heads by row."""
-    found = Table(
-        "head", "lr", "held-out bits/byte", f"less {results['baseline']}", "tokens/s", "J/token", "PCA90", "eff. rank",
-        "var ln norm", "spikes", "diverged",
-    )  # fmt: skip
-    for head in results["heads"]:
-        stable = head["gradient_stability"]
-        found.add_row(
-            head["name"],
-            "-" if head["lr"] is None else f"{head['lr']:g}{' (edge)' if head['lr_at_edge'] else ''}",
-            _with_bounds(head["bits_per_byte"], "{:.4f}"),
-            _with_bounds(head["difference"], "{:+.4f}"),
-            _told(head["tokens_per_s"], "{:,.0f}"),
-            _told(head["j_per_token"], "{:.3e}", "not measured"),
-            _told(head["pca90"], "{:.1f}"),
-            _told(head["effective_rank"], "{:.1f}"),
-            _told(stable["log_norm_variance"], "{:.3g}"),
-            _told(stable["spikes"], "{:.3g}"),
-            f"{head['diverged']} of {head['started']}",
-        )
-    return found
-
-
-def _with_bounds(found: dict[str, Any] | None, form: str) -> str:
-    if found is None:
-        return "-"
-    if found["low"] is None:
-        return form.format(found["mean"])
-    return f"{form.format(found['mean'])} [{form.format(found['low'])}, {form.format(found['high'])}]"
-
-
-def _told(value: float | None, form: str, missing: str = "-") -> str:
-    return missing if value is None else form.format(value)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -14,14 +13,13 @@ from typing import Any
 import psutil
 import pytest
 
+from benchmarks.processes import Job, alive
 from common.variables import BIND_VARIABLE
 from launch.hosts import Placement
 from launch.job import exit_code, run
 from launch.lease import Lease
 from pretrain.runtime.claim import STOP, Holder, hold
 from pretrain.runtime.endings import Exit
-
-ROOT = Path(__file__).parents[2]
 
 # ---- what the exit code is
 
@@ -113,7 +111,7 @@ with take(plan.parent, placement) as claim:
 """
 
 
-class Job:
+class Planned(Job):
     def __init__(self, folder: Path, grace_s: float, plan: dict[str, Any]) -> None:
         self.folder = folder
         (folder / "fake_rank.py").write_text(RANK)
@@ -122,72 +120,50 @@ class Job:
         environment = {**os.environ, "PYTHONPATH": str(folder), "CUDA_VISIBLE_DEVICES": ""}
         for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR", BIND_VARIABLE):
             environment.pop(name, None)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(folder / "plan.json"), str(grace_s)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def wait_for(self, happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not happened():
-            assert self.process.poll() is None, self.process.communicate()[0]
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        words = [sys.executable, "-c", DRIVER, str(folder / "plan.json"), str(grace_s)]
+        super().__init__(words, folder / "output", env=environment)
 
     def ranks(self) -> list[tuple[int, int]]:
         """Process ids of each rank and its parent, once both are up."""
         self.wait_for(lambda: all((self.folder / f"up{rank}").exists() for rank in range(2)))
-        found = [json.loads((self.folder / f"up{rank}").read_text()) for rank in range(2)]
-        return [(rank, parent) for rank, parent, _ in found]
+        words = [json.loads((self.folder / f"up{rank}").read_text()) for rank in range(2)]
+        return [(rank, parent) for rank, parent, _ in words]
 
-    def end(self) -> tuple[int, str]:
+    def ended(self) -> tuple[int, str]:
         """The exit code and the output; asserts that no rank is left."""
-        output, _ = self.process.communicate(timeout=120)
+        code = self.end(120)
         for file in self.folder.glob("up?"):
-            assert not alive(json.loads(file.read_text())[0]), output
-        return self.process.returncode, output
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+            assert not alive(json.loads(file.read_text())[0]), self.said()
+        return code, self.said()
 
 
 @pytest.fixture
-def start(tmp_path) -> Iterator[Callable[..., Job]]:
-    jobs: list[Job] = []
+def start(tmp_path) -> Iterator[Callable[..., Planned]]:
+    jobs: list[Planned] = []
 
-    def make(grace_s: float = 60, **plan: Any) -> Job:
-        jobs.append(Job(tmp_path, grace_s, plan))
+    def make(grace_s: float = 60, **plan: Any) -> Planned:
+        jobs.append(Planned(tmp_path, grace_s, plan))
         return jobs[-1]
 
     yield make
     for job in jobs:
-        for process in [*psutil.Process().children(recursive=True)] if job.process.poll() is None else []:
-            process.kill()
-        job.process.wait()
+        job.kill()
 
 
 def test_done(start):
     job = start(code=0, record=0)
-    assert job.end() == (0, "")
+    assert job.ended() == (0, "")
     cores = len(os.sched_getaffinity(0))
     assert json.loads((job.folder / "up1").read_text())[2] == str(max(1, cores // 2))
 
 
 def test_a_failing_rank(start):
-    code, output = start(code=1).end()
+    code, output = start(code=1).ended()
     assert code == 1 and "a rank failed" in output
 
 
 def test_a_code_of_ours(start):
-    code, output = start(code=2, record=2).end()
+    code, output = start(code=2, record=2).ended()
     assert code == 2 and "exit code 2: so planned (step 5)" in output
 
 
@@ -205,7 +181,7 @@ def test_the_record_of_a_stopped_job_is_waited_for(tmp_path):
 
 
 def test_a_killed_rank(start):
-    code, output = start(code=0, killed=1, trains=True).end()
+    code, output = start(code=0, killed=1, trains=True).ended()
     assert code == 137 and "a rank was killed by SIGKILL" in output
 
 
@@ -213,7 +189,7 @@ def test_preemption(start):
     job = start(code=75, record=75, trains=True, saves=True, helper=True)
     job.ranks()
     job.process.send_signal(signal.SIGTERM)
-    code, output = job.end()
+    code, output = job.ended()
     assert code == 75 and "telling 2 ranks to save and stop" in output and "the same command goes on" in output
     assert [(job.folder / f"told{rank}").read_text() for rank in range(2)] == ["1", "1"]
     assert not list(job.folder.glob("helper-told?"))
@@ -228,14 +204,14 @@ def test_the_second_signal_kills(start):
     assert job.process.poll() is None
     before = time.monotonic()
     job.process.send_signal(signal.SIGTERM)
-    code, _ = job.end()
+    code, _ = job.ended()
     assert code == 137 and time.monotonic() - before < 45
 
 
 def test_ranks_whose_launcher_was_killed(start):
     job = start(grace_s=1, code=0, record=0, deaf=True)
     os.kill(job.ranks()[0][1], signal.SIGKILL)
-    code, output = job.end()
+    code, output = job.ended()
     assert code == 1 and "deepspeed ended without its ranks" in output and "left no record" in output
 
 
@@ -243,7 +219,7 @@ def test_a_signal_before_there_are_ranks(start):
     job = start(code=0, record=0)
     job.wait_for(lambda: bool(psutil.Process(job.process.pid).children()))
     job.process.send_signal(signal.SIGTERM)
-    assert job.end()[0] == 143
+    assert job.ended()[0] == 143
     assert not list(job.folder.glob("up?"))
 
 

@@ -18,7 +18,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -84,8 +84,14 @@ class Host:
         """The command that runs `words` on this host."""
         return ["nsenter", "--target", str(self._pid), "--net", "--uts", "--mount", "--pid", *_here(), *words]
 
-    def start(self, *words: str, environment: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen:
+    def popen(
+        self, words: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen:
+        """`subprocess.Popen` of a command on this host, `environment` beside its own."""
         return subprocess.Popen(self.words(*words), env={**self.environment, **(environment or {})}, **options)
+
+    def start(self, *words: str, **options: Any) -> subprocess.Popen:
+        return self.popen(words, **options)
 
     def call(
         self, *words: str, environment: Mapping[str, str] | None = None, timeout: float = 240, **options: Any

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.chaos import Fault, Watchdog, chaos, check_end, compare
+from benchmarks.chaos.__main__ import chaos
+from benchmarks.chaos.judge import Fault, Watchdog, check_end, compare
 from common.files import sha256_of
 from pretrain.checkpoints.folder import FORMAT, LATEST, MANIFEST, STATE, name_of
 

@@ -10,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from benchmarks.processes import Job, until
 from pretrain.config import load
 from tests.support.hosts import Host, Hosts, needs_hosts
 from tests.support.ranks import run_ranks
@@ -59,7 +60,7 @@ def on_one_host(config: Path) -> dict[int, float]:
     return dict(enumerate(run_ranks(run_to_end, 1, base, cfg=load(config, [f"run={base / 'one'}"]))[0], start=1))
 
 
-class Job:
+class Endless(Job):
     """`launch run` of an endless job on the first host, past its first steps."""
 
     def __init__(
@@ -68,37 +69,27 @@ class Job:
         self.hosts, self.run = hosts, folder / "run"
         endless = {"train__steps": 10**6, "logging__every": 1, "timeouts__heartbeat_s": 10, "optim__lr": 1e-5}
         path = config(folder, **{**endless, **changes})
-        self.output = folder / "output"
-        with self.output.open("w") as file:
-            words = [*LAUNCH, str(path), "--hostfile", str(hosts.hostfile()), *more]
-            self.process = hosts[0].start(*words, environment=environment, stdout=file, stderr=subprocess.STDOUT)
+        words = [*LAUNCH, str(path), "--hostfile", str(hosts.hostfile()), *more]
+        super().__init__(words, folder / "output", hosts[0].popen, environment=environment)
         self.wait_for(lambda: 3 in losses(self.run))
-
-    def told(self) -> str:
-        return self.output.read_text()
-
-    def wait_for(self, happened: Callable[[], bool], seconds: float = 240) -> None:
-        deadline = time.monotonic() + seconds
-        while not happened():
-            assert self.process.poll() is None, self.told()
-            assert time.monotonic() < deadline, self.told()
-            time.sleep(0.1)
 
     def rank_on(self, host: Host) -> int:
         """The process id, as this machine counts, of the rank on a host."""
         return host.running("-u -m pretrain ")[0]
 
-    def end(self) -> tuple[int, str]:
-        """Exit code and output, in time, with no rank left anywhere."""
+    def end_in_time(self) -> tuple[int, str]:
+        """Exit code and output, with no rank left anywhere."""
         began = time.monotonic()
-        code = self.process.wait(IN_TIME_S)
-        while any(host.running("-m pretrain ") for host in self.hosts):
-            assert time.monotonic() - began < IN_TIME_S, "ranks are left"
-            time.sleep(0.1)
-        return code, self.told()
+        code = self.end(IN_TIME_S)
+        no_ranks_within(IN_TIME_S - (time.monotonic() - began), self.hosts)
+        return code, self.said()
 
     def last_lines(self) -> str:
-        return "\n".join(self.told().splitlines()[-30:])
+        return "\n".join(self.said().splitlines()[-30:])
+
+
+def no_ranks_within(limit_s: float, hosts: Hosts) -> None:
+    assert until(lambda: not any(host.running("-m pretrain ") for host in hosts), limit_s), "ranks are left"
 
 
 def test_three_hosts_train_as_one_does(tmp_path: Path) -> None:
@@ -135,17 +126,17 @@ def test_open_mpi_trains_as_one_host_does(tmp_path: Path, hosts: Hosts) -> None:
 
 
 def test_a_killed_rank_is_named(tmp_path: Path, hosts: Hosts) -> None:
-    job = Job(hosts, tmp_path)
+    job = Endless(hosts, tmp_path)
     os.kill(job.rank_on(hosts[1]), signal.SIGKILL)
-    code, told = job.end()
+    code, told = job.end_in_time()
     assert code not in (0, 75)
     assert "rank 1 on node2 failed first: it left no word" in job.last_lines(), told
 
 
 def test_a_host_that_is_cut_off_is_named(tmp_path: Path, hosts: Hosts) -> None:
-    job = Job(hosts, tmp_path)
+    job = Endless(hosts, tmp_path)
     hosts[1].cut()
-    code, told = job.end()
+    code, told = job.end_in_time()
     assert code not in (0, 75)
     assert "rank 1 on node2 failed first" in job.last_lines(), told
     assert "node2 cannot be reached" in job.last_lines(), told
@@ -166,9 +157,9 @@ def test_bad_input_on_one_host_is_told_with_that_host(tmp_path: Path, hosts: Hos
 
 
 def test_a_frozen_rank_is_named_and_its_stacks_are_kept(tmp_path: Path, hosts: Hosts) -> None:
-    job = Job(hosts, tmp_path)
+    job = Endless(hosts, tmp_path)
     os.kill(job.rank_on(hosts[1]), signal.SIGSTOP)
-    code, told = job.end()
+    code, told = job.end_in_time()
     assert code not in (0, 75)
     assert "rank 1 on node2 failed first" in job.last_lines(), told
     stacks = (tmp_path / "run" / "failures" / "rank-0.stacks").read_text()
@@ -177,11 +168,11 @@ def test_a_frozen_rank_is_named_and_its_stacks_are_kept(tmp_path: Path, hosts: H
 
 def test_a_failed_job_finishes_on_the_hosts_that_answer(tmp_path: Path, hosts: Hosts) -> None:
     more = ["--max-restarts", "2", "--elastic"]
-    job = Job(hosts, tmp_path, *more, train__steps=30, checkpoint__every=2, optim__lr=0.01)
+    job = Endless(hosts, tmp_path, *more, train__steps=30, checkpoint__every=2, optim__lr=0.01)
     hosts[1].cut()
-    code = job.process.wait(400)
-    assert code == 0, job.told()
-    assert "restart 1 of 2" in job.told() and "without node2" in job.told()
+    code = job.end(400)
+    assert code == 0, job.said()
+    assert "restart 1 of 2" in job.said() and "without node2" in job.said()
     one, cut = on_one_host(tmp_path / "config.yaml"), losses(tmp_path / "run")
     assert list(cut) == list(range(1, 31)) and cut == pytest.approx(one, abs=5e-5)
 
@@ -190,9 +181,9 @@ def test_a_failed_job_finishes_on_the_hosts_that_answer(tmp_path: Path, hosts: H
 def test_a_stop_of_the_launcher_or_a_rank_saves_on_all_hosts(
     tmp_path: Path, hosts: Hosts, who: str, how: signal.Signals
 ) -> None:
-    job = Job(hosts, tmp_path)
+    job = Endless(hosts, tmp_path)
     os.kill(hosts[0].running("-m launch run ")[0] if who == "launcher" else job.rank_on(hosts[1]), how)
-    code, told = job.end()
+    code, told = job.end_in_time()
     assert code == 75, told
     ended = json.loads((job.run / "exit.json").read_text())
     assert (job.run / "checkpoints" / f"step-{ended['step']:08d}").is_dir()
@@ -200,13 +191,10 @@ def test_a_stop_of_the_launcher_or_a_rank_saves_on_all_hosts(
 
 def test_ranks_on_other_hosts_do_not_outlive_the_launcher(tmp_path: Path, hosts: Hosts) -> None:
     """They save first: nothing failed but the launcher."""
-    job = Job(hosts, tmp_path)
+    job = Endless(hosts, tmp_path)
     os.kill(hosts[0].running("-m launch run ")[0], signal.SIGKILL)
     job.process.wait()
-    began = time.monotonic()
-    while any(host.running("-m pretrain ") for host in hosts):
-        assert time.monotonic() - began < IN_TIME_S, "ranks are left"
-        time.sleep(0.1)
+    no_ranks_within(IN_TIME_S, hosts)
     assert json.loads((job.run / "exit.json").read_text())["code"] == 75
 
 

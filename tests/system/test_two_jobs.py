@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
+from benchmarks.processes import Job, kill
 from pretrain.config import load
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
@@ -34,18 +33,16 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[..., Job]]:
-    made: list[Job] = []
+def start(tmp_path: Path) -> Iterator[Callable[..., Training]]:
+    made: list[Training] = []
 
-    def make(command: list[str], *more: str) -> Job:
-        made.append(Job(tmp_path, command, *more))
+    def make(command: list[str], *more: str) -> Training:
+        made.append(Training(tmp_path, command, *more))
         return made[-1]
 
     yield make
     for job in made:
-        for process in job.processes():
-            process.kill()
-        job.process.wait()
+        job.kill()
 
 
 def config(folder: Path, **changes: Any) -> Path:
@@ -58,33 +55,13 @@ def config(folder: Path, **changes: Any) -> Path:
     return path
 
 
-class Job:
-    """A command on `config.yaml`, its output in a file."""
+class Training(Job):
+    """A command on `config.yaml`."""
 
     def __init__(self, folder: Path, command: list[str], *more: str) -> None:
-        self.folder, self.run = folder, folder / "run"
-        self.output = folder / f"output-{time.monotonic_ns()}"
+        self.run = folder / "run"
         words = [*command, str(folder / "config.yaml"), *more]
-        with self.output.open("w") as file:
-            self.process = subprocess.Popen(words, stdout=file, stderr=subprocess.STDOUT)
-
-    def told(self) -> str:
-        return self.output.read_text()
-
-    def processes(self) -> list[psutil.Process]:
-        if self.process.poll() is not None:
-            return []
-        me = psutil.Process(self.process.pid)
-        return [me, *me.children(recursive=True)]
-
-    def end(self) -> int:
-        return self.process.wait(240)
-
-    def wait_for(self, happened: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 240
-        while not happened():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.told()
-            time.sleep(0.05)
+        super().__init__(words, folder / f"output-{time.monotonic_ns()}")
 
     def steps(self) -> int:
         return len(losses(self.run))
@@ -109,16 +86,16 @@ def belongings(run: Path) -> dict[str, bytes | None]:
     }
 
 
-def assert_unharmed(job: Job, folder: Path) -> None:
+def assert_unharmed(job: Training, folder: Path) -> None:
     """It trains on, ends as it is told to, and its losses are those of the same job alone."""
     job.wait_for_steps(3)
     job.process.send_signal(signal.SIGTERM)
-    assert job.end() == 75, job.told()
-    found = losses(job.run)
-    assert json.loads((job.run / "exit.json").read_text())["step"] == len(found)
-    changes = [f"run={folder / 'alone'}", f"train.steps={min(len(found), 40)}"]
+    assert job.end() == 75, job.said()
+    trained = losses(job.run)
+    assert json.loads((job.run / "exit.json").read_text())["step"] == len(trained)
+    changes = [f"run={folder / 'alone'}", f"train.steps={min(len(trained), 40)}"]
     alone = run_ranks(run_to_end, 1, folder, cfg=load(folder / "config.yaml", changes))[0]
-    assert found[: len(alone)] == alone
+    assert trained[: len(alone)] == alone
     assert not (job.run / "failures").exists()
 
 
@@ -138,7 +115,7 @@ SECONDS = [
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("first", [DIRECT, LAUNCHED], ids=["over a direct one", "over a launched one"])
 def test_whatever_is_started_in_a_folder_that_is_trained_in_is_refused(
-    tmp_path: Path, start: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, first: list[str]
+    tmp_path: Path, start: Callable[..., Training], monkeypatch: pytest.MonkeyPatch, first: list[str]
 ) -> None:
     config(tmp_path, **ENDLESS)
     job = start(first)
@@ -147,12 +124,12 @@ def test_whatever_is_started_in_a_folder_that_is_trained_in_is_refused(
 
     def check_refused(second: list[str], words: list[str], told: str) -> None:
         refused = start(second, *(word.format(folder=tmp_path) for word in words))
-        assert refused.end() == 2, refused.told()
-        assert told in refused.told() and "Traceback" not in refused.told(), refused.told()
+        assert refused.end() == 2, refused.said()
+        assert told in refused.said() and "Traceback" not in refused.said(), refused.said()
         if told == HELD:
-            assert f"process {job.process.pid} on " in refused.told() and "config.yaml" in refused.told()
-        assert belongings(job.run) == before, refused.told()
-        assert job.process.poll() is None, job.told()
+            assert f"process {job.process.pid} on " in refused.said() and "config.yaml" in refused.said()
+        assert belongings(job.run) == before, refused.said()
+        assert job.process.poll() is None, job.said()
 
     for second, words, told in SECONDS:
         check_refused(second, words, told)
@@ -166,7 +143,7 @@ def test_whatever_is_started_in_a_folder_that_is_trained_in_is_refused(
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("first", [DIRECT, LAUNCHED], ids=["direct", "launched"])
 def test_a_job_that_is_still_loaded_is_not_disturbed(
-    tmp_path: Path, start: Callable[..., Job], first: list[str]
+    tmp_path: Path, start: Callable[..., Training], first: list[str]
 ) -> None:
     config(tmp_path, train__steps=8)
     job = start(first)
@@ -174,8 +151,8 @@ def test_a_job_that_is_still_loaded_is_not_disturbed(
     seconds = [start(DIRECT), start(LAUNCHED, "optim.lr=0.5")]
     assert not losses(job.run)
     assert [second.end() for second in seconds] == [2, 2]
-    assert all(HELD in second.told() for second in seconds)
-    assert job.end() == 0, job.told()
+    assert all(HELD in second.said() for second in seconds)
+    assert job.end() == 0, job.said()
     alone = run_ranks(run_to_end, 1, tmp_path, cfg=load(tmp_path / "config.yaml", [f"run={tmp_path / 'alone'}"]))[0]
     assert losses(job.run) == alone and len(alone) == 8
     assert json.loads((job.run / "exit.json").read_text())["code"] == 0
@@ -188,7 +165,7 @@ def test_a_job_that_is_still_loaded_is_not_disturbed(
     }
 
 
-def test_what_an_earlier_job_left_is_not_taken_for_this_ones(tmp_path: Path, start: Callable[..., Job]) -> None:
+def test_what_an_earlier_job_left_is_not_taken_for_this_ones(tmp_path: Path, start: Callable[..., Training]) -> None:
     """With an id of its own, and as it was written when there were no ids."""
     config(tmp_path, train__steps=3)
     run = tmp_path / "run"
@@ -199,18 +176,18 @@ def test_what_an_earlier_job_left_is_not_taken_for_this_ones(tmp_path: Path, sta
     (run / "exit.json").write_text('{"code": 4, "reason": "of an earlier job", "step": 2}')
     (run / "lock").touch()
     job = start(LAUNCHED)
-    assert job.end() == 0, job.told()
+    assert job.end() == 0, job.said()
     assert json.loads((run / "exit.json").read_text())["code"] == 0
     assert {path.name for path in (run / "failures-1").iterdir()} == {"rank-0.json", "rank-1.json"}
 
 
-def test_a_refused_job_leaves_the_record_of_the_one_before(tmp_path: Path, start: Callable[..., Job]) -> None:
+def test_a_refused_job_leaves_the_record_of_the_one_before(tmp_path: Path, start: Callable[..., Training]) -> None:
     config(tmp_path, train__steps=3)
     assert start(DIRECT).end() == 0
     before = (tmp_path / "run" / "exit.json").read_bytes(), (tmp_path / "run" / "config.yaml").read_bytes()
     for command in (DIRECT, LAUNCHED):
         refused = start(command, "optim.lr=0.5")
-        assert refused.end() == 2 and "optim.lr was 0.01 and is 0.5" in refused.told(), refused.told()
+        assert refused.end() == 2 and "optim.lr was 0.01 and is 0.5" in refused.said(), refused.said()
         assert (
             (tmp_path / "run" / "exit.json").read_bytes(),
             (tmp_path / "run" / "config.yaml").read_bytes(),
@@ -219,7 +196,7 @@ def test_a_refused_job_leaves_the_record_of_the_one_before(tmp_path: Path, start
 
 @pytest.mark.timeout(600)
 def test_ranks_whose_launcher_was_killed_save_and_leave_before_the_next_job_begins(
-    tmp_path: Path, start: Callable[..., Job]
+    tmp_path: Path, start: Callable[..., Training]
 ) -> None:
     config(tmp_path, **ENDLESS)
     killed = start(LAUNCHED)
@@ -229,18 +206,16 @@ def test_ranks_whose_launcher_was_killed_save_and_leave_before_the_next_job_begi
     killed.process.wait()
     after = start(LAUNCHED)
     try:
-        after.wait_for(lambda: "resumed from" in after.told())
-        assert "its launcher is gone; waiting until its ranks have left" in after.told()
+        after.wait_for(lambda: "resumed from" in after.said())
+        assert "its launcher is gone; waiting until its ranks have left" in after.said()
     finally:
-        for process in left:
-            if process.is_running():
-                process.kill()
+        kill(left)
     after.process.send_signal(signal.SIGTERM)
-    assert after.end() == 75, after.told()
+    assert after.end() == 75, after.said()
 
 
 @pytest.mark.timeout(600)
-def test_ranks_without_a_launcher_agree_on_one_job(tmp_path: Path, start: Callable[..., Job]) -> None:
+def test_ranks_without_a_launcher_agree_on_one_job(tmp_path: Path, start: Callable[..., Training]) -> None:
     """Under torchrun: a second one is refused, and a rank that fails leaves a record with the id of the job."""
     config(tmp_path, **ENDLESS, timeouts__heartbeat_s=5)
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port"]
@@ -248,7 +223,7 @@ def test_ranks_without_a_launcher_agree_on_one_job(tmp_path: Path, start: Callab
     job.wait_for_steps(2)
     before = belongings(job.run)
     refused = start([*words, "20612", "-m", "pretrain"])
-    assert refused.end() != 0 and HELD in refused.told(), refused.told()
+    assert refused.end() != 0 and HELD in refused.said(), refused.said()
     assert belongings(job.run) == before
     job.wait_for_steps(2)
     ranks = [process for process in job.processes() if process.environ().get("RANK") == "1"]

@@ -5,32 +5,45 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.study.algorithmic_results import ENOUGH
 from pretrain.study.page import layout
-from pretrain.study.page.charts import (
-    Axis,
-    Interval,
-    Rule,
-    Series,
-    intervals,
-    line_chart,
-    percent,
-)
-from pretrain.study.page.layout import written
+from pretrain.study.page.charts.axes import Axis
+from pretrain.study.page.charts.intervals import Interval, intervals
+from pretrain.study.page.charts.lines import Rule, Series, line_chart
+from pretrain.study.page.charts.numbers import percent, whole
+from pretrain.study.page.layout import Section, plural, small, written
 from pretrain.study.tasks import TASKS
 
-SIZE = (300, 230)
 NARROW = 190.0
 ROOM = 1.6  # above the last epoch, for crosses
-MEASURES = (  # at the largest share: of a cell, heading, of what, unit, form
-    ("test_accuracy", "Accuracy", "test examples", "share of examples", percent),
-    ("prototypes_explained", "Two components", "prototypes", "share of variance", percent),
-    ("embedding_explained", "Two components", "embeddings", "share of variance", percent),
-    ("prototypes_crystal", "Crystal", "prototypes", "score", "{:.2f}".format),
-    ("embedding_crystal", "Crystal", "embeddings", "score", "{:.2f}".format),
+
+
+class Measure(NamedTuple):
+    """A figure of a cell at the largest share of the examples."""
+
+    key: str
+    heading: str
+    of: str
+    unit: str
+    form: Callable[[float], str]
+
+
+MEASURES = (
+    Measure("test_accuracy", "Accuracy", "test examples", "share of examples", percent),
+    Measure("prototypes_explained", "Two components", "prototypes", "share of variance", percent),
+    Measure("embedding_explained", "Two components", "embeddings", "share of variance", percent),
+    Measure("prototypes_crystal", "Crystal", "prototypes", "score", "{:.2f}".format),
+    Measure("embedding_crystal", "Crystal", "embeddings", "score", "{:.2f}".format),
 )
+CELLS = {  # of the table, in its order
+    "test_accuracy": "{:.0%}",
+    "prototypes_explained": "{:.0%}",
+    "prototypes_crystal": "{:.2f}",
+    "embedding_explained": "{:.0%}",
+    "embedding_crystal": "{:.2f}",
+}
 
 Entry = Mapping[str, Any]
 
@@ -38,18 +51,13 @@ Entry = Mapping[str, Any]
 def page(results: Mapping[str, Any]) -> str:
     """The HTML of a study. `results`: as in its results.json."""
     study = _Study(results)
-    places = {"results": "Results", **{task: study.name_of(task) for task in study.tasks}, "methods": "Methods"}
-    parts = [
-        _opening(study),
-        layout.contents(places),
-        _facts(study),
-        layout.section("results", "What came out", _comparison(study) + _data_needed(study)),
-        layout.toggles("Choose the heads that the plots show", study.heads),
-        *(layout.section(task, study.name_of(task), _task(study, task)) for task in study.tasks),
-        layout.section("methods", "How it was done", _methods(study)),
-        f"<footer>{len(study.cells)} cells, each of them counted. This file needs no network.</footer>",
+    sections = [
+        Section("results", "Results", "What came out", _comparison(study) + _data_needed(study)),
+        *(Section(task, _name(task), _name(task), _task(study, task)) for task in study.tasks),
+        Section("methods", "Methods", "How it was done", _methods(study)),
     ]
-    return layout.document(study.title, "\n".join(parts), len(study.heads))
+    footer = f"{len(study.cells)} cells, each of them counted."
+    return layout.document(study.title, _lede(study), _facts(study), sections, study.heads, footer)
 
 
 class _Study:
@@ -64,49 +72,47 @@ class _Study:
         self.tasks = [str(task) for task in self.config["tasks"]]
         self.networks = [str(network["kind"]) for network in self.config["networks"]]
         self.cells: Sequence[Entry] = results["cells"]
-        self.summary = {(one["task"], one["network"], one["head"]): one for one in results["summary"]}
-        self.comparison = {(one["network"], one["head"]): one for one in results["comparison"]}
-
-    @staticmethod
-    def name_of(task: str) -> str:
-        return task.replace("_", " ").capitalize()
+        self.summary = {(entry["task"], entry["network"], entry["head"]): entry for entry in results["summary"]}
+        self.comparison = {(entry["network"], entry["head"]): entry for entry in results["comparison"]}
 
     def of(self, task: str, network: str, head: str, fraction: float) -> list[Entry]:
         """The cells, one for each seed."""
-        wanted = task, network, head, fraction
-        return [one for one in self.cells if (one["task"], one["network"], one["head"], one["fraction"]) == wanted]
+        wanted = {"task": task, "network": network, "head": head, "fraction": fraction}
+        return [cell for cell in self.cells if all(cell[key] == value for key, value in wanted.items())]
 
-    def named(self, head: str, more: str = "") -> str:
-        return layout.named(self.heads.index(head), head, escape(more))
+    def named(self, head: str, network: str) -> str:
+        return layout.named(self.heads.index(head), head, escape(network))
 
     def rows(self) -> Iterable[tuple[str, str]]:
         """Networks and heads, in the order of tables."""
         return ((network, head) for network in self.networks for head in self.heads)
 
 
+def _name(task: str) -> str:
+    return task.replace("_", " ").capitalize()
+
+
 # ---- opening and overview
 
 
-def _opening(study: _Study) -> str:
-    told = (
+def _lede(study: _Study) -> str:
+    return (
         f"{len(study.heads)} output heads on {len(study.tasks)} tasks whose answers have a known structure: from which "
         "share of all examples does a small network come to answer the rest, in how many epochs, and how do its "
         "prototypes lie then?"
     )
-    return layout.opening(study.title, told)
 
 
 def _facts(study: _Study) -> str:
-    config = study.config
-    seeds, choice = config["seeds"], config["choice"]
-    tried = ", ".join(f"({one['lr']:g}, {one['weight_decay']:g})" for one in choice["candidates"])
-    shapes = [", ".join(f"{key} {value}" for key, value in one.items()) for one in config["networks"]]
+    seeds, choice = study.config["seeds"], study.config["choice"]
+    tried = ", ".join(f"({candidate['lr']:g}, {candidate['weight_decay']:g})" for candidate in choice["candidates"])
+    shapes = [", ".join(f"{key} {value}" for key, value in network.items()) for network in study.config["networks"]]
     chosen = f"on seeds {', '.join(map(str, choice['seeds']))}" if choice["seeds"] else "given"
     return layout.facts(
         [
             ("Cells", f"{len(study.cells):,}", "one task, network, head, share of the examples and seed each"),
             ("Seeds", str(len(seeds)), escape(", ".join(map(str, seeds)))),
-            ("Width", written(config["dim"]), "of embeddings, features and prototypes"),
+            ("Width", written(study.config["dim"]), "of embeddings, features and prototypes"),
             ("Networks", str(len(shapes)), escape("; ".join(shapes).replace("kind ", ""))),
             ("Rate, weight decay", escape(tried), f"{chosen}, for each task, network and head"),
             ("Versions", f"torch {written(study.results['torch'])}", written(study.results["machine"])),
@@ -128,15 +134,13 @@ def _comparison(study: _Study) -> str:
     )
     rows = []
     for network, head in study.rows():
-        one = study.comparison[network, head]
-        ratio = written(one["epochs_ratio"], "{:.2f}") + (f"<small>of {one['both']}</small>" if one["both"] else "")
+        entry = study.comparison[network, head]
         rows.append(
             [
                 study.named(head, network),
-                f"{one['generalised']}<small>of {one['cells']}</small>",
-                written(one["lost"]),
-                *(written(one[key]) for key in ("less_data", "more_data", "only_it", "only_baseline")),
-                ratio,
+                written(entry["generalised"], "{}") + small(f"of {entry['cells']}"),
+                *(written(entry[key]) for key in ("lost", "less_data", "more_data", "only_it", "only_baseline")),
+                written(entry["epochs_ratio"], "{:.2f}") + small(f"of {entry['both']}" if entry["both"] else ""),
             ]
         )
     words = (
@@ -144,40 +148,42 @@ def _comparison(study: _Study) -> str:
         "are of the same task, network, share and seed. Cells of one seed are no independent trials: its smaller "
         "shares lie within its larger ones."
     )
-    return f'<p class="soft">{escape(words)}</p>' + layout.table("Heads compared", columns, rows)
+    return layout.soft(words) + layout.table("Heads compared", columns, rows)
 
 
 def _data_needed(study: _Study) -> str:
-    columns = ("head", *(escape(study.name_of(task)) for task in study.tasks))
+    columns = ("head", *(escape(_name(task)) for task in study.tasks))
     rows = []
     for network, head in study.rows():
-        cells = []
-        for task in study.tasks:
-            one = study.summary[task, network, head]
-            examples = f"<small>{one['examples_needed']:,} examples</small>" if one["examples_needed"] else ""
-            cells.append(written(one["data_needed"], "{:.0%}", "more") + examples)
+        entries = [study.summary[task, network, head] for task in study.tasks]
+        cells = [
+            written(entry["data_needed"], "{:.0%}", "more")
+            + small(f"{entry['examples_needed']:,} examples" if entry["examples_needed"] else "")
+            for entry in entries
+        ]
         rows.append([study.named(head, network), *cells])
     words = (
         f"The least share of the examples at which at least {percent(ENOUGH)} of the seeds generalise, among those "
         "tried; more: none of them is enough."
     )
-    return f'<h3>Data needed</h3><p class="soft">{escape(words)}</p>' + layout.table("Data needed", columns, rows)
+    return "<h3>Data needed</h3>" + layout.soft(words) + layout.table("Data needed", columns, rows)
 
 
 # ---- a task
 
 
 def _task(study: _Study, task: str) -> str:
-    whole = TASKS[task]()
+    examples = TASKS[task]()
     about = (TASKS[task].__doc__ or "").strip()
     epochs = study.config["tasks"][task]["epochs"]
-    told = f"{about} {len(whole.answers):,} examples, {whole.classes} classes, {epochs:,} epochs."
     cells = [cell for cell in study.cells if cell["task"] == task]
-    measures = [one for one in MEASURES if any(cell[one[0]] is not None for cell in cells)]
+    measures = [measure for measure in MEASURES if any(cell[measure.key] is not None for cell in cells)]
     return (
-        f'<p class="soft">{escape(told)}</p>'
+        layout.soft(f"{about} {len(examples.answers):,} examples, {examples.classes} classes, {epochs:,} epochs.")
         + layout.grid((_epochs(study, task, network) for network in study.networks), "pair")
-        + layout.grid((_measure(study, task, network, *one) for network in study.networks for one in measures), "small")
+        + layout.grid(
+            (_measured(study, task, network, measure) for network in study.networks for measure in measures), "small"
+        )
         + _table(study, task)
     )
 
@@ -191,64 +197,47 @@ def _epochs(study: _Study, task: str, network: str) -> str:
     for style, head in enumerate(study.heads):
         aside = 0.07 * room * (style - (len(study.heads) - 1) / 2)  # heads would hide one another
         medians, seeds, never = [], [], []
-        for one in study.summary[task, network, head]["fractions"]:
-            at = one["fraction"] + aside
-            medians.append((at, one["median_epochs_to_generalise"]))
-            cells = study.of(task, network, head, one["fraction"])
+        for entry in study.summary[task, network, head]["fractions"]:
+            at = entry["fraction"] + aside
+            medians.append((at, entry["median_epochs_to_generalise"]))
+            cells = study.of(task, network, head, entry["fraction"])
             seeds += [(at, cell["epochs_to_generalise"]) for cell in cells]
-            if one["never"]:
-                never.append((at, f"{one['never']} of {one['seeds']} seeds never generalise"))
+            if entry["never"]:
+                never.append((at, f"{entry['never']} of {entry['seeds']} seeds never generalise"))
         series.append(Series(head, medians, style, dots=seeds, crosses=never))
 
     def share(place: float) -> str:
         return percent(min(fractions, key=lambda fraction: abs(fraction - place)))
 
+    lowest, highest = 0.8 * min(reached), ROOM * epochs  # the same for all networks
     svg = line_chart(
-        f"{study.name_of(task)}, {network}: epochs to generalise by share of the examples",
+        f"{_name(task)}, {network}: epochs to generalise by share of the examples",
         series,
-        Axis(
-            "of the examples",
-            low=fractions[0] - room / 4,
-            high=fractions[-1] + room / 4,
-            form=percent,
-            told=share,
-        ),
-        Axis(
-            "epochs",
-            log=True,
-            low=0.8 * min(reached),  # the same for all networks
-            high=ROOM * epochs,
-            told=lambda epoch: f"{epoch:,.0f}",
-        ),
-        size=SIZE,
+        Axis("of the examples", False, fractions[0] - room / 4, fractions[-1] + room / 4, form=percent, told=share),
+        Axis("epochs", log=True, low=lowest, high=highest, told=whole),
         direct=False,
         rules=[Rule(epochs, "last epoch", left=True)],
     )
-    small = "dots: seeds; line: their median; cross: seeds that never do"
-    caption = f"{escape(network)}: epochs to generalise <small>{small}</small>"
+    legend = small("dots: seeds; line: their median; cross: seeds that never do")
+    caption = f"{escape(network)}: epochs to generalise {legend}"
     return layout.figure(svg, caption, "No seed of any head generalises.")
 
 
-def _measure(
-    study: _Study, task: str, network: str, key: str, heading: str, of: str, unit: str, form: Callable[[float], str]
-) -> str:
+def _measured(study: _Study, task: str, network: str, measure: Measure) -> str:
     largest = study.config["tasks"][task]["fractions"][-1]
     rows = []
     for style, head in enumerate(study.heads):
-        mean = study.summary[task, network, head]["fractions"][-1][key]["mean"]
-        values = [one[key] for one in study.of(task, network, head, largest) if one[key] is not None]
+        mean = study.summary[task, network, head]["fractions"][-1][measure.key]["mean"]
+        cells = study.of(task, network, head, largest)
+        values = [cell[measure.key] for cell in cells if cell[measure.key] is not None]
         if mean is not None:
-            told = f"{form(mean)}, seeds {', '.join(map(form, values))}"
-            rows.append(Interval(head, style, mean, None, None, values, told))
-    svg = intervals(
-        f"{study.name_of(task)}, {network}: {heading.lower()} of {of} by head at {percent(largest)} of the examples",
-        rows,
-        Axis(unit, low=0.0, high=1.0, form=form),
-        width=NARROW,
-    )
+            tip = f"{measure.form(mean)}, seeds {', '.join(map(measure.form, values))}"
+            rows.append(Interval(head, style, mean, values=values, tip=tip))
+    label = f"{measure.heading.lower()} of {measure.of} by head at {percent(largest)} of the examples"
+    axis = Axis(measure.unit, low=0.0, high=1.0, form=measure.form)
     return layout.figure(
-        svg,
-        f"{heading} <small>{escape(network)}, {of}</small>",
+        intervals(f"{_name(task)}, {network}: {label}", rows, axis, width=NARROW),
+        f"{measure.heading} {small(f'{escape(network)}, {measure.of}')}",
         "It says nothing about this task.",
     )
 
@@ -267,37 +256,32 @@ def _table(study: _Study, task: str) -> str:
     )
     rows = []
     for network, head in study.rows():
-        one = study.summary[task, network, head]
-        at = one["fractions"][-1]
+        entry = study.summary[task, network, head]
+        at_largest = entry["fractions"][-1]
         rows.append(
             [
                 study.named(head, network),
-                f"{one['lr']:g}, {one['weight_decay']:g}",
-                *map(_reached, one["fractions"]),
-                _spread(at["test_accuracy"], "{:.0%}"),
-                *(
-                    _spread(at[f"{what}_{key}"], form)
-                    for what in ("prototypes", "embedding")
-                    for key, form in (("explained", "{:.0%}"), ("crystal", "{:.2f}"))
-                ),
+                f"{entry['lr']:g}, {entry['weight_decay']:g}",
+                *map(_reached, entry["fractions"]),
+                *(_spread(at_largest[key], form) for key, form in CELLS.items()),
             ]
         )
-    return layout.table(f"{study.name_of(task)}: figures", columns, rows)
+    return layout.table(f"{_name(task)}: figures", columns, rows)
 
 
-def _reached(one: Entry) -> str:
+def _reached(entry: Entry) -> str:
     """Median epochs, and what they do not tell: seeds that never got there, that lost it again, that diverged."""
-    notes = [f"{one['generalised']} of {one['seeds']} seeds"]
-    if one["kept"] != one["generalised"]:
-        notes.append(f"{one['kept']} at the end")
-    if one["diverged"]:
-        notes.append(f"{one['diverged']} diverged")
-    return written(one["median_epochs_to_generalise"], "{:,.0f}", "never") + f"<small>{', '.join(notes)}</small>"
+    notes = [f"{entry['generalised']} of {entry['seeds']} seeds"]
+    if entry["kept"] != entry["generalised"]:
+        notes.append(f"{entry['kept']} at the end")
+    if entry["diverged"]:
+        notes.append(f"{entry['diverged']} diverged")
+    return written(entry["median_epochs_to_generalise"], "{:,.0f}", "never") + small(", ".join(notes))
 
 
-def _spread(found: Entry, form: str) -> str:
-    off = written(found["deviation"], form, "")
-    return written(found["mean"], form) + (f"<small>± {off}</small>" if off else "")
+def _spread(entry: Entry, form: str) -> str:
+    deviation = written(entry["deviation"], form, "")
+    return written(entry["mean"], form) + small(f"± {deviation}" if deviation else "")
 
 
 # ---- methods
@@ -319,7 +303,7 @@ def _methods(study: _Study) -> str:
         "After ±": "The sample deviation over seeds; it is no interval of the mean.",
     }
     limits = [
-        f"{seeds} seed{'s' * (seeds != 1)}: a seed more or less is no difference.",
+        f"{plural(seeds, 'seed')}: a seed more or less is no difference.",
         "Never means not within these epochs. Longer training, other candidates, widths and exponents may turn any of "
         "this around.",
         "Few directions are no proof of having learnt, and a crystal is a crystal of these tasks alone.",

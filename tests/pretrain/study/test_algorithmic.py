@@ -20,9 +20,12 @@ from rich.console import Console
 
 from common.errors import ConfigError
 from common.settings import read_tree, validate
-from pretrain.study import algorithmic
-from pretrain.study.algorithmic import AlgorithmicConfig, Cell, Learner, read_cell, run, train_cell
-from pretrain.study.algorithmic_results import MEASURES, compare, summarise, table
+from pretrain.study import algorithmic, algorithmic_config
+from pretrain.study.algorithmic import read_cell, run
+from pretrain.study.algorithmic_cell import Learner, train_cell
+from pretrain.study.algorithmic_config import AlgorithmicConfig, Cell
+from pretrain.study.algorithmic_results import MEASURES, compare, summarise
+from pretrain.study.tables import algorithmic as table
 from pretrain.study.tasks import TASKS, split, training_examples
 
 RECIPE = Path("configs/study-algorithmic.yaml")
@@ -234,7 +237,7 @@ def test_cells_of_changed_settings_are_trained_and_others_are_not(
     with caplog.at_level(logging.WARNING):
         assert count(networks=[{"kind": "mlp", "hidden": 9}]) == 3
     assert f"{first} is of other settings" in caplog.text and f"{second} cannot be read" in caplog.text
-    monkeypatch.setattr(algorithmic, "VERSION", 2)
+    monkeypatch.setattr(algorithmic_config, "VERSION", 2)
     assert count() == 16
 
 

@@ -9,20 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.study.page.charts import (
-    Axis,
-    Outline,
-    Point,
-    Series,
-    intervals,
-    line_chart,
-    log_ticks,
-    radar,
-    scatter,
-    short,
-    spread,
-    ticks,
-)
+from pretrain.study.page.charts.axes import Axis
+from pretrain.study.page.charts.intervals import intervals
+from pretrain.study.page.charts.lines import Series, line_chart, spread
+from pretrain.study.page.charts.numbers import log_ticks, short, ticks
+from pretrain.study.page.charts.points import Point, scatter
+from pretrain.study.page.charts.radar import Outline, radar
 
 
 @given(st.floats(-1e9, 1e9), st.floats(1e-6, 1e9), st.integers(2, 8))

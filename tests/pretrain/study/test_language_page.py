@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
-from pretrain.study.page.language import page, shown, verdict
+from pretrain.study.page.language import page
+from pretrain.study.page.sections.prototypes import shown
+from pretrain.study.page.sections.study import verdict
 from tests.support.pages import Tree
 from tests.support.study_fixture import DIVERGED, HEADS, HOSTILE, study_results
 

@@ -1,0 +1,78 @@
+"""What benchmarks share: this machine in words, a console, times, and calls in processes of their own.
+
+torch is imported where it is asked for: help does without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import multiprocessing
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from common.machine import cpu_name
+
+if TYPE_CHECKING:
+    import torch
+
+
+def parser(name: str, document: str | None) -> argparse.ArgumentParser:
+    """Of `python -m benchmarks.NAME`, which its module's first line describes."""
+    return argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(document or "").split("\n")[0])
+
+
+def wide_console(width: int = 110) -> Console:
+    """In a file too, a row is a line."""
+    return Console(width=max(width, Console().width), highlight=False)
+
+
+def machine(device: str | torch.device) -> str:
+    """What it computes with, in words."""
+    import torch
+
+    device = torch.device(device)
+    if device.type == "cuda":
+        triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else "none"
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Triton {triton}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def wait(device: torch.device | None) -> None:
+    """Until the device has done what it was told; None: the processor, which has."""
+    if device is not None and device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(device)
+
+
+def timed(work: Callable[[], object], device: torch.device | None = None) -> float:
+    """Seconds."""
+    wait(device)
+    began = time.perf_counter()
+    result = work()
+    wait(device)
+    spent = time.perf_counter() - began
+    del result  # giving memory back is not part of it
+    return spent
+
+
+def apart(device: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls it in a process of its own on a CPU; here on a GPU, whose allocator tells rows apart, and where every
+    process would make a context anew.
+    """
+    if device.startswith("cuda"):
+        import torch
+
+        torch.cuda.empty_cache()
+        return function(*arguments)
+    return alone(function, *arguments)
+
+
+def alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls it in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)

@@ -1,0 +1,154 @@
+"""The settings of an algorithmic study (pretrain/study/algorithmic.py), and those of one of its cells."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, model_validator
+
+from model.config import HeadConfig
+from pretrain.study.tasks import TASKS, training_examples
+
+VERSION = 1  # of what a cell's settings mean: to be raised when the same settings would give other figures
+
+TaskName = Literal["modular_addition", "circle", "equivalence", "in_context", "permutation"]
+
+
+class MlpConfig(BaseModel, extra="forbid", frozen=True):
+    """Embeddings of the inputs side by side, two hidden layers with SiLU, D features."""
+
+    kind: Literal["mlp"]
+    hidden: int = Field(default=100, gt=0)
+
+
+class TransformerConfig(BaseModel, extra="forbid", frozen=True):
+    """A `Decoder` with learned positions, whose last hidden state predicts."""
+
+    kind: Literal["transformer"]
+    layers: int = Field(default=2, gt=0)
+    heads: int = Field(default=2, gt=0)
+
+
+NetworkConfig = Annotated[MlpConfig | TransformerConfig, Field(discriminator="kind")]
+
+
+class TaskConfig(BaseModel, extra="forbid", frozen=True):
+    fractions: tuple[float, ...] = Field(min_length=1)  # of all examples, to train on; ascending
+    epochs: int = Field(gt=0)  # updates: batches are full
+    evaluate_every: int = Field(default=5, gt=0)  # epochs; those to generalise are counted in these
+
+    @model_validator(mode="after")
+    def _rising_fractions(self) -> TaskConfig:
+        rising = all(a < b for a, b in itertools.pairwise(self.fractions))
+        if not rising or not all(0 < fraction < 1 for fraction in self.fractions):
+            raise ValueError(f"fractions={list(self.fractions)} must rise and lie between 0 and 1")
+        return self
+
+
+class Candidate(BaseModel, extra="forbid", frozen=True):
+    lr: float = Field(gt=0, allow_inf_nan=False)
+    weight_decay: float = Field(ge=0, allow_inf_nan=False)
+
+
+class ChoiceConfig(BaseModel, extra="forbid", frozen=True):
+    """Each candidate is trained at the task's largest fraction, where most heads can be told apart, with the seeds
+    given here. Taken is the one with which most of them end with GOAL of the test examples right; of those the one with
+    the fewest epochs until they first had it, in the median; of those the one with the best mean test accuracy; of
+    those the first.
+    """
+
+    candidates: tuple[Candidate, ...] = Field(min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
+
+    @model_validator(mode="after")
+    def _a_choice_has_seeds(self) -> ChoiceConfig:
+        if len(self.candidates) > 1 and not self.seeds:
+            raise ValueError(f"seeds: none given; {len(self.candidates)} candidates need at least one to choose by")
+        return self
+
+
+class AlgorithmicConfig(BaseModel, extra="forbid", frozen=True):
+    kind: Literal["algorithmic"]
+    title: str
+    out: Path
+    processes: int = Field(default=1, gt=0)  # cells at once, each on one thread
+    tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
+    networks: tuple[NetworkConfig, ...] = Field(min_length=1)
+    heads: dict[str, HeadConfig] = Field(min_length=1)
+    baseline: str  # one of the heads, which the others are compared with
+    dim: int = Field(default=16, gt=1)  # of embeddings, features and prototypes
+    betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
+    choice: ChoiceConfig
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _every_cell_once(self) -> AlgorithmicConfig:
+        for name, values in (
+            ("networks", [network.kind for network in self.networks]),
+            ("seeds", list(self.seeds)),
+            ("choice.seeds", list(self.choice.seeds)),
+            ("choice.candidates", [(candidate.lr, candidate.weight_decay) for candidate in self.choice.candidates]),
+        ):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={values} must differ from each other")
+        common = set(self.seeds) & set(self.choice.seeds)
+        if common:
+            raise ValueError(f"choice.seeds and seeds share {sorted(common)}: what is reported must not have chosen")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas={list(self.betas)} must lie in [0, 1)")
+        return self
+
+    @model_validator(mode="after")
+    def _baseline_is_a_head(self) -> AlgorithmicConfig:
+        if self.baseline not in self.heads:
+            raise ValueError(f"baseline={self.baseline} is none of the heads: {', '.join(self.heads)}")
+        return self
+
+    @model_validator(mode="after")
+    def _there_are_examples(self) -> AlgorithmicConfig:
+        for name, settings in self.tasks.items():
+            task = TASKS[name]()
+            for fraction in settings.fractions:
+                if not 0 < training_examples(task, fraction) < len(task.answers):
+                    raise ValueError(
+                        f"tasks.{name}.fractions: {fraction} of {len(task.answers)} examples leaves none to train on "
+                        "or none to test"
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _decoders_can_be_made(self) -> AlgorithmicConfig:
+        for network in self.networks:
+            if isinstance(network, TransformerConfig) and self.dim % network.heads:
+                raise ValueError(f"dim={self.dim} must be a multiple of the transformer's heads={network.heads}")
+        return self
+
+
+class Cell(BaseModel, extra="forbid", frozen=True):
+    """Exactly what determines a cell's figures."""
+
+    task: TaskName
+    network: NetworkConfig
+    head: HeadConfig
+    fraction: float
+    seed: int
+    epochs: int
+    evaluate_every: int
+    dim: int
+    betas: tuple[float, float]
+    lr: float
+    weight_decay: float
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values, as JSON gives them back."""
+        return {"version": VERSION, **self.model_dump(mode="json")}
+
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
+
+    def file(self, folder: Path) -> Path:
+        return folder / f"{self.key()}.json"
