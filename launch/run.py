@@ -1,112 +1,42 @@
-"""python -m launch run CONFIG [key=value ...]: checks a training job, then runs it with deepspeed.
+"""`overtone run CONFIG [key=value ...]`: checks a training job, then runs it with deepspeed."""
 
-`python -m launch doctor` examines the hosts for one; `python -m launch plan` tells what it will take; `python -m launch
-slurm` writes a script that runs it under Slurm.
-"""
+from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from common import command
+from common.checkout import python_path
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
 from common.variables import JOB_VARIABLE
-from launch import plan, slurm
-from launch.hosts import Placement, place
-from launch.job import End
-from pretrain.config import RunConfig, load
-from pretrain.runtime.claim import Claim
+
+if TYPE_CHECKING:
+    from launch.hosts import Placement
+    from launch.job import End
+    from pretrain.config import RunConfig
+    from pretrain.runtime.claim import Claim
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the job's exit code, 2 for input that cannot be used (standard error tells why)."""
-    parser = argparse.ArgumentParser(prog="python -m launch", description="Plan and run training jobs.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    job = commands.add_parser(
+def parser() -> argparse.ArgumentParser:
+    job = command.parser(
         "run",
-        allow_abbrev=False,
-        help="check a config, its data and the layout, then train it with deepspeed",
-        description="Check a config, its data, the layout and the hosts, then train it with deepspeed. Exit codes: 0 "
-        "done; 2 bad input; 3 too many non-finite steps; 4 a checkpoint could not be written; 75 stopped by a signal "
+        "Check a config, its data, the layout and the hosts, then train it with deepspeed. Run again, it goes on from "
+        "the newest whole checkpoint.",
+        [
+            "configs/quickstart.yaml",
+            "configs/quickstart.yaml --num-gpus 2 train.steps=100 run=runs/short",
+            "configs/gpt2-124m-untied.yaml --hostfile hosts --max-restarts 3 --elastic",
+            "configs/gpt2-124m-untied.yaml --hostfile hosts --dry-run",
+        ],
+        "0 done; 2 bad input; 3 too many non-finite steps; 4 a checkpoint could not be written; 75 stopped by a signal "
         "after a save, the same command goes on; 128 + N: a rank was killed by signal N and none told why; others: a "
-        "rank failed.",
+        "rank failed",
     )
-    job.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/quickstart.yaml")
-    _add_job(job)
-    about = "examine this machine, or the hosts of a hostfile: versions, data, disks, clocks, network"
-    examined = commands.add_parser(
-        "doctor",
-        allow_abbrev=False,
-        help=about,
-        description=f"{about.capitalize()}. Exit codes: 0 nothing is wrong; 1.",
-    )
-    examined.add_argument("config", metavar="CONFIG", nargs="?", help="also its data and its run folder")
-    _add_hosts(examined)
-    planned = commands.add_parser(
-        "plan",
-        allow_abbrev=False,
-        help="what a config will take: memory of a GPU, traffic, time and energy, without running anything",
-        description="Plan a run: parameters, memory of a GPU, traffic, time and energy. Arithmetic on stated "
-        "assumptions: needs no GPU and no data, and measures nothing. Exit code 2: bad input.",
-    )
-    plan.add_options(planned)
-    queued = commands.add_parser(
-        "slurm",
-        allow_abbrev=False,
-        help="write an sbatch script that runs a job under Slurm and queues it again when it is stopped; submit it",
-        description="Check a config, its data and the layout, then write an sbatch script into the run folder, and "
-        "submit it if asked to. The job saves before its time is over, and whenever it is told to stop, and is queued "
-        "again until it is done. Exit codes: 0 done; 2 bad input, or Slurm refuses the script.",
-    )
-    slurm.add_options(queued)
-    asked, rest = parser.parse_known_args(arguments)  # argparse takes no positional after an option
-    if asked.command == "doctor" and asked.config is None and rest and not rest[0].startswith("-"):
-        asked.config = rest.pop(0)
-    unknown = [word for word in rest if word.startswith("-") or "=" not in word]
-    if unknown:
-        commands.choices[asked.command].error(f"unknown: {' '.join(unknown)}; expected key=value or one of the options")
-    overrides = [*asked.overrides, *rest]
-    try:
-        cfg = None if asked.config is None else load(asked.config, overrides)
-        if asked.command == "plan":
-            assert cfg is not None
-            return plan.tell(asked, cfg)
-        if asked.command == "slurm":
-            assert cfg is not None
-            slurm.queue(asked, cfg, overrides)
-            return 0
-        placement = place(
-            asked.hostfile, asked.num_gpus, include=asked.include, exclude=asked.exclude, hosts=asked.num_nodes
-        )
-        if asked.command == "doctor":
-            from launch.doctor import doctor
-
-            return doctor(placement, cfg)
-        assert cfg is not None
-        return _run(asked, cfg, overrides, placement)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-
-
-def _add_hosts(job: argparse.ArgumentParser) -> None:
-    job.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as train.steps=100")
-    job.add_argument("--hostfile", type=Path, metavar="H", help="use its hosts: a line `HOST slots=N` for each")
-    job.add_argument("--include", default="", metavar="S", help="only these hosts and slots: node1@node2:0,2")
-    job.add_argument("--exclude", default="", metavar="S", help="all but these hosts and slots")
-    job.add_argument("--num-nodes", type=int, metavar="N", help="only the first N hosts of the hostfile")
-    job.add_argument(
-        "--num-gpus", type=int, metavar="N", help="ranks on each host (default: every GPU; 2 where none is)"
-    )
-
-
-def _add_job(job: argparse.ArgumentParser) -> None:
-    _add_hosts(job)
+    command.add_config(job)
+    add_hosts(job)
     job.add_argument(
         "--launcher",
         choices=("pdsh", "openmpi", "slurm", "none"),
@@ -118,12 +48,38 @@ def _add_job(job: argparse.ArgumentParser) -> None:
     job.add_argument("--max-restarts", type=int, default=0, metavar="N", help="start a failed job again, up to N times")
     job.add_argument("--elastic", action="store_true", help="restarts go without hosts that do not answer")
     job.add_argument("--dry-run", action="store_true", help="check everything, print the deepspeed command, and stop")
+    return job
 
 
-def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(_run, command.parse(parser(), argv))
+
+
+def add_hosts(job: argparse.ArgumentParser) -> None:
+    """Options that choose hosts and ranks, for `placement_of`."""
+    job.add_argument("--hostfile", type=Path, metavar="H", help="use its hosts: a line `HOST slots=N` for each")
+    job.add_argument("--include", default="", metavar="S", help="only these hosts and slots: node1@node2:0,2")
+    job.add_argument("--exclude", default="", metavar="S", help="all but these hosts and slots")
+    job.add_argument("--num-nodes", type=int, metavar="N", help="only the first N hosts of the hostfile")
+    job.add_argument(
+        "--num-gpus", type=int, metavar="N", help="ranks on each host (default: every GPU; 2 where none is)"
+    )
+
+
+def placement_of(asked: argparse.Namespace) -> Placement:
+    """Where the ranks go, by the options of `add_hosts`. Raises ConfigError."""
+    from launch.hosts import place
+
+    return place(asked.hostfile, asked.num_gpus, include=asked.include, exclude=asked.exclude, hosts=asked.num_nodes)
+
+
+def _run(asked: argparse.Namespace) -> int:
     from launch import invocation
     from launch.restart import keep_running
+    from pretrain.config import load
 
+    cfg = load(asked.config, asked.overrides)
+    placement = placement_of(asked)
     invocation.check_launcher(placement, asked.launcher)
     invocation.check(cfg, placement)
     if asked.max_restarts < 0:
@@ -145,12 +101,12 @@ def _run(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], pl
         invocation.check_tools(placement, asked.launcher)
 
     def start(placement: Placement) -> End:
-        return _start(asked, cfg, overrides, placement)
+        return _start(asked, cfg, placement)
 
     return keep_running(start, cfg, placement, restarts=asked.max_restarts, elastic=asked.elastic)
 
 
-def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], placement: Placement) -> End:
+def _start(asked: argparse.Namespace, cfg: RunConfig, placement: Placement) -> End:
     """Runs the job once, or prints how, for a dry run."""
     from launch import invocation, job
     from launch.lease import take
@@ -158,8 +114,8 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], 
 
     launcher = asked.launcher if placement.hostfile is not None else None
     if launcher == "slurm":
-        words = invocation.srun(asked.config, overrides, placement, port=asked.master_port)
-        print(invocation.one_line(words, {}), flush=True)
+        words = invocation.srun(asked.config, asked.overrides, placement, port=asked.master_port)
+        print(invocation.one_line(words, python_path()), flush=True)
         if not asked.dry_run:
             os.execvp(words[0], words)  # it hands signals to the launchers on the hosts, and their exit codes back
         return job.DONE
@@ -181,7 +137,7 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], 
             added |= {"MASTER_ADDR": str(address), "MASTER_PORT": str(port)}
         words = invocation.command(
             asked.config,
-            overrides,
+            asked.overrides,
             placement,
             launcher=launcher or "pdsh",
             address=address,
@@ -205,7 +161,3 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str], 
         if launcher in ("pdsh", "openmpi"):
             invocation.write_files(placement, facts, claim.run, claim=claim)
         return job.run(words, added, claim, placement, node=node, grace_s=grace_s)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,17 @@
+"""`python -m launch COMMAND ...`: the commands of launch/, as `overtone` runs them."""
+
+import sys
+from collections.abc import Sequence
+
+from common.command import dispatch
+
+MODULES = {name: f"launch.{name}" for name in ("run", "doctor", "plan", "slurm")}
+ABOUT = f"usage: python -m launch {'|'.join(MODULES)} ...; --help behind one of them tells more"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return dispatch(sys.argv[1:] if arguments is None else arguments, MODULES, ABOUT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
