@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         ],
         "0 done; 2 bad input, or Slurm refuses the script",
     )
-    command.add_config(made, "configs/gpt2-124m-untied.yaml")
+    command.add_config(made, "gpt2-124m-untied")
     made.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes to ask for")
     made.add_argument(
         "--gpus-per-node",

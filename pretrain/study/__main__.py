@@ -1,5 +1,5 @@
-"""`overtone study CONFIG [key=value ...] [options of overtone run]`: trains a matched grid and tells what came of it, in
-a table, results.json, results.csv and a page. Run again, it goes on with what is not done.
+"""`overtone study CONFIG [key=value ...] [options of overtone run]`: trains a matched grid and tells what came of it,
+in a table, results.json, results.csv and a page. Run again, it goes on with what is not done.
 """
 
 from __future__ import annotations
