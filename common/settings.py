@@ -174,7 +174,7 @@ def _locate(cls: type[BaseModel], problem: Any, where: str) -> tuple[str, list[s
     here: Any = cls
     keys: list[str] = []
     for part in problem["loc"]:
-        members = _members(here)
+        members = members_of(here)
         if len(members) > 1:
             here = next((m for m in members if part in _labels(m)), None)
             continue
@@ -192,18 +192,18 @@ def _locate(cls: type[BaseModel], problem: Any, where: str) -> tuple[str, list[s
             fixed = get_origin(node) is tuple and isinstance(part, int) and part < len(arguments)
             here = arguments[part if fixed and isinstance(part, int) else -1] if arguments else None
     if problem["type"].startswith("union_tag"):
-        tags = [member.model_fields[_discriminator(problem)].annotation for member in _members(here)]
+        tags = [member.model_fields[_discriminator(problem)].annotation for member in members_of(here)]
         keys = [str(value) for tag in tags for value in get_args(tag)]
     return ".".join(names), keys
 
 
-def _members(annotation: Any) -> list[Any]:
+def members_of(annotation: Any) -> list[Any]:
     """The types that a value may have: unions opened, Annotated taken off, None left out."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        return _members(get_args(annotation)[0])
+        return members_of(get_args(annotation)[0])
     if origin in (Union, UnionType):
-        return [member for part in get_args(annotation) for member in _members(part)]
+        return [member for part in get_args(annotation) for member in members_of(part)]
     return [] if annotation is type(None) or annotation is None else [annotation]
 
 

@@ -38,7 +38,7 @@ class HubSource(BaseModel, extra="forbid", frozen=True):
 
 
 class PreparedSource(BaseModel, extra="forbid", frozen=True):
-    """No text: `data.path` holds tokens that were imported, such as by `python -m data import-nanogpt`."""
+    """No text: `data.path` holds tokens that were imported, such as by `overtone import`."""
 
     kind: Literal["prepared"]
 

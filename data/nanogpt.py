@@ -44,7 +44,7 @@ def import_nanogpt(
     if (folder / "meta.pkl").exists():
         raise ConfigError(
             f"{folder}: meta.pkl says that these are characters, not GPT-2 tokens; prepare the text itself with "
-            "`python -m data prepare CONFIG`"
+            "`overtone prepare CONFIG`"
         )
     layout, files = open_files([path for files in paths.values() for path in files], asked)
     streams = {split: [file for file in files if file.path in paths[split]] for split in SPLITS}

@@ -1,4 +1,4 @@
-"""`python -m launch doctor [CONFIG] [--hostfile H]`: what would keep a job from running on these hosts, and the remedy.
+"""`overtone doctor [CONFIG] [--hostfile H]`: what would keep a job from running on these hosts, and the remedy.
 
 One table with a row for each host, then a line for each problem. The last check is a real one: an all-reduce between
 the hosts, started as a job is.
@@ -6,6 +6,7 @@ the hosts, started as a job is.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -17,22 +18,48 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from common import command
 from common.errors import ConfigError
 from common.variables import LINK_MARK
-from launch import invocation
 from launch.hosts import Placement
 from launch.probe import facts, more_facts, nearest
 from launch.reach import Facts, ask
-from pretrain.config import RunConfig
+from launch.run import add_hosts, placement_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pretrain.config import RunConfig
 
 SKEW_S = 1.0
 LEAST_FREE_BYTES = 10 * 2**30
 LINK_S = 120.0
+
+
+def parser() -> argparse.ArgumentParser:
+    made = command.parser(
+        "doctor",
+        "Examine this machine, or the hosts of a hostfile: versions, data, disks, clocks, network. The last check is a "
+        "real all-reduce between the hosts.",
+        ["", "configs/gpt2-124m-untied.yaml --hostfile hosts"],
+        "0 nothing is wrong; 1 a problem was found; 2 bad input",
+    )
+    command.add_config(made, optional="YAML file, to examine its data and its run folder too")
+    add_hosts(made)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(_examine, command.parse(parser(), argv))
+
+
+def _examine(asked: argparse.Namespace) -> int:
+    from pretrain.config import load
+
+    cfg = None if asked.config is None else load(asked.config, asked.overrides)
+    return doctor(placement_of(asked), cfg)
 
 
 def doctor(placement: Placement, cfg: RunConfig | None) -> int:
@@ -41,6 +68,8 @@ def doctor(placement: Placement, cfg: RunConfig | None) -> int:
     Args:
         cfg: for the checks of the data and of the run folder; None: they are left out.
     """
+    from rich.console import Console
+
     console = Console(width=None if sys.stdout.isatty() else 160)
     answers, skews, problems = examine(placement, cfg)
     console.print(_table(answers, skews, cfg is not None))
@@ -93,20 +122,10 @@ def _timed(host: str, words: Sequence[str]) -> tuple[Facts | str, float]:
 
 
 def _table(answers: Mapping[str, Facts | str], skews: Mapping[str, float], with_config: bool) -> Table:
-    columns = [
-        "host",
-        "python",
-        "torch",
-        "deepspeed",
-        "NCCL",
-        "driver",
-        "GPUs",
-        "free MiB",
-        "cores",
-        "checkout",
-        "skew s",
-    ]
-    table = Table(*columns, "energy", *(["data", "free GiB", "run folder"] if with_config else []))
+    from rich.table import Table
+
+    columns = ["host", "python", "torch", "deepspeed", "NCCL", "driver", "GPUs", "free MiB", "cores", "checkout"]
+    table = Table(*columns, "skew s", "energy", *(["data", "free GiB", "run folder"] if with_config else []))
     for host, answer in answers.items():
         if isinstance(answer, str):
             table.add_row(host, "no answer")
@@ -195,6 +214,8 @@ def skewed(skews: Mapping[str, float]) -> list[str]:
 
 def measure(placement: Placement, answers: Mapping[str, Facts | str]) -> dict[str, Any]:
     """Latency and bandwidth of an all-reduce between one rank on each host, or two of this machine; or `problems`."""
+    from launch import invocation
+
     facts_by_host = {host: answer for host, answer in answers.items() if isinstance(answer, dict)}
     if placement.hostfile is None:
         if len(placement.gpus) == 1:

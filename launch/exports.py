@@ -1,6 +1,6 @@
 """What the ranks on other hosts get of this process's environment: deepspeed's launcher drops most of it.
 
-It takes what its `.deepspeed_env` lists, so `launch run` writes one into the run folder and names it in DS_ENV_FILE;
+It takes what its `.deepspeed_env` lists, so `overtone run` writes one into the run folder and names it in DS_ENV_FILE;
 what the user's own `.deepspeed_env` lists goes on and wins.
 """
 

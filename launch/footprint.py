@@ -12,11 +12,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.gpus import GIB
 from launch.cluster import Cluster
-from pretrain.config import RunConfig
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
 
 # Those of model.harmonic on a GPU; a test compares them, as plans are made without torch's modules.
 CHUNK_BYTES = 2 * GIB

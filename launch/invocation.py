@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
+from common.checkout import python_path
 from common.errors import ConfigError
 from common.machine import cores
 from common.variables import BIND_VARIABLE, JOB_VARIABLE, LEASE_VARIABLE
@@ -148,9 +149,10 @@ def environment(
         node: which host's launcher that is, where each has its own.
         folder: the run folder, where the variables for other hosts are listed; None: no other hosts, or not by pdsh.
     """
-    added = _own(placement, facts) | _of_job(claim, node)
     if folder is not None:
-        return {"DS_ENV_FILE": str((folder / ENV_FILE).absolute()), "PDSH_SSH_ARGS_APPEND": ssh_arguments()}
+        by_pdsh = {"DS_ENV_FILE": str((folder / ENV_FILE).absolute()), "PDSH_SSH_ARGS_APPEND": ssh_arguments()}
+        return by_pdsh | python_path()
+    added = _own(placement, facts) | _of_job(claim, node) | python_path()
     tools = _tools()
     if tools not in os.environ.get("PATH", "").split(os.pathsep):
         path = os.environ.get("PATH", os.defpath) + os.pathsep + tools  # last: two ninjas in turn rebuild all

@@ -1,40 +1,56 @@
-"""`python -m launch plan CONFIG`: the plan of a run (launch/estimate.py) as tables or as plain values."""
+"""`overtone plan CONFIG`: the plan of a run (launch/estimate.py) as tables or as plain values."""
 
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
+from common import command
 from common.gpus import GIB, GPUS
 from common.plain import to_json
 from common.units import duration, energy
 from launch.cluster import Cluster
 from launch.estimate import Plan, assumptions, plan
 
-if TYPE_CHECKING:
-    from pretrain.config import RunConfig
 
-
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/gpt2-1.5b.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as parallel.zero=3")
+def parser() -> argparse.ArgumentParser:
+    made = command.parser(
+        "plan",
+        "Plan a run: parameters, memory of a GPU, traffic, time and energy. Arithmetic on stated assumptions: needs no "
+        "GPU and no data, and measures nothing.",
+        [
+            "configs/gpt2-124m-untied.yaml --gpus 32",
+            "configs/gpt2-1.5b-untied.yaml --gpus 64 --gpu a100-40gb --link 12.5 parallel.zero=3",
+            "configs/gpt2-124m-untied.yaml --budget-tokens 10e9 --json",
+        ],
+    )
+    command.add_config(made, "gpt2-1.5b")
     default = Cluster()
-    parser.add_argument("--gpus", type=int, metavar="N", default=default.gpus, help="of all nodes (%(default)s)")
-    parser.add_argument("--gpu", metavar="NAME", default=default.gpu, help=f"{', '.join(GPUS)} (%(default)s)")
-    parser.add_argument("--gpus-per-node", type=int, metavar="N", default=default.per_node, help="(%(default)s)")
-    parser.add_argument(
+    made.add_argument("--gpus", type=int, metavar="N", default=default.gpus, help="of all nodes (%(default)s)")
+    made.add_argument("--gpu", metavar="NAME", default=default.gpu, help=f"{', '.join(GPUS)} (%(default)s)")
+    made.add_argument("--gpus-per-node", type=int, metavar="N", default=default.per_node, help="(%(default)s)")
+    made.add_argument(
         "--link", type=float, metavar="GB/S", help="between nodes, per GPU and direction (default: reference system's)"
     )
-    parser.add_argument(
+    made.add_argument(
         "--mfu", type=float, metavar="F", default=default.mfu, help="fraction of the peak that is reached (%(default)s)"
     )
-    parser.add_argument("--watts", type=float, metavar="W", help="drawn by a GPU (default: the most that it takes)")
-    parser.add_argument("--budget-tokens", type=float, metavar="N", help="of the whole run (default: of train.steps)")
-    parser.add_argument("--json", action="store_true", help="plain values instead of tables")
+    made.add_argument("--watts", type=float, metavar="W", help="drawn by a GPU (default: the most that it takes)")
+    made.add_argument("--budget-tokens", type=float, metavar="N", help="of the whole run (default: of train.steps)")
+    made.add_argument("--json", action="store_true", help="plain values instead of tables")
+    return made
 
 
-def tell(asked: argparse.Namespace, cfg: RunConfig) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(tell, command.parse(parser(), argv))
+
+
+def tell(asked: argparse.Namespace) -> None:
     """Prints the plan that the command line asks for. Raises ConfigError."""
+    from pretrain.config import load
+
+    cfg = load(asked.config, asked.overrides)
     cluster = Cluster(
         gpu=asked.gpu,
         gpus=asked.gpus,
@@ -48,7 +64,6 @@ def tell(asked: argparse.Namespace, cfg: RunConfig) -> int:
         print(to_json(found.as_dict(), indent=1))
     else:
         _print(found)
-    return 0
 
 
 def _gib(size: float) -> str:

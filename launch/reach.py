@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from common.checkout import python_path
 from common.errors import ConfigError
 from launch.hosts import Placement
 from launch.probe import MARK
@@ -44,7 +45,8 @@ def ask(hosts: Sequence[str], words: Sequence[str] = ("-m", "launch.probe")) -> 
 
 
 def _ask(host: str, words: Sequence[str]) -> Facts | str:
-    there = f"cd {shlex.quote(os.getcwd())} && {shlex.join([sys.executable, *words])}"
+    variables = [f"{name}={shlex.quote(value)}" for name, value in python_path().items()]
+    there = f"cd {shlex.quote(os.getcwd())} && {' '.join([*variables, shlex.join([sys.executable, *words])])}"
     command = ["ssh", *shlex.split(ssh_arguments()), host, there]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=ANSWER_S, stdin=subprocess.DEVNULL)

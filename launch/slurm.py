@@ -1,6 +1,6 @@
 """An sbatch script that runs a job, has it saved before its time is over, and queues it again until it is done.
 
-In the allocation the script calls `launch run --launcher slurm`, so that layout, exports and exit codes are those of
+In the allocation the script calls `overtone run --launcher slurm`, so that layout, exports and exit codes are those of
 any other job. Options and signals: https://slurm.schedmd.com/sbatch.html.
 """
 
@@ -16,14 +16,18 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from common import command
+from common.checkout import python_path
 from common.errors import ConfigError
 from common.exits import EXIT_PREEMPTED
 from launch.exports import exported
 from launch.hosts import CPU_RANKS, Placement
-from launch.invocation import check
-from pretrain.config import RunConfig, check_layout
 from pretrain.runtime.claim import Holder, hold, new_job
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
 
 SCRIPT = "slurm.sh"  # in the run folder
 MARGIN_S = 60  # from Slurm's signal to the end of its time, beside checkpoint.grace_s: the step under way, the end
@@ -49,40 +53,57 @@ OWN_OPTIONS = {  # sbatch's options that are not to be given by --sbatch, and wh
 SHARING = {"exclusive", "oversubscribe", "cpus-per-task", "cpus-per-gpu", "mem", "mem-per-cpu", "mem-per-gpu"}
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/gpt2-124m-untied.yaml")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="changes a setting, such as train.steps=100")
-    parser.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes to ask for")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    made = command.parser(
+        "slurm",
+        "Check a config, its data and the layout, then write an sbatch script into the run folder, and submit it if "
+        "asked to. The job saves before its time is over, and whenever it is told to stop, and is queued again until "
+        "it is done.",
+        [
+            "configs/gpt2-124m-untied.yaml --nodes 2 --gpus-per-node 8 --time 24:00:00 --submit",
+            "configs/quickstart.yaml --nodes 1 --sbatch qos=high train.steps=100",
+        ],
+        "0 done; 2 bad input, or Slurm refuses the script",
+    )
+    command.add_config(made, "gpt2-124m-untied")
+    made.add_argument("--nodes", type=int, required=True, metavar="N", help="nodes to ask for")
+    made.add_argument(
         "--gpus-per-node",
         type=int,
         metavar="G",
         help=f"GPUs to ask for on each node, with a rank for each (default: {CPU_RANKS} ranks on its cores, no GPU)",
     )
-    parser.add_argument("--time", metavar="T", help="limit of one start, as Slurm writes it: 24:00:00 or 3-12")
-    parser.add_argument("--partition", metavar="P", help="Slurm's partition (default: the cluster's)")
-    parser.add_argument("--account", metavar="A", help="Slurm's account (default: the user's)")
-    parser.add_argument(
+    made.add_argument("--time", metavar="T", help="limit of one start, as Slurm writes it: 24:00:00 or 3-12")
+    made.add_argument("--partition", metavar="P", help="Slurm's partition (default: the cluster's)")
+    made.add_argument("--account", metavar="A", help="Slurm's account (default: the user's)")
+    made.add_argument(
         "--sbatch",
         action="append",
         default=[],
         metavar="OPTION[=VALUE]",
         help="one more option for sbatch, without its dashes, such as qos=high; may be repeated",
     )
-    parser.add_argument("--submit", action="store_true", help="also submit the script")
+    made.add_argument("--submit", action="store_true", help="also submit the script")
+    return made
 
 
-def queue(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str]) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(queue, command.parse(parser(), argv))
+
+
+def queue(asked: argparse.Namespace) -> None:
     """Writes the script into the run folder and, if asked to, submits it.
 
     Args:
-        asked: by `add_options`.
-        cfg: the run.
-        overrides: the `key=value` settings that are in `cfg`.
+        asked: by `parser`.
     Raises:
         ConfigError: the job cannot run so, another one trains in its folder, or Slurm does not take it. Nothing is
             written unless all is right here.
     """
+    from launch.invocation import check
+    from pretrain.config import load
+
+    cfg = load(asked.config, asked.overrides)
     options = options_of(asked, cfg)
     ranks = asked.gpus_per_node or CPU_RANKS
     _check_size(cfg, asked.nodes, ranks)
@@ -97,7 +118,7 @@ def queue(asked: argparse.Namespace, cfg: RunConfig, overrides: Sequence[str]) -
             "--submit: sbatch is not found on this machine; run this where jobs are submitted, or leave --submit out "
             "and give the script to sbatch there"
         )
-    text = script(asked.config, overrides, cfg.run.absolute(), options, ranks)
+    text = script(asked.config, asked.overrides, cfg.run.absolute(), options, ranks)
     path = cfg.run / SCRIPT
     with hold(cfg.run, Holder(new_job(), launcher=False)):
         path.write_text(text, encoding="utf-8")
@@ -171,6 +192,8 @@ def seconds_of(limit: str) -> int:
 
 def _check_size(cfg: RunConfig, nodes: int, ranks: int) -> None:
     """Raises ConfigError, with the possible numbers of nodes, if the run cannot be shared by these."""
+    from pretrain.config import check_layout
+
     try:
         check_layout(cfg, nodes * ranks, ranks)
     except ConfigError as error:
@@ -183,6 +206,8 @@ def _check_size(cfg: RunConfig, nodes: int, ranks: int) -> None:
 
 
 def _fits(cfg: RunConfig, nodes: int, ranks: int) -> bool:
+    from pretrain.config import check_layout
+
     if cfg.sequences_per_step() % (cfg.train.micro_batch * nodes * ranks):
         return False
     try:
@@ -212,7 +237,7 @@ def script(
         *(_directive(name, value) for name, value in options.items()),
         "",
         "# shellcheck disable=SC2016  # what is in single quotes is meant as it stands",
-        *(f"export {name}={shlex.quote(value)}" for name, value in exported(os.environ).items()),
+        *(f"export {name}={shlex.quote(value)}" for name, value in {**exported(os.environ), **python_path()}.items()),
         "export SLURM_EXPORT_ENV=ALL  # to the nodes, whatever sbatch was told of exports",
         f'hosts={shlex.quote(str(run))}/slurm-"$SLURM_JOB_ID".hosts',
         f'scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\\$/ slots={ranks_per_node}/" >"$hosts" || exit',

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from common.gpus import Gpu
 from launch.cluster import HOP_S, LINK_EFFICIENCY, Cluster
@@ -27,7 +27,9 @@ from launch.footprint import (
     zero_settings,
     zero_stage,
 )
-from pretrain.config import RunConfig
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
 
 Behind = Literal["nothing", "trunk", "head"]
 

@@ -1,5 +1,4 @@
-"""`python -m pretrain CONFIG [key=value ...]` on one process; `deepspeed --module pretrain CONFIG [key=value ...]`
-on many.
+"""`overtone train CONFIG [key=value ...]` on one process; `deepspeed --module pretrain CONFIG [key=value ...]` on many.
 
 Exit codes: 0 done; 1 this rank failed, or ended because another did; 2 bad input; 3 too many non-finite steps in a
 row; 4 a checkpoint could not be written; 75 stopped by a signal after a save. Rank 0 leaves them, but for 2, with the
@@ -13,30 +12,50 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from common import command
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
-from pretrain.config import RunConfig, check_data, check_layout, load
-from pretrain.runtime.claim import job_of
 from pretrain.runtime.endings import EXIT_RECORD, leave_exit
-from pretrain.runtime.environment import adopt, place_of
-from pretrain.runtime.signals import StopSignal
-from pretrain.runtime.watch import Watch
+
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
+    from pretrain.runtime.signals import StopSignal
+    from pretrain.runtime.watch import Watch
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain", description="Train a configuration.")
-    parser.add_argument("config", help="a YAML file of configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="dotted settings, such as train.steps=100")
-    # deepspeed adds this one; the environment has it too
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    try:
-        adopt(os.environ)
-        place = place_of(os.environ)
-    except ConfigError as error:  # who is the first is not known: each says it
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+def parser() -> argparse.ArgumentParser:
+    made = command.parser(
+        "train",
+        "Train a configuration on this process alone, without a launcher and without its checks of the machine: "
+        "`overtone run` trains on many. Run again, it goes on from the newest whole checkpoint.",
+        [
+            "configs/quickstart.yaml train.micro_batch=16",
+            "configs/quickstart.yaml head.distance=cosine run=runs/quickstart-cosine",
+        ],
+        "0 done; 2 bad input; 3 too many non-finite steps in a row; 4 a checkpoint could not be written; 75 stopped by "
+        "a signal after a save, the same command goes on",
+    )
+    command.add_config(made)
+    command.add_local_rank(made)
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(_start, command.parse(parser(), argv))
+
+
+def _start(args: argparse.Namespace) -> int:
+    from pretrain.config import check_data, check_layout, load
+    from pretrain.runtime.claim import job_of
+    from pretrain.runtime.environment import adopt, place_of
+    from pretrain.runtime.signals import StopSignal
+    from pretrain.runtime.watch import Watch
+
+    adopt(os.environ)  # who is the first is not known yet: each rank says what is wrong with it
+    place = place_of(os.environ)
     first, first_here = place.rank == 0, place.local_rank == 0
     logging.basicConfig(level=logging.INFO if first else logging.ERROR, format="%(message)s", stream=sys.stderr)
     for noisy in ("torch", "DeepSpeed", "deepspeed", "zeus"):
@@ -47,9 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = load(args.config, args.overrides)
         job_of(os.environ)
     except ConfigError as error:
-        if first_here:
-            print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return command.refuse(error, says=first_here)
     with Watch(cfg, os.environ) as watch:
         try:
             check_layout(cfg, place.world, place.local_world)
@@ -57,8 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             with StopSignal() as stop:  # to the end: whoever stops a rank may say so again, and it would lose its code
                 return _train(cfg, watch, stop)
         except ConfigError as error:
-            if first_here:
-                print(f"error: {error}", file=sys.stderr)
+            command.refuse(error, says=first_here)
             watch.fail(error, EXIT_BAD_INPUT)
 
 

@@ -1,11 +1,9 @@
-"""`python -m pretrain.evaluate RUN [--split val] [--stride S] [--json]`: held-out perplexity, nats/token, bits/byte and
-accuracy over a whole split, every token scored exactly once, the same on any number of ranks. Of a masked model it is
-the pseudo-likelihood that `pretrain.analysis.scoring.scoring` defines.
+"""`overtone evaluate RUN [--split val] [--stride S] [--json]`: held-out perplexity, nats/token, bits/byte and accuracy
+over a whole split, every token scored exactly once, the same on any number of ranks. Of a masked model it is the
+pseudo-likelihood that `pretrain.analysis.scoring.scoring` defines.
 
-RUN is a run folder (its newest whole checkpoint) or one checkpoint's folder; `deepspeed --module pretrain.evaluate RUN`
-scores on many ranks. `--data DIR` takes another prepared folder, `--text FILE ...` files that were never prepared.
-`python -m pretrain.evaluate A B --paired` compares two runs on the same documents. The number is the true negative
-log-likelihood: no smoothing, no clamp.
+`deepspeed --module pretrain.evaluate RUN` scores on many ranks. The number is the true negative log-likelihood: no
+smoothing, no clamp.
 """
 
 from __future__ import annotations
@@ -16,62 +14,82 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common import command
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
 from common.plain import to_json
-from pretrain.analysis.evaluation import Task, by_source, check_same_documents, open_task, run_task
-from pretrain.analysis.heldout import text_sha256
 
-if TYPE_CHECKING:  # torch: --help does without
+if TYPE_CHECKING:
+    from pretrain.analysis.evaluation import Task
     from pretrain.analysis.scoring import Evaluation
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.evaluate", description="Held-out perplexity of a run.")
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN",
-                        help="a run folder (its newest whole checkpoint), or one checkpoint's folder")  # fmt: skip
-    text = parser.add_mutually_exclusive_group()
+def parser() -> argparse.ArgumentParser:
+    made = command.parser(
+        "evaluate",
+        "Held-out perplexity, nats/token, bits/byte and accuracy of a run over a whole split, every token scored once. "
+        "On many ranks: deepspeed --module pretrain.evaluate RUN.",
+        [
+            "runs/quickstart",
+            "runs/quickstart --stride 64 --text README.md",
+            "runs/quickstart --data prepared/other --json",
+            "runs/quickstart runs/quickstart-softmax --paired",
+        ],
+    )
+    made.add_argument("runs", type=Path, nargs="+", metavar="RUN",
+                      help="a run folder (its newest whole checkpoint), or one checkpoint's folder")  # fmt: skip
+    text = made.add_mutually_exclusive_group()
     text.add_argument("--split", default="val", help="of the prepared data (default %(default)s)")
-    text.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE", help="text files; each is a document")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: the run's own)")
-    parser.add_argument("--stride", type=int, metavar="S",
-                        help="tokens that a window scores, from seq_len - S or more (default: seq_len)")  # fmt: skip
-    parser.add_argument("--paired", action="store_true", help="compare two runs on the same documents")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds this one
-    args = parser.parse_args(argv)
-    if len(args.runs) != 1 + args.paired:
-        parser.error(f"{len(args.runs)} RUNs given: expected one, or two with --paired")
+    text.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE",
+                      help="text files, each a document; RUN goes before them")  # fmt: skip
+    made.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: the run's own)")
+    made.add_argument("--stride", type=int, metavar="S",
+                      help="tokens that a window scores, from seq_len - S or more (default: seq_len)")  # fmt: skip
+    made.add_argument("--paired", action="store_true", help="compare two runs on the same documents")
+    made.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    command.add_local_rank(made)
+    return made
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    made = parser()
+    asked = command.parse(made, argv)
+    if len(asked.runs) != 1 + asked.paired:
+        made.error(f"{len(asked.runs)} RUNs given: expected one, or two with --paired")
+    return command.run(_evaluate, asked)
+
+
+def _evaluate(asked: argparse.Namespace) -> int:
+    from pretrain.analysis.evaluation import check_same_documents, open_task, run_task
     from pretrain.run_folder import settings_if_any
     from pretrain.runtime import ranks as process
 
-    settings = [cfg for cfg in map(settings_if_any, args.runs) if cfg is not None]
+    settings = [cfg for cfg in map(settings_if_any, asked.runs) if cfg is not None]
     ranks = process.start_command(cfg=max(settings, key=lambda cfg: cfg.train.deterministic, default=None))
     try:
-        tasks = [open_task(path, args.split, args.data, args.text, args.stride) for path in args.runs]
-        if args.paired:
+        tasks = [open_task(path, asked.split, asked.data, asked.text, asked.stride) for path in asked.runs]
+        if asked.paired:
             check_same_documents(*tasks)
         ranks = process.with_groups(ranks, ranks.world)
-        found = [run_task(task, ranks) for task in tasks]
+        results = [run_task(task, ranks) for task in tasks]
         code = 0
     except ConfigError as error:
-        code = EXIT_BAD_INPUT
-        if ranks.first:
-            print(f"error: {error}", file=sys.stderr)
+        code = command.refuse(error, says=ranks.first)
     if ranks.first and not code:
-        told = [_figures(task, result, checkpoint) for task, (result, checkpoint) in zip(tasks, found, strict=True)]
-        if args.paired:
+        told = [_figures(task, *result) for task, result in zip(tasks, results, strict=True)]
+        if asked.paired:
             from pretrain.analysis.scoring import compare
 
-            (a, _), (b, _) = found
+            (a, _), (b, _) = results
             told.append(vars(compare(a, b)))
-        print(to_json(told if args.paired else told[0])) if args.json else _tell(told)
+        print(to_json(told if asked.paired else told[0])) if asked.json else _tell(told)
     process.stop()
     return code
 
 
 def _figures(task: Task, result: Evaluation, checkpoint: Path) -> dict[str, Any]:
+    from pretrain.analysis.evaluation import by_source
+    from pretrain.analysis.heldout import text_sha256
+
     sources = {name: {**part.as_dict(), **part.standard_errors()} for name, part in by_source(task, result).items()}
     about = {"checkpoint": str(checkpoint), "split": task.windows.split.name, "stride": task.windows.stride}
     about["objective"] = task.cfg.model.objective

@@ -1,6 +1,7 @@
 """A run folder: what is in it, under which names, and how it is opened.
 
-Light until something is opened: torch comes with the first method that needs it, so that launchers may use it too.
+Light until something is opened: torch and pydantic come with the first method that needs them, so that launchers and
+help do without.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING, Literal
 from common.errors import ConfigError
 from pretrain import records
 from pretrain.checkpoints import folder as checkpoints
-from pretrain.config import RunConfig, load
 from pretrain.records import Kind
 from pretrain.runtime import endings
 
-if TYPE_CHECKING:  # torch
+if TYPE_CHECKING:
+    from pretrain.config import RunConfig
     from pretrain.inference import Model
     from pretrain.runtime.ranks import Ranks
 
@@ -85,6 +86,8 @@ class RunFolder:
 
     def settings(self, overrides: Sequence[str] = ()) -> RunConfig:
         """The run's resolved configuration, with `key=value` overrides. Raises ConfigError."""
+        from pretrain.config import load
+
         return load(self.config, overrides)
 
     def records(self, model: type[Kind]) -> list[Kind]:

@@ -1,4 +1,4 @@
-"""`python -m pretrain.verify RUN [key=value ...]`: is a run folder whole, and does its training repeat?
+"""`overtone verify RUN [key=value ...]`: is a run folder whole, and does its training repeat?
 
 Every checkpoint's files are compared with its manifest, and `latest` with them. Then the first logged steps after a
 checkpoint, the newest one that has enough of them, are trained again in a folder of their own; with --last, all those
@@ -17,38 +17,57 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from common import command
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
-from pretrain.replay import Differs, verify
-from pretrain.run_folder import settings_if_any
-from pretrain.runtime import ranks as process
+
+
+def parser() -> argparse.ArgumentParser:
+    made = command.parser(
+        "verify",
+        "Is a run folder whole, and does its training repeat? Compares every checkpoint's files with their hashes and "
+        "trains some logged steps again in a folder of their own. The run folder is only read. On many ranks: "
+        "deepspeed --module pretrain.verify RUN.",
+        [
+            "runs/quickstart",
+            "runs/quickstart --steps 2 --last --exact",
+            "runs/quickstart train.micro_batch=4 parallel.vocab=1",
+        ],
+        "0 PASS; 1 FAIL, with the first difference; 2 bad input",
+    )
+    command.add_run(made)
+    command.add_settings(made, "train.micro_batch=4, where the layout is another")
+    made.add_argument(
+        "--steps", type=int, default=5, metavar="N", help="logged steps to train again (default %(default)s)"
+    )
+    made.add_argument("--last", action="store_true", help="the last ones logged, and those before to a checkpoint")
+    about = "losses must be the logged ones bit for bit: same machine, layout, OMP_NUM_THREADS"
+    made.add_argument("--exact", action="store_true", help=about)
+    command.add_local_rank(made)
+    return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m pretrain.verify", description="Check a run folder.")
-    parser.add_argument("run", type=Path)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the layout, such as train.micro_batch=4")
-    parser.add_argument("--steps", type=int, default=5, help="logged steps to train again (default %(default)s)")
-    parser.add_argument("--last", action="store_true", help="the last ones logged, and those before to a checkpoint")
-    parser.add_argument(
-        "--exact",
-        action="store_true",
-        help="losses must be the logged ones bit for bit: same machine, layout, OMP_NUM_THREADS",
-    )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # deepspeed adds this one
-    args = parser.parse_intermixed_args(argv)
+    return command.run(_verify, command.parse(parser(), argv, strict=False))
+
+
+def _verify(asked: argparse.Namespace) -> int:
+    from pretrain.replay import Differs, verify
+    from pretrain.run_folder import settings_if_any
+    from pretrain.runtime import ranks as process
+
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for kind in (UserWarning, FutureWarning):  # as in training
         warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
-    ranks = process.start_command(cfg=settings_if_any(args.run, args.overrides))
+    run = Path(asked.run)
+    ranks = process.start_command(cfg=settings_if_any(run, asked.overrides))
     try:
-        code, told = 0, f"PASS: {verify(args.run, args.overrides, args.steps, ranks, last=args.last, exact=args.exact)}"
-    except Differs as wrong:
-        code, told = 1, f"FAIL: {wrong}"
+        code, told = 0, f"PASS: {verify(run, asked.overrides, asked.steps, ranks, last=asked.last, exact=asked.exact)}"
+    except Differs as difference:
+        code, told = 1, f"FAIL: {difference}"
     except ConfigError as error:
-        code, told = EXIT_BAD_INPUT, f"error: {error}"
-    if ranks.first:
-        print(told, file=sys.stderr if code == EXIT_BAD_INPUT else sys.stdout)
+        code, told = command.refuse(error, says=ranks.first), ""
+    if ranks.first and told:
+        print(told)
     process.stop()
     return code
 

@@ -1,6 +1,6 @@
 """One job at a time in a run folder: its lock, and who holds it.
 
-Whoever writes in a run folder holds its lock first, or is of the job that does. A job that `launch run` started holds
+Whoever writes in a run folder holds its lock first, or is of the job that does. A job that `overtone run` started holds
 it by its launcher and by its first rank, any other by its first rank: the folder is free when these processes have
 ended, however they did. What the ranks leave there of their end carries the job's id, so that it is never taken for
 another's.
@@ -32,9 +32,10 @@ STOP = "stop"  # what a launcher's lease says when its ranks are to save and lea
 
 
 def _command() -> str:
+    """This process's command, as one would give it again."""
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    words = ["python", "-m", module.name.removesuffix(".__main__"), *sys.argv[1:]] if module else sys.argv
-    return shlex.join(words)
+    start = ["python", "-m", module.name.removesuffix(".__main__")] if module else [Path(sys.argv[0]).name]
+    return shlex.join([*start, *sys.argv[1:]])
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,6 @@ def job_of(environment: Mapping[str, str]) -> str | None:
     job = environment.get(JOB_VARIABLE)
     if job is not None and not re.fullmatch(r"[0-9A-Za-z_-]+", job):
         raise ConfigError(
-            f"{JOB_VARIABLE}={job!r}: expected letters, digits and dashes, as `launch run` sets it; `unset` it"
+            f"{JOB_VARIABLE}={job!r}: expected letters, digits and dashes, as `overtone run` sets it; `unset` it"
         )
     return job

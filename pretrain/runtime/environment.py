@@ -28,7 +28,7 @@ OTHERS = {
     "MVAPICH": ("MV2_COMM_WORLD_RANK", ("MV2_COMM_WORLD_SIZE",)),
     "PMIx": ("PMIX_RANK", ()),
 }
-LAUNCH = "`python -m launch run CONFIG` or `deepspeed --module`"
+LAUNCH = "`overtone run CONFIG` or `deepspeed --module`"
 ALONE = f"Start ranks with {LAUNCH}, which set it; for one process, `unset RANK WORLD_SIZE LOCAL_RANK`"
 
 
@@ -146,7 +146,7 @@ def _check_meeting(environment: Mapping[str, str], world: int) -> None:
         launcher = " --hostfile H --launcher openmpi" if by_mpi else ""
         raise ConfigError(
             f"{_shown(environment, 'WORLD_SIZE')}, but {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} "
-            f"not set: the ranks do not know where they meet. Start them with `python -m launch run CONFIG{launcher}`, "
+            f"not set: the ranks do not know where they meet. Start them with `overtone run CONFIG{launcher}`, "
             f"or say the host of rank 0 and a free port there: `{hand_on}`"
         )
 

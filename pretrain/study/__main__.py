@@ -1,7 +1,5 @@
-"""`python -m pretrain.study CONFIG [key=value ...] [options of launch run]`: trains a matched grid and tells what came
-of it, in a table, results.json, results.csv and a page. Run again, it goes on with what is not done.
-
-Exit codes: 0 done; 2 bad input; 75 stopped by a signal, the same command goes on; others: a run failed with that code.
+"""`overtone study CONFIG [key=value ...] [options of overtone run]`: trains a matched grid and tells what came of it,
+in a table, results.json, results.csv and a page. Run again, it goes on with what is not done.
 """
 
 from __future__ import annotations
@@ -13,48 +11,61 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from common import command
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
 from common.files import lock, replace_file
 from common.plain import to_json
 from common.progress import say
-from common.settings import read_tree, validate
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 PAGE, RESULTS, ROWS = "study.html", "results.json", "results.csv"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m pretrain.study",
-        allow_abbrev=False,
-        description="Train a matched grid of heads, learning rates and seeds, and compare. Options that are not listed "
-        "go to `python -m launch run`, such as --hostfile H.",
+def parser() -> argparse.ArgumentParser:
+    made = command.parser(
+        "study",
+        "Train a matched grid of heads, learning rates and seeds, and compare, in a table, results.json, results.csv "
+        "and a page. Run again, it goes on with what is not done. Options that are not listed go to `overtone run`, "
+        "such as --hostfile H.",
+        [
+            "configs/study-small.yaml",
+            "configs/study-small.yaml lrs=[1e-3,3e-3] out=runs/study-two-rates --num-gpus 1",
+            "configs/study-small.yaml --report",
+        ],
+        "0 done; 2 bad input; 75 stopped by a signal, the same command goes on; others: a run failed with that code",
     )
-    parser.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/study-small.yaml")
-    parser.add_argument("--report", action="store_true", help="train nothing: write the results of what is done")
-    asked, rest = parser.parse_known_args(argv)
-    overrides = [word for word in rest if "=" in word and not word.startswith("-")]
-    launch = [word for word in rest if word not in overrides]
-    try:
-        tree = read_tree(asked.config, overrides)
-        kinds = {"language": _language, "algorithmic": _algorithmic}
-        if tree.get("kind") not in kinds:
-            raise ConfigError(f"{asked.config}: kind={tree.get('kind')!r}: expected one of {', '.join(kinds)}")
-        return kinds[tree["kind"]](tree, launch, asked.report)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on", file=sys.stderr)
-        return 130
+    made.usage = "overtone study [-h] [--report] CONFIG [key=value ...] [options of overtone run]"
+    made.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/study-small.yaml")
+    made.add_argument("--report", action="store_true", help="train nothing: write the results of what is done")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if argv is None else argv
+    # CONFIG first, since an option of another command may take any word as its value.
+    words = sorted(words, key=lambda word: "=" in word or not word.endswith((".yaml", ".yml")))
+    asked, rest = parser().parse_known_args(words)
+    asked.overrides = [word for word in rest if "=" in word and not word.startswith("-")]
+    asked.launch = [word for word in rest if word not in asked.overrides]
+    return command.run(_study, asked)
+
+
+def _study(asked: argparse.Namespace) -> int:
+    from common.settings import read_tree
+
+    tree = read_tree(asked.config, asked.overrides)
+    kinds = {"language": _language, "algorithmic": _algorithmic}
+    if tree.get("kind") not in kinds:
+        raise ConfigError(f"{asked.config}: kind={tree.get('kind')!r}: expected one of {', '.join(kinds)}")
+    return kinds[tree["kind"]](tree, asked.launch, asked.report)
 
 
 def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
+    from common.settings import validate
     from pretrain.study import grid, results, tables
     from pretrain.study.page import language
 
@@ -74,6 +85,7 @@ def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
 
 
 def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
+    from common.settings import validate
     from pretrain.study import algorithmic, tables
     from pretrain.study.algorithmic_config import AlgorithmicConfig
     from pretrain.study.page import algorithmic as pages
@@ -89,6 +101,8 @@ def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> i
 
 
 def _tell(folder: Path, table: Table) -> None:
+    from rich.console import Console
+
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
     say(f"written: {folder / PAGE}, {RESULTS} and {ROWS} beside it")
 

@@ -1,4 +1,4 @@
-"""`python -m launch run`: what is checked before anything is spawned, and what is handed on."""
+"""`overtone run`: what is checked before anything is spawned, and what is handed on."""
 
 import os
 import re

@@ -1,0 +1,138 @@
+"""What all commands share: how their help looks, how they read words in any order, and how they end.
+
+A command is a module with `parser()` and `main(argv=None) -> int`. It imports what is heavy after its words were read,
+so that help and mistakes come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+
+from common.errors import ConfigError
+from common.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+
+WIDTH = 100  # characters of a line of help
+CODES = "0 done; 2 bad input; 130 interrupted"
+
+
+def parser(name: str, about: str, examples: Sequence[str], codes: str = CODES) -> argparse.ArgumentParser:
+    """A parser of `overtone NAME`.
+
+    Args:
+        about: what the command does, in sentences.
+        examples: what follows `overtone NAME` in commands that work.
+        codes: its exit codes.
+    """
+    shown = "\n".join(f"  overtone {name} {example}".rstrip() for example in examples)
+    return argparse.ArgumentParser(
+        prog=f"overtone {name}",
+        description=textwrap.fill(about, WIDTH),
+        epilog=f"examples:\n{shown}\n\n" + textwrap.fill(f"exit codes: {codes}", WIDTH),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_config(
+    parser: argparse.ArgumentParser, example: str = "configs/quickstart.yaml", *, optional: str = ""
+) -> None:
+    """CONFIG and its settings; `optional`: what CONFIG is for where it may be left out."""
+    about = optional or f"YAML file, such as {example}"
+    parser.add_argument("config", metavar="CONFIG", nargs="?" if optional else None, help=about)
+    add_settings(parser, "train.steps=100")
+
+
+def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help=f"changes a setting, such as {example}")
+
+
+def add_run(parser: argparse.ArgumentParser) -> None:
+    about = "a run folder (its newest whole checkpoint), or one checkpoint's folder"
+    parser.add_argument("run", metavar="RUN", help=about)
+
+
+def add_local_rank(parser: argparse.ArgumentParser) -> None:
+    """What the deepspeed launcher adds to the words of a rank, which has it in its environment too."""
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def count(text: str) -> int:
+    """An option's number of 1 or more."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is too small; give 1 or more")
+    return number
+
+
+def parse(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None, *, strict: bool = True
+) -> argparse.Namespace:
+    """Reads options, CONFIG or RUN, and settings, in any order. Ends the program for a word that it does not know.
+
+    Args:
+        strict: a word that is neither an option nor `key=value` ends it too; else it is left among the settings.
+    """
+    asked, unknown = parser.parse_known_intermixed_args(argv)
+    expected = "one of the options"
+    if "overrides" in asked:
+        subject = "config" if "config" in asked else "run"
+        words = [word for word in (getattr(asked, subject), *asked.overrides) if word is not None]
+        first = next((word for word in words if "=" not in word), words[0] if words else None)
+        setattr(asked, subject, first)
+        asked.overrides = [word for word in words if word is not first]
+        unknown = [word for word in unknown if word.startswith("-") or "=" not in word]
+        unknown += [word for word in asked.overrides if strict and "=" not in word]
+        expected = "key=value or one of the options"
+    if unknown:
+        options = [option for action in parser._actions for option in action.option_strings]
+        parser.error(f"unknown: {' '.join(unknown)}{did_you_mean(unknown[0], options)}; expected {expected}")
+    return asked
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(word.partition("=")[0], list(known), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def run(work: Callable[[argparse.Namespace], int | None], asked: argparse.Namespace) -> int:
+    """Does a command's work; its exit code. What is wrong with the input goes to standard error."""
+    try:
+        return work(asked) or 0
+    except ConfigError as error:
+        return refuse(error)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def refuse(error: ConfigError, *, says: bool = True) -> int:
+    """The exit code of bad input, told unless another rank does."""
+    if says:
+        print(f"error: {error}", file=sys.stderr)
+    return EXIT_BAD_INPUT
+
+
+def dispatch(argv: Sequence[str], modules: Mapping[str, str], about: str) -> int:
+    """Hands words to the command that the first of them names.
+
+    Args:
+        modules: where each command is.
+        about: what --help says.
+    """
+    if not argv:
+        print(about, file=sys.stderr)
+        return EXIT_BAD_INPUT
+    name, *words = argv
+    if name in ("-h", "--help"):
+        print(about)
+        return 0
+    if name not in modules:
+        near = did_you_mean(name, modules) or f"; expected one of {', '.join(modules)}"
+        return refuse(ConfigError(f"{name}: unknown command{near}"))
+    code: int = import_module(modules[name]).main(words)
+    return code
