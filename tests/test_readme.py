@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import re
+import sys
 from pathlib import Path
 
+import pytest
+
 README = Path("README.md").read_text()
+COMMANDS = "prepare import inspect verify-data run train evaluate report study sample export plan doctor slurm verify"
 
 
-def test_its_python_runs() -> None:
+def test_its_python_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "overtone", importlib.import_module("model"))  # as it is installed
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert blocks
     for block in blocks:
@@ -26,8 +32,12 @@ def test_its_modules_and_recipes_are_there() -> None:
     assert recipes == {str(path) for path in Path("configs").glob("*.yaml")}
 
 
+def test_it_names_every_command() -> None:
+    assert set(re.findall(r"(?:`|^ {4})overtone ([a-z-]+) [A-Zcr]", README, re.MULTILINE)) == set(COMMANDS.split())
+
+
 def test_its_links_and_targets_are_there() -> None:
-    assert all(Path(link).exists() for link in re.findall(r"\]\(([^)#:]+)\)", README))
+    assert all(Path(link).exists() for link in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", README))
     makefile = Path("Makefile").read_text()
     targets = set(re.findall(r"(?:`|^    )make ([a-z]+)", README, re.MULTILINE))
     assert {"quickstart", "test", "setup"} <= targets

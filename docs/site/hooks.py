@@ -1,4 +1,4 @@
-"""The site has pages that lie outside docs/: they are added under their own paths, and links to and from them follow."""
+"""Pages of the site that lie outside docs/: they are added under their own paths, and links to and from them follow."""
 
 from __future__ import annotations
 
