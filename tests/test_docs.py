@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -77,7 +78,7 @@ def test_commands_that_pages_name_are_in_the_help_of_overtone() -> None:
 
 
 def test_every_page_is_in_the_site() -> None:
-    def leaves(entry: object) -> list[str]:
+    def leaves(entry: Any) -> list[str]:
         if isinstance(entry, str):
             return [entry]
         return [leaf for one in (entry.values() if isinstance(entry, dict) else entry) for leaf in leaves(one)]
