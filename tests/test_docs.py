@@ -71,10 +71,10 @@ def test_modules_that_pages_run_are_there() -> None:
         assert not spec.submodule_search_locations or importlib.util.find_spec(f"{name}.__main__"), name
 
 
-def test_commands_that_pages_name_are_in_the_help_of_overtone() -> None:
-    told = subprocess.run([sys.executable, "-m", "cli", "--help"], capture_output=True, text=True, check=True).stdout
-    named = named_in([*PAGES, *RECIPES], r"\bovertone ([a-z][a-z-]+)")
-    assert not [name for name in named if not re.search(rf"(?<![\w-]){name}(?![\w-])", told)]
+def test_commands_that_pages_name_are_in_the_table() -> None:
+    from cli.__main__ import TABLE
+
+    assert named_in([*PAGES, *RECIPES], r"\bovertone ([a-z][a-z-]+)") <= {*TABLE, "help"}
 
 
 def test_every_page_is_in_the_site() -> None:
