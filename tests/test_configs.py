@@ -81,7 +81,7 @@ def test_the_recipes_are_there() -> None:
 def test_recipe(path: Path, tmp_path: Path) -> None:
     cfg = load(path)
     header = re.match(r"(#.*\n)+", path.read_text())
-    assert header and f"python -m data prepare {path}" in header[0] and f"python -m launch run {path}" in header[0]
+    assert header and f"overtone prepare {path}" in header[0] and f"overtone run {path}" in header[0]
     for world in WORLDS[family_of(path)]:
         check_layout(cfg, world, min(world, 8))
     assert cfg.data.tokenizer.vocab_size % 1024 == 0
