@@ -39,6 +39,7 @@ from pretrain.modules import build_modules
 from pretrain.runtime import ranks as process
 from pretrain.runtime.ranks import Ranks
 from tests.data.test_shards import EOS
+from tests.support.commands import call
 from tests.support.ranks import run_ranks
 from tests.support.tiny import (
     T,
@@ -165,8 +166,7 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
 
 
 def test_command(trained: Path, capsys: pytest.CaptureFixture) -> None:
-    command = [sys.executable, "-m", "pretrain.evaluate", str(trained / "run" / "checkpoints" / "step-00000004")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = call("-m", "pretrain.evaluate", str(trained / "run" / "checkpoints" / "step-00000004"))
     assert done.returncode == 0, done.stderr
     found = told(capsys, trained / "run")
     assert f"perplexity {found['perplexity']:.3f}" in done.stdout
