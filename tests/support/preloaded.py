@@ -10,7 +10,8 @@ for name in (
     "pretrain.loop",
     "data.prepare",
     "tests.support.tiny",
-    "deepspeed.module_inject.auto_ep_layer",  # these are imported at first use
+    "deepspeed.module_inject.auto_ep_layer",  # these are imported at first use; the next one brings all of Inductor
+    "deepspeed.runtime.zero.muon.muon_optimizer",
     "safetensors.torch",
     "zeus.device",
     "hypothesis",  # these by the files of tests, which every rank imports
