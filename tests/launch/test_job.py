@@ -20,6 +20,7 @@ from launch.job import exit_code, run
 from launch.lease import Lease
 from pretrain.runtime.claim import STOP, Holder, hold
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 # ---- what the exit code is
