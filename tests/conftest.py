@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -14,17 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes at once, and the
 # In the background of a shell without job control it is ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The longest, which mostly wait for processes and timeouts: beside them the other workers have the cores.
-FIRST = (
-    "test_hosts_job.py",
-    "test_main_job.py",
-    "test_slurm.py",
-    "test_chaos.py",
-    "test_two_jobs.py",
-    "test_hopper.py",
-    "test_gpu_benchmark.py",
-    "test_hosts_doctor.py",
-)
+ROOT = Path(__file__).parent
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -33,4 +24,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+    """What starts launchers is slow. What makes hosts starts first, then what is slow: both mostly wait for processes
+    and timeouts, and beside them the other workers have the cores.
+    """
+    for item in items:
+        if item.path.is_relative_to(ROOT / "system"):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: [item.get_closest_marker(mark) is None for mark in ("hosts", "slow")])

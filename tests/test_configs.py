@@ -78,7 +78,7 @@ def test_the_recipes_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_recipe(path: Path, tmp_path: Path) -> None:
+def test_a_recipe_parses_builds_and_says_how_it_is_run(path: Path, tmp_path: Path) -> None:
     cfg = load(path)
     header = re.match(r"(#.*\n)+", path.read_text())
     assert header and f"overtone prepare {path}" in header[0] and f"overtone run {path}" in header[0]

@@ -21,6 +21,8 @@ from launch.lease import Lease
 from pretrain.runtime.claim import STOP, Holder, hold
 from pretrain.runtime.endings import Exit
 
+pytestmark = pytest.mark.slow
+
 # ---- what the exit code is
 
 

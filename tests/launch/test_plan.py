@@ -53,6 +53,7 @@ HEADS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_two_ranks_allocate_and_send_is_as_planned(tmp_path: Path) -> None:
     configs = [config(2, zero, vocab) for zero, vocab in ((1, 1), (2, 2), (3, 2))]
     family: dict[str, Any] = {"mlp": "swiglu", "mlp_dim": 344, "kv_heads": 2, "qk_norm": True, "qkv_bias": True}
@@ -310,6 +311,7 @@ def test_planning_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", script]).returncode == 0
 
 
+@pytest.mark.slow
 def test_the_page_on_scaling_is_what_its_command_prints() -> None:
     made = "\n".join(scaling.document()) + "\n"
     assert Path("docs/scaling.md").read_text() == made, "python -m benchmarks.scaling > docs/scaling.md"

@@ -570,6 +570,7 @@ def test_on_an_older_gpu_the_log_says_so(monkeypatch: pytest.MonkeyPatch, caplog
     _version("triton") < (3, 7) and _version("numpy") >= (2, 4),
     reason="Triton 3.6's interpreter needs numpy 2.3 or older",
 )
+@pytest.mark.slow
 def test_under_the_interpreter() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", __file__]
     environment = os.environ | {"TRITON_INTERPRET": "1"}

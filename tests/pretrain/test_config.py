@@ -49,7 +49,7 @@ from tests.support.tiny import make_data, tiny_config, tiny_tree
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization.stage .* use parallel.zero"),
     ],
 )  # fmt: skip
-def test_refusals(changes: dict[str, Any], told: str) -> None:
+def test_what_cannot_be_is_refused_with_its_remedy(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         tiny_config(**changes)
 
@@ -71,7 +71,7 @@ def test_the_deepspeed_block_is_passed_on() -> None:
     assert made["zero_optimization"]["overlap_comm"] is False and made["zero_optimization"]["stage"] == 2
 
 
-def test_layouts() -> None:
+def test_a_layout_that_does_not_divide_a_step_is_refused() -> None:
     cfg = tiny_config(train__micro_batch=2)  # 8 sequences per step
     assert [cfg.accumulation(world) for world in (1, 2, 4)] == [4, 2, 1]
     with pytest.raises(ConfigError, match="micro_batch can be nothing: 8 sequences cannot be shared by 3 ranks"):
@@ -86,7 +86,7 @@ def test_layouts() -> None:
     assert tiny_config(parallel__vocab="world").parallel.vocab_ranks(8, 4) == 8
 
 
-def test_learning_rates() -> None:
+def test_rates_warm_up_and_follow_their_schedule() -> None:
     def rates(**optim: Any) -> list[float]:
         changes = {f"optim__{key}": value for key, value in {"lr": 1.0, "min_lr": 0.1, **optim}.items()}
         cfg = tiny_config(train__steps=10, **changes)
@@ -101,7 +101,7 @@ def test_learning_rates() -> None:
     assert rates(schedule="constant") == [1.0] * 10
 
 
-def test_data_of_another_vocabulary_or_too_small(tmp_path: Path) -> None:
+def test_data_of_another_vocabulary_or_too_small_are_refused(tmp_path: Path) -> None:
     make_data(tmp_path / "data")
     check_data(tiny_config(data__path=str(tmp_path / "data")))
     with pytest.raises(ConfigError, match="vocabulary of 67, the config one of 99"):
@@ -142,7 +142,7 @@ def test_every_parameter_is_claimed_once_and_decays_as_asked() -> None:
     assert decaying("norms", "biases", "embeddings", "prototypes") == everything - {"log_exponent", "factor"}
 
 
-def test_an_exponent_ramp() -> None:
+def test_an_exponent_ramp_goes_from_its_first_value_to_its_last() -> None:
     cfg = tiny_config(train__steps=11, head__exponent={"first": 2.0, "last": 6.0})
     assert [cfg.head_progress(step) for step in (-1, 0, 5, 10, 11)] == [0, 0, 0.5, 1, 1]
     soon = tiny_config(train__steps=11, head__exponent={"first": 2.0, "last": 6.0, "steps": 3})

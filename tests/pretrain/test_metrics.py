@@ -32,7 +32,7 @@ def train(step: int, **changes: Any) -> Train:
     return Train(step=step, **{**VALUES, **changes})
 
 
-def test_records_and_plain_lines(tmp_path: Path) -> None:
+def test_what_is_recorded_is_read_again_and_told_on_a_line(tmp_path: Path) -> None:
     out = io.StringIO()
     recorder = Recorder(RunFolder(tmp_path), 0, 10, tensorboard=True, console=Console(file=out, width=200))
     recorder.record(train(2))
@@ -54,7 +54,7 @@ def test_records_and_plain_lines(tmp_path: Path) -> None:
     assert events.Scalars("train/loss")[0].value == 2.5
 
 
-def test_a_live_line_on_a_terminal(tmp_path: Path) -> None:
+def test_a_terminal_gets_a_live_line(tmp_path: Path) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160)
     recorder = Recorder(RunFolder(tmp_path), 0, 10, tensorboard=False, console=console)
@@ -74,7 +74,7 @@ def test_records_after_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     assert [record["step"] for record in read_records(tmp_path)] == [2, 4]
 
 
-def test_report(tmp_path: Path, capsys) -> None:
+def test_a_report_adds_up_what_was_recorded(tmp_path: Path, capsys) -> None:
     make_data(tmp_path / "data")
     cfg = tiny_config(run=str(tmp_path / "run"), data__path=str(tmp_path / "data"))
     (tmp_path / "run").mkdir()
@@ -97,6 +97,6 @@ def test_report(tmp_path: Path, capsys) -> None:
         summarise(tmp_path / "nowhere")
 
 
-def test_clock_and_peaks() -> None:
+def test_clocks_are_read_as_people_write_them_and_a_cpu_has_no_peak() -> None:
     assert [clock(s) for s in (0, 59.6, 61, 3661)] == ["0:00", "1:00", "1:01", "1:01:01"]
     assert peak_flops(torch.device("cpu")) is None

@@ -164,7 +164,7 @@ def test_a_run_without_steps_after_a_checkpoint(base: Path, tmp_path: Path, caps
         (["dropout", *ALONE], "only on the layout that trained it: 2 ranks, parallel.vocab=1, train.micro_batch=2"),
     ],
 )
-def test_bad_input(base: Path, arguments: list[str], told: str, capsys) -> None:
+def test_bad_input_is_refused_by_name(base: Path, arguments: list[str], told: str, capsys) -> None:
     name, *others = arguments
     assert verify.main([str(base / name), *others]) == 2
     captured = capsys.readouterr()

@@ -8,7 +8,7 @@ import multiprocessing
 import os
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ from typing import Any
 TIMEOUT_S = 540  # below pytest's own
 
 
-class _Caller:
-    """Gives a rank that a fork server makes what a child of the caller would have: environment and output."""
+class Caller:
+    """Gives a process that a fork server makes what a child of the caller would have: environment and output."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ, output: int = 1, errors: int = 2) -> None:
+        self.environment, self.output, self.errors = environment, output, errors
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _become, (dict(os.environ), reduction.DupFd(1), reduction.DupFd(2))
+        return _become, (dict(self.environment), reduction.DupFd(self.output), reduction.DupFd(self.errors))
 
 
 def _become(environment: dict[str, str], output: Any, errors: Any) -> None:
@@ -30,15 +33,15 @@ def _become(environment: dict[str, str], output: Any, errors: Any) -> None:
     os.dup2(errors.detach(), 2)
 
 
-def _context() -> Any:
-    """Ranks are forked from a process that has imported the program, which takes seconds; not where CUDA could have
+def context() -> Any:
+    """Processes are forked from a process that has imported the program, which takes seconds; not where CUDA could have
     been initialised in it.
     """
     if Path("/dev/nvidiactl").exists():
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.support.preloaded"])
-    return context
+    server = multiprocessing.get_context("forkserver")
+    server.set_forkserver_preload(["tests.support.preloaded"])
+    return server
 
 
 def _rank(
@@ -74,11 +77,11 @@ def run_ranks(check: Callable[..., Any], world: int, tmp_path: Any, **arguments:
 
     `check` is a module-level function. Raises AssertionError with the traceback of the first rank that failed.
     """
-    context = _context()
-    results = context.Queue()
+    forks = context()
+    results = forks.Queue()
     store = tmp_path / f"store-{os.urandom(4).hex()}"
     processes = [
-        context.Process(target=_rank, args=(_Caller(), rank, world, str(store), check, arguments, results), daemon=True)
+        forks.Process(target=_rank, args=(Caller(), rank, world, str(store), check, arguments, results), daemon=True)
         for rank in range(world)
     ]
     for process in processes:

@@ -8,11 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+import pytest
 
 from tests.support.hosts import Hosts, needs_hosts
 
+pytestmark = [needs_hosts, pytest.mark.hosts]
 
-@needs_hosts
+
 def test_hosts_reach_each_other_and_vanish(tmp_path: Path) -> None:
     before = {process.pid for process in psutil.process_iter()}
     links = subprocess.run(["ip", "link"], capture_output=True, text=True).stdout

@@ -13,7 +13,7 @@ import yaml
 from tests.support.hosts import Hosts, needs_hosts
 from tests.support.tiny import make_data, tiny_tree
 
-pytestmark = [needs_hosts, pytest.mark.timeout(600)]
+pytestmark = [needs_hosts, pytest.mark.hosts, pytest.mark.timeout(600)]
 DOCTOR = [sys.executable, "-m", "launch", "doctor"]
 
 

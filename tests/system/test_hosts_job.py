@@ -24,7 +24,7 @@ from tests.support.ranks import run_ranks
 from tests.support.records import read_records
 from tests.support.tiny import make_data, run_to_end, tiny_tree
 
-pytestmark = [needs_hosts, pytest.mark.timeout(900)]
+pytestmark = [needs_hosts, pytest.mark.hosts, pytest.mark.timeout(900)]
 IN_TIME_S = 60.0
 LAUNCH = [sys.executable, "-m", "launch", "run"]
 needs_open_mpi = pytest.mark.skipif(shutil.which("mpirun") is None, reason="missing: mpirun (Debian: openmpi-bin)")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.config import load
+from tests.support.commands import call
 from tests.support.ranks import run_ranks
 from tests.support.tiny import run_to_end
 
@@ -36,8 +37,9 @@ SMALL = [
 PYTHON = [sys.executable, "-m"]
 
 
-def call(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([*PYTHON, *arguments], capture_output=True, text=True, timeout=240, **options)
+def anew(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In a Python of its own, which starts others."""
+    return subprocess.run([*PYTHON, *arguments], capture_output=True, text=True, timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def base(tmp_path_factory) -> Path:
     (base / "text").mkdir()
     words = "@@@".join(path.read_text() for path in sorted(Path("data").rglob("*.py")))
     (base / "text" / "words.txt").write_text(words.replace("\n\n", "@@@"))
-    made = call("data", "prepare", "configs/quickstart.yaml", *settings(base))
+    made = anew("data", "prepare", "configs/quickstart.yaml", *settings(base))
     assert made.returncode == 0, made.stderr
     return base
 
@@ -64,7 +66,7 @@ def records(run: Path, kind: str) -> list[dict]:
 def test_quickstart_at_reduced_size(base: Path) -> None:
     """Two ranks under deepspeed; run again it reuses what is done; one rank goes on from the same checkpoints."""
     command = ["launch", "run", "configs/quickstart.yaml", "--num-gpus", "2", *settings(base, "train.steps=20")]
-    trained = call(*command)
+    trained = anew(*command)
     assert trained.returncode == 0, trained.stdout[-3000:] + trained.stderr[-3000:]
     port = trained.stdout.partition("--master_port ")[2].split()[0]
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*")), "memory that nobody frees"
@@ -76,23 +78,23 @@ def test_quickstart_at_reduced_size(base: Path) -> None:
     assert list(run.glob("events.out.tfevents.*"))
     assert json.loads((run / "exit.json").read_text())["code"] == 0
 
-    again = call(*command)
+    again = anew(*command)
     assert again.returncode == 0 and "resumed from" in again.stdout
     assert [record["loss"] for record in records(run, "train")] == losses, "nothing was trained twice"
     assert [record["step"] for record in records(run, "eval")] == [10, 20], "nor evaluated twice"
 
-    report = call("pretrain.report", str(run))
+    report = call("-m", "pretrain.report", str(run))
     assert report.returncode == 0 and "not measured: no energy counter" in report.stdout
     assert f"{records(run, 'eval')[-1]['bits_per_byte']:.4f}" in report.stdout
-    held_out = call("pretrain.evaluate", str(run), "--json")
+    held_out = call("-m", "pretrain.evaluate", str(run), "--json")
     assert json.loads(held_out.stdout)["loss"] == pytest.approx(records(run, "eval")[-1]["loss"], rel=2e-3)
 
-    verified = call("pretrain.verify", str(run))
+    verified = call("-m", "pretrain.verify", str(run))
     assert verified.returncode == 0 and verified.stdout.startswith("PASS: 2 checkpoints are whole; "), verified.stdout
-    exported = call("pretrain.export", str(run), "--out", str(base / "weights"))
+    exported = call("-m", "pretrain.export", str(run), "--out", str(base / "weights"))
     assert exported.returncode == 0 and (base / "weights" / "model.safetensors").exists(), exported.stderr
 
-    changed = call("pretrain", "configs/quickstart.yaml", *settings(base, "train.steps=20", "model.layers=3"))
+    changed = call("-m", "pretrain", "configs/quickstart.yaml", *settings(base, "train.steps=20", "model.layers=3"))
     assert changed.returncode == 2 and "model.layers was 2 and is 3" in changed.stderr
     assert "Traceback" not in changed.stderr
 
@@ -100,7 +102,7 @@ def test_quickstart_at_reduced_size(base: Path) -> None:
 def test_sigterm_saves_and_the_resumed_run_is_the_unbroken_one(base: Path) -> None:
     """`launch run` on two ranks, stopped by SIGTERM, exits 75 with a checkpoint; run again it ends as if unbroken."""
 
-    more = settings(base, "train.steps=300", "checkpoint.every=1000", "evaluation.every=1000")
+    more = settings(base, "train.steps=100", "checkpoint.every=1000", "evaluation.every=1000")
     command = ["launch", "run", "configs/quickstart.yaml", "--num-gpus", "2", *more, f"run={base / 'cut'}"]
     process = subprocess.Popen([*PYTHON, *command], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -111,12 +113,12 @@ def test_sigterm_saves_and_the_resumed_run_is_the_unbroken_one(base: Path) -> No
     process.stdout.read()
     assert process.wait(timeout=60) == 75
     ended = json.loads((base / "cut" / "exit.json").read_text())
-    assert ended["code"] == 75 and ended["reason"].startswith("stopped by") and 20 <= ended["step"] < 300
+    assert ended["code"] == 75 and ended["reason"].startswith("stopped by") and 20 <= ended["step"] < 100
     assert (base / "cut" / "checkpoints" / f"step-{ended['step']:08d}").is_dir()
-    assert call(*command).returncode == 0
+    assert anew(*command).returncode == 0
     cfg = load("configs/quickstart.yaml", [*more, f"run={base / 'whole'}"])
     whole = run_ranks(run_to_end, 2, base, cfg=cfg)[0]
-    assert len(whole) == 300 and [record["loss"] for record in records(base / "cut", "train")] == whole
+    assert len(whole) == 100 and [record["loss"] for record in records(base / "cut", "train")] == whole
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_unbroken_one(base: Path) -> No
 )
 def test_bad_input_stops_before_anything_starts(base: Path, overrides: list[str], told: str) -> None:
     target = f"run={base / 'never'}"
-    refused = call("launch", "run", "configs/quickstart.yaml", "--num-gpus", "2", *settings(base, target, *overrides))
+    refused = anew("launch", "run", "configs/quickstart.yaml", "--num-gpus", "2", *settings(base, target, *overrides))
     assert refused.returncode == 2, refused.stderr
     assert told in refused.stderr and "Traceback" not in refused.stderr
     assert not (base / "never").exists()
@@ -145,7 +147,7 @@ def test_too_many_bad_steps_end_the_run(base: Path) -> None:
     code.
     """
     more = ["train.steps=60", "optim.lr=1.0e38", "optim.min_lr=0", "optim.max_skipped=3", f"run={base / 'diverged'}"]
-    ended = call("pretrain", "configs/quickstart.yaml", *settings(base, *more, "train.precision=float32"))
+    ended = call("-m", "pretrain", "configs/quickstart.yaml", *settings(base, *more, "train.precision=float32"))
     assert ended.returncode == 3, ended.stderr[-2000:]
     assert "steps in a row were not finite" in ended.stderr
     assert records(base / "diverged", "train")[-1]["skipped"] > 0

@@ -16,6 +16,8 @@ from pretrain.study.page import algorithmic as algorithmic_page
 from pretrain.study.page.language import page
 from tests.support.study_fixture import HEADS, study_results
 
+pytestmark = pytest.mark.hosts
+
 
 def published() -> dict[str, Any]:
     return json.loads(Path("benchmarks/results/study-algorithmic.json").read_text())

@@ -39,6 +39,7 @@ from pretrain.modules import build_modules
 from pretrain.runtime import ranks as process
 from pretrain.runtime.ranks import Ranks
 from tests.data.test_shards import EOS
+from tests.support.commands import call
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
 from tests.support.tiny import (
@@ -116,7 +117,7 @@ def check_evaluation(tasks: list[tuple[Path, int]], vocab: int) -> list[dict[str
 
 
 @pytest.mark.parametrize(("world", "vocab"), [(1, 1), (4, 2)])
-def test_is_the_reference_on_any_number_of_ranks_and_groups(trained: Path, world: int, vocab: int) -> None:
+def test_evaluation_is_the_reference_on_any_number_of_ranks_and_groups(trained: Path, world: int, vocab: int) -> None:
     """float32 to 1e-6; in bf16 a row may round otherwise in another batch, no more."""
     split = open_split(trained / "data", "val")
     tasks = [(trained / name, stride) for name in ("run", "tied") for stride in (T, 3)]
@@ -139,7 +140,7 @@ def test_is_the_reference_on_any_number_of_ranks_and_groups(trained: Path, world
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_is_the_normalised_likelihood_of_every_head(trained: Path, variant: str) -> None:
+def test_evaluation_is_the_normalised_likelihood_of_every_head(trained: Path, variant: str) -> None:
     distance, params = variant.split()[0], {k: v for k, v in VARIANTS[variant].items() if k != "seed"}
     cfg = tiny_config(data__path=str(trained / "data"), head__distance=distance, head__params=params)
     windows = EvaluationWindows(open_split(trained / "data", "val"), T)
@@ -165,9 +166,8 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return capsys.readouterr().err
 
 
-def test_command(trained: Path, capsys: pytest.CaptureFixture) -> None:
-    command = [sys.executable, "-m", "pretrain.evaluate", str(trained / "run" / "checkpoints" / "step-00000004")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_the_command_says_what_training_said(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    done = call("-m", "pretrain.evaluate", str(trained / "run" / "checkpoints" / "step-00000004"))
     assert done.returncode == 0, done.stderr
     found = told(capsys, trained / "run")
     assert f"perplexity {found['perplexity']:.3f}" in done.stdout
@@ -177,6 +177,7 @@ def test_command(trained: Path, capsys: pytest.CaptureFixture) -> None:
     assert "neither a run folder" in refused(capsys, trained / "nowhere")
 
 
+@pytest.mark.slow
 def test_under_the_launcher_it_says_the_same(trained: Path, capsys: pytest.CaptureFixture) -> None:
     launcher = Path(sys.executable).with_name("deepspeed")
     command = [str(launcher), "--num_gpus", "2", "--module", "pretrain.evaluate", str(trained / "run"), "--json"]
@@ -440,7 +441,7 @@ def test_a_nan_in_one_ranks_shard_stops_all_ranks(copied: Path, tmp_path: Path) 
     assert all("head.prototypes" in message for message in run_ranks(check_poisoned, 2, tmp_path, run=copied))
 
 
-def test_unigram(tmp_path: Path) -> None:
+def test_unigram_bits_are_counted_on_the_training_split(tmp_path: Path) -> None:
     make_data(tmp_path / "data")
     train, val = (open_split(tmp_path / "data", name) for name in ("train", "val"))
     counts = np.bincount(train.read(0, train.tokens), minlength=67) + 1.0

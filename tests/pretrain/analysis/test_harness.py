@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +22,7 @@ from pretrain.analysis import harness  # noqa: E402
 from pretrain.analysis.harness import Overtone  # noqa: E402
 from pretrain.runtime import ranks as process  # noqa: E402
 from tests.pretrain.analysis.test_evaluation import english  # noqa: E402, F401
+from tests.support.commands import call  # noqa: E402
 from tests.support.tiny import T  # noqa: E402
 
 TASKS = {
@@ -298,12 +297,12 @@ def test_the_command_runs_local_tasks(model: Overtone, english: Path, tmp_path: 
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     for name, task in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(task.replace("DATA", str(tmp_path / "rows.jsonl")))
-    command = [sys.executable, "-m", "pretrain.harness", "run", "--model", "overtone"]
-    command += ["--model_args", f"run={english / 'small'}", "--include_path", str(tmp_path)]
-    command += ["--tasks", "choose", "roll", "write", "--output_path", str(tmp_path / "out.json")]
+    command = ["run", "--model", "overtone", "--model_args", f"run={english / 'small'}"]
+    command += ["--include_path", str(tmp_path), "--tasks", "choose", "roll", "write"]
+    command += ["--output_path", str(tmp_path / "out.json")]
     inherited = {name: value for name, value in os.environ.items() if name != "RANK"}  # this process made a group
     alone = {**inherited, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
+    done = call("-m", "pretrain.harness", *command, environment=alone)
     assert done.returncode == 0, done.stderr[-2000:]
     (report,) = tmp_path.glob("**/out*.json")
     found = json.loads(report.read_text())["results"]

@@ -61,7 +61,7 @@ def check_full(base: Path, policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["stop", "go on"])
-def test_a_disk_that_fills_up(disk: Path, policy: str) -> None:
+def test_a_disk_that_fills_up_ends_the_run_with_whole_checkpoints(disk: Path, policy: str) -> None:
     make_data(disk / "data")
     run_ranks(check_full, 1, disk.parent, base=disk, policy=policy)
     assert kept(disk)[-1] == 6
@@ -93,7 +93,9 @@ def check_readonly_or_gone(base: Path, harm: str) -> list[int]:
 
 
 @pytest.mark.parametrize("harm", ["read-only", "gone"])
-def test_a_folder_that_cannot_be_written_for_a_while(disk: Path, harm: str, capfd: pytest.CaptureFixture) -> None:
+def test_a_folder_that_cannot_be_written_costs_those_saves_alone(
+    disk: Path, harm: str, capfd: pytest.CaptureFixture
+) -> None:
     make_data(disk / "data")
     assert run_ranks(check_readonly_or_gone, 1, disk.parent, base=disk, harm=harm) == [[0, 6]]
     assert kept(disk) == [1, 2, 5, 6]

@@ -28,6 +28,7 @@ FLOAT32_LOSS, FLOAT32_NORM, FLOAT32_WEIGHT = (
 )  # lr is 1e-2: Adam turns tiny gradients' rounding into weight
 BF16_LOSS = 2e-2
 
+WORLDS = [1, pytest.param(2, marks=pytest.mark.slow)]
 OPTIMIZERS = {
     ("float32", 0): "AdamW",
     ("float32", 1): "DeepSpeedZeroOptimizer",
@@ -78,7 +79,7 @@ def compare(found: dict[str, Any], plain: dict[str, Any], told: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", WORLDS)
 def test_float32_layouts_equal_plain_pytorch(world: int, kind: str, tmp_path: Path) -> None:
     plain = train_plain(tiny_config(**KINDS[kind]))
     assert max(plain["norms"]) > 0.5, "clipping is active"
@@ -93,7 +94,7 @@ def test_float32_layouts_equal_plain_pytorch(world: int, kind: str, tmp_path: Pa
         compare(found, plain, told)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", WORLDS)
 def test_bf16_layouts_stay_within_the_bound(world: int, tmp_path: Path) -> None:
     plain = train_plain(tiny_config())
     chosen = layouts(world, "bf16")
@@ -107,7 +108,7 @@ def check_poisoned(chosen: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [train_layout(tiny_config(**layout), steps=3, poison=1) for layout in chosen]
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", WORLDS)
 def test_a_nan_on_one_rank_skips_the_step_on_all(world: int, tmp_path: Path) -> None:
     chosen = [
         {"parallel__zero": zero, "parallel__vocab": world, "train__micro_batch": 4, "train__precision": precision}
@@ -143,7 +144,7 @@ def check_gradients(chosen: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]
     return found
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", WORLDS)
 def test_gradients_equal_plain_pytorch(world: int, tmp_path: Path) -> None:
     from model.decoder import Decoder
     from model.head import HarmonicHead

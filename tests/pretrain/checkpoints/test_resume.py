@@ -74,7 +74,7 @@ VARIANTS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_resumed_run_is_the_uninterrupted_one_bit_for_bit(world: int, tmp_path: Path) -> None:
     make_data(tmp_path / "data")
     variants = VARIANTS if world == 2 else VARIANTS[::3]
@@ -128,6 +128,7 @@ def check_hop(base: Path, changes: dict[str, Any], run: str, first: int, count: 
     return found
 
 
+@pytest.mark.slow
 def test_a_run_that_changes_its_layout_again_and_again_follows_the_same_curve(tmp_path: Path) -> None:
     """Ranks 1, 2, 1, 4, 2, 3 with other stages, groups and micro-batches: the same batches; the same losses to
     float32 rounding, or to 0.02 nats in bf16.
@@ -147,11 +148,12 @@ def test_a_run_that_changes_its_layout_again_and_again_follows_the_same_curve(tm
             assert np.allclose(losses, same, atol=bound, rtol=0), (name, world, losses, same)
 
 
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    make_data(tmp_path / "data")
-    run_ranks(check_run, 1, tmp_path, base=tmp_path, run="run", changes={})
-    return tmp_path
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("finished")
+    make_data(base / "data")
+    run_ranks(check_run, 1, base, base=base, run="run", changes={})
+    return base
 
 
 def flip(path: Path) -> None:
@@ -161,8 +163,10 @@ def flip(path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest"])
-def test_damage_is_found_and_the_last_whole_checkpoint_is_used(finished: Path, harm: str, caplog) -> None:
-    folder = finished / "run" / "checkpoints"
+def test_damage_is_found_and_the_last_whole_checkpoint_is_used(
+    finished: Path, tmp_path: Path, harm: str, caplog
+) -> None:
+    folder = shutil.copytree(finished / "run" / "checkpoints", tmp_path / "checkpoints")
     newest, before = checkpoint.checkpoints(folder)[::-1]
     victim = next(newest.glob("*.safetensors"))
     if harm == "flip":
@@ -184,7 +188,7 @@ def test_damage_is_found_and_the_last_whole_checkpoint_is_used(finished: Path, h
     assert len(checkpoint.checkpoints(folder)) == 2, "nothing was deleted"
 
 
-def test_resume_settings(finished: Path) -> None:
+def test_what_resume_names_is_found_or_refused(finished: Path) -> None:
     folder = finished / "run" / "checkpoints"
     newest = folder / f"step-{STEPS:08d}"
     assert resume.find(folder, "auto") == resume.find(folder, str(newest)) == newest

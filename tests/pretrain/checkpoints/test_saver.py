@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ def kept(base: Path) -> list[int]:
     return [checkpoint.step_of(path) for path in checkpoint.checkpoints(base / "run" / "checkpoints")]
 
 
-def test_retention() -> None:
+def test_the_newest_every_nth_and_the_best_stay() -> None:
     found = [Path(checkpoint.name_of(step)) for step in (2, 4, 6, 8, 10)]
 
     def stays(best: int | None = None, **settings: Any) -> list[int]:
@@ -59,13 +60,19 @@ def check_retention(base: Path) -> None:
     assert outcome_of(config(base, evaluation__every=1, **changes)).code == 0
 
 
-def test_a_run_keeps_the_last_every_fourth_and_the_best(tmp_path: Path) -> None:
-    make_data(tmp_path / "data")
-    run_ranks(check_retention, 2, tmp_path, base=tmp_path)
-    losses = {r["step"]: r["loss"] for r in read_records(tmp_path / "run") if r["kind"] == "eval"}
+@pytest.fixture(scope="module")
+def retained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("retained")
+    make_data(base / "data")
+    run_ranks(check_retention, 2, base, base=base)
+    return base
+
+
+def test_a_run_keeps_the_last_every_fourth_and_the_best(retained: Path) -> None:
+    losses = {r["step"]: r["loss"] for r in read_records(retained / "run") if r["kind"] == "eval"}
     best = min(losses, key=lambda step: losses[step])
-    assert kept(tmp_path) == sorted({4, 6, best})
-    folder = tmp_path / "run" / "checkpoints"
+    assert kept(retained) == sorted({4, 6, best})
+    folder = retained / "run" / "checkpoints"
     assert (folder / checkpoint.LATEST).read_text() == "step-00000006\n"
     state = checkpoint.read_state(folder / "step-00000006")
     assert (state["best_step"], state["layout"]["world"]) == (best, 2)
@@ -73,7 +80,7 @@ def test_a_run_keeps_the_last_every_fourth_and_the_best(tmp_path: Path) -> None:
     assert state["config"]["optim"]["lr"] == 0.01
     sizes = [path.stat().st_size for path in (folder / "step-00000006").glob("*.safetensors")]
     assert len(sizes) == 2 and min(sizes) > 0.8 * max(sizes), "at stage 0 every rank writes its share"
-    saves = [record for record in read_records(tmp_path / "run") if record["kind"] == "save"]
+    saves = [record for record in read_records(retained / "run") if record["kind"] == "save"]
     assert saves and all(record["stall_s"] > 0 and record["seconds"] > 0 for record in saves)
 
 
@@ -215,10 +222,8 @@ def check_find(folder: Path, how: Any) -> str | None:
     return found.name if found else None
 
 
-def test_ranks_share_the_verification_and_agree(tmp_path: Path) -> None:
-    make_data(tmp_path / "data")
-    run_ranks(check_retention, 2, tmp_path, base=tmp_path)
-    folder = tmp_path / "run" / "checkpoints"
+def test_ranks_share_the_verification_and_agree(retained: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(retained / "run" / "checkpoints", tmp_path / "checkpoints")
     newest, before = checkpoint.checkpoints(folder)[::-1][:2]
     for victim in sorted(newest.glob("*.safetensors")):  # whichever rank looks at it
         content = victim.read_bytes()

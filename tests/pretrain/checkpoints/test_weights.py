@@ -102,7 +102,7 @@ def strict_load(decoder: Decoder, head: HarmonicHead, found: dict[str, torch.Ten
         module.load_state_dict(own, strict=True)
 
 
-def test_without_deepspeed_in_small_files(trained, tmp_path: Path) -> None:
+def test_an_export_needs_no_deepspeed_and_its_files_keep_to_their_size(trained, tmp_path: Path) -> None:
     base, masters = trained
     blocked = "import sys; sys.modules['deepspeed'] = None; from pretrain.export import main; sys.exit(main())"
     arguments = [str(base / "zero-3"), "--out", str(tmp_path / "new" / "out"), "--max-gb", "3e-5"]
@@ -122,7 +122,7 @@ def test_without_deepspeed_in_small_files(trained, tmp_path: Path) -> None:
     assert exported(out).keys() == masters["zero-3"].keys()
 
 
-def test_one_checkpoint_of_a_run_by_a_relative_path(trained, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_one_checkpoint_of_a_run_is_exported_by_a_relative_path(trained, tmp_path: Path, monkeypatch, capsys) -> None:
     base, masters = trained
     monkeypatch.chdir(base / "zero-0" / "checkpoints")
     assert export.main(["step-00000002", "--out", str(tmp_path / "out")]) == 0
@@ -132,7 +132,7 @@ def test_one_checkpoint_of_a_run_by_a_relative_path(trained, tmp_path: Path, mon
     assert not np.array_equal(found["head.prototypes"].numpy(), masters["zero-0"]["head.prototypes"])
 
 
-def test_refusals(trained, tmp_path: Path, capsys) -> None:
+def test_what_cannot_be_exported_is_refused_and_nothing_is_written(trained, tmp_path: Path, capsys) -> None:
     base, _ = trained
     (tmp_path / "there").mkdir()
     (tmp_path / "file").touch()
@@ -147,7 +147,7 @@ def test_refusals(trained, tmp_path: Path, capsys) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"there", "file"} and not list((tmp_path / "there").iterdir())
 
 
-def test_whole_or_absent(trained, tmp_path: Path, monkeypatch) -> None:
+def test_an_export_is_whole_or_absent(trained, tmp_path: Path, monkeypatch) -> None:
     base, _ = trained
 
     def full(*_: Any) -> None:

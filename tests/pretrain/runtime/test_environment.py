@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from launch.probe import gpus, more_facts
 from launch.reach import ssh_arguments
 from pretrain.runtime import ranks as process
 from pretrain.runtime.environment import Place, adopt, binds_cores, place_of
+from tests.support.commands import call
 
 MEETING = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEETING}
@@ -131,8 +130,7 @@ def test_cores_are_bound_where_it_says_so() -> None:
 )
 def test_every_command_ends_as_for_bad_input(command: list[str]) -> None:
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", *MEETING, "LOCAL_RANK")}
-    words = [sys.executable, "-m", *command]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, env={**clean, "WORLD_SIZE": "4"})
+    done = call("-m", *command, environment={**clean, "WORLD_SIZE": "4"})
     assert done.returncode == 2 and done.stderr.startswith("error: WORLD_SIZE=4, but RANK is not set"), done.stderr
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +15,7 @@ from common.errors import ConfigError
 from pretrain.runtime import ranks as process
 from pretrain.runtime.deterministic import CUBLAS
 from pretrain.runtime.ranks import _bind_cores, interface_to
+from tests.support.commands import call
 from tests.support.ranks import run_ranks
 from tests.support.tiny import tiny_config
 
@@ -32,8 +31,7 @@ def test_each_rank_keeps_to_its_share_of_the_cores() -> None:
     cores = sorted(os.sched_getaffinity(0))
 
     def bound(rank: int, world: int) -> list[int]:
-        words = [sys.executable, "-c", code.format(rank, world)]
-        return list(eval(subprocess.run(words, capture_output=True, text=True, check=True).stdout))
+        return list(eval(call("-c", code.format(rank, world)).stdout))
 
     half = len(cores) // 2
     if half:

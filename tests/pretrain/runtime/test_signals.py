@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from common.exits import EXIT_PREEMPTED
 from pretrain.config import dump
+from tests.support.commands import call
 from tests.support.tiny import make_data, tiny_config
 
 TOLD = """
@@ -37,8 +36,7 @@ def test_signals_while_a_run_is_loaded_and_closed(tmp_path: Path, when: str, cod
     make_data(tmp_path / "data")
     cfg = tiny_config(run=str(tmp_path / "run"), data__path=str(tmp_path / "data"), train__steps=3)
     (tmp_path / "config.yaml").write_text(dump(cfg))
-    words = [sys.executable, "-c", TOLD, str(tmp_path / "config.yaml"), when]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=240)
+    ended = call("-c", TOLD, str(tmp_path / "config.yaml"), when)
     assert ended.returncode == code, ended.stderr
     left = json.loads((tmp_path / "run" / "exit.json").read_text())
     assert (left["code"], left["step"]) == (code, step)

@@ -15,6 +15,7 @@ import pytest
 
 from launch.invocation import free_port
 from pretrain.runtime.watch import phase_of
+from tests.support.commands import Command
 from tests.support.tiny import tiny_tree
 
 ROOT = Path(__file__).parents[3]
@@ -62,17 +63,13 @@ class Ranks:
         self.processes = []
         for rank in range(world):
             own = {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": "0", "OVERTONE_JOB": "a"}
-            words = [sys.executable, "-c", RANK, json.dumps(whole)]
-            environ = {**os.environ, **environment, **own}
             self.processes.append(
-                subprocess.Popen(
-                    words, cwd=ROOT, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-                )
+                Command("-c", RANK, json.dumps(whole), environment={**os.environ, **environment, **own})
             )
 
     def up(self) -> None:
         for process in self.processes:
-            assert process.stdout is not None and process.stdout.readline() == "up\n"
+            process.wait_for("up\n")
 
     def end(self) -> list[int]:
         return [process.wait(180) for process in self.processes]
@@ -93,7 +90,6 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Ranks]]:
     for ranks in made:
         for process in ranks.processes:
             process.kill()
-            process.communicate()
 
 
 def test_a_good_end_leaves_nothing(start: Callable[..., Ranks]) -> None:
@@ -149,7 +145,7 @@ def test_a_launcher_that_is_gone_asks_for_a_save_then_ends_the_rank(
     ranks = start(1, {"OVERTONE_LEASE": str(lease)})
     ranks.up()
     assert ranks.end() == [-signal.SIGTERM]
-    assert "no sign of life from the launcher" in ranks.processes[0].communicate()[1]
+    assert "no sign of life from the launcher" in ranks.processes[0].stderr
 
 
 def test_a_lease_that_says_stop_or_is_taken_away(start: Callable[..., Ranks], tmp_path: Path) -> None:
@@ -178,7 +174,7 @@ def test_another_launchers_lease_is_not_this_ranks(start: Callable[..., Ranks], 
     ranks.up()
     lease.write_text("b 1")
     assert ranks.end() == [-signal.SIGTERM]
-    assert "another one has begun" in ranks.processes[0].communicate()[1]
+    assert "another one has begun" in ranks.processes[0].stderr
 
 
 @pytest.mark.parametrize(

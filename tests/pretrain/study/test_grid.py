@@ -357,6 +357,7 @@ def test_a_curve_says_what_training_had_taken() -> None:
     assert [point["joules"] for point in curve([train(1, None), train(2, 4.0)], Train, ["gpu"])] == [None, None]
 
 
+@pytest.mark.slow
 def test_the_command_launches_real_runs(tmp_path: Path) -> None:
     """From text that is not prepared yet."""
     make_text(tmp_path / "data")
