@@ -52,7 +52,7 @@ def check() -> float:
     fast = [torch.randn(rows, DIM, generator=generator).requires_grad_() for rows in (37, 11)]
     exact = [rows.detach().double().requires_grad_() for rows in fast]
     loss = harmonic_loss(*fast, targets, distance=Lorentzian(0.3), exponent=4.0)
-    truth = plain_loss(*exact, targets, exponent=4.0, width=0.3)
+    truth = plain_loss(exact[0], exact[1], targets, exponent=4.0, width=0.3)
     pairs = [(loss, truth), *zip(torch.autograd.grad(loss, fast), torch.autograd.grad(truth, exact), strict=True)]
     return max(((ours - theirs).abs().max() / theirs.abs().max()).item() for ours, theirs in pairs)
 
