@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from common.gpus import PEAK_FLOPS
 from common.machine import cores, cpu_name
 from common.plain import from_json, plain, to_json
+from common.units import clock
 
 log = logging.getLogger(__name__)
 
@@ -142,10 +143,3 @@ def training_line(values: dict[str, Any]) -> str:
     if values["skipped"]:
         parts.append(f"skipped {values['skipped']}")
     return " ".join(parts)
-
-
-def clock(seconds: float) -> str:
-    """75.0 -> 1:15."""
-    minutes, rest = divmod(round(max(0.0, seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
