@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.units import duration, energy
+from common.units import duration, energy, time_left
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,11 @@ from common.units import duration, energy
 )
 def test_a_time_is_told_in_the_unit_that_fits(seconds: float, told: str) -> None:
     assert duration(seconds) == told
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0, "0 min 00 s"), (3599, "59 min 59 s"), (3725, "1 h 02 min")])
+def test_the_time_that_is_left_is_in_hours_and_minutes(seconds: float, told: str) -> None:
+    assert time_left(seconds) == told
 
 
 @pytest.mark.parametrize(

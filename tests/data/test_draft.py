@@ -72,7 +72,7 @@ def test_after_a_full_disk_the_next_run_goes_on(corpus, prepared, monkeypatch, a
     assert names(corpus) == ["corpus.jsonl", "prepared"]
 
 
-def test_a_folder_that_cannot_be_written(corpus):
+def test_a_folder_that_cannot_be_written_is_named(corpus):
     (corpus / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         prepare(config(corpus, path=str(corpus / "file" / "prepared")), quiet)

@@ -10,7 +10,7 @@ from data.manifest import read_manifest
 from tests.data.corpus import ROOT, settings
 
 
-def test_the_command(corpus, capsys):
+def test_the_command_prepares_verifies_and_refuses(corpus, capsys):
     file = corpus / "config.yaml"
     file.write_text(yaml.safe_dump({"data": settings(corpus), "model": {"anything": "of others"}}))
     assert main(["prepare", str(file), "data.val_fraction=2e-1"]) == 0
@@ -25,13 +25,13 @@ def test_the_command(corpus, capsys):
     assert "val-00000.bin: 0 bytes" in capsys.readouterr().err
 
 
-def test_the_command_without_a_data_section(tmp_path, capsys):
+def test_a_config_without_a_data_section_is_refused(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("model: {}")
     assert main(["prepare", str(tmp_path / "config.yaml")]) == 2
     assert "there is no `data:` section" in capsys.readouterr().err
 
 
-def test_the_command_line():
+def test_bad_input_exits_with_2_without_a_traceback():
     found = subprocess.run(
         [sys.executable, "-m", "data", "prepare", "none.yaml"], cwd=ROOT, capture_output=True, text=True
     )

@@ -116,7 +116,7 @@ def test_the_sample_is_even_capped_and_without_held_out_documents(corpus):
     assert tokenizer_training.sample(cfg) == sample
 
 
-def test_a_dataset_of_parquet_files(corpus, monkeypatch):
+def test_every_document_of_parquet_files_is_taken(corpus, monkeypatch):
     import pyarrow  # type: ignore[import-untyped]
     from pyarrow import parquet
 
