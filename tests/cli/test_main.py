@@ -1,4 +1,4 @@
-"""`overtone`: every command is in its table, helps at once, reads its words in any order and ends with the same codes."""
+"""`overtone`: each command is in its table, helps at once, reads words in any order and ends with the same codes."""
 
 from __future__ import annotations
 
