@@ -25,7 +25,7 @@ from torch import Tensor
 
 from . import eager
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_elementwise.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("cpu_scores.cpp", "cpu_elementwise.cpp")]
 HEADER = Path(__file__).with_name("cpu.h")
 LANES = 16  # float32 lanes of a vector register: rows of scores start on a multiple
 INSTRUCTIONS = ("fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
