@@ -25,8 +25,8 @@ from torch import Tensor
 
 from . import eager
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu_scores.cpp", "cpu_elementwise.cpp")]
-HEADER = Path(__file__).with_name("cpu.h")
+SOURCES = sorted(Path(__file__).parent.glob("cpu_*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("cpu*.h"))
 LANES = 16  # float32 lanes of a vector register: rows of scores start on a multiple
 INSTRUCTIONS = ("fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 BFLOAT16 = "avx512_bf16"
@@ -68,7 +68,7 @@ def build_folder() -> Path:
     """Where this source is built for this kind of CPU and this torch: machines that differ can share a home."""
     from torch.utils.cpp_extension import get_default_build_root  # takes a while: only where it is needed
 
-    code = [file.read_text() for file in (*SOURCES, HEADER)]
+    code = [file.read_text() for file in (*SOURCES, *HEADERS)]
     facts = f"{code} {_flags()} {torch.__version__}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     return Path(root) / f"overtone_cpu_{hashlib.sha256(facts.encode()).hexdigest()[:16]}"

@@ -1,12 +1,7 @@
-// The head's chunk operations for CPUs with AVX512, called by cpu.py; model/kernels/eager.py is their readable twin.
+// Sums over scores and their gradients, for CPUs with AVX512; eager.py's `*_statistics` and `*_gradient`.
 //
-// Legend: M tokens of a chunk, V prototypes, D width. Scores lie with the *tokens along the vector lanes*, (V, M):
-//   scores (V, M) = rows (V, D) . x' (D, M)      pairs of a row lie side by side, as they are stored
-//   dw     (V, D) = G    (V, M) . x  (M, D)      likewise
-//   dx     (M, D) = G'   (M, V) . rows (V, D)    both packed, block by block
-// so that maxima and sums over the prototypes never cross lanes. `_mm512_dpbf16_ps` adds the products of *pairs* of
-// bfloat16 to float32 lanes: the left operand is a pair broadcast to all lanes, the right one 16 pairs packed side by
-// side. An odd number of terms leaves half a pair, which counts as zero.
+// Legend: M tokens of a chunk, V prototypes. Scores lie with the *tokens along the vector lanes*, (V, M): maxima and sums
+// over the prototypes never cross lanes.
 //
 // The order of every sum depends on the shapes alone: same inputs, same bits, with any number of threads.
 
@@ -15,27 +10,15 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <sys/mman.h>
-
-#include <cfloat>
 #include <cmath>
 #include <tuple>
-#include <vector>
 
 namespace overtone {
 namespace {
 
-using bits16 = uint16_t;  // a bfloat16, as stored
-using pair32 = uint32_t;  // two of them
-
-constexpr int64_t TILE_ROWS = 6;     // a register tile is 6 rows x 4 vectors: 24 sums, 4 right vectors, 1 broadcast
-constexpr int64_t DEPTH = 512;       // terms of a sum taken at a time (measured: 192, 256 and 384 are slower)
-constexpr int64_t PRODUCT_ROWS = 40 * TILE_ROWS;
-constexpr int64_t BLOCK_ROWS = 512, BLOCK_COLUMNS = 384;  // of the product whose operands are packed as it goes
 constexpr int64_t SCORE_ROWS = 128;  // prototypes whose scores are summed while they are in L2
-constexpr int64_t SCORE_TOKENS = 512;
+constexpr int64_t SCORE_TOKENS = 512;  // whose two sums, 4 KiB, stay in L1
 constexpr int64_t FLOAT_TERMS = 16;  // terms summed in float32 before they join a sum in float64
-constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
 // ------------------------------------------------------------------------------------------------------- exp and log
 
@@ -77,230 +60,7 @@ __m512 log_of(__m512 x) {
   return _mm512_fmadd_ps(e, _mm512_set1_ps(0x1.62e430p-1f), _mm512_add_ps(r, y));
 }
 
-// ----------------------------------------------------------------------------------------------- products of bfloat16
-
-// The left operand of a product: entry (i, k) at i * row + k * (terms of a pair side by side), pairs `pair` apart.
-struct Left {
-  const bits16* at;
-  int64_t row;
-  int64_t pair;
-};
-
-__m512 broadcast_pair(const bits16* at) {
-  pair32 both;
-  __builtin_memcpy(&both, at, sizeof both);
-  return _mm512_castsi512_ps(_mm512_set1_epi32(int(both)));
-}
-
-#ifdef __AVX512BF16__
-__m512 multiply_add(__m512 sum, __m512 a, __m512 b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
-__m256i round_to_bfloat16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-#else  // cpu.py selects float32 only
-__m512 multiply_add(__m512 sum, __m512, __m512) { return sum; }
-__m256i round_to_bfloat16(__m512) { return _mm256_setzero_si256(); }
-#endif
-
-// One register tile: c (rows, 16 * VECTORS) = or += a (rows, terms) . panel (terms, 16 * VECTORS). Rows beyond `rows`
-// repeat the last one and are not stored; `last` masks the lanes of the last vector.
-template <int VECTORS>
-void multiply_tile(
-    Left a, const pair32* panel, int64_t terms, float* c, int64_t stride, int64_t rows, __mmask16 last, bool add) {
-  __m512 sums[TILE_ROWS][VECTORS];
-  const bits16* left[TILE_ROWS];
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < TILE_ROWS; ++i) {
-    left[i] = a.at + std::min(i, rows - 1) * a.row;
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) sums[i][v] = _mm512_setzero_ps();
-  }
-  int64_t offset = 0;
-  for (int64_t k = 0; k + 1 < terms; k += 2, offset += a.pair, panel += VECTORS * LANES) {
-    __m512 right[VECTORS];
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) right[v] = _mm512_loadu_ps(panel + v * LANES);
-#pragma GCC unroll 6
-    for (int64_t i = 0; i < TILE_ROWS; ++i) {
-      const __m512 broadcast = broadcast_pair(left[i] + offset);
-#pragma GCC unroll 4
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] = multiply_add(sums[i][v], broadcast, right[v]);
-    }
-  }
-  if (terms % 2) {
-    for (int64_t i = 0; i < TILE_ROWS; ++i) {
-      const __m512 half = _mm512_castsi512_ps(_mm512_set1_epi32(left[i][offset]));
-      for (int v = 0; v < VECTORS; ++v) sums[i][v] = multiply_add(sums[i][v], half, _mm512_loadu_ps(panel + v * LANES));
-    }
-  }
-#pragma GCC unroll 6
-  for (int64_t i = 0; i < TILE_ROWS; ++i) {
-    if (i >= rows) break;
-#pragma GCC unroll 4
-    for (int v = 0; v < VECTORS; ++v) {
-      float* at = c + i * stride + v * LANES;
-      const __mmask16 lanes = v == VECTORS - 1 ? last : __mmask16(0xffff);
-      const __m512 before = add ? _mm512_maskz_loadu_ps(lanes, at) : _mm512_setzero_ps();
-      _mm512_mask_storeu_ps(at, lanes, _mm512_add_ps(before, sums[i][v]));
-    }
-  }
-}
-
-// c (rows, width <= 64) = or += a (rows, terms) . panel (terms, width).
-void multiply_panel(
-    Left a, const pair32* panel, int64_t terms, float* c, int64_t stride, int64_t rows, int64_t width, bool add) {
-  const int64_t vectors = blocks_of(width, LANES);
-  const auto tile = vectors == 4   ? multiply_tile<4>
-                    : vectors == 3 ? multiply_tile<3>
-                    : vectors == 2 ? multiply_tile<2>
-                                   : multiply_tile<1>;
-  const __mmask16 last = first_lanes(width - (vectors - 1) * LANES);
-  for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-    for (int64_t k = 0; k < terms; k += SUM_TERMS) {
-      const Left at{a.at + i * a.row + k / 2 * a.pair, a.row, a.pair};
-      const pair32* right = panel + k / 2 * vectors * LANES;
-      const int64_t height = std::min(TILE_ROWS, rows - i), depth = std::min(SUM_TERMS, terms - k);
-      tile(at, right, depth, c + i * stride, stride, height, last, add || k > 0);
-    }
-  }
-}
-
-// Packs two rows: lane j of `into` is the pair (upper[j], lower[j]); a missing lower row counts as zeros.
-void interleave(const bits16* upper, const bits16* lower, int64_t width, pair32* into) {
-  for (int64_t j = 0; j < width; j += LANES) {
-    const __mmask16 lanes = first_lanes(width - j);
-    __m512i both = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, upper + j));
-    if (lower) {
-      const __m512i high = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, lower + j));
-      both = _mm512_or_si512(both, _mm512_slli_epi32(high, 16));
-    }
-    _mm512_storeu_si512(into + j, both);
-  }
-}
-
-// Packs rows (terms, width) whose *columns* are the lanes: a pair comes from two rows. Pairs lie `stride` apart.
-void pack_columns(const bits16* rows, int64_t row, int64_t terms, int64_t width, pair32* into, int64_t stride) {
-  for (int64_t k = 0; k < terms; k += 2, into += stride) {
-    const bits16* upper = rows + k * row;
-    interleave(upper, k + 1 < terms ? upper + row : nullptr, width, into);
-  }
-}
-
-// Packs rows (width, terms) whose *rows* are the lanes: pairs lie side by side already.
-void pack_rows(const bits16* rows, int64_t row, int64_t terms, int64_t width, pair32* into, int64_t stride) {
-  for (int64_t lane = 0; lane < stride; ++lane) {
-    for (int64_t k = 0; k < terms; k += 2) {
-      pair32 both = 0;
-      if (lane < width) __builtin_memcpy(&both, rows + lane * row + k, (k + 1 < terms ? 2 : 1) * sizeof(bits16));
-      into[k / 2 * stride + lane] = both;
-    }
-  }
-}
-
-// A right operand (terms, width) packed as a whole, in blocks of DEPTH terms, each in panels of 64 columns.
-class Packed {
- public:
-  Packed(const bits16* at, int64_t row, int64_t terms, int64_t width, bool lanes_are_rows)
-      : terms_(terms), width_(width), pairs_(size_t(blocks_of(terms, DEPTH) * (DEPTH / 2) * padded())) {
-    const int64_t panels = blocks_of(width, PANEL);
-    for_each_task(blocks_of(terms, DEPTH) * panels, [&](int64_t task) {
-      const int64_t k = task / panels * DEPTH, j = task % panels * PANEL;
-      const bits16* from = lanes_are_rows ? at + j * row + k : at + k * row + j;
-      auto pack = lanes_are_rows ? pack_rows : pack_columns;
-      pack(from, row, terms_at(k), std::min(PANEL, width - j), pairs_.data() + offset(k, j), stride_at(j));
-    });
-  }
-
-  // c (rows, width) = or += a (rows, terms) . this
-  void multiply(Left a, float* c, int64_t stride, int64_t rows, bool add) const {
-    for (int64_t j = 0; j < width_; j += PANEL) {
-      for (int64_t k = 0; k < terms_; k += DEPTH) {  // inside: this panel of c stays in L2
-        const Left from{a.at + k / 2 * a.pair, a.row, a.pair};
-        const int64_t width = std::min(PANEL, width_ - j);
-        multiply_panel(from, pairs_.data() + offset(k, j), terms_at(k), c + j, stride, rows, width, add || k > 0);
-      }
-    }
-  }
-
- private:
-  int64_t padded() const { return blocks_of(width_, LANES) * LANES; }
-  int64_t terms_at(int64_t k) const { return std::min(DEPTH, terms_ - k); }
-  int64_t stride_at(int64_t j) const { return std::min(PANEL, padded() - j); }
-  int64_t offset(int64_t k, int64_t j) const { return k / 2 * padded() + j * (DEPTH / 2); }
-
-  int64_t terms_, width_;
-  std::vector<pair32> pairs_;
-};
-
-const bits16* bits(const Tensor& t) { return static_cast<const bits16*>(t.const_data_ptr()); }
-
-// c (I, J) = or += a (I, K) . b, with b given as (K, J) or, transposed, as (J, K).
-void multiply(const Tensor& a, const Tensor& b, bool transposed, const Tensor& c, bool add) {
-  check_rows(a, at::kBFloat16, "a");
-  check_rows(b, at::kBFloat16, "b");
-  check_rows(c, at::kFloat, "c");
-  const int64_t terms = a.size(1), height = a.size(0);
-  const Packed right(bits(b), b.stride(0), terms, c.size(1), transposed);
-  float* out = c.mutable_data_ptr<float>();
-  for_each_task(blocks_of(height, PRODUCT_ROWS), [&](int64_t task) {
-    const int64_t i = task * PRODUCT_ROWS;
-    const Left left{bits(a) + i * a.stride(0), a.stride(0), 2};
-    right.multiply(left, out + i * c.stride(0), c.stride(0), std::min(PRODUCT_ROWS, height - i), add);
-  });
-}
-
-// A block (I, J) of c = a' b for a (K, I), b (K, J) and K large: both are packed DEPTH terms at a time, in L2.
-struct TransposedBlock {
-  const Tensor &a, &b, &c;
-  int64_t i, j, height, width;
-
-  void multiply() const {
-    // the odd number of cache lines between pairs spreads them over the sets of L1
-    const int64_t left_stride = blocks_of(height, LANES) * LANES + LANES * (1 - blocks_of(height, LANES) % 2);
-    std::vector<pair32> left(size_t(DEPTH / 2 * left_stride));
-    std::vector<pair32> right(size_t(DEPTH / 2 * blocks_of(width, LANES) * LANES));
-    for (int64_t k = 0; k < a.size(0); k += DEPTH) {
-      const int64_t terms = std::min(DEPTH, a.size(0) - k);
-      pack_columns(bits(a) + k * a.stride(0) + i, a.stride(0), terms, height, left.data(), left_stride);
-      const Left from{reinterpret_cast<const bits16*>(left.data()), 2, 2 * left_stride};
-      for (int64_t column = 0; column < width; column += PANEL) {
-        const int64_t lanes = std::min(PANEL, width - column);
-        const bits16* from_b = bits(b) + k * b.stride(0) + j + column;
-        pack_columns(from_b, b.stride(0), terms, lanes, right.data(), blocks_of(lanes, LANES) * LANES);
-        float* out = c.mutable_data_ptr<float>() + i * c.stride(0) + j + column;
-        multiply_panel(from, right.data(), terms, out, c.stride(0), height, lanes, k > 0);
-      }
-    }
-  }
-};
-
-// c (I, J) = a' b for a (K, I), b (K, J).
-void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& c) {
-  check_rows(a, at::kBFloat16, "a");
-  check_rows(b, at::kBFloat16, "b");
-  check_rows(c, at::kFloat, "c");
-  const int64_t height = c.size(0), width = c.size(1);
-  const int64_t across = blocks_of(width, BLOCK_COLUMNS), threads = at::get_num_threads();
-  int64_t down = blocks_of(height, BLOCK_ROWS);
-  while (down * across % threads && down * 4 * TILE_ROWS < height) ++down;  // as much work for every thread
-  const int64_t tall = blocks_of(blocks_of(height, down), TILE_ROWS) * TILE_ROWS;
-  const int64_t wide = blocks_of(blocks_of(width, across), PANEL) * PANEL;
-  for_each_task(down * across, [&](int64_t task) {
-    const int64_t i = task / across * tall, j = task % across * wide;
-    if (i >= height || j >= width) return;
-    TransposedBlock{a, b, c, i, j, std::min(tall, height - i), std::min(wide, width - j)}.multiply();
-  });
-}
-
 // ------------------------------------------------------------------------------------------------ sums over the scores
-
-// A vector of M values, one per token, padded to whole vector registers.
-std::vector<float> padded(const Tensor& t, int64_t tokens, float fill) {
-  const bool fits = t.dim() == 1 && t.numel() == tokens && t.scalar_type() == at::kFloat;
-  TORCH_CHECK(fits, "expected ", tokens, " float32 values");
-  const Tensor flat = t.contiguous();
-  std::vector<float> out(size_t(blocks_of(tokens, LANES) * LANES), fill);
-  std::copy_n(flat.const_data_ptr<float>(), tokens, out.begin());
-  return out;
-}
 
 // The targets' columns, -1 where there is none.
 std::vector<int32_t> padded_columns(const Tensor& local, const Tensor& kept) {
@@ -469,6 +229,12 @@ FourSums dot_statistics(const Tensor& kept, const Tensor& local) {
 
 // ---------------------------------------------------------------------------------------------------------- gradients
 
+#ifdef __AVX512BF16__
+__m256i round_to_bfloat16(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+#else  // cpu.py selects float32 only
+__m256i round_to_bfloat16(__m512) { return _mm256_setzero_si256(); }
+#endif
+
 // Stores 16 gradients rounded to the operands' dtype; returns them as rounded.
 __m512 store_rounded(float* at, __mmask16 lanes, __m512 grad) {
   _mm512_mask_storeu_ps(at, lanes, grad);
@@ -594,161 +360,9 @@ void dot_gradient(const Tensor& kept, const Tensor& lse, const Tensor& weight, c
   differentiate(kind, kept, bfloat16);
 }
 
-// -------------------------------------------------------------------------------------------------------------- rows
-
-__m512 load_wide(const float* at, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, at); }
-
-__m512 load_wide(const bits16* at, __mmask16 lanes) {
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, at)), 16));
-}
-
-template <class Stored>
-float sum_squares(const Stored* row, int64_t width) {
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t k = 0; k < width; k += LANES) {
-    const __m512 x = load_wide(row + k, first_lanes(width - k));
-    sum = _mm512_fmadd_ps(x, x, sum);
-  }
-  return _mm512_reduce_add_ps(sum);
-}
-
-// total = 2 (factor * row - total), (width,) each
-template <class Stored>
-void finish_row(float* total, const Stored* row, float factor, int64_t width) {
-  for (int64_t k = 0; k < width; k += LANES) {
-    const __mmask16 lanes = first_lanes(width - k);
-    const __m512 product = _mm512_maskz_loadu_ps(lanes, total + k);
-    const __m512 half = _mm512_fmsub_ps(load_wide(row + k, lanes), _mm512_set1_ps(factor), product);
-    _mm512_mask_storeu_ps(total + k, lanes, _mm512_add_ps(half, half));
-  }
-}
-
-// Calls work(v, row v) for every row of (V, D) memory.
-template <class Stored, class Work>
-void for_each_row(const Tensor& rows, const Work& work) {
-  const Stored* at = static_cast<const Stored*>(rows.const_data_ptr());
-  const int64_t stride = rows.stride(0);
-  at::parallel_for(0, rows.size(0), 64, [&](int64_t first, int64_t end) {
-    for (int64_t v = first; v < end; ++v) work(v, at + v * stride);
-  });
-}
-
-// The same for rows of bfloat16 or float32.
-template <class Work>
-void for_each_row_of_either(const Tensor& rows, const Work& work) {
-  const bool bfloat16 = rows.scalar_type() == at::kBFloat16;
-  check_rows(rows, bfloat16 ? at::kBFloat16 : at::kFloat, "rows");
-  bfloat16 ? for_each_row<bits16>(rows, work) : for_each_row<float>(rows, work);
-}
-
-// (V, D) -> (V,) squared norms
-Tensor square_norms(const Tensor& rows) {
-  const Tensor out = at::empty({rows.size(0)}, rows.options().dtype(at::kFloat));
-  float* at = out.mutable_data_ptr<float>();
-  for_each_row_of_either(rows, [&](int64_t v, const auto* row) { at[v] = sum_squares(row, rows.size(1)); });
-  return out;
-}
-
-// A row of length 1 is row / (largest * length), with the length of row / largest: no overflow.
-struct RowLength {
-  float largest, length;  // 1 and 1 for a row of zeros
-};
-
-RowLength length_of(const float* row, int64_t width) {
-  __m512 top = _mm512_setzero_ps();
-  for (int64_t k = 0; k < width; k += LANES) {
-    top = _mm512_max_ps(top, _mm512_abs_ps(load_wide(row + k, first_lanes(width - k))));
-  }
-  const float largest = _mm512_reduce_max_ps(top) > 0 ? _mm512_reduce_max_ps(top) : 1.0f;
-  __m512 sum = _mm512_setzero_ps();
-  for (int64_t k = 0; k < width; k += LANES) {
-    const __m512 x = _mm512_div_ps(load_wide(row + k, first_lanes(width - k)), _mm512_set1_ps(largest));
-    sum = _mm512_fmadd_ps(x, x, sum);
-  }
-  const float square = _mm512_reduce_add_ps(sum);
-  return {largest, square == 0 ? 1.0f : std::sqrt(square)};
-}
-
-__m512 unit_at(const float* at, __mmask16 lanes, RowLength row) {
-  const __m512 scaled = _mm512_div_ps(load_wide(at, lanes), _mm512_set1_ps(row.largest));
-  return _mm512_div_ps(scaled, _mm512_set1_ps(row.length));
-}
-
-// (V, D) -> (V, D) with rows of length 1
-Tensor unit_rows(const Tensor& rows) {
-  const Tensor out = at::empty(rows.sizes(), rows.options());
-  const int64_t width = rows.size(1);
-  float* to = out.mutable_data_ptr<float>();
-  check_rows(rows, at::kFloat, "rows");
-  for_each_row<float>(rows, [&](int64_t v, const float* row) {
-    const RowLength length = length_of(row, width);
-    for (int64_t k = 0; k < width; k += LANES) {
-      const __mmask16 lanes = first_lanes(width - k);
-      _mm512_mask_storeu_ps(to + v * width + k, lanes, unit_at(row + k, lanes, length));
-    }
-  });
-  return out;
-}
-
-// The way back: (grad - unit (unit . grad)) / |row|, 0 for a row of zeros.
-Tensor unit_rows_gradient(const Tensor& rows, const Tensor& grad) {
-  check_rows(rows, at::kFloat, "rows");
-  check_rows(grad, at::kFloat, "grad");
-  TORCH_CHECK(rows.sizes() == grad.sizes(), "expected a gradient for every row");
-  const Tensor out = at::empty(rows.sizes(), rows.options());
-  const int64_t width = rows.size(1);
-  const float* from = grad.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  for_each_row<float>(rows, [&](int64_t v, const float* row) {
-    const RowLength length = length_of(row, width);
-    const float* upstream = from + v * grad.stride(0);
-    __m512 sum = _mm512_setzero_ps(), any = _mm512_setzero_ps();
-    for (int64_t k = 0; k < width; k += LANES) {
-      const __mmask16 lanes = first_lanes(width - k);
-      const __m512 unit = unit_at(row + k, lanes, length);
-      sum = _mm512_fmadd_ps(unit, load_wide(upstream + k, lanes), sum);
-      any = _mm512_fmadd_ps(unit, unit, any);
-    }
-    const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
-    const bool zeros = _mm512_reduce_add_ps(any) == 0;
-    for (int64_t k = 0; k < width; k += LANES) {
-      const __mmask16 lanes = first_lanes(width - k);
-      const __m512 across = _mm512_fnmadd_ps(unit_at(row + k, lanes, length), along, load_wide(upstream + k, lanes));
-      const __m512 scaled = _mm512_div_ps(across, _mm512_set1_ps(length.length));
-      __m512 back = _mm512_div_ps(scaled, _mm512_set1_ps(length.largest));
-      back = _mm512_min_ps(_mm512_set1_ps(FLT_MAX), _mm512_max_ps(_mm512_set1_ps(-FLT_MAX), back));  // NaN stays
-      _mm512_mask_storeu_ps(to + v * width + k, lanes, zeros ? _mm512_setzero_ps() : back);
-    }
-  });
-  return out;
-}
-
-// total (V, D) = 2 (columns * rows - total), in place
-void finish_rows(const Tensor& total, const Tensor& rows, const Tensor& columns) {
-  check_rows(total, at::kFloat, "total");
-  TORCH_CHECK(total.sizes() == rows.sizes(), "expected a total for every row");
-  const std::vector<float> factors = padded(columns, rows.size(0), 0.0f);
-  float* at = total.mutable_data_ptr<float>();
-  for_each_row_of_either(rows, [&](int64_t v, const auto* row) {
-    finish_row(at + v * total.stride(0), row, factors[v], rows.size(1));
-  });
-}
-
-// ------------------------------------------------------------------------------------------------------------- memory
-
-// Asks for huge pages under a large new tensor: touching it page by page costs more than a pass over it.
-void advise_huge_pages(const Tensor& t) {
-  const auto from = reinterpret_cast<uintptr_t>(t.data_ptr());
-  const uintptr_t first = (from + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-  const uintptr_t end = (from + t.nbytes()) / HUGE_PAGE * HUGE_PAGE;
-  if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // no huge pages: no harm
-}
-
 }  // namespace
 
 TORCH_LIBRARY(overtone_cpu, library) {
-  library.def("multiply(Tensor a, Tensor b, bool transposed, Tensor c, bool add) -> ()", &multiply);
-  library.def("multiply_transposed(Tensor a, Tensor b, Tensor c) -> ()", &multiply_transposed);
   library.def(
       "quadratic_statistics(Tensor kept, Tensor x_squares, Tensor row_squares, Tensor floor, float coefficient, "
       "Tensor local, Tensor target_q) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -763,11 +377,6 @@ TORCH_LIBRARY(overtone_cpu, library) {
       &quadratic_gradient);
   library.def(
       "dot_gradient(Tensor kept, Tensor lse, Tensor weight, Tensor local, bool bfloat16) -> ()", &dot_gradient);
-  library.def("finish_rows(Tensor total, Tensor rows, Tensor columns) -> ()", &finish_rows);
-  library.def("unit_rows(Tensor rows) -> Tensor", &unit_rows);
-  library.def("unit_rows_gradient(Tensor rows, Tensor grad) -> Tensor", &unit_rows_gradient);
-  library.def("square_norms(Tensor rows) -> Tensor", &square_norms);
-  library.def("advise_huge_pages(Tensor t) -> ()", &advise_huge_pages);
 }
 
 }  // namespace overtone
