@@ -37,7 +37,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from common.plain import to_json
-from model import contractions, distances, harmonic
+from model import chunks
 from model.harmonic import harmonic_loss
 from model.kernels import choose, gpu, triton_elementwise, triton_fused, triton_rows, triton_scores
 
@@ -301,9 +301,9 @@ def standing_in(recorder: Recorder) -> Iterator[None]:
         (triton_fused, "TensorDescriptor", Described),
         (gpu, "product", recorder.product),
         (torch, "autocast", lambda device, enabled: nullcontext()),  # it knows no such device
-        (harmonic, "_device_limits", lambda device, group: (BUDGET, 132)),
+        (chunks, "device_limits", lambda device, group: (BUDGET, 132)),
+        (choose, "kernels_for", lambda x: gpu),
     ]
-    replaced += [(module, "kernels_for", lambda x: gpu) for module in (choose, contractions, distances, harmonic)]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:
         setattr(module, name, value)
@@ -349,13 +349,12 @@ def record(
 def _chunks(x: Tensor, v: int, distance: str, fused: bool, params: dict[str, Any]) -> int:
     from model.contractions import Use
     from model.distances import resolve
-    from model.harmonic import _Call, _limits
     from model.vocab_parallel import VocabShard
 
     entry = resolve(distance, params)
     kernels = choose.fused_kernels_for(x, fused) if not entry.contraction.wide else None
     shard = VocabShard(0, v)
-    call = _Call(entry, shard, "mean", -100, *_limits(x, shard, None), Use(kernels))
+    call = chunks.Call(entry, shard, "mean", -100, *chunks.limits(x, shard, None), Use(kernels))
     return len(list(call.chunks(x)))
 
 

@@ -14,8 +14,7 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from .kernels import eager
-from .kernels.choose import kernels_for
+from .kernels import choose, eager
 from .kernels.eager import Terms
 
 FourSums = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -64,7 +63,7 @@ class RowsGradient:
 
     def add_product(self, grads: Tensor, x: Tensor) -> None:
         """Adds G' x for G (M, V) and x (M, D)."""
-        kernels_for(x).add_rows_product(self._products, grads, x, first=self._empty)
+        choose.kernels_for(x).add_rows_product(self._products, grads, x, first=self._empty)
         self._empty = False
 
 
@@ -140,7 +139,7 @@ class SquaredDistance(Contraction):
     def statistics(
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
-        ops, coefficient = kernels_for(x.rows), self.power * exponent
+        ops, coefficient = choose.kernels_for(x.rows), self.power * exponent
         target = ops.to_targets(x.rows, rows.rows, local, product=False)
         squares = eager.Squares(x.squares, rows.squares, target, (floor / self.factor).pow(1 / self.power))
         if use.fused:
@@ -153,7 +152,7 @@ class SquaredDistance(Contraction):
 
     def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
         (kept,) = stats.kept
-        return kernels_for(kept).quadratic_scores(kept, stats.squares, self.power * exponent, local)
+        return choose.kernels_for(kept).quadratic_scores(kept, stats.squares, self.power * exponent, local)
 
     def gradients(
         self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
@@ -161,7 +160,7 @@ class SquaredDistance(Contraction):
         """dx = 2 (x sum_j G_j - G w), dw = 2 (w sum_i G_i - G' x), the sums over G as rounded for the products:
         otherwise the cancellation near a match would cost 2^-9 |x|/d in bfloat16.
         """
-        ops, coefficient = kernels_for(x.rows), self.power * given.exponent
+        ops, coefficient = choose.kernels_for(x.rows), self.power * given.exponent
         if stats.fused and stats.scored is not None:
             grads, over_rows, over_columns = stats.fused.fused_gradient(
                 "quadratic", stats.scored, stats.squares, coefficient, given.lse, given.score, given.weight, given.local
@@ -190,7 +189,7 @@ class DotProduct(Contraction):
     def statistics(
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
-        ops = kernels_for(x.rows)
+        ops = choose.kernels_for(x.rows)
         if use.fused:
             target = ops.to_targets(x.rows, rows.rows, local, product=True)
             sums, scored = use.fused.fused_statistics(
@@ -207,7 +206,7 @@ class DotProduct(Contraction):
         self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
     ) -> Gradients:
         """dx = G w, dw = G' x."""
-        ops = kernels_for(x.rows)
+        ops = choose.kernels_for(x.rows)
         if stats.fused and stats.scored is not None:
             grads, _, _ = stats.fused.fused_gradient(
                 "dot", stats.scored, None, given.exponent, given.lse, given.score, given.weight, given.local
@@ -226,7 +225,7 @@ class DirectDistance(Contraction):
         self, values: Tensor, floor: Tensor, exponent: Tensor, local: Tensor, *more: Tensor
     ) -> Statistics:
         """Of c (M, V), which becomes log c; `more` is kept too."""
-        sums = kernels_for(values).log_statistics(values, floor, exponent, local)
+        sums = choose.kernels_for(values).log_statistics(values, floor, exponent, local)
         return Statistics.of(sums, values, floor, *more)
 
     def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
@@ -235,7 +234,7 @@ class DirectDistance(Contraction):
     def log_gradient(self, stats: Statistics, given: Upstream) -> Tensor:
         """G (M, V); the logarithms are consumed."""
         logs, floor, *_ = stats.kept
-        ops = kernels_for(logs)
+        ops = choose.kernels_for(logs)
         return ops.log_gradient(
             logs, floor, given.exponent, given.lse, given.weight, given.local, logs.dtype, given.score
         )
@@ -254,8 +253,8 @@ class Elementwise(DirectDistance):
     def statistics(
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
-        values = kernels_for(x.rows).contract(self.terms, x.rows, rows)
-        logs = kernels_for(x.rows).copy(values) if self.reads_values else values
+        values = choose.kernels_for(x.rows).contract(self.terms, x.rows, rows)
+        logs = choose.kernels_for(x.rows).copy(values) if self.reads_values else values
         return self.log_statistics(logs, floor, exponent, local, values)
 
     def gradients(
@@ -263,7 +262,7 @@ class Elementwise(DirectDistance):
     ) -> Gradients:
         *_, values = stats.kept
         grads = self.log_gradient(stats, given)
-        hidden = kernels_for(x.rows).contract_gradient(self.terms, x.rows, rows, values, grads, into.products)
+        hidden = choose.kernels_for(x.rows).contract_gradient(self.terms, x.rows, rows, values, grads, into.products)
         return hidden, None, nothing
 
 
@@ -282,7 +281,7 @@ class Ratio(DirectDistance):
     def statistics(
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
-        ops = kernels_for(x.rows)
+        ops = choose.kernels_for(x.rows)
         values = ops.contract(self.above, x.rows, rows)
         sizes = x.rows.abs().sum(1)
         least = self.relative * sizes + self.absolute
@@ -298,7 +297,7 @@ class Ratio(DirectDistance):
         self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
     ) -> Gradients:
         """d(A / B) = dA / B - (A / B) dB / B."""
-        ops = kernels_for(x.rows)
+        ops = choose.kernels_for(x.rows)
         logs, _, below, least = stats.kept
         of_below = logs.exp().neg_()
         above = self.log_gradient(stats, given).div_(below)

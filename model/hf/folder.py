@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import DecoderConfig
 from ..decoder import Decoder
-from ..distances import OURS
+from ..distance_settings import INTERNAL
 from ..head import HarmonicHead
 
 CODE = Path(__file__).parent
@@ -79,7 +79,7 @@ def decoder_settings(config: DecoderConfig) -> dict[str, Any]:
 def head_settings(head: HarmonicHead) -> dict[str, Any]:
     """The distance, its parameters as they are out of training, and the exponent; None: a weight, or there is none."""
     entry = head.score_function.evaluated()
-    params = {one.name: getattr(entry, one.name) for one in fields(entry) if one.metadata != OURS}
+    params = {field.name: getattr(entry, field.name) for field in fields(entry) if field.metadata != INTERNAL}
     for name, value in params.items():
         if isinstance(value, Tensor):  # a weight: how it is made
             params[name] = "full" if value.dim() == 2 else "diagonal"
