@@ -14,8 +14,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from .kernels import choose, eager
-from .kernels.eager import Terms
+from .kernels import choose, eager, eager_elementwise
+from .kernels.eager_elementwise import Terms, blocks
 
 FourSums = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -312,13 +312,9 @@ class Ratio(DirectDistance):
 
     def complete(self, into: RowsGradient, rows: eager.Rows) -> None:
         if self.separable:
-            for total, part, columns in zip(
-                *(
-                    t.split(eager.PAIR_VALUES // max(1, rows.rows.shape[1]))
-                    for t in (into.products, rows.rows, into.columns)
-                ),
-                strict=True,
-            ):
+            step = eager_elementwise.PAIR_VALUES // max(1, rows.rows.shape[1])
+            parts = (t.split(step) for t in (into.products, rows.rows, into.columns))
+            for total, part, columns in zip(*parts, strict=True):
                 total.addcmul_(part.sign(), columns[:, None])
 
 
@@ -337,7 +333,7 @@ class Broadcast(DirectDistance):
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
         values = x.rows.new_empty(x.rows.shape[0], rows.rows.shape[0])
-        for block in eager.blocks(x.rows, rows):
+        for block in blocks(x.rows, rows):
             values[:, block] = self.between(x.rows[:, None], rows.rows[block])
         return self.log_statistics(values, floor, exponent, local)
 
@@ -346,7 +342,7 @@ class Broadcast(DirectDistance):
     ) -> Gradients:
         grads = self.log_gradient(stats, given)
         hidden = torch.zeros_like(x.rows)
-        for block in eager.blocks(x.rows, rows):
+        for block in blocks(x.rows, rows):
             with torch.enable_grad():
                 sides = x.rows.detach().requires_grad_(), rows.rows[block].detach().requires_grad_()
                 values = self.between(sides[0][:, None], sides[1])

@@ -1,4 +1,4 @@
-"""What a recipe may say of a distance: its name, its parameters, their values; and what a head trains of it.
+"""What a recipe may say of a distance: its name, its parameters and their values, and what a head trains of it.
 
 Without torch, so that a config is checked and a plan is made without it; model/distances.py has the mathematics.
 """

@@ -34,7 +34,7 @@ from .distance_settings import (
     make,
 )
 from .kernels import choose, eager
-from .kernels.eager import Terms
+from .kernels.eager_elementwise import Terms
 from .row_functions import Bits, UnitRows, uniforms
 
 DENOMINATOR_FLOOR = 2.0**-40  # of a sum of entries that something is divided by

@@ -19,7 +19,7 @@ from model import arguments, distances, harmonic
 from model.distances import DISTANCES, Distance, make
 from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.head import HarmonicHead
-from model.kernels import choose, eager
+from model.kernels import choose, eager, eager_elementwise
 from model.reference import distances_reference, harmonic_loss_reference
 from model.vocab_parallel import VocabShard
 from tests.support.checks import assert_no_worse
@@ -429,7 +429,7 @@ class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_of_size_tokens_by_vocabulary(variant: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor of any operation stays within the budget, however many tokens there are."""
-    monkeypatch.setattr(eager, "PAIR_VALUES", 2**16)
+    monkeypatch.setattr(eager_elementwise, "PAIR_VALUES", 2**16)
     v, d, budget = 2048, 16, 2**20
     for n in (256, 1024):
         x, w, y = draw(n, v, d)
