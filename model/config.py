@@ -50,6 +50,7 @@ class Weight:
 
     @cached_property
     def size(self) -> int:
+        """How many numbers."""
         return math.prod(self.shape)
 
     @cached_property
@@ -122,6 +123,7 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
         return self.kv_heads or self.heads
 
     def mlp_width(self) -> int:
+        """Width of the MLP's inside, after its gates."""
         return self.mlp_dim or 4 * self.dim
 
     def up_width(self) -> int:
@@ -135,9 +137,11 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
         return 1.0 if self.base_dim is None else self.base_dim / self.dim
 
     def qkv_width(self) -> int:
+        """Width of attention's first product: queries, keys and values side by side."""
         return self.head_size() * (self.heads + 2 * self.key_heads())
 
     def has_qkv_bias(self) -> bool:
+        """Whether attention's first product adds a bias (Qwen2's does, without any other)."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     def attention_width(self) -> int:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from .kernels import choose, eager, eager_elementwise
+from .kernels.eager import FourSums
 from .kernels.eager_elementwise import Terms, blocks
-
-FourSums = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -42,6 +41,7 @@ class Statistics:
         scored: eager.Scored | None = None,
         fused: ModuleType | None = None,
     ) -> Self:
+        """From the four sums of the kernels, in their order."""
         top, total, moment, target = sums
         return cls(top, total, moment, target, kept, squares, scored, fused)
 
@@ -109,7 +109,7 @@ class Contraction(Protocol):
         """(M, V)."""
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         """Of sum(weight * loss): that of x as (M, D) `total` and (M,) `sums` or None, for `finish` of the kernels;
         and what adds that of the prototypes to `into`, which can wait.
@@ -125,7 +125,7 @@ class Contraction(Protocol):
 
 
 def nothing() -> None:
-    pass
+    """What is left to add where all was added at once."""
 
 
 class SquaredDistance(Contraction):
@@ -155,20 +155,20 @@ class SquaredDistance(Contraction):
         return choose.kernels_for(kept).quadratic_scores(kept, stats.squares, self.power * exponent, local)
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         """dx = 2 (x sum_j G_j - G w), dw = 2 (w sum_i G_i - G' x), the sums over G as rounded for the products:
         otherwise the cancellation near a match would cost 2^-9 |x|/d in bfloat16.
         """
-        ops, coefficient = choose.kernels_for(x.rows), self.power * given.exponent
+        ops, coefficient = choose.kernels_for(x.rows), self.power * loss.exponent
         if stats.fused and stats.scored is not None:
             grads, over_rows, over_columns = stats.fused.fused_gradient(
-                "quadratic", stats.scored, stats.squares, coefficient, given.lse, given.score, given.weight, given.local
+                "quadratic", stats.scored, stats.squares, coefficient, loss.lse, loss.score, loss.weight, loss.local
             )
         else:
             (kept,) = stats.kept
             grads, over_rows, over_columns = ops.quadratic_gradient(
-                kept, stats.squares, coefficient, given.lse, given.weight, given.local, x.rows.dtype, given.score
+                kept, stats.squares, coefficient, loss.lse, loss.weight, loss.local, x.rows.dtype, loss.score
             )
 
         def add_rows() -> None:
@@ -203,16 +203,16 @@ class DotProduct(Contraction):
         return stats.kept[0]
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         """dx = G w, dw = G' x."""
         ops = choose.kernels_for(x.rows)
         if stats.fused and stats.scored is not None:
             grads, _, _ = stats.fused.fused_gradient(
-                "dot", stats.scored, None, given.exponent, given.lse, given.score, given.weight, given.local
+                "dot", stats.scored, None, loss.exponent, loss.lse, loss.score, loss.weight, loss.local
             )
         else:
-            grads = ops.dot_gradient(stats.kept[0], given.lse, given.weight, given.local, x.rows.dtype, given.score)
+            grads = ops.dot_gradient(stats.kept[0], loss.lse, loss.weight, loss.local, x.rows.dtype, loss.score)
         return ops.hidden_product(grads, rows), None, lambda: into.add_product(grads, x.rows)
 
 
@@ -231,13 +231,11 @@ class DirectDistance(Contraction):
     def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
         return stats.kept[0] * -exponent
 
-    def log_gradient(self, stats: Statistics, given: Upstream) -> Tensor:
+    def log_gradient(self, stats: Statistics, loss: Upstream) -> Tensor:
         """G (M, V); the logarithms are consumed."""
         logs, floor, *_ = stats.kept
         ops = choose.kernels_for(logs)
-        return ops.log_gradient(
-            logs, floor, given.exponent, given.lse, given.weight, given.local, logs.dtype, given.score
-        )
+        return ops.log_gradient(logs, floor, loss.exponent, loss.lse, loss.weight, loss.local, logs.dtype, loss.score)
 
 
 class Elementwise(DirectDistance):
@@ -258,10 +256,10 @@ class Elementwise(DirectDistance):
         return self.log_statistics(logs, floor, exponent, local, values)
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         *_, values = stats.kept
-        grads = self.log_gradient(stats, given)
+        grads = self.log_gradient(stats, loss)
         hidden = choose.kernels_for(x.rows).contract_gradient(self.terms, x.rows, rows, values, grads, into.products)
         return hidden, None, nothing
 
@@ -294,13 +292,13 @@ class Ratio(DirectDistance):
         return self.log_statistics(values, floor, exponent, local, below, least)
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         """d(A / B) = dA / B - (A / B) dB / B."""
         ops = choose.kernels_for(x.rows)
         logs, _, below, least = stats.kept
         of_below = logs.exp().neg_()
-        above = self.log_gradient(stats, given).div_(below)
+        above = self.log_gradient(stats, loss).div_(below)
         of_below.mul_(above).masked_fill_(below <= least[:, None], 0)
         hidden = ops.contract_gradient(self.above, x.rows, rows, above, above, into.products)
         if self.separable:
@@ -338,9 +336,9 @@ class Broadcast(DirectDistance):
         return self.log_statistics(values, floor, exponent, local)
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
-        grads = self.log_gradient(stats, given)
+        grads = self.log_gradient(stats, loss)
         hidden = torch.zeros_like(x.rows)
         for block in blocks(x.rows, rows):
             with torch.enable_grad():

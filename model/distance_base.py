@@ -54,6 +54,7 @@ class Distance(Settings):
 
     @property
     def contraction(self) -> Contraction:
+        """How transformed rows (M, D), (V, D) become distances (M, V), and gradients their way back."""
         return Broadcast(self.between)
 
     def transform(self, rows: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class MinkowskiSettings(Settings):
+    """p > 0, the power of the differences."""
+
     p: float = 3.0
 
     def __post_init__(self) -> None:
@@ -37,6 +39,8 @@ class MinkowskiSettings(Settings):
 
 @dataclass(frozen=True)
 class HammingSettings(Settings):
+    """How bits are made of numbers; `temperature` > 0, in their units, is the width of the sigmoid."""
+
     kind: Literal["soft", "hard", "gumbel"] = "soft"
     temperature: float = 1.0
 
@@ -49,6 +53,8 @@ class HammingSettings(Settings):
 
 @dataclass(frozen=True)
 class BrayCurtisSettings(Settings):
+    """What the sum of differences is divided by: sum |x + w|, or with "abs" sum |x| + sum |w|."""
+
     denominator: Literal["sum", "abs"] = "sum"
 
     def __post_init__(self) -> None:
@@ -58,6 +64,8 @@ class BrayCurtisSettings(Settings):
 
 @dataclass(frozen=True)
 class MahalanobisSettings(Settings):
+    """Whether M is a diagonal, of which D logarithms are trained, or L L' with a trained (D, D)."""
+
     factor: Literal["diagonal", "full"] = "diagonal"
 
     def __post_init__(self) -> None:
@@ -70,6 +78,8 @@ class MahalanobisSettings(Settings):
 
 @dataclass(frozen=True)
 class DotSettings(Settings):
+    """None: the score is the product."""
+
     has_exponent = False
 
 

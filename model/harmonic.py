@@ -70,8 +70,7 @@ def harmonic_loss(
         reduction: "mean" over the non-ignored targets of the whole group (0 where there are none), "sum" over the
             group, or "none": (n,), 0 where ignored.
         shard: which rows these prototypes are; None: all of them.
-        chunk_bytes: budget of the working memory (one token at a time is the least that it can be); None: see
-            CHUNK_BYTES, and CHUNK_SHARE of a GPU's memory.
+        chunk_bytes: of working memory, at least a token's; None: CHUNK_BYTES, CHUNK_SHARE of a GPU's (model/chunks.py).
         fused: whether scores are made in the product's epilogue and kept rounded (on Hopper, in bfloat16), or in passes
             over float32 products; None: as the device's kernels say. Where a GPU cannot do it the log says so. On CPUs
             True takes its plain form; distances that are no product have no such choice.
@@ -96,9 +95,8 @@ def harmonic_loss(
     shard = shard or VocabShard(0, prototypes.shape[0])
     entry, exponent = prepared(distance, params, hidden, prototypes, targets, exponent, reduction, ignore_index, shard)
     tensors = entry.tensors
-    differentiate = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (hidden, prototypes, exponent, *tensors.values())
-    )
+    differentiable = hidden, prototypes, exponent, *tensors.values()
+    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     detached = replace(entry, **{name: tensor.detach() for name, tensor in tensors.items()})
     kernels = None if entry.contraction.wide else fused_kernels_for(hidden, fused)
     use = Use(kernels, differentiate and reduction != "none", exponent.requires_grad)

@@ -15,6 +15,7 @@ from .configuration_overtone import OvertoneConfig
 
 
 def make_norm(config: OvertoneConfig, width: int) -> nn.Module:
+    """The norm of rows (..., width) that the config asks for."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
@@ -41,6 +42,8 @@ def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 class OvertoneAttention(nn.Module):
+    """(B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: OvertoneConfig, layer: int) -> None:
         super().__init__()
         self.layer, self.dropout = layer, config.dropout
@@ -81,6 +84,8 @@ class OvertoneAttention(nn.Module):
 
 
 class OvertoneMlp(nn.Module):
+    """(B, T, D) -> (B, T, D)."""
+
     def __init__(self, config: OvertoneConfig) -> None:
         super().__init__()
         self.kind = config.mlp
@@ -96,6 +101,8 @@ class OvertoneMlp(nn.Module):
 
 
 class OvertoneBlock(nn.Module):
+    """(B, T, D) -> (B, T, D), norms before each branch or after each sum."""
+
     def __init__(self, config: OvertoneConfig, layer: int) -> None:
         super().__init__()
         self.post_norm = config.post_norm

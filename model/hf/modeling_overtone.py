@@ -25,6 +25,8 @@ MASK_ARGUMENTS |= {"position_ids", "is_first_iteration"}
 
 
 class OvertonePreTrainedModel(PreTrainedModel):
+    """What both models share: decoder, head, hidden states, and what the library asks of every model."""
+
     config_class = OvertoneConfig
     base_model_prefix = "decoder"
     _no_split_modules = ["OvertoneBlock"]

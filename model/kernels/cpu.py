@@ -16,7 +16,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .eager import FourSums
 
 SOURCES = sorted(Path(__file__).parent.glob("cpu_*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("cpu*.h"))
@@ -226,34 +227,32 @@ def _columns(tokens_first: Tensor) -> Tensor:
     return columns if columns.stride(1) == 1 else columns.contiguous()
 
 
-def quadratic_statistics(
-    dots: Tensor, squares: eager.Squares, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As eager.quadratic_statistics."""
-    columns = _columns(dots)
-    sums = torch.ops.overtone_cpu.quadratic_statistics(
-        columns, squares.x, squares.rows, squares.floor, float(coefficient), local, squares.target
-    )
-    if columns.data_ptr() != dots.data_ptr():
-        dots.copy_(columns.t())
-    return sums
-
-
-quadratic_scores = eager.quadratic_scores
-
-
-def log_statistics(
-    values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As eager.log_statistics."""
+def _in_place(values: Tensor, operation: Callable[[Tensor], FourSums]) -> FourSums:
+    """The sums of (M, V), by an operation that writes over their columns."""
     columns = _columns(values)
-    sums = torch.ops.overtone_cpu.log_statistics(columns, floor, float(coefficient), local)
+    sums = operation(columns)
     if columns.data_ptr() != values.data_ptr():
         values.copy_(columns.t())
     return sums
 
 
-def dot_statistics(dots: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quadratic_statistics(dots: Tensor, squares: eager.Squares, coefficient: Tensor, local: Tensor) -> FourSums:
+    """As eager.quadratic_statistics."""
+    terms = squares.x, squares.rows, squares.floor, float(coefficient), local, squares.target
+    return _in_place(dots, lambda columns: torch.ops.overtone_cpu.quadratic_statistics(columns, *terms))
+
+
+quadratic_scores = eager.quadratic_scores
+
+
+def log_statistics(values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor) -> FourSums:
+    """As eager.log_statistics."""
+    return _in_place(
+        values, lambda columns: torch.ops.overtone_cpu.log_statistics(columns, floor, float(coefficient), local)
+    )
+
+
+def dot_statistics(dots: Tensor, local: Tensor) -> FourSums:
     """As eager.dot_statistics."""
     return torch.ops.overtone_cpu.dot_statistics(_columns(dots), local)
 

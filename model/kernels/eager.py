@@ -21,6 +21,8 @@ from .eager_elementwise import contract as contract
 from .eager_elementwise import contract_gradient as contract_gradient
 from .eager_elementwise import copy as copy
 
+FourSums = tuple[Tensor, Tensor, Tensor, Tensor]  # (M,): max s, sum exp(s - max), sum s exp(s - max), s of the target
+
 FLOOR_MARGIN = 2.0**-18  # log q this close to the floor's logarithm is at the floor
 
 
@@ -210,9 +212,7 @@ class Squares(NamedTuple):
     floor: Tensor  # (M,) the least that q may be
 
 
-def quadratic_statistics(
-    dots: Tensor, squares: Squares, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quadratic_statistics(dots: Tensor, squares: Squares, coefficient: Tensor, local: Tensor) -> FourSums:
     """Sums up the scores s = -coefficient * log q of every token; the dot products (M, V) become what is *kept* for
     `quadratic_scores` and `quadratic_gradient` (here: log q).
 
@@ -250,9 +250,7 @@ def quadratic_gradient(
     return rounded, wide.sum(1), wide.sum(0)
 
 
-def log_statistics(
-    values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def log_statistics(values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor) -> FourSums:
     """Turns values c (M, V) into log max(c, floor), in place; the sums of quadratic_statistics for s = -coefficient *
     log c."""
     logs = torch.maximum(values, floor[:, None], out=values).log_()
@@ -281,12 +279,12 @@ def log_gradient(
     return grads.mul_((-coefficient * weight)[:, None]).masked_fill_(floored, 0).to(dtype)
 
 
-def dot_statistics(dots: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dot_statistics(dots: Tensor, local: Tensor) -> FourSums:
     """The same four sums for s = dots, which stays as it is."""
     return _summed(dots.clone(), local.clamp_min(0)[:, None], local >= 0)
 
 
-def _summed(scores: Tensor, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _summed(scores: Tensor, column: Tensor, here: Tensor) -> FourSums:
     target = torch.where(here, scores.gather(1, column)[:, 0], 0)
     top = scores.amax(1)
     weights = (scores - top[:, None]).exp_()
@@ -322,14 +320,14 @@ def fused_statistics(
     target: Tensor,
     keep: bool,
     moment: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Scored | None]:
+) -> tuple[FourSums, Scored | None]:
     """The product and its statistics in one: the four sums of `quadratic_statistics` or `dot_statistics` (up to the
     max, which may be any number near it, and the third, which is asked for by `moment`), and E if `keep`.
 
     `target` (M,): q of the target, or its score for "dot". The plain form of a kernel that keeps no float32 scores; on
     purpose with that kernel's roundings.
     """
-    ln2, here = math.log(2), local >= 0
+    ln2, here = math.log(2), local >= 0  # base 2 within, as the kernel is: its hardware has no other logarithm
     values = products(x.rows, rows)
     if kind == "dot":
         parts = _with_targets(values, target, local).split(TILE, 1)
