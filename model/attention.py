@@ -99,14 +99,15 @@ def choose_backend(
         serving.insert(0, "flash")
     chosen = serving[0] if config.attention == "auto" else config.attention
     if chosen not in serving:
-        log.warning("attention=%s cannot serve on this %s with %s", chosen, device, _told(config, half, deterministic))
+        why = _circumstances(config, half, deterministic)
+        log.warning("attention=%s cannot serve on this %s with %s", chosen, device, why)
         chosen = serving[0]
     names = {"flash": f"flash-attn {flash.version if flash else ''}", "flex": "torch's flex attention"}
     log.info("attention on %s: %s", device, names.get(chosen, "torch's scaled_dot_product_attention"))
     return chosen
 
 
-def _told(config: DecoderConfig, half: bool, deterministic: bool) -> str:
+def _circumstances(config: DecoderConfig, half: bool, deterministic: bool) -> str:
     dropout = f"dropout {config.dropout}" if config.dropout else "no dropout"
     dropout += ", deterministic" if deterministic else ""
     bits = "bf16" if half else "more than 16 bits"
@@ -257,6 +258,7 @@ def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 
 def make_norm(config: DecoderConfig, width: int) -> nn.Module:
+    """The norm of rows (..., width) that the config asks for."""
     if config.norm == "rmsnorm":
         return nn.RMSNorm(width, eps=config.norm_eps)
     return nn.LayerNorm(width, eps=config.norm_eps, bias=config.bias)
@@ -299,7 +301,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, dropout: float = 0
     """q (B, T, H, d), k and v (B, S, K, d) -> (B, T, H, d), scores times 1/sqrt(d)."""
     if pattern.backend == "flash":
         return _flash(q, k, v, pattern, dropout)
-    q, k, v = (one.transpose(1, 2) for one in (q, k, v))
+    q, k, v = (heads.transpose(1, 2) for heads in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     if isinstance(pattern.mask, BlockMask):
         options: Any = {"BACKEND": "TRITON"}  # else rows of fewer than 128 get a kernel for decoding, with gaps
@@ -330,7 +332,7 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, dropout: float) ->
         longest = {"max_seqlen_q": q.shape[1], "max_seqlen_k": q.shape[1]}  # rows end documents; not every version asks
         options |= {name: value for name, value in longest.items() if name in flash.takes}
         bounds = {"cu_seqlens_q": pattern.bounds, "cu_seqlens_k": pattern.bounds}
-        y = flash.documents(*(one.flatten(0, 1) for one in (q, k, v)), **bounds, **options)
+        y = flash.documents(*(heads.flatten(0, 1) for heads in (q, k, v)), **bounds, **options)
     y = y[0] if isinstance(y, tuple) else y  # some versions add the log-sum-exp
     return y.view_as(q)
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from .distance_settings import settings_of
+
 
 class Llama3Scaling(BaseModel, extra="forbid", frozen=True):
     """Llama 3.1's stretched RoPE (as in Meta's llama-models): wavelengths beyond `original` / `low` positions become
@@ -48,6 +50,7 @@ class Weight:
 
     @cached_property
     def size(self) -> int:
+        """How many numbers."""
         return math.prod(self.shape)
 
     @cached_property
@@ -120,6 +123,7 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
         return self.kv_heads or self.heads
 
     def mlp_width(self) -> int:
+        """Width of the MLP's inside, after its gates."""
         return self.mlp_dim or 4 * self.dim
 
     def up_width(self) -> int:
@@ -133,9 +137,11 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
         return 1.0 if self.base_dim is None else self.base_dim / self.dim
 
     def qkv_width(self) -> int:
+        """Width of attention's first product: queries, keys and values side by side."""
         return self.head_size() * (self.heads + 2 * self.key_heads())
 
     def has_qkv_bias(self) -> bool:
+        """Whether attention's first product adds a bias (Qwen2's does, without any other)."""
         return self.bias if self.qkv_bias is None else self.qkv_bias
 
     def attention_width(self) -> int:
@@ -282,7 +288,7 @@ class ExponentRamp(BaseModel, extra="forbid", frozen=True):
 class HeadConfig(BaseModel, extra="forbid", frozen=True):
     """The output layer: one prototype per token of the vocabulary, and how far is far."""
 
-    distance: str = "euclidean"  # a name in model.distances.DISTANCES
+    distance: str = "euclidean"  # a name in model.distance_settings.SETTINGS, or in model.distances.DISTANCES
     params: dict[str, float | str] = {}  # the distance's own, such as p of minkowski: see model.head.HarmonicHead
     exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp = "sqrt_dim"
     init_std: float | None = Field(default=None, gt=0)  # None: see model.distances.Distance.start
@@ -291,9 +297,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _known_distance(self) -> HeadConfig:
-        from .distances import distance_named  # brings torch, which a config otherwise does without
-
-        distance_named(self.distance).settings(1, **self.params)
+        settings_of(self.distance, self.params)
         return self
 
     @model_validator(mode="after")
@@ -328,14 +332,13 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         moves a logit of softmax, with length sqrt(dim) by sqrt(dim) less. (The published recipe raised the learning
         rate tenfold instead.)
         """
-        from .head import HarmonicHead
+        from .head import HarmonicHead  # brings torch, which a config otherwise does without
 
         return HarmonicHead(1, dim, seed=0, device="meta", **self.arguments()).feature_length
 
     def parameters(self, prototypes: int, dim: int) -> dict[str, int]:
         """Trained numbers of a head by parameter: `prototypes` rows, and what the distance and the exponent add."""
-        from .distances import distance_named
-
-        kind = distance_named(self.distance)
-        found = {"prototypes": prototypes * dim, **kind.trained_sizes(dim, **self.params)}
-        return found | ({"log_exponent": 1} if self.exponent == "learned" and kind.has_exponent else {})
+        settings = settings_of(self.distance, self.params)
+        trained = {name: math.prod(shape) for name, shape in settings.trained(dim).items()}
+        learned = {"log_exponent": 1} if self.exponent == "learned" and settings.has_exponent else {}
+        return {"prototypes": prototypes * dim, **trained, **learned}

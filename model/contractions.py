@@ -14,11 +14,9 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
-from .kernels import eager
-from .kernels.choose import kernels_for
-from .kernels.eager import Terms
-
-FourSums = tuple[Tensor, Tensor, Tensor, Tensor]
+from .kernels import choose, eager, eager_elementwise
+from .kernels.eager import FourSums
+from .kernels.eager_elementwise import Terms, blocks
 
 
 @dataclass
@@ -43,6 +41,7 @@ class Statistics:
         scored: eager.Scored | None = None,
         fused: ModuleType | None = None,
     ) -> Self:
+        """From the four sums of the kernels, in their order."""
         top, total, moment, target = sums
         return cls(top, total, moment, target, kept, squares, scored, fused)
 
@@ -64,7 +63,7 @@ class RowsGradient:
 
     def add_product(self, grads: Tensor, x: Tensor) -> None:
         """Adds G' x for G (M, V) and x (M, D)."""
-        kernels_for(x).add_rows_product(self._products, grads, x, first=self._empty)
+        choose.kernels_for(x).add_rows_product(self._products, grads, x, first=self._empty)
         self._empty = False
 
 
@@ -110,7 +109,7 @@ class Contraction(Protocol):
         """(M, V)."""
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         """Of sum(weight * loss): that of x as (M, D) `total` and (M,) `sums` or None, for `finish` of the kernels;
         and what adds that of the prototypes to `into`, which can wait.
@@ -126,7 +125,7 @@ class Contraction(Protocol):
 
 
 def nothing() -> None:
-    pass
+    """What is left to add where all was added at once."""
 
 
 class SquaredDistance(Contraction):
@@ -140,7 +139,7 @@ class SquaredDistance(Contraction):
     def statistics(
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
-        ops, coefficient = kernels_for(x.rows), self.power * exponent
+        ops, coefficient = choose.kernels_for(x.rows), self.power * exponent
         target = ops.to_targets(x.rows, rows.rows, local, product=False)
         squares = eager.Squares(x.squares, rows.squares, target, (floor / self.factor).pow(1 / self.power))
         if use.fused:
@@ -153,23 +152,23 @@ class SquaredDistance(Contraction):
 
     def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
         (kept,) = stats.kept
-        return kernels_for(kept).quadratic_scores(kept, stats.squares, self.power * exponent, local)
+        return choose.kernels_for(kept).quadratic_scores(kept, stats.squares, self.power * exponent, local)
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         """dx = 2 (x sum_j G_j - G w), dw = 2 (w sum_i G_i - G' x), the sums over G as rounded for the products:
         otherwise the cancellation near a match would cost 2^-9 |x|/d in bfloat16.
         """
-        ops, coefficient = kernels_for(x.rows), self.power * given.exponent
+        ops, coefficient = choose.kernels_for(x.rows), self.power * loss.exponent
         if stats.fused and stats.scored is not None:
             grads, over_rows, over_columns = stats.fused.fused_gradient(
-                "quadratic", stats.scored, stats.squares, coefficient, given.lse, given.score, given.weight, given.local
+                "quadratic", stats.scored, stats.squares, coefficient, loss.lse, loss.score, loss.weight, loss.local
             )
         else:
             (kept,) = stats.kept
             grads, over_rows, over_columns = ops.quadratic_gradient(
-                kept, stats.squares, coefficient, given.lse, given.weight, given.local, x.rows.dtype, given.score
+                kept, stats.squares, coefficient, loss.lse, loss.weight, loss.local, x.rows.dtype, loss.score
             )
 
         def add_rows() -> None:
@@ -190,7 +189,7 @@ class DotProduct(Contraction):
     def statistics(
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
-        ops = kernels_for(x.rows)
+        ops = choose.kernels_for(x.rows)
         if use.fused:
             target = ops.to_targets(x.rows, rows.rows, local, product=True)
             sums, scored = use.fused.fused_statistics(
@@ -204,16 +203,16 @@ class DotProduct(Contraction):
         return stats.kept[0]
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         """dx = G w, dw = G' x."""
-        ops = kernels_for(x.rows)
+        ops = choose.kernels_for(x.rows)
         if stats.fused and stats.scored is not None:
             grads, _, _ = stats.fused.fused_gradient(
-                "dot", stats.scored, None, given.exponent, given.lse, given.score, given.weight, given.local
+                "dot", stats.scored, None, loss.exponent, loss.lse, loss.score, loss.weight, loss.local
             )
         else:
-            grads = ops.dot_gradient(stats.kept[0], given.lse, given.weight, given.local, x.rows.dtype, given.score)
+            grads = ops.dot_gradient(stats.kept[0], loss.lse, loss.weight, loss.local, x.rows.dtype, loss.score)
         return ops.hidden_product(grads, rows), None, lambda: into.add_product(grads, x.rows)
 
 
@@ -226,19 +225,17 @@ class DirectDistance(Contraction):
         self, values: Tensor, floor: Tensor, exponent: Tensor, local: Tensor, *more: Tensor
     ) -> Statistics:
         """Of c (M, V), which becomes log c; `more` is kept too."""
-        sums = kernels_for(values).log_statistics(values, floor, exponent, local)
+        sums = choose.kernels_for(values).log_statistics(values, floor, exponent, local)
         return Statistics.of(sums, values, floor, *more)
 
     def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
         return stats.kept[0] * -exponent
 
-    def log_gradient(self, stats: Statistics, given: Upstream) -> Tensor:
+    def log_gradient(self, stats: Statistics, loss: Upstream) -> Tensor:
         """G (M, V); the logarithms are consumed."""
         logs, floor, *_ = stats.kept
-        ops = kernels_for(logs)
-        return ops.log_gradient(
-            logs, floor, given.exponent, given.lse, given.weight, given.local, logs.dtype, given.score
-        )
+        ops = choose.kernels_for(logs)
+        return ops.log_gradient(logs, floor, loss.exponent, loss.lse, loss.weight, loss.local, logs.dtype, loss.score)
 
 
 class Elementwise(DirectDistance):
@@ -254,16 +251,16 @@ class Elementwise(DirectDistance):
     def statistics(
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
-        values = kernels_for(x.rows).contract(self.terms, x.rows, rows)
-        logs = kernels_for(x.rows).copy(values) if self.reads_values else values
+        values = choose.kernels_for(x.rows).contract(self.terms, x.rows, rows)
+        logs = choose.kernels_for(x.rows).copy(values) if self.reads_values else values
         return self.log_statistics(logs, floor, exponent, local, values)
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         *_, values = stats.kept
-        grads = self.log_gradient(stats, given)
-        hidden = kernels_for(x.rows).contract_gradient(self.terms, x.rows, rows, values, grads, into.products)
+        grads = self.log_gradient(stats, loss)
+        hidden = choose.kernels_for(x.rows).contract_gradient(self.terms, x.rows, rows, values, grads, into.products)
         return hidden, None, nothing
 
 
@@ -282,7 +279,7 @@ class Ratio(DirectDistance):
     def statistics(
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
-        ops = kernels_for(x.rows)
+        ops = choose.kernels_for(x.rows)
         values = ops.contract(self.above, x.rows, rows)
         sizes = x.rows.abs().sum(1)
         least = self.relative * sizes + self.absolute
@@ -295,13 +292,13 @@ class Ratio(DirectDistance):
         return self.log_statistics(values, floor, exponent, local, below, least)
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
         """d(A / B) = dA / B - (A / B) dB / B."""
-        ops = kernels_for(x.rows)
+        ops = choose.kernels_for(x.rows)
         logs, _, below, least = stats.kept
         of_below = logs.exp().neg_()
-        above = self.log_gradient(stats, given).div_(below)
+        above = self.log_gradient(stats, loss).div_(below)
         of_below.mul_(above).masked_fill_(below <= least[:, None], 0)
         hidden = ops.contract_gradient(self.above, x.rows, rows, above, above, into.products)
         if self.separable:
@@ -313,13 +310,9 @@ class Ratio(DirectDistance):
 
     def complete(self, into: RowsGradient, rows: eager.Rows) -> None:
         if self.separable:
-            for total, part, columns in zip(
-                *(
-                    t.split(eager.PAIR_VALUES // max(1, rows.rows.shape[1]))
-                    for t in (into.products, rows.rows, into.columns)
-                ),
-                strict=True,
-            ):
+            step = eager_elementwise.PAIR_VALUES // max(1, rows.rows.shape[1])
+            parts = (t.split(step) for t in (into.products, rows.rows, into.columns))
+            for total, part, columns in zip(*parts, strict=True):
                 total.addcmul_(part.sign(), columns[:, None])
 
 
@@ -338,16 +331,16 @@ class Broadcast(DirectDistance):
         self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
     ) -> Statistics:
         values = x.rows.new_empty(x.rows.shape[0], rows.rows.shape[0])
-        for block in eager.blocks(x.rows, rows):
+        for block in blocks(x.rows, rows):
             values[:, block] = self.between(x.rows[:, None], rows.rows[block])
         return self.log_statistics(values, floor, exponent, local)
 
     def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, given: Upstream, into: RowsGradient
+        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
     ) -> Gradients:
-        grads = self.log_gradient(stats, given)
+        grads = self.log_gradient(stats, loss)
         hidden = torch.zeros_like(x.rows)
-        for block in eager.blocks(x.rows, rows):
+        for block in blocks(x.rows, rows):
             with torch.enable_grad():
                 sides = x.rows.detach().requires_grad_(), rows.rows[block].detach().requires_grad_()
                 values = self.between(sides[0][:, None], sides[1])

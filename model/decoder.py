@@ -41,6 +41,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
+    """(B, T, D) -> (B, T, D): attention and MLP, each added to what it was given, with norms before or after."""
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.post_norm = config.post_norm

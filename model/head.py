@@ -11,7 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .distances import Distance, distance_named, make
+from .distance_settings import find, settings_of
+from .distances import DISTANCES, Distance, make
 from .harmonic import harmonic_log_probs, harmonic_loss, harmonic_predictions
 from .vocab_parallel import VocabShard, full_rows, lookup, rows_of
 
@@ -34,7 +35,7 @@ class HarmonicHead(nn.Module):
         shard: the rows of this rank (`model.vocab_parallel.shard_of`); None: all.
         init_std: deviation of the initial entries; None: the distance's own (`Distance.start`).
         seed: of the initial prototypes, which do not depend on the sharding; None: drawn from torch's global generator.
-        chunk_bytes: budget of the loss's working memory; None: `model.harmonic.CHUNK_BYTES`.
+        chunk_bytes: budget of the loss's working memory; None: `model.chunks.CHUNK_BYTES`.
         fused: whether a GPU takes the product and the passes over its scores in one; None: see
             `model.harmonic.harmonic_loss`.
         params: the distance's own: minkowski `p`; hamming `kind`, `temperature`; braycurtis `denominator`; mahalanobis
@@ -60,15 +61,16 @@ class HarmonicHead(nn.Module):
         **params: Any,
     ) -> None:
         super().__init__()
-        self._kind = distance_named(distance)
-        self._fixed, trained = self._kind.settings(dim, **params)
+        self._kind = find(distance, DISTANCES)
+        trained = settings_of(distance, params).trained(dim)
+        self._fixed = {name: value for name, value in params.items() if name not in trained}
         self.shard = shard or VocabShard(0, num_prototypes)
         self.distance, self.chunk_bytes, self.fused = distance, chunk_bytes, fused
         rows = rows_of(num_prototypes, self.shard.ranks)
         self.prototypes = nn.Parameter(torch.zeros(rows, dim, device=device))
         self._trained = list(trained)
-        for name, value in trained.items():
-            self.register_parameter(name, nn.Parameter(value.to(device)))
+        for name, shape in trained.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
         start = self.score_function.start(dim)
         self.feature_length = start.feature_length
         self.init_std = start.entry_std if init_std is None else init_std
@@ -147,8 +149,8 @@ class HarmonicHead(nn.Module):
         """
         rows = full_rows(self.prototypes, self.shard)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        found = harmonic_log_probs(flat, rows, distance=self.score_function.evaluated(), exponent=self.exponent)
-        return found.view(*hidden.shape[:-1], -1)
+        log_probs = harmonic_log_probs(flat, rows, distance=self.score_function.evaluated(), exponent=self.exponent)
+        return log_probs.view(*hidden.shape[:-1], -1)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """(...) tokens -> (..., D): the prototypes as a tied embedding, by vocabulary-parallel lookup."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .distances import LARGEST_ROW, Distance, resolve
+from .distance_base import LARGEST_ROW, Distance
+from .distances import resolve
 from .kernels.eager import Tokens
 
 

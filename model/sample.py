@@ -101,28 +101,28 @@ def texts(ids: Iterable[int], decode: Callable[[list[int]], str], before: Collec
         decode: text of a list of tokens, U+FFFD for each byte that is no UTF-8.
     """
     read = list(before)
-    told = len(decode(read))
+    written = len(decode(read))
     for index in ids:
         read.append(index)
         text = decode(read)
         unsure = min(3, len(text) - len(text.rstrip("\ufffd")))  # a character has four bytes at most
-        yield text[told : len(text) - unsure]
-        told = max(told, len(text) - unsure)
-    yield decode(read)[told:]
+        yield text[written : len(text) - unsure]
+        written = max(written, len(text) - unsure)
+    yield decode(read)[written:]
 
 
 def _check(
-    decoder: Decoder, given: int, max_tokens: int, temperature: float, top_k: int | None, top_p: float | None
+    decoder: Decoder, prompt: int, max_tokens: int, temperature: float, top_k: int | None, top_p: float | None
 ) -> None:
-    most = decoder.config.seq_len - given + 1  # the last one drawn is not read any more
+    most = decoder.config.seq_len - prompt + 1  # the last one drawn is not read any more
     if not decoder.config.causal:
         raise ValueError("this decoder is a masked one, which sees what comes after: it has no next token")
-    if given < 1:
+    if prompt < 1:
         raise ValueError("no token is given to go on from: begin with the end of text")
     if not 0 <= max_tokens <= most:
         raise ValueError(
-            f"{max_tokens} tokens asked for after {given}: the decoder has {decoder.config.seq_len} positions; ask for "
-            f"{max(0, most)} at most, or give fewer"
+            f"{max_tokens} tokens asked for after {prompt}: the decoder has {decoder.config.seq_len} positions; "
+            f"ask for {max(0, most)} at most, or give fewer"
         )
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature}: expected a number from 0 on")

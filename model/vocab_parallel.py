@@ -33,10 +33,12 @@ class VocabShard:
 
     @property
     def ranks(self) -> int:
+        """Of the group."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
+        """This process's, within the group."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @property
@@ -65,6 +67,7 @@ class Pending:
         self._result, self._work = result, work
 
     def wait(self) -> Tensor:
+        """The result; on a GPU it is the current stream that waits."""
         if self._work is not None:
             self._work.wait()
         return self._result
@@ -129,8 +132,8 @@ class _Lookup(torch.autograd.Function):
         local = local_targets(gather_rows(tokens, shard.group), shard)  # (N,)
         ctx.save_for_backward(local)
         ctx.rows_shape, ctx.shard = rows.shape, shard
-        found = rows[local.clamp_min(0)] * (local >= 0)[:, None]
-        return scatter_rows(found, shard.group)
+        own = rows[local.clamp_min(0)] * (local >= 0)[:, None]  # (N, D), zeros for the rows of others
+        return scatter_rows(own, shard.group)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]

@@ -19,7 +19,7 @@ from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from benchmarks.hopper.machine_code import Compiled, Hopper, counted_code
-from model import contractions, distances, harmonic
+from model import chunks
 from model.contractions import Use
 from model.distances import resolve
 from model.harmonic import harmonic_loss
@@ -177,9 +177,9 @@ def standing_in(recorder: Recorder) -> Iterator[None]:
         (triton_fused, "TensorDescriptor", Described),
         (gpu, "product", recorder.product),
         (torch, "autocast", lambda device, enabled: nullcontext()),  # it knows no such device
-        (harmonic, "_device_limits", lambda device, group: (BUDGET, 132)),
+        (chunks, "device_limits", lambda device, group: (BUDGET, 132)),
+        (choose, "kernels_for", lambda x: gpu),
     ]
-    replaced += [(module, "kernels_for", lambda x: gpu) for module in (choose, contractions, distances, harmonic)]
     before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, value in replaced:
         setattr(module, name, value)
@@ -226,5 +226,5 @@ def _chunks(x: Tensor, v: int, distance: str, fused: bool, params: dict[str, Any
     entry = resolve(distance, params)
     kernels = choose.fused_kernels_for(x, fused) if not entry.contraction.wide else None
     shard = VocabShard(0, v)
-    call = harmonic._Call(entry, shard, "mean", -100, *harmonic._limits(x, shard, None), Use(kernels))
+    call = chunks.Call(entry, shard, "mean", -100, *chunks.limits(x, shard, None), Use(kernels))
     return len(list(call.chunks(x)))

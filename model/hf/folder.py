@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..config import DecoderConfig
 from ..decoder import Decoder
-from ..distances import OURS
+from ..distance_settings import INTERNAL
 from ..head import HarmonicHead
 
 CODE = Path(__file__).parent
-MODELING, TOKENIZATION = "modeling_overtone", "tokenization_overtone"
+CONFIGURATION, MODELING, TOKENIZATION = "configuration_overtone", "modeling_overtone", "tokenization_overtone"
+MODULES = (CONFIGURATION, "decoder_overtone", "head_overtone", MODELING, TOKENIZATION)  # of the folder's own code
 CARD = "README.md"
 
 
@@ -33,8 +34,9 @@ def write(folder: Path, decoder: Decoder, head: HarmonicHead, eos_id: int, pad_i
         eos_id: the token that ends documents, and opens them. pad_id: one that stands for nothing.
     """
     config, special = decoder.config, {"bos_token_id": eos_id, "eos_token_id": eos_id, "pad_token_id": pad_id}
-    architecture = f"OvertoneFor{'CausalLM' if config.causal else 'MaskedLM'}"
-    auto = {"AutoConfig": f"{MODELING}.OvertoneConfig", f"AutoModel{architecture[8:]}": f"{MODELING}.{architecture}"}
+    kind = "CausalLM" if config.causal else "MaskedLM"
+    architecture = f"OvertoneFor{kind}"
+    auto = {"AutoConfig": f"{CONFIGURATION}.OvertoneConfig", f"AutoModelFor{kind}": f"{MODELING}.{architecture}"}
     _write_json(
         folder / "config.json",
         {
@@ -57,7 +59,7 @@ def write(folder: Path, decoder: Decoder, head: HarmonicHead, eos_id: int, pad_i
         "padding_side": "left" if config.causal else "right",
     }
     _write_json(folder / "tokenizer_config.json", tokenizer)
-    for name in (MODELING, TOKENIZATION):
+    for name in MODULES:
         shutil.copyfile(CODE / f"{name}.py", folder / f"{name}.py")
     (folder / CARD).write_text(card, encoding="utf-8")
 
@@ -79,7 +81,7 @@ def decoder_settings(config: DecoderConfig) -> dict[str, Any]:
 def head_settings(head: HarmonicHead) -> dict[str, Any]:
     """The distance, its parameters as they are out of training, and the exponent; None: a weight, or there is none."""
     entry = head.score_function.evaluated()
-    params = {one.name: getattr(entry, one.name) for one in fields(entry) if one.metadata != OURS}
+    params = {field.name: getattr(entry, field.name) for field in fields(entry) if field.metadata != INTERNAL}
     for name, value in params.items():
         if isinstance(value, Tensor):  # a weight: how it is made
             params[name] = "full" if value.dim() == 2 else "diagonal"
@@ -98,7 +100,7 @@ def card(title: str, config: DecoderConfig, head: HarmonicHead, facts: Mapping[s
         facts: what is told of the run, by name.
         settings: the run's configuration, YAML.
     """
-    told = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     formula = head.score_function.formula
     scores = f"-n log d, d = {formula}" if head.has_exponent else f"the products {formula}"
     return CARD_TEXT.format(
@@ -109,7 +111,7 @@ def card(title: str, config: DecoderConfig, head: HarmonicHead, facts: Mapping[s
         scores=scores,
         usage=GENERATE if config.causal else FILL,
         documents=DOCUMENTS if config.document_mask else "",
-        facts=told,
+        facts=rows,
         settings=settings.strip(),
     )
 
@@ -148,8 +150,8 @@ A language model that {purpose}, with a {head}, trained by Overtone.
 {usage}
 ```
 
-FOLDER is this one. `trust_remote_code=True` runs `modeling_overtone.py` and `tokenization_overtone.py` of it: read them
-first. They need torch, transformers (5.0 or later) and sentencepiece.
+FOLDER is this one. `trust_remote_code=True` runs its `*_overtone.py`: read them first. They need torch, transformers
+(5.0 or later) and sentencepiece.
 
 The logits are scores, {scores}. A softmax of them gives the model's probabilities: they are its log-probabilities up to
 a constant of each position, so sampling, beams and losses are right as they are. Scores are taken in float32, whatever

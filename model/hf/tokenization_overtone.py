@@ -104,11 +104,11 @@ class OvertoneTokenizer(PreTrainedTokenizer):
         return text, {}
 
     def _tokenize(self, text: str) -> list[str]:  # type: ignore[override]
-        found: list[str] = []
+        pieces: list[str] = []
         for number, part in enumerate(text.split(BLANK) if self._blank_bytes else [text]):
-            found += self._blank_bytes if number else []
-            found += (self.model.id_to_piece(index) for index in self.model.encode(part))
-        return found
+            pieces += self._blank_bytes if number else []
+            pieces += (self.model.id_to_piece(index) for index in self.model.encode(part))
+        return pieces
 
     def _convert_token_to_id(self, token: str) -> int:
         return self._pieces.get(token, self.model.unk_id())

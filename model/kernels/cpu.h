@@ -1,4 +1,4 @@
-// What the kernels of cpu.cpp and cpu_elementwise.cpp share.
+// What the kernels of cpu_*.cpp share.
 
 #pragma once
 
@@ -10,10 +10,12 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <vector>
 
 namespace overtone {
 
 using at::Tensor;
+using bits16 = uint16_t;  // a bfloat16, as stored
 
 constexpr int64_t LANES = 16;
 constexpr int64_t TILE_VECTORS = 4;  // of a register tile
@@ -43,6 +45,16 @@ inline void check_rows(const Tensor& t, at::ScalarType dtype, const char* name) 
   TORCH_CHECK(fits, name, ": expected a matrix of ", dtype, " on the CPU");
   TORCH_CHECK(t.size(1) <= 1 || t.stride(1) == 1, name, ": expected rows without gaps");
   TORCH_CHECK(HAS_BFLOAT16 || dtype != at::kBFloat16, "built for a CPU without AVX512_BF16: expected float32");
+}
+
+// A vector of M values, one per token, padded to whole vector registers.
+inline std::vector<float> padded(const Tensor& t, int64_t tokens, float fill) {
+  const bool fits = t.dim() == 1 && t.numel() == tokens && t.scalar_type() == at::kFloat;
+  TORCH_CHECK(fits, "expected ", tokens, " float32 values");
+  const Tensor flat = t.contiguous();
+  std::vector<float> out(size_t(blocks_of(tokens, LANES) * LANES), fill);
+  std::copy_n(flat.const_data_ptr<float>(), tokens, out.begin());
+  return out;
 }
 
 }  // namespace overtone

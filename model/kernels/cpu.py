@@ -16,7 +16,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from . import eager
+from .eager import FourSums
 
-SOURCES = [Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_elementwise.cpp")]
-HEADER = Path(__file__).with_name("cpu.h")
+SOURCES = sorted(Path(__file__).parent.glob("cpu_*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("cpu*.h"))
 LANES = 16  # float32 lanes of a vector register: rows of scores start on a multiple
 INSTRUCTIONS = ("fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl")
 BFLOAT16 = "avx512_bf16"
@@ -68,7 +69,7 @@ def build_folder() -> Path:
     """Where this source is built for this kind of CPU and this torch: machines that differ can share a home."""
     from torch.utils.cpp_extension import get_default_build_root  # takes a while: only where it is needed
 
-    code = [file.read_text() for file in (*SOURCES, HEADER)]
+    code = [file.read_text() for file in (*SOURCES, *HEADERS)]
     facts = f"{code} {_flags()} {torch.__version__}"
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     return Path(root) / f"overtone_cpu_{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
@@ -226,34 +227,32 @@ def _columns(tokens_first: Tensor) -> Tensor:
     return columns if columns.stride(1) == 1 else columns.contiguous()
 
 
-def quadratic_statistics(
-    dots: Tensor, squares: eager.Squares, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As eager.quadratic_statistics."""
-    columns = _columns(dots)
-    sums = torch.ops.overtone_cpu.quadratic_statistics(
-        columns, squares.x, squares.rows, squares.floor, float(coefficient), local, squares.target
-    )
-    if columns.data_ptr() != dots.data_ptr():
-        dots.copy_(columns.t())
-    return sums
-
-
-quadratic_scores = eager.quadratic_scores
-
-
-def log_statistics(
-    values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As eager.log_statistics."""
+def _in_place(values: Tensor, operation: Callable[[Tensor], FourSums]) -> FourSums:
+    """The sums of (M, V), by an operation that writes over their columns."""
     columns = _columns(values)
-    sums = torch.ops.overtone_cpu.log_statistics(columns, floor, float(coefficient), local)
+    sums = operation(columns)
     if columns.data_ptr() != values.data_ptr():
         values.copy_(columns.t())
     return sums
 
 
-def dot_statistics(dots: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quadratic_statistics(dots: Tensor, squares: eager.Squares, coefficient: Tensor, local: Tensor) -> FourSums:
+    """As eager.quadratic_statistics."""
+    terms = squares.x, squares.rows, squares.floor, float(coefficient), local, squares.target
+    return _in_place(dots, lambda columns: torch.ops.overtone_cpu.quadratic_statistics(columns, *terms))
+
+
+quadratic_scores = eager.quadratic_scores
+
+
+def log_statistics(values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor) -> FourSums:
+    """As eager.log_statistics."""
+    return _in_place(
+        values, lambda columns: torch.ops.overtone_cpu.log_statistics(columns, floor, float(coefficient), local)
+    )
+
+
+def dot_statistics(dots: Tensor, local: Tensor) -> FourSums:
     """As eager.dot_statistics."""
     return torch.ops.overtone_cpu.dot_statistics(_columns(dots), local)
 

@@ -10,11 +10,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .eager_elementwise import Terms as Terms
+from .eager_elementwise import contract as contract
+from .eager_elementwise import contract_gradient as contract_gradient
+from .eager_elementwise import copy as copy
+
+FourSums = tuple[Tensor, Tensor, Tensor, Tensor]  # (M,): max s, sum exp(s - max), sum s exp(s - max), s of the target
 
 FLOOR_MARGIN = 2.0**-18  # log q this close to the floor's logarithm is at the floor
 
@@ -120,8 +127,8 @@ def hidden_product(grads: Tensor, rows: Rows) -> Tensor:
 
 def add_rows_product(total: Tensor, grads: Tensor, x: Tensor, first: bool = False) -> None:
     """total (V, D) += grads.T @ x, for grads (M, V) and x (M, D); `first`: total holds nothing yet."""
-    found = product(grads.t(), x)
-    total.copy_(found) if first else total.add_(found)
+    addend = product(grads.t(), x)
+    total.copy_(addend) if first else total.add_(addend)
 
 
 def unit_rows(rows: Tensor) -> Tensor:
@@ -205,9 +212,7 @@ class Squares(NamedTuple):
     floor: Tensor  # (M,) the least that q may be
 
 
-def quadratic_statistics(
-    dots: Tensor, squares: Squares, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quadratic_statistics(dots: Tensor, squares: Squares, coefficient: Tensor, local: Tensor) -> FourSums:
     """Sums up the scores s = -coefficient * log q of every token; the dot products (M, V) become what is *kept* for
     `quadratic_scores` and `quadratic_gradient` (here: log q).
 
@@ -245,9 +250,7 @@ def quadratic_gradient(
     return rounded, wide.sum(1), wide.sum(0)
 
 
-def log_statistics(
-    values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def log_statistics(values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor) -> FourSums:
     """Turns values c (M, V) into log max(c, floor), in place; the sums of quadratic_statistics for s = -coefficient *
     log c."""
     logs = torch.maximum(values, floor[:, None], out=values).log_()
@@ -276,12 +279,12 @@ def log_gradient(
     return grads.mul_((-coefficient * weight)[:, None]).masked_fill_(floored, 0).to(dtype)
 
 
-def dot_statistics(dots: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dot_statistics(dots: Tensor, local: Tensor) -> FourSums:
     """The same four sums for s = dots, which stays as it is."""
     return _summed(dots.clone(), local.clamp_min(0)[:, None], local >= 0)
 
 
-def _summed(scores: Tensor, column: Tensor, here: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _summed(scores: Tensor, column: Tensor, here: Tensor) -> FourSums:
     target = torch.where(here, scores.gather(1, column)[:, 0], 0)
     top = scores.amax(1)
     weights = (scores - top[:, None]).exp_()
@@ -317,14 +320,14 @@ def fused_statistics(
     target: Tensor,
     keep: bool,
     moment: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Scored | None]:
+) -> tuple[FourSums, Scored | None]:
     """The product and its statistics in one: the four sums of `quadratic_statistics` or `dot_statistics` (up to the
     max, which may be any number near it, and the third, which is asked for by `moment`), and E if `keep`.
 
     `target` (M,): q of the target, or its score for "dot". The plain form of a kernel that keeps no float32 scores; on
     purpose with that kernel's roundings.
     """
-    ln2, here = math.log(2), local >= 0
+    ln2, here = math.log(2), local >= 0  # base 2 within, as the kernel is: its hardware has no other logarithm
     values = products(x.rows, rows)
     if kind == "dot":
         parts = _with_targets(values, target, local).split(TILE, 1)
@@ -343,7 +346,7 @@ def fused_statistics(
         tops = least.log2()
         logs = [part.log2() - top[:, None] for part, top in zip(parts, tops, strict=True)]
         weights = [(log * -(coefficient + 1)).exp2() for log in logs]
-        shares = [weight * part / one[:, None] for weight, part, one in zip(weights, parts, least, strict=True)]
+        shares = [weight * part / unit[:, None] for weight, part, unit in zip(weights, parts, least, strict=True)]
         totals = torch.stack([share.sum(1) for share in shares])
         moments = torch.stack([(share * log).sum(1) for share, log in zip(shares, logs, strict=True)])
         apart = tops - tops.amin(0)
@@ -388,87 +391,3 @@ def fused_gradient(
     rounded = _with_targets(grads, target, local).to(kept.dtype)
     wide = rounded.to(lse.dtype)
     return rounded, wide.sum(1), wide.sum(0)
-
-
-# Contractions that are no matrix product: they read float32 (or float64) operands, as nothing forces them to round.
-
-
-SMALLEST = 2.0**-60  # entries, in units in which the largest is about 1, that some slopes take as 0 to stay finite
-PAIR_VALUES = 2**21  # entries of an (M, v, D) temporary
-
-
-class Terms(NamedTuple):
-    """How the entries of x - sign * w make a distance c."""
-
-    kind: Literal["l1", "linf", "lp", "canberra"]
-    p: float = 1.0  # of "lp"
-    sign: float = 1.0  # -1: of x + w
-
-
-def contract(terms: Terms, x: Tensor, rows: Rows) -> Tensor:
-    """c (M, V) for tokens x (M, D) and prototypes w (V, D), with t = x - sign * w.
-
-    l1: sum |t|. linf: max |t|. lp: (sum |t|^p)^(1/p), in units of max |t|, so that no power over- or underflows.
-    canberra: sum |t| / (|x| + |w|), 0 where |x| + |w| <= SMALLEST.
-    """
-    out = x.new_empty(x.shape[0], rows.rows.shape[0])
-    for block in blocks(x, rows):
-        difference = x[:, None] - terms.sign * rows.rows[block]  # (M, v, D)
-        if terms.kind == "l1":
-            out[:, block] = difference.abs_().sum(-1)
-        elif terms.kind == "linf":
-            out[:, block] = difference.abs_().amax(-1)
-        elif terms.kind == "lp":
-            top = difference.abs_().amax(-1, keepdim=True)
-            ratios = difference.div_(torch.where(top > 0, top, 1))
-            out[:, block] = ratios.pow_(terms.p).sum(-1).pow_(1 / terms.p).mul_(top[..., 0])
-        else:
-            sizes = x.abs()[:, None] + rows.rows[block].abs()
-            out[:, block] = difference.abs_().div_(sizes).masked_fill_(sizes <= SMALLEST, 0).sum(-1)
-    return out
-
-
-def copy(values: Tensor) -> Tensor:
-    """A copy of (M, V) that lies in memory as `contract` leaves it."""
-    return values.t().clone(memory_format=torch.contiguous_format).t() if values.stride(0) == 1 else values.clone()
-
-
-def contract_gradient(terms: Terms, x: Tensor, rows: Rows, values: Tensor, grads: Tensor, total: Tensor) -> Tensor:
-    """From G = d loss / dc (M, V): returns the gradient of x (M, D), adds that of the prototypes to `total` (V, D).
-
-    `values` is c as `contract` returned it (read by linf and lp). sgn(0) = 0 everywhere. linf: the entries that tie
-    for the largest share G equally. lp: slope sgn(t) (|t| / c)^(p - 1), for p < 1 (where it grows without bound) 0 at
-    |t| <= SMALLEST * c.
-    """
-    out = torch.zeros_like(x)
-    for block in blocks(x, rows):
-        w, c, g = rows.rows[block], values[:, block, None], grads[:, block, None]
-        difference = x[:, None] - terms.sign * w
-        signs = difference.sign()
-        if terms.kind == "l1":
-            slopes = signs
-        elif terms.kind == "linf":
-            largest = difference.abs_() == c
-            slopes = signs.mul_(largest).div_(largest.sum(-1, keepdim=True).clamp_min(1))
-        elif terms.kind == "lp":
-            ratios = difference.abs_().div_(torch.where(c > 0, c, 1))
-            least = SMALLEST if terms.p < 1 else 0.0
-            slopes = torch.where(ratios > least, ratios.pow(terms.p - 1), 0).mul_(signs)
-        else:  # the two sides differ: sgn(x - w) (|w| + sgn(x) w) / (|x| + |w|)^2, and x and w exchanged
-            sizes = x.abs()[:, None] + w.abs()
-            inverse = torch.where(sizes > SMALLEST, 1 / sizes, 0)
-            slopes = signs.mul_(inverse).mul_(g)
-            total[block] -= (slopes * (x.abs()[:, None] + x[:, None] * w.sign()).mul_(inverse)).sum(0)
-            out += (slopes * (w.abs() + x.sign()[:, None] * w).mul_(inverse)).sum(1)
-            continue
-        slopes = slopes * g
-        out += slopes.sum(1)
-        total[block] -= terms.sign * slopes.sum(0)
-    return out
-
-
-def blocks(x: Tensor, rows: Rows) -> Iterator[slice]:
-    """Slices of the prototypes for which an (M, v, D) temporary has about PAIR_VALUES entries."""
-    step = max(1, PAIR_VALUES // max(1, x.numel()))
-    for first in range(0, rows.rows.shape[0], step):
-        yield slice(first, first + step)

@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from . import eager, triton_elementwise, triton_fused, triton_rows, triton_scores
-from .eager import Scored, Squares
+from .eager import FourSums, Scored, Squares
 from .triton_scores import ROW_START, Given, padded_rows
 
 OLDEST = (8, 0)  # compute capability: Ampere's, the first with bfloat16 and a maximum that passes NaN on
@@ -77,6 +77,7 @@ class Rows(eager.Rows):
 
     @functools.cached_property
     def columns(self) -> Tensor:
+        """(D, V), both padded to whole tiles with zeros."""
         return triton_elementwise.columns(self.rows)
 
     @property
@@ -207,9 +208,7 @@ def _across(values: Tensor, columns: int) -> Tensor:
     return values.as_strided((values.shape[0], columns), values.stride())
 
 
-def quadratic_statistics(
-    dots: Tensor, squares: Squares, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def quadratic_statistics(dots: Tensor, squares: Squares, coefficient: Tensor, local: Tensor) -> FourSums:
     """As eager.quadratic_statistics; what is kept is the dot products: log q is made again where it is needed."""
     return triton_scores.statistics("quadratic", dots, Given(local, coefficient, squares.floor, squares))
 
@@ -234,10 +233,10 @@ def quadratic_gradient(
     """As eager.quadratic_gradient; G in float32 lies in the memory of `kept`."""
     out = _gradients_of(kept, dtype)
     given = Given(local, coefficient, squares.floor, squares)
-    return out, *triton_scores.gradients("quadratic", kept, given, lse, _told(score), weight, out)
+    return out, *triton_scores.gradients("quadratic", kept, given, lse, _required(score), weight, out)
 
 
-def dot_statistics(dots: Tensor, local: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def dot_statistics(dots: Tensor, local: Tensor) -> FourSums:
     """As eager.dot_statistics."""
     return triton_scores.statistics("dot", dots, Given(local))
 
@@ -247,13 +246,11 @@ def dot_gradient(
 ) -> Tensor:
     """As eager.dot_gradient; G in float32 lies in the memory of `scores`."""
     out = _gradients_of(scores, dtype)
-    triton_scores.gradients("dot", scores, Given(local), lse, _told(score), weight, out)
+    triton_scores.gradients("dot", scores, Given(local), lse, _required(score), weight, out)
     return out
 
 
-def log_statistics(
-    values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def log_statistics(values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor) -> FourSums:
     """As eager.log_statistics."""
     return triton_scores.statistics("log", values, Given(local, coefficient, floor))
 
@@ -270,11 +267,11 @@ def log_gradient(
 ) -> Tensor:
     """As eager.log_gradient; G in float32 lies in the memory of `logs`."""
     out = _gradients_of(logs, dtype)
-    triton_scores.gradients("log", logs, Given(local, coefficient, floor), lse, _told(score), weight, out)
+    triton_scores.gradients("log", logs, Given(local, coefficient, floor), lse, _required(score), weight, out)
     return out
 
 
-def _told(score: Tensor | None) -> Tensor:
+def _required(score: Tensor | None) -> Tensor:
     assert score is not None, "these kernels do not look for the target's score among the others"
     return score
 
@@ -294,7 +291,7 @@ def fused_statistics(
     target: Tensor,
     keep: bool,
     moment: bool,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Scored | None]:
+) -> tuple[FourSums, Scored | None]:
     """As eager.fused_statistics."""
     given = Given(local, coefficient, None if squares is None else squares.floor, squares)
     return triton_fused.scores(kind, x.rows, rows.rows, given, target, keep, moment)

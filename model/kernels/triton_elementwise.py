@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .eager import SMALLEST, Terms
+from .eager_elementwise import SMALLEST, Terms
 from .triton_functions import log2
 from .triton_scores import PROGRAMS, launch, padded_rows
 

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .eager import Scored
+from .eager import FourSums, Scored
 from .triton_functions import LN2, LOG2E, log2, not_below, settled
 from .triton_scores import (
     ROW_START,
@@ -75,10 +75,10 @@ def _scores(
     """
     along, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_V)
     tile = tl.program_id(0)
-    first = tile // (GROUP * across) * GROUP
+    first = tile // (GROUP * across) * GROUP  # GROUP blocks of tokens pass each block of prototypes while it is in L2
     size = tl.minimum(along - first, GROUP)
     block_m, block_v = first + tile % (GROUP * across) % size, tile % (GROUP * across) // size
-    value = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    value = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)  # rounded, a near match would lose all digits
     for k in tl.range(0, width, BLOCK_D, num_stages=STAGES):
         a = x_tiles.load([block_m * BLOCK_M, k])
         b = w_tiles.load([block_v * BLOCK_V, k])
@@ -132,7 +132,7 @@ def scores(
     keep: bool,
     moment: bool,
     tile: Tile | None = None,
-) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Scored | None]:
+) -> tuple[FourSums, Scored | None]:
     """x (M, D) and prototypes (V, D), with `squares` that go on to whole lines -> four (M,): max s, sum exp(s - max),
     sum s exp(s - max) (0 unless `moment`) and s of the target; and E if `keep`.
 

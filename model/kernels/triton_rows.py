@@ -171,18 +171,9 @@ def to_targets(x: Tensor, w: Tensor, local: Tensor, product: bool) -> Tensor:
     if x.shape[0]:
         d = x.shape[1]
         launch(
-            _meet,
-            x.shape[:1],
-            x,
-            w,
-            local,
-            out,
-            d,
-            PRODUCT=product,
-            BLOCK=_block(d),
-            warps=_warps(d),
+            _meet, x.shape[:1], x, w, local, out, d, PRODUCT=product, BLOCK=_block(d), warps=_warps(d),
             enable_fp_fusion=True,
-        )
+        )  # fmt: skip
     return out
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .eager import FLOOR_MARGIN, Squares
+from .eager import FLOOR_MARGIN, FourSums, Squares
 from .triton_functions import LN2, LOG2E, log2, not_below
 
 WARPS = 8
@@ -70,7 +70,7 @@ def _statistics(
     last = tl.minimum(first + segment, padded)
     target_column = tl.load(local + row).to(tl.int32)
     lanes = tl.arange(0, ROUNDS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    unit = LN2  # of scores: natural ones are summed up at the end
+    unit = LN2  # scores are in base 2 here, as the hardware's lg2 and ex2 are: one factor a token at the end, not each
     if KIND != "dot":
         steep = -tl.load(coefficient)
         floor = tl.load(floors + row)
@@ -119,7 +119,7 @@ def _statistics(
 
 def statistics(
     kind: str, values: Tensor, given: Given, block: int | None = None, segments: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> FourSums:
     """(M, V) -> four (M,): max s, sum exp(s - max), sum s exp(s - max), s of the target (0 where it is not here).
 
     "log" writes log c over the values. A row is read by `segments` programs, `block` columns at a time (None: chosen
@@ -170,14 +170,12 @@ def _gradients(
     over_columns, rows, columns, padded, stride, out_stride, stretch,
     MARGIN: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of tokens in a block of prototypes, tile by tile: G = weight * (p - onehot) * ds/dvalue, rounded, and
-    0 in columns beyond the last prototype.
-
-    "quadratic" leaves the sums of the rounded G too: over_rows (M, column blocks), over_columns (stretches, V).
+    """A stretch of tokens in a block of prototypes, tile by tile: G = weight * (p - onehot) * ds/dvalue, rounded, 0 in
+    columns beyond the last prototype; and for "quadratic" its sums, over_rows (M, column blocks), over_columns
+    (stretches, V): of G as rounded, since dx = 2 (x sum G - G w) cancels near a match.
     """
     offsets = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    in_row = offsets < padded
-    real = (offsets < columns)[None, :]
+    in_row, real = offsets < padded, (offsets < columns)[None, :]
     steep = 1.0
     if KIND != "dot":
         steep = -tl.load(coefficient)
@@ -226,8 +224,7 @@ def _gradients(
             row_sum = over_rows + token.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             tl.store(row_sum, tl.sum(summand, 1), mask=there)
     if KIND == "quadratic":
-        stretch_row = tl.program_id(1).to(tl.int64) * padded
-        tl.store(over_columns + stretch_row + offsets, tl.sum(column_sums, 0), mask=in_row)
+        tl.store(over_columns + tl.program_id(1).to(tl.int64) * padded + offsets, tl.sum(column_sums, 0), mask=in_row)
 
 
 def gradients(

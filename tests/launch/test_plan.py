@@ -117,22 +117,23 @@ def test_stage_3_gathers_the_built_modules_and_keeps_their_small_parameters(
 @pytest.mark.parametrize("ranks", [1, 4])
 @pytest.mark.parametrize("head", HEADS, ids=str)
 def test_chunks_are_those_of_the_head(head: dict[str, Any], ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from model import harmonic
+    from model import chunks
     from model.contractions import Use
     from model.head import HarmonicHead
+    from model.kernels import choose
 
     kernels = SimpleNamespace(TEMPORARIES=0, tokens_per_wave=lambda width, processors: 1)  # as model/kernels/gpu.py
-    monkeypatch.setattr(harmonic, "kernels_for", lambda x: kernels)
+    monkeypatch.setattr(choose, "kernels_for", lambda x: kernels)
     cfg = tiny_config(head=head, train__micro_batch=2, train__precision="bf16")
     contraction = HarmonicHead(1, 32, seed=0, **cfg.head.arguments()).score_function.contraction
     assert by_product(cfg) == (not contraction.wide)
-    assert harmonic.CHUNK_BYTES["cuda"] == footprint.CHUNK_BYTES and harmonic.CHUNK_SHARE == footprint.CHUNK_SHARE
+    assert chunks.CHUNK_BYTES["cuda"] == footprint.CHUNK_BYTES and chunks.CHUNK_SHARE == footprint.CHUNK_SHARE
     shard = SimpleNamespace(size=cfg.model.vocab_size, ranks=ranks, group=None if ranks == 1 else "one")
     for budget in (1, 2, 4):
         small = altered(cfg, head={"chunk_mib": budget}, model={"seq_len": 8192})
         for fused in (False, True):
             use = Use(kernels if fused else None)
-            call = harmonic._Call(SimpleNamespace(contraction=contraction), shard, "mean", -100, budget * 2**20, 1, use)
+            call = chunks.Call(SimpleNamespace(contraction=contraction), shard, "mean", -100, budget * 2**20, 1, use)
             hidden = torch.empty(2 * 8192, 32, dtype=torch.bfloat16, device="meta")
             planned, size = head_chunks(altered(small, head={"fused": fused}), ranks, 80 * 2**30)
             made = len(list(call.chunks(hidden)))

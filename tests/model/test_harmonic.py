@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import distances
+from model import arguments, distances, harmonic
 from model.distances import DISTANCES, Distance, make
 from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.head import HarmonicHead
-from model.kernels import choose, eager
+from model.kernels import choose, eager, eager_elementwise
 from model.reference import distances_reference, harmonic_loss_reference
+from model.vocab_parallel import VocabShard
 from tests.support.checks import assert_no_worse
 from tests.support.variants import (
     HARMONIC,
@@ -428,7 +429,7 @@ class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_of_size_tokens_by_vocabulary(variant: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor of any operation stays within the budget, however many tokens there are."""
-    monkeypatch.setattr(eager, "PAIR_VALUES", 2**16)
+    monkeypatch.setattr(eager_elementwise, "PAIR_VALUES", 2**16)
     v, d, budget = 2048, 16, 2**20
     for n in (256, 1024):
         x, w, y = draw(n, v, d)
@@ -475,10 +476,8 @@ class Arrival:
 
 def test_targets_of_a_gpu_are_checked_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their range comes later: the call after that raises, once."""
-    from model import harmonic
-
-    checks = harmonic._TargetChecks()
-    monkeypatch.setattr(harmonic, "_TARGETS", checks)
+    checks = arguments.TargetChecks()
+    monkeypatch.setattr(arguments, "TARGETS", checks)
     late = Arrival(there=False)
     sent: list[Any] = [(Arrival(there=True), torch.tensor([0, 6])), (late, torch.tensor([0, 7]))]
     checks._waiting.extend((*one, 7, -100) for one in sent)
@@ -488,7 +487,7 @@ def test_targets_of_a_gpu_are_checked_without_waiting(monkeypatch: pytest.Monkey
     with pytest.raises(ValueError, match=r"targets reach from 0 to 7: expected 0 to 6, or -100 \(in an earlier call"):
         harmonic_loss(x, w, y, exponent=2.0)
     assert torch.equal(harmonic_loss(x, w, y, exponent=2.0), expected)
-    assert harmonic._range_of(y, -100).tolist() == [0, 1] and harmonic._range_of(y - 9, -100).tolist()[0] < 0
+    assert arguments.range_of(y, -100).tolist() == [0, 1] and arguments.range_of(y - 9, -100).tolist()[0] < 0
 
 
 @pytest.mark.gpu
@@ -512,14 +511,12 @@ def test_a_target_out_of_range_spoils_the_loss_and_its_gradients(
     reduction: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where nobody waits for the answer."""
-    from model import harmonic
-
-    monkeypatch.setattr(harmonic, "_check_range", lambda *given: None)
-    valid = harmonic._valid
+    monkeypatch.setattr(arguments, "check_range", lambda *given: None)
+    valid = arguments.validity
     meta = torch.empty(1, device="meta")
-    assert valid(torch.zeros(1, dtype=torch.int64), -100, harmonic.VocabShard(0, 7), torch.float32) is None
-    assert valid(meta.long(), -100, harmonic.VocabShard(0, 7), torch.float32).device.type == "meta"
-    monkeypatch.setattr(harmonic, "_valid", lambda *given: torch.tensor(torch.nan))
+    assert valid(torch.zeros(1, dtype=torch.int64), -100, VocabShard(0, 7), torch.float32) is None
+    assert valid(meta.long(), -100, VocabShard(0, 7), torch.float32).device.type == "meta"
+    monkeypatch.setattr(harmonic, "validity", lambda *given: torch.tensor(torch.nan))
     x, w = torch.randn(4, 8, requires_grad=True), torch.randn(7, 8, requires_grad=True)
     loss = harmonic_loss(x, w, torch.tensor([1, 7, -100, 2]).clamp(max=6), exponent=2.0, reduction=reduction)
     loss.sum().backward()

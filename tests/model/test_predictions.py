@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from model.harmonic import harmonic_loss, harmonic_predictions
 from model.head import HarmonicHead
-from model.kernels import eager
+from model.kernels import eager_elementwise
 from model.reference import scores_reference
 from model.vocab_parallel import rows_of, shard_of
 from tests.model.test_harmonic import _Largest as Largest
@@ -56,7 +56,7 @@ def test_chunks_change_nothing(variant: str) -> None:
 @pytest.mark.parametrize("variant", ["euclidean", "manhattan", "braycurtis abs", "dot"])
 def test_memory_is_bounded_by_the_budget(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """No tensor of any operation is larger than the budget, however many tokens there are."""
-    monkeypatch.setattr(eager, "PAIR_VALUES", 2**12)
+    monkeypatch.setattr(eager_elementwise, "PAIR_VALUES", 2**12)
     v, budget = 400, 64_000
     for n in (50, 800):
         x, w = torch.randn(n, D), torch.randn(v, D)

@@ -1,0 +1,132 @@
+"""What a recipe may say of a distance: its name, its parameters and their values, and what a head trains of it.
+
+Without torch, so that a config is checked and a plan is made without it; model/distances.py has the mathematics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+if TYPE_CHECKING:
+    from .distance_base import Distance
+
+INTERNAL = {"set by": "the distance itself"}  # metadata of a field that no recipe sets
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A distance's parameters, which are its fields. Raises ValueError for a value that is off."""
+
+    has_exponent: ClassVar[bool] = True
+
+    def trained(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights that a head trains for rows `dim` wide, by name. They start at 0."""
+        return {}
+
+
+@dataclass(frozen=True)
+class MinkowskiSettings(Settings):
+    """p > 0, the power of the differences."""
+
+    p: float = 3.0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.p, str) or not 0 < self.p < float("inf"):
+            raise ValueError(f"p={self.p!r}: expected a positive number (for the limit of large p, use chebyshev)")
+
+
+@dataclass(frozen=True)
+class HammingSettings(Settings):
+    """How bits are made of numbers; `temperature` > 0, in their units, is the width of the sigmoid."""
+
+    kind: Literal["soft", "hard", "gumbel"] = "soft"
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("soft", "hard", "gumbel"):
+            raise ValueError(f"kind={self.kind!r}: expected soft, hard or gumbel")
+        if isinstance(self.temperature, str) or not 0 < self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature!r}: expected a positive number")
+
+
+@dataclass(frozen=True)
+class BrayCurtisSettings(Settings):
+    """What the sum of differences is divided by: sum |x + w|, or with "abs" sum |x| + sum |w|."""
+
+    denominator: Literal["sum", "abs"] = "sum"
+
+    def __post_init__(self) -> None:
+        if self.denominator not in ("sum", "abs"):
+            raise ValueError(f"denominator={self.denominator!r}: expected sum or abs")
+
+
+@dataclass(frozen=True)
+class MahalanobisSettings(Settings):
+    """Whether M is a diagonal, of which D logarithms are trained, or L L' with a trained (D, D)."""
+
+    factor: Literal["diagonal", "full"] = "diagonal"
+
+    def __post_init__(self) -> None:
+        if self.factor not in ("diagonal", "full"):
+            raise ValueError(f"factor={self.factor!r}: expected diagonal or full")
+
+    def trained(self, dim: int) -> dict[str, tuple[int, ...]]:
+        return {"factor": (dim,) if self.factor == "diagonal" else (dim, dim)}
+
+
+@dataclass(frozen=True)
+class DotSettings(Settings):
+    """None: the score is the product."""
+
+    has_exponent = False
+
+
+SETTINGS: dict[str, type[Settings]] = {
+    "euclidean": Settings,
+    "manhattan": Settings,
+    "chebyshev": Settings,
+    "minkowski": MinkowskiSettings,
+    "cosine": Settings,
+    "hamming": HammingSettings,
+    "canberra": Settings,
+    "braycurtis": BrayCurtisSettings,
+    "mahalanobis": MahalanobisSettings,
+    "dot": DotSettings,
+}
+DISTANCES: dict[str, type[Distance]] = {}  # the score functions by name: see model/distances.py, which enters its own
+
+S = TypeVar("S", bound=Settings)
+
+
+def find(distance: str, table: Mapping[str, type[S]]) -> type[S]:
+    """What a table has under a distance's name. Raises ValueError for an unknown one."""
+    if distance not in table:
+        raise ValueError(f"distance={distance!r}: expected one of {', '.join(table)}")
+    return table[distance]
+
+
+def settings_of(distance: str, params: Mapping[str, Any]) -> Settings:
+    """The settings that a recipe asks for. Raises ValueError for a distance or a parameter that is unknown or off.
+
+    A distance that is in DISTANCES alone is its own settings.
+    """
+    return make(find(distance, {**DISTANCES, **SETTINGS}), params, distance)
+
+
+def make(kind: type[S], params: Mapping[str, Any], name: str | None = None) -> S:
+    """Settings, or a distance, with these parameters. Raises ValueError for one that it does not take or that is off.
+
+    `name`: what errors call it; None: the class's name.
+    """
+    name = name or kind.__name__.lower()
+    takes = [f.name for f in fields(kind) if f.metadata != INTERNAL]
+    known = [f.name for f in fields(kind)]
+    for parameter, value in params.items():
+        if parameter not in known:
+            raise ValueError(f"{parameter}={value!r}: {name} takes {', '.join(takes) or 'no parameter'}")
+    missing = [parameter for parameter in known if parameter not in params and not hasattr(kind, parameter)]
+    if missing:
+        raise ValueError(f"{name} needs {', '.join(missing)}")
+    return kind(**params)
