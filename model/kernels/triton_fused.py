@@ -78,9 +78,7 @@ def _scores(
     first = tile // (GROUP * across) * GROUP  # GROUP blocks of tokens pass each block of prototypes while it is in L2
     size = tl.minimum(along - first, GROUP)
     block_m, block_v = first + tile % (GROUP * across) % size, tile % (GROUP * across) // size
-    value = tl.zeros(
-        (BLOCK_M, BLOCK_V), tl.float32
-    )  # rounded, a near match would lose all digits
+    value = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)  # rounded, a near match would lose all digits
     for k in tl.range(0, width, BLOCK_D, num_stages=STAGES):
         a = x_tiles.load([block_m * BLOCK_M, k])
         b = w_tiles.load([block_v * BLOCK_V, k])
