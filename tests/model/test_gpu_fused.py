@@ -1,4 +1,4 @@
-"""The product with the passes over its scores in one, as Triton kernels: never further from float64 than float32 scores.
+"""The product with the passes over its scores in one, by Triton: never further from float64 than float32 scores.
 
 How these tests run without a GPU: test_gpu_kernels.py.
 """
