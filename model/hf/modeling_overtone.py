@@ -94,6 +94,26 @@ class OvertonePreTrainedModel(PreTrainedModel):
         if self.config.output_attentions if output_attentions is None else output_attentions:
             raise ValueError("output_attentions=True: attention weights are not given out; leave it out")
 
+    def _loss(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        ignore_index: int,
+        num_items_in_batch: Tensor | int | None,
+        shift_labels: Tensor | None = None,
+    ) -> Tensor | None:
+        if labels is None and shift_labels is None:
+            return None
+        moved = {} if shift_labels is None else {"shift_labels": shift_labels}
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+            ignore_index=ignore_index,
+            **moved,
+        )
+
     def _output(
         self, output: ModelOutput, hidden: list[Tensor], output_hidden_states: bool | None, return_dict: bool | None
     ) -> Any:
@@ -172,16 +192,7 @@ class OvertoneForCausalLM(OvertonePreTrainedModel, GenerationMixin):
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.head(hidden[-1][:, kept])
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                ignore_index=ignore_index,
-                shift_labels=shift_labels,
-            )
+        loss = self._loss(logits, labels, ignore_index, num_items_in_batch, shift_labels)
         named: dict[str, Any] = {CACHE: cache if use_cache else None}
         output = CausalLMOutputWithPast(loss=loss, logits=logits, **named)
         return self._output(output, hidden, output_hidden_states, return_dict)
@@ -243,13 +254,5 @@ class OvertoneForMaskedLM(OvertonePreTrainedModel):
         self._refuse(inputs_embeds, output_attentions)
         hidden = self.hidden_states(input_ids, attention_mask, position_ids, None)
         logits = self.head(hidden[-1])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-                ignore_index=ignore_index,
-            )
+        loss = self._loss(logits, labels, ignore_index, num_items_in_batch)
         return self._output(MaskedLMOutput(loss=loss, logits=logits), hidden, output_hidden_states, return_dict)

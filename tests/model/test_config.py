@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import DecoderConfig, HeadConfig
 from model.decoder import Decoder, document_positions
+from model.distance_settings import SETTINGS
+from model.distances import DISTANCES
 from model.head import HarmonicHead
 from pretrain.optim import kind_of
 from tests.support.decoders import decoder_settings
@@ -120,3 +124,35 @@ def test_parameters_of_a_head_are_those_of_the_built_one(tree: dict[str, Any]) -
     config = HeadConfig(**tree)
     head = HarmonicHead(67, 12, device="meta", seed=0, **config.arguments())
     assert config.parameters(67, 12) == {name: parameter.numel() for name, parameter in head.named_parameters()}
+
+
+TORCHLESS = """
+import sys
+from model.config import HeadConfig
+assert HeadConfig(distance="mahalanobis", params={"factor": "full"}).parameters(67, 12)["factor"] == 144
+try:
+    HeadConfig(distance=sys.argv[1], params={sys.argv[2]: -1.0} if sys.argv[2:] else {})
+except ValueError as error:
+    print(error)
+assert "torch" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["euclidian", ""], "distance='euclidian': expected one of euclidean, manhattan, chebyshev, minkowski, cosine"),
+        (["euclidean", "p"], "p=-1.0: euclidean takes no parameter"),
+        (["minkowski", "p"], "p=-1.0: expected a positive number"),
+        (["mahalanobis", "factor"], "factor=-1.0: expected diagonal or full"),
+    ],
+    ids=str,
+)
+def test_a_head_is_checked_without_torch(words: list[str], message: str) -> None:
+    done = subprocess.run([sys.executable, "-c", TORCHLESS, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and message in done.stdout, done.stdout + done.stderr
+
+
+def test_every_distance_has_settings() -> None:
+    assert list(SETTINGS) == list(DISTANCES)
+    assert all(kind.has_exponent == SETTINGS[name].has_exponent for name, kind in DISTANCES.items())
