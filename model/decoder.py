@@ -66,7 +66,8 @@ class Decoder(nn.Module):
     Args:
         config: sizes and options.
         hidden_length: length of the hidden states at initialisation (`HeadConfig.hidden_length`); None: sqrt(D),
-        unit variance. seed: of the initial weights; None: torch's global generator as it stands.
+            unit variance.
+        seed: of the initial weights; None: torch's global generator as it stands.
 
     Raises:
         ValueError: more positions than `config.seq_len`.

@@ -38,7 +38,7 @@ def generate(
 
     Raises:
         ValueError: nothing is given, more is asked for than the decoder's `seq_len` has room for, it sees what comes
-        after, or a setting is out of its range.
+            after, or a setting is out of its range.
     """
     _check(decoder, tokens.shape[1], max_tokens, temperature, top_k, top_p)
     return _generate(decoder, head, tokens, max_tokens, temperature, top_k, top_p, stop, generator)

@@ -22,7 +22,12 @@ ALLOWED_WITHIN = {  # folder -> folders of the house that it may import
         *("launch", "common", "pretrain.config", "pretrain.run_folder"),
         *("pretrain.runtime.claim", "pretrain.runtime.endings"),
     },
+    "cli": {"cli", "launch", "pretrain", "data", "common"},
 }
+PRETRAIN = (  # from the lowest room up: each imports what stands before it
+    *("records", "config", "runtime", "modules", "checkpoints", "energy", "optim", "batches", "engine", "inference"),
+    *("run_folder", "metrics", "analysis", "window", "decisions", "loop", "opening", "replay", "study"),
+)
 EXCEPTIONS: dict[str, set[str]] = {
     "model/__main__.py": {"model", "cli"},  # the console script; nothing imports it
     # copied into exported folders, where nothing of the house is but for what is copied too
@@ -70,6 +75,25 @@ def inside(name: str, allowed: set[str]) -> bool:
     return any(name == one or name.startswith(one + ".") or one.startswith(name + ".") for one in allowed)
 
 
+def room_of(name: str) -> str:
+    """The file or folder of pretrain/ that a module is in."""
+    return name.split(".")[1] if name.startswith("pretrain.") else ""
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts)
+
+
+def imports_when_run(path: Path) -> set[str]:
+    """The house's modules that a module imports, at once or later, but for the sake of types alone."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = [ast.Pass()]
+    modules = {module_of(source) for source in SOURCES}
+    return imports_of(path, ast.unparse(tree)) & modules - {module_of(path)}
+
+
 def violations(path: Path, source: str) -> list[str]:
     found = []
     allowed = EXCEPTIONS.get(path.as_posix(), ALLOWED_WITHIN[path.parts[0]])
@@ -87,6 +111,25 @@ def violations(path: Path, source: str) -> list[str]:
 @pytest.mark.parametrize("path", SOURCES, ids=str)
 def test_import_directions(path: Path) -> None:
     assert not violations(path, path.read_text())
+
+
+def test_rooms_of_pretrain_import_downwards() -> None:
+    height = {room: place for place, room in enumerate(PRETRAIN)}
+    for path in (source for source in SOURCES if source.parts[0] == "pretrain"):
+        here = height.get(room_of(module_of(path)), len(PRETRAIN))  # commands are above all
+        for name in imports_when_run(path):
+            if room_of(name) in height:
+                assert height[room_of(name)] <= here, f"{path} imports {name}, which stands above it"
+            else:
+                assert room_of(name) in ("", room_of(module_of(path))), f"{path} imports the command {name}"
+
+
+def test_no_module_imports_itself_on_a_way_round() -> None:
+    above = {module_of(path): imports_when_run(path) for path in SOURCES}
+    while lowest := [name for name, below in above.items() if not below & above.keys()]:
+        for name in lowest:
+            del above[name]
+    assert not above, f"these import each other: {', '.join(above)}"
 
 
 def test_the_walk_sees_violations() -> None:

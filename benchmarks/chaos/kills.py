@@ -54,7 +54,7 @@ class Layout:
 
 
 class Launched(Job):
-    """`python -m launch run`, the session of processes below it, and what its log says so far."""
+    """`overtone run`, the session of processes below it, and what its log says so far."""
 
     def __init__(self, config: Path, run: Path, layout: Layout, log: Path) -> None:
         words = [sys.executable, "-m", "launch", "run", str(config), *layout.arguments(), f"run={run}"]

@@ -19,11 +19,19 @@ BLOCK_ENTRIES = 1 << 25  # of an (N, prototypes, D) temporary
 COLUMNS = 64
 
 
+KNOWN = (
+    *("dot", "euclidean", "manhattan", "chebyshev", "minkowski", "cosine", "hamming", "canberra", "braycurtis"),
+    "mahalanobis",
+)
+
+
 class OvertoneHead(nn.Module):
     """Hidden states (..., D) -> scores (..., V): -n log d, or products for the softmax baseline (dot)."""
 
     def __init__(self, config: OvertoneConfig) -> None:
         super().__init__()
+        if config.distance not in KNOWN:
+            raise ValueError(f"distance={config.distance!r}: this code knows {', '.join(KNOWN)}; export with newer code")
         self.distance, self.params = config.distance, config.distance_params or {}
         self.exponent = config.exponent or 1.0
         self.power: float = self.params.get("p", 1.0)

@@ -160,7 +160,7 @@ def _check_alone(environment: Mapping[str, str]) -> None:
         processes = 1 if count is None else _number(environment, count, 1) or 1
         if _number(environment, number) or processes > 1:
             said = _shown(environment, number) + (f", {_shown(environment, count)}" if count else "")
-            remedy = "`python -m launch run CONFIG --launcher slurm` or `python -m launch slurm CONFIG`"
+            remedy = "`overtone run CONFIG --launcher slurm` or `overtone slurm CONFIG`"
             raise ConfigError(
                 f"{said}: {launcher} started this process as one of several, but not how they find each other (RANK, "
                 f"WORLD_SIZE, MASTER_ADDR): each would train alone. Start the ranks with "

@@ -2,7 +2,7 @@
 
 Every head is trained at every learning rate with the first seed. The rate with the best mean of held-out bits/byte then
 gets the next seed, until the best one has them all: a rate that was lucky with one seed does not stay the best. A run
-is a run folder as any other, made by `python -m launch run`; what is done is skipped, and what was stopped goes on.
+is a run folder as any other, made by `overtone run`; what is done is skipped, and what was stopped goes on.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def train(study: LanguageConfig, launch: Sequence[str], log: Callable[[str], Non
     """Prepares the data and trains what is not done.
 
     Args:
-        launch: options of `python -m launch run`, such as --hostfile.
+        launch: options of `overtone run`, such as --hostfile.
 
     Raises:
         Stopped: a run was preempted, or failed; the same command goes on.

@@ -177,6 +177,11 @@ def test_saved_again_and_in_bfloat16(tmp_path: Path) -> None:
         assert (half(tokens_of()).logits - loaded(tokens_of()).logits).abs().max() < 0.2
 
 
+def test_a_distance_that_this_code_does_not_know_is_refused() -> None:
+    with pytest.raises(ValueError, match="distance='lorentz': this code knows dot, euclidean, .*; export with newer"):
+        OvertoneHead(OvertoneConfig(distance="lorentz"))
+
+
 def test_what_cannot_be_read(tmp_path: Path) -> None:
     loaded = exported(*make(BACKBONES["documents"]), tmp_path)
     with pytest.raises(ValueError, match="33 positions given, the decoder has 32"):
