@@ -178,7 +178,7 @@ def test_saved_again_and_in_bfloat16(tmp_path: Path) -> None:
 
 
 def test_a_distance_that_this_code_does_not_know_is_refused() -> None:
-    with pytest.raises(ValueError, match="distance='lorentz': this code knows dot, euclidean, .*; export with newer"):
+    with pytest.raises(ValueError, match="distance='lorentz': this code knows dot, euclidean, .*; export anew"):
         OvertoneHead(OvertoneConfig(distance="lorentz"))
 
 
