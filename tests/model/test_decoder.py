@@ -64,6 +64,7 @@ def test_short_attention_is_as_near_to_float64_as_torchs_kernel(positions: int) 
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.slow
 def test_compiling_changes_only_rounding() -> None:
     tokens = torch.randint(0, 50, (2, 16))
     plain = hidden_and_gradient(Decoder(DecoderConfig(**SIZES), seed=1), tokens)

@@ -62,7 +62,7 @@ class Command:
     def kill(self) -> None:
         self._process.kill()
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 300) -> int:
         """The exit code, -N after signal N.
 
         Raises:

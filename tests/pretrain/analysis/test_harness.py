@@ -293,6 +293,7 @@ def test_an_automatic_batch_has_its_limit(model: Overtone, english: Path) -> Non
     assert Overtone(run=run).batch == 4 and Overtone(run=run, batch_size="16", max_batch_size=2).batch == 16
 
 
+@pytest.mark.slow
 def test_the_command_runs_local_tasks(model: Overtone, english: Path, tmp_path: Path) -> None:  # noqa: F811
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     for name, task in TASKS.items():
