@@ -84,7 +84,9 @@ class Host:
         """The command that runs `words` on this host."""
         return ["nsenter", "--target", str(self._pid), "--net", "--uts", "--mount", "--pid", *_here(), *words]
 
-    def popen(self, words: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen:
+    def popen(
+        self, words: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
+    ) -> subprocess.Popen:
         """`subprocess.Popen` of a command on this host, `environment` beside its own."""
         return subprocess.Popen(self.words(*words), env={**self.environment, **(environment or {})}, **options)
 
