@@ -71,9 +71,9 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
             return {**trunk_fragments(trainer.engine, part), **head}
 
         def load() -> None:
-            found = checkpoint.find(folder, "auto", ranks)
-            assert found is not None
-            checkpoint.load(found, fragments())
+            newest = checkpoint.find(folder, "auto", ranks)
+            assert newest is not None
+            checkpoint.load(newest, fragments())
             finish_load(trainer.engine, trainer.head_optimizer, 1)
 
         saver = Saver(folder, ranks, cfg.checkpoint)
