@@ -246,7 +246,7 @@ def addition_table(
             for rate in RATES:
                 advance(f"{variant}, weight decay {decay:g}, rate {rate:g}")
                 sweep[rate] = [trained(seed=seed, rate=rate) for seed in range(seeds)]
-            rate, runs = max(sweep.items(), key=lambda one: statistics.mean(run.test_accuracy for run in one[1]))
+            rate, runs = max(sweep.items(), key=lambda tried: statistics.mean(run.test_accuracy for run in tried[1]))
             table.add_row(
                 str(variant),
                 f"{decay:g}",
@@ -278,11 +278,11 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    given = arguments()
-    heads = given.heads or (list(DISTANCES) if given.task == "digits" else ADDITION_HEADS)
-    variants = [replace(variant, exponent=given.exponent) for variant in VARIANTS if variant.distance in heads]
-    epochs = given.epochs or (20 if given.task == "digits" else 1000)
-    told = f"{epochs} epochs, exponent {given.exponent}, {given.seeds} seeds: mean ± deviation over seeds"
+    args = arguments()
+    heads = args.heads or (list(DISTANCES) if args.task == "digits" else ADDITION_HEADS)
+    variants = [replace(variant, exponent=args.exponent) for variant in VARIANTS if variant.distance in heads]
+    epochs = args.epochs or (20 if args.task == "digits" else 1000)
+    settings = f"{epochs} epochs, exponent {args.exponent}, {args.seeds} seeds: mean ± deviation over seeds"
     console = Console()
     console.print(machine("cpu"))
     with console.status("training") as status:
@@ -290,15 +290,15 @@ def main() -> None:
         def advance(what: str) -> None:
             status.update(f"training: {what}")
 
-        if given.task == "digits":
-            told = f"digits, {told}"
-            table = digits_table(variants, given.seeds, epochs, advance)
+        if args.task == "digits":
+            settings = f"digits, {settings}"
+            table = digits_table(variants, args.seeds, epochs, advance)
         else:
             rates = ", ".join(f"{rate:g}" for rate in RATES)
-            told = f"a + b mod {given.modulus}, trained on {given.fraction:.0%} of the pairs, {told}"
-            told += f"; of the rates {rates}, the one with the best held-out accuracy"
-            table = addition_table(variants, given.seeds, epochs, given.modulus, given.fraction, advance)
-    console.print(told)
+            settings = f"a + b mod {args.modulus}, trained on {args.fraction:.0%} of the pairs, {settings}"
+            settings += f"; of the rates {rates}, the one with the best held-out accuracy"
+            table = addition_table(variants, args.seeds, epochs, args.modulus, args.fraction, advance)
+    console.print(settings)
     console.print(table)
 
 

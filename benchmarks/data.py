@@ -59,14 +59,14 @@ class Speed:
     tokens: int
 
 
-def texts_of(given: list[str], megabytes: int) -> list[str]:
+def texts_of(paths: list[str], megabytes: int) -> list[str]:
     """The documents of text files (one each), or the embedded corpus; said again and again until there are so many."""
-    source = FilesSource(kind="files", paths=tuple(given)) if given else EmbeddedSource(kind="embedded")
-    found = list(documents(source))
+    source = FilesSource(kind="files", paths=tuple(paths)) if paths else EmbeddedSource(kind="embedded")
+    texts = list(documents(source))
     out: list[str] = []
     size = turn = 0
     while size < megabytes * 1_000_000:
-        for text in found:
+        for text in texts:
             out.append(f"{turn}\n{text}")  # no duplicates: they would not be written
             size += len(out[-1].encode())
         turn += 1
@@ -139,15 +139,15 @@ def _sample(texts: list[str]) -> Iterator[str]:
         yield text
 
 
-def preparation_table(found: list[Speed]) -> Table:
+def preparation_table(speeds: list[Speed]) -> Table:
     """Ways by row; the ratio is to tiktoken with as many threads."""
     table = Table("", "cores", "MB/s", "million tokens/s", "bytes/token", "MB/s against tiktoken", title="preparation")
-    reference = {speed.cores: speed.seconds for speed in found if speed.name == TIKTOKEN}
-    for speed in found:
+    reference = {speed.cores: speed.seconds for speed in speeds if speed.name == TIKTOKEN}
+    for speed in speeds:
         rates = (speed.text_bytes / 1e6 / speed.seconds, speed.tokens / 1e6 / speed.seconds)
         ratios = (speed.text_bytes / speed.tokens, reference[speed.cores] / speed.seconds)
-        told = (f"{rates[0]:.2f}", f"{rates[1]:.3f}", f"{ratios[0]:.3f}", f"{ratios[1]:.2f}x")
-        table.add_row(speed.name, str(speed.cores), *told)
+        cells = (f"{rates[0]:.2f}", f"{rates[1]:.3f}", f"{ratios[0]:.3f}", f"{ratios[1]:.2f}x")
+        table.add_row(speed.name, str(speed.cores), *cells)
     return table
 
 
@@ -198,12 +198,12 @@ def loading(cfg: RunConfig, steps: int) -> Loading:
     return Loading(read, tokens / statistics.median(spent), itemsize, batches.waited_s / sum(spent))
 
 
-def loading_table(found: Loading) -> Table:
+def loading_table(loading: Loading) -> Table:
     table = Table("loading", "tokens/s", "GB/s of shards", "against training", "training waits")
     table.add_row(
-        "read", f"{found.read:,.0f}", f"{found.read * found.stored_bytes / 1e9:.3f}", f"{found.ratio:,.0f}x", ""
+        "read", f"{loading.read:,.0f}", f"{loading.read * loading.stored_bytes / 1e9:.3f}", f"{loading.ratio:,.0f}x", ""
     )
-    table.add_row("trained", f"{found.trained:,.0f}", "", "1x", f"{found.waited:.2%}")
+    table.add_row("trained", f"{loading.trained:,.0f}", "", "1x", f"{loading.waited:.2%}")
     return table
 
 
@@ -232,12 +232,12 @@ def _measure(args: argparse.Namespace) -> int:
     from benchmarks.train import trainable
 
     if args.command == "load":
-        found = loading_table(loading(trainable(args.config, args.overrides), args.steps))
+        table = loading_table(loading(trainable(args.config, args.overrides), args.steps))
     else:
-        found = preparation_table(list(preparation(texts_of(args.texts, args.megabytes), args.repeats)))
+        table = preparation_table(list(preparation(texts_of(args.texts, args.megabytes), args.repeats)))
     console = wide_console(120)
     console.print(machine("cuda" if args.command == "load" and torch.cuda.is_available() else "cpu"))
-    console.print(found)
+    console.print(table)
     return 0
 
 

@@ -83,17 +83,20 @@ def name_of(cfg: RunConfig, world: int) -> str:
 
 def cases(world: int) -> list[RunConfig]:
     groups = [k for k in (1, 2, 4) if k <= world]
-    found = [config(world, zero, groups[zero % len(groups)]) for zero in (1, 2, 3)]
-    found += [config(world, 1, k) for k in groups if k != groups[1 % len(groups)]]
+    configs = [config(world, zero, groups[zero % len(groups)]) for zero in (1, 2, 3)]
+    configs += [config(world, 1, k) for k in groups if k != groups[1 % len(groups)]]
     if world == 2:
-        found += [config(world, zero, 2, "float32") for zero in (0, 1, 2, 3)]
-        found += [config(world, zero, 2, passes=2) for zero in (1, 2, 3)]
-        found += [config(world, zero, 2, activation_checkpointing=True) for zero in (1, 3)]
-        found += [config(world, 1, 2, "float32", passes=2)]
-        found += [config(world, 2, 2, tied=True)]
-        found += [config(world, zero, 2, micro=4) for zero in (1, 2, 3)]
-        found += [config(world, 3, 2, micro=8, activation_checkpointing=True), config(world, 2, 2, micro=4, tied=True)]
-    return found
+        configs += [config(world, zero, 2, "float32") for zero in (0, 1, 2, 3)]
+        configs += [config(world, zero, 2, passes=2) for zero in (1, 2, 3)]
+        configs += [config(world, zero, 2, activation_checkpointing=True) for zero in (1, 3)]
+        configs += [config(world, 1, 2, "float32", passes=2)]
+        configs += [config(world, 2, 2, tied=True)]
+        configs += [config(world, zero, 2, micro=4) for zero in (1, 2, 3)]
+        configs += [
+            config(world, 3, 2, micro=8, activation_checkpointing=True),
+            config(world, 2, 2, micro=4, tied=True),
+        ]
+    return configs
 
 
 def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
@@ -103,7 +106,7 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
     standing = Counter(planned.standing)
     gradients = standing["trunk gradients in float32"] + standing["trunk gradients"]
     gradients += planned.phases["update"].get("trunk gradients", 0)  # where they come and go
-    found = {
+    kept = {
         "trunk weights": standing["trunk weights"],
         "trunk masters and moments": standing["trunk masters"] + standing["trunk moments"],
         "trunk gradients": gradients + standing["reduction buffers"],
@@ -112,9 +115,9 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
         "peak": planned.peak,
     }
     sent: Counter[str] = Counter()
-    for one in collectives(cfg, cluster):
-        sent[f"{one.kind} of {one.ranks}"] += one.payload
-    return {**found, **sent}
+    for call in collectives(cfg, cluster):
+        sent[f"{call.kind} of {call.ranks}"] += call.payload
+    return {**kept, **sent}
 
 
 def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
@@ -124,7 +127,7 @@ def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
     ranks = process.start_command()
     from pretrain.engine import Trainer  # DeepSpeed asks which accelerator there is: start() has said
 
-    found = []
+    steps = []
     for cfg in configs:
         own = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
         trainer = Trainer(cfg, own)
@@ -138,9 +141,9 @@ def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
             with at_boundary(trainer) as kinds, kept(trainer) as sizes:
                 trainer.train_step(batches, 1e-4)
         sent = {f"{kind} of {size}": count for (kind, size), count in watch.sent.items() if count > SMALL}
-        found.append({**kinds, "activations": sizes[0], "peak": watch.most, **sent})
+        steps.append({**kinds, "activations": sizes[0], "peak": watch.most, **sent})
         trainer.engine.destroy()
-    return found
+    return steps
 
 
 class Watch(TorchDispatchMode):
@@ -295,9 +298,9 @@ class Compared:
 
 def compare(world: int, configs: list[RunConfig], folder: Path) -> list[Compared]:
     """Runs the configurations on `world` ranks; every kind that is planned or was seen."""
-    found = run_ranks(measured, world, folder, configs=configs)[0]
+    measured_by_config = run_ranks(measured, world, folder, configs=configs)[0]
     compared = []
-    for cfg, seen in zip(configs, found, strict=True):
+    for cfg, seen in zip(configs, measured_by_config, strict=True):
         planned = predicted(cfg, world)
         for kind in {**planned, **seen}:
             pair = planned.get(kind, 0), seen.get(kind, 0)

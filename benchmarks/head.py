@@ -93,13 +93,13 @@ def ours(variant: str, fused: bool | None = None) -> Loss:
     distance, params = variant.split(",")[0], VARIANTS[variant]
 
     def loss(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
-        given = dict(params)
+        options = dict(params)
         if fused is not None and is_product(variant):
-            given["fused"] = fused
+            options["fused"] = fused
         if "factor" in params:
             unit = torch.eye(x.shape[1], device=x.device)
-            given["factor"] = (unit if params["factor"] == "full" else unit[0] * 0).requires_grad_()
-        return harmonic_loss(x, w, targets, distance=distance, exponent=x.shape[1] ** 0.5, **given)
+            options["factor"] = (unit if params["factor"] == "full" else unit[0] * 0).requires_grad_()
+        return harmonic_loss(x, w, targets, distance=distance, exponent=x.shape[1] ** 0.5, **options)
 
     return loss
 

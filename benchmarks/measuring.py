@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 
 
 def parser(name: str, document: str | None) -> argparse.ArgumentParser:
-    """Of `python -m benchmarks.NAME`, which its module's first line describes."""
-    return argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=(document or "").split("\n")[0])
+    """Of `python -m benchmarks.NAME`, which its module's first line describes, after the command if it begins so."""
+    what = (document or "").split("\n")[0].split("`: ")[-1]
+    return argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=what[:1].upper() + what[1:])
 
 
 def wide_console(width: int = 110) -> Console:

@@ -75,9 +75,9 @@ class Point:
 
     def head_sent(self) -> tuple[float, float]:
         """Bytes that a GPU sends in a step for the head, inside its node and out of it."""
-        found = [one for one in collectives(self.cfg, self.cluster) if not one.what.startswith("trunk")]
-        between = sum(one.between_nodes for one in found)
-        return sum(one.wire for one in found) - between, between
+        calls = [call for call in collectives(self.cfg, self.cluster) if not call.what.startswith("trunk")]
+        between = sum(call.between_nodes for call in calls)
+        return sum(call.wire for call in calls) - between, between
 
     @property
     def layout(self) -> str:
@@ -103,22 +103,22 @@ def candidates(base: RunConfig, cluster: Cluster, group: int | str) -> Iterator[
 
 def curve(base: RunConfig) -> dict[int, dict[str, Point]]:
     """The fastest plan that fits, by GPUs and kind of group; left out where none fits."""
-    found: dict[int, dict[str, Point]] = {}
+    by_gpus: dict[int, dict[str, Point]] = {}
     for gpus in WORLDS:
         cluster = Cluster(gpu=GPU, gpus=gpus)
         for name, group in GROUPS.items():
             best = min(candidates(base, cluster, group), key=lambda point: point.time.total_s, default=None)
             if best is not None:
-                found.setdefault(gpus, {})[name] = best
-    return found
+                by_gpus.setdefault(gpus, {})[name] = best
+    return by_gpus
 
 
-def table(found: dict[int, dict[str, Point]]) -> Iterator[str]:
+def table(by_gpus: dict[int, dict[str, Point]]) -> Iterator[str]:
     numbers = ("peak, GiB", "of it the head's", "head sends in its node, MB", "between nodes, MB", "waits, ms",
                "updates, ms", "step, ms", "tokens/s")  # fmt: skip
     yield f"| GPUs | group | layout | {' | '.join(numbers)} |"
     yield "| ---: | --- | --- " + "| ---: " * len(numbers) + "|"
-    for gpus, points in found.items():
+    for gpus, points in by_gpus.items():
         fastest = min(points.values(), key=lambda point: point.time.total_s)
         for name, point in points.items():
             inside, outside = point.head_sent()
@@ -131,29 +131,29 @@ def table(found: dict[int, dict[str, Point]]) -> Iterator[str]:
             )
 
 
-def figure(found: dict[int, dict[str, Point]]) -> Iterator[str]:
+def figure(by_gpus: dict[int, dict[str, Point]]) -> Iterator[str]:
     """Tokens per second and GPU, as bars."""
-    most = max(point.rate for points in found.values() for point in points.values())
+    most = max(point.rate for points in by_gpus.values() for point in points.values())
     yield "```"
     yield "tokens/s per GPU"
-    for gpus, points in found.items():
+    for gpus, points in by_gpus.items():
         for name, point in points.items():
             bar = "#" * round(BAR * point.rate / most)
             yield f"{gpus if name == next(iter(points)) else '':>5}  {name:<5}  {bar:<{BAR}}  {point.rate:>8,.0f}"
     yield "```"
 
 
-def winners(found: dict[int, dict[str, Point]]) -> Iterator[str]:
+def winners(by_gpus: dict[int, dict[str, Point]]) -> Iterator[str]:
     """Where vocabulary-parallel heads win over replicated ones, in words."""
     for name in list(GROUPS)[1:]:
-        both = {gpus: points for gpus, points in found.items() if "1" in points and name in points}
+        both = {gpus: points for gpus, points in by_gpus.items() if "1" in points and name in points}
         gains = {gpus: points["1"].time.total_s / points[name].time.total_s - 1 for gpus, points in both.items()}
         won = [f"{gpus:,}" for gpus, gain in gains.items() if gain >= 0.0005]
         saved = [(points["1"].head_bytes - points[name].head_bytes) / GIB for points in both.values()]
-        by_gpus = ", ".join(f"{gain:+.1%} at {gpus:,}" for gpus, gain in gains.items())
+        percents = ", ".join(f"{gain:+.1%} at {gpus:,}" for gpus, gain in gains.items())
         yield (
             f"- `parallel.vocab: {name}` against replicated prototypes: {min(saved):.1f} to {max(saved):.1f} GiB less "
-            f"on a GPU, and more tokens/s at {', '.join(won) or 'none of these'} GPUs ({by_gpus})."
+            f"on a GPU, and more tokens/s at {', '.join(won) or 'none of these'} GPUs ({percents})."
         )
 
 
@@ -164,7 +164,7 @@ def fewest(base: RunConfig) -> Iterator[str]:
     for gpu in GPUS:
         clusters = [Cluster(gpu=gpu, gpus=gpus) for gpus in (1, 2, 4, *WORLDS)]
         held = [
-            next((f"{one.gpus:,}" for one in clusters if next(candidates(base, one, group), None)), "none")
+            next((f"{cluster.gpus:,}" for cluster in clusters if next(candidates(base, cluster, group), None)), "none")
             for group in GROUPS.values()
         ]
         yield f"| {gpu} | {' | '.join(held)} |"
@@ -191,17 +191,17 @@ def document() -> Iterator[str]:
     for line in assumptions(Cluster(gpu=GPU)):
         yield f"- {line}"
     for name, base in SHAPES.items():
-        found = curve(base)
+        by_gpus = curve(base)
         yield ""
         yield f"## {name}, {base.train.tokens_per_step:,} tokens per step"
         yield ""
         yield f"{parameters(base).total:,} parameters."
         yield ""
-        yield from table(found)
+        yield from table(by_gpus)
         yield ""
-        yield from figure(found)
+        yield from figure(by_gpus)
         yield ""
-        yield from winners(found)
+        yield from winners(by_gpus)
         yield ""
         yield f"The fewest GPUs that hold it, of {', '.join(map(str, (1, 2, 4)))} and those above:"
         yield ""

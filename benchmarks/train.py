@@ -163,11 +163,11 @@ def in_two_ranks(config: str, overrides: list[str], steps: int) -> dict[str, Any
     return json.loads(lines[-1])
 
 
-def show(cfg: RunConfig, found: dict[str, Any], two: dict[str, Any] | None, device: torch.device) -> None:
+def show(cfg: RunConfig, figures: dict[str, Any], two: dict[str, Any] | None, device: torch.device) -> None:
     console = wide_console()
     tokens = cfg.train.tokens_per_step
-    used = cfg.model.flops_per_token() * tokens / found["step_s"]
-    plain = found["plain_step_s"]
+    used = cfg.model.flops_per_token() * tokens / figures["step_s"]
+    plain = figures["plain_step_s"]
     console.print(f"{machine(device)}; {tokens:,} tokens per step; medians")
     console.print(
         f"{cfg.model.layers} layers, D {cfg.model.dim}, T {cfg.model.seq_len}, V {cfg.model.vocab_size}, "
@@ -175,7 +175,10 @@ def show(cfg: RunConfig, found: dict[str, Any], two: dict[str, Any] | None, devi
     )
     table = Table("", "s/step", "tokens/s", "against plain PyTorch")
     table.add_row(
-        "Overtone", f"{found['step_s']:.3f}", f"{tokens / found['step_s']:,.0f}", f"{plain / found['step_s']:.2f}x"
+        "Overtone",
+        f"{figures['step_s']:.3f}",
+        f"{tokens / figures['step_s']:,.0f}",
+        f"{plain / figures['step_s']:.2f}x",
     )
     table.add_row("plain PyTorch, softmax", f"{plain:.3f}", f"{tokens / plain:,.0f}", "1.00x")
     if two is not None:
@@ -187,20 +190,21 @@ def show(cfg: RunConfig, found: dict[str, Any], two: dict[str, Any] | None, devi
         )
     console.print(table)
     console.print(
-        f"share of the machine's bf16 product rate ({found['rate'] / 1e9:,.0f} GFLOP/s): {used / found['rate']:.0%}"
+        f"share of the machine's bf16 product rate ({figures['rate'] / 1e9:,.0f} GFLOP/s): {used / figures['rate']:.0%}"
     )
     if two is not None:
-        console.print(f"two ranks against one on the same cores: {two['step_s'] / found['step_s'] - 1:+.0%}")
+        console.print(f"two ranks against one on the same cores: {two['step_s'] / figures['step_s'] - 1:+.0%}")
     where = Table("phase", "1 rank, s", "share", *(["2 ranks, s", "share"] if two else []))
-    for name in found["phases_s"]:
+    for name in figures["phases_s"]:
         row = [name]
-        for one in (found, two):
-            if one is not None:
-                seconds = one["phases_s"].get(name, 0.0)
-                row += [f"{seconds:.4f}", f"{seconds / sum(one['phases_s'].values()):.0%}"]
+        for rank in (figures, two):
+            if rank is not None:
+                seconds = rank["phases_s"].get(name, 0.0)
+                row += [f"{seconds:.4f}", f"{seconds / sum(rank['phases_s'].values()):.0%}"]
         where.add_row(*row)
     where.add_row(
-        "(of these, communication)", *(f for one in (found, two) if one for f in (f"{one['communication_s']:.4f}", ""))
+        "(of these, communication)",
+        *(f for rank in (figures, two) if rank for f in (f"{rank['communication_s']:.4f}", "")),
     )
     console.print(where)
 
@@ -231,18 +235,18 @@ def main(argv: list[str] | None = None) -> int:
         serve_plain(cfg)
         return 0
     if args.inner:
-        found = measure(cfg, args.steps)
-        if found["rank"] == 0:
-            print(to_json(found))
+        figures = measure(cfg, args.steps)
+        if figures["rank"] == 0:
+            print(to_json(figures))
         process.stop()
         return 0
     two = None
     if not args.one and not torch.cuda.is_available():
         two = in_two_ranks(args.config, args.overrides, args.steps)
     plain = PlainProcess(args.config, args.overrides)
-    found = measure(cfg, args.steps, plain)
+    figures = measure(cfg, args.steps, plain)
     plain.close()
-    show(cfg, found, two, process.start().device)
+    show(cfg, figures, two, process.start().device)
     process.stop()
     return 0
 

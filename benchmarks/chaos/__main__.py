@@ -12,7 +12,6 @@ between kills, never the only whole one. Prints PASS (exit code 0) or the first 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
 import shutil
@@ -33,6 +32,7 @@ from rich.table import Table
 
 from benchmarks.chaos.judge import Fault, Watchdog, check_end, compare
 from benchmarks.chaos.kills import MOMENTS, SEQUENCES, START_S, VICTIMS, Launched, Layout, aftermath, names, strike
+from benchmarks.measuring import parser, wide_console
 from benchmarks.processes import ROOT
 from pretrain.checkpoints.folder import DRAFT
 
@@ -229,18 +229,18 @@ def tell(report: Report, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos", description="Kill a run until it is done.")
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, help="default: a random one, printed")
-    parser.add_argument("--layouts", action="store_true", help="another layout at every start")
-    parser.add_argument("--damage", action="store_true", help="harm checkpoints between kills")
-    parser.add_argument("--folder", type=Path, help="an empty one, which stays; default: a temporary one")
-    args = parser.parse_args(argv)
+    command = parser("chaos", __doc__)
+    command.add_argument("--kills", type=int, default=50)
+    command.add_argument("--seed", type=int, help="default: a random one, printed")
+    command.add_argument("--layouts", action="store_true", help="another layout at every start")
+    command.add_argument("--damage", action="store_true", help="harm checkpoints between kills")
+    command.add_argument("--folder", type=Path, help="an empty one, which stays; default: a temporary one")
+    args = command.parse_args(argv)
     if args.folder is not None and names(args.folder):
-        parser.error(f"--folder {args.folder}: it is not empty")
+        command.error(f"--folder {args.folder}: it is not empty")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the job is ended on the way out
     seed = random.SystemRandom().randrange(10**6) if args.seed is None else args.seed
-    console = Console(width=120, highlight=False)
+    console = wide_console(120)
     console.print(f"seed {seed}")
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="chaos-"))).absolute()
     report = chaos(folder, args.kills, seed, args.layouts, args.damage, lambda text: print(text, flush=True))

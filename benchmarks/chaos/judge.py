@@ -35,18 +35,18 @@ class Watchdog:
         Raises:
             Fault: another is not, and nobody harmed it; or the newest was lost.
         """
-        found = []
+        whole = []
         for path in checkpoint.checkpoints(self.folder):
             if self._harmed.get(path.name) == path.stat().st_mtime_ns:
                 continue
             if wrong := checkpoint.damage(path):
                 raise Fault(f"a published checkpoint is not whole: {wrong}")
-            found.append(path)
-        newest = checkpoint.step_of(found[-1]) if found else 0
+            whole.append(path)
+        newest = checkpoint.step_of(whole[-1]) if whole else 0
         if newest < self.newest:
             raise Fault(f"the newest whole checkpoint was step {self.newest} and is step {newest}")
         self.newest = newest
-        return found
+        return whole
 
     def harm(self, rng: random.Random) -> str | None:
         """Truncates, changes or removes a file of the newest whole checkpoint; None if it is the only one."""
@@ -74,14 +74,14 @@ class Watchdog:
 
 def check_end(folder: Path, steps: int) -> None:
     """Raises Fault unless a finished run's checkpoints are in order."""
-    found = checkpoint.checkpoints(folder)
+    saved = checkpoint.checkpoints(folder)
     if drafts := sorted(path.name for path in folder.glob(f"{DRAFT}*")):
         raise Fault(f"left over after the end: {', '.join(drafts)}")
-    if not found or checkpoint.step_of(found[-1]) != steps:
-        raise Fault(f"no checkpoint of the last step {steps}: {[path.name for path in found]}")
-    if (named := (folder / LATEST).read_text().strip()) != found[-1].name:
-        raise Fault(f"`{LATEST}` names {named}, the newest is {found[-1].name}")
-    if wrong := next(filter(None, map(checkpoint.damage, found)), None):
+    if not saved or checkpoint.step_of(saved[-1]) != steps:
+        raise Fault(f"no checkpoint of the last step {steps}: {[path.name for path in saved]}")
+    if (named := (folder / LATEST).read_text().strip()) != saved[-1].name:
+        raise Fault(f"`{LATEST}` names {named}, the newest is {saved[-1].name}")
+    if wrong := next(filter(None, map(checkpoint.damage, saved)), None):
         raise Fault(f"after the end a checkpoint is not whole: {wrong}")
 
 
@@ -91,10 +91,10 @@ def compare(whole: Path, cut: Path, steps: int, tolerance: float) -> float:
     Raises:
         Fault: the first difference beyond `tolerance`; a step that is missing or there twice; another batch.
     """
-    expected, found = read_records(whole), read_records(cut)
+    expected, records_cut = read_records(whole), read_records(cut)
     worst = 0.0
     for kind, keys in (("train", ("loss", "batch", "tokens", "lr")), ("eval", ("loss", "bits_per_byte"))):
-        a, b = ([record for record in records if record["kind"] == kind] for records in (expected, found))
+        a, b = ([record for record in records if record["kind"] == kind] for records in (expected, records_cut))
         if (have := [one["step"] for one in b]) != [one["step"] for one in a]:
             raise Fault(f"{kind} records are of the steps {first_odd(have)}")
         for was, now in zip(a, b, strict=True):
@@ -104,7 +104,7 @@ def compare(whole: Path, cut: Path, steps: int, tolerance: float) -> float:
                 if (apart > tolerance) if approximate else (was[key] != now[key]):
                     raise Fault(f"{kind}, step {was['step']}: {key} is {now[key]!r}, undisturbed {was[key]!r}")
                 worst = max(worst, apart if key == "loss" else 0.0)
-    if len([one for one in found if one["kind"] == "train"]) != steps:
+    if len([record for record in records_cut if record["kind"] == "train"]) != steps:
         raise Fault(f"there are not {steps} steps in {cut / 'metrics.jsonl'}")
     if not tolerance:
         one, other = (tensors(run / "checkpoints" / checkpoint.name_of(steps)) for run in (whole, cut))

@@ -96,18 +96,18 @@ def run_stage(stage: Stage, limit_s: float, report: Report, scratch: Path, log: 
 
 def outcome_of(result: Result, code: int | None, limit_s: float) -> tuple[str, str | None]:
     """The outcome and why, in words."""
-    found = result.found
+    findings = result.found
     if code is None:
         return "timed out", f"killed after its {limit_s:.0f} s"
-    if found.problems:
-        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
-        return "failed", found.problems[0] + more
+    if findings.problems:
+        more = f" (and {len(findings.problems) - 1} more)" if len(findings.problems) > 1 else ""
+        return "failed", findings.problems[0] + more
     if code:
         return "failed", f"ended with exit code {code}" if code > 0 else f"ended by signal {-code}"
-    if found.not_run:
-        return "skipped", found.not_run
-    if found.left_out:
-        return "cut short", f"no time for {len(found.left_out)}: {', '.join(found.left_out[:3])}"
+    if findings.not_run:
+        return "skipped", findings.not_run
+    if findings.left_out:
+        return "cut short", f"no time for {len(findings.left_out)}: {', '.join(findings.left_out[:3])}"
     return "ok", None
 
 

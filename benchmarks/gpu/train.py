@@ -71,21 +71,21 @@ def fields() -> dict[str, set[str]]:
     from pretrain.config import RunConfig
 
     sections = {"head": "HeadConfig", "train": "TrainConfig", "parallel": "ParallelConfig"}
-    found = {}
+    known = {}
     for section in sections:
         kind = RunConfig.model_fields[section].annotation
-        found[section] = set(getattr(kind, "model_fields", {}))
-    return found
+        known[section] = set(getattr(kind, "model_fields", {}))
+    return known
 
 
 def records_of(run: Path) -> list[dict[str, Any]]:
     """The records of a run so far, without a line that is only half there."""
-    found = []
+    records = []
     with suppress(OSError):
         for line in (run / "metrics.jsonl").read_text().splitlines():
             with suppress(ValueError):
-                found.append(from_json(line))
-    return found
+                records.append(from_json(line))
+    return records
 
 
 def steady(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -130,34 +130,34 @@ class Trained:
         stop_s = limit_s - (SAVE_S if keep and not self.findings.small else 2.0)
         began = time.monotonic()
         process = self._start(part, folder)
-        told = False
+        stopped = False
 
         def tick() -> None:
-            nonlocal told
+            nonlocal stopped
             step = max((record["step"] for record in records_of(folder) if record["kind"] == "train"), default=0)
             enough = step >= WARM_STEPS + LEAST and time.monotonic() - began > stop_s
-            if (step >= steps or enough) and not told:
+            if (step >= steps or enough) and not stopped:
                 if not keep:
                     raise TimeoutError  # nobody asks for its checkpoint
-                told = True
+                stopped = True
                 process.send_signal(signal.SIGTERM)
 
         code: int | None = 0
         with suppress(TimeoutError):
             code = finish(process, limit_s, tick)
-        found = steady(records_of(folder))
-        if keep and code == 75 and found:
-            self.first = part, found["steps"]
+        figures = steady(records_of(folder))
+        if keep and code == 75 and figures:
+            self.first = part, figures["steps"]
         if code is None:
             self.findings.problem(f"{part.name}: not done within its {limit_s:.0f} s")
         elif code not in (0, 75) or (keep and code != 75):
             self.findings.problem(f"{part.name}: ended with exit code {code}")
-        if found is None:
+        if figures is None:
             self.findings.problem(f"{part.name}: no record after the first")
             return
-        if found["last_loss"] is None:
+        if figures["last_loss"] is None:
             self.findings.problem(f"{part.name}: a loss is not finite")
-        self.findings.row("runs", run=part.name, **found, seconds=time.monotonic() - began)
+        self.findings.row("runs", run=part.name, **figures, seconds=time.monotonic() - began)
 
     def _start(self, part: Part, folder: Path, output: IO[bytes] | None = None) -> subprocess.Popen[bytes]:
         words = [sys.executable, "-m", "pretrain", CONFIG, *self.overrides, *part.overrides, f"run={folder}"]
@@ -172,7 +172,7 @@ class Trained:
         began = time.monotonic()
 
         def later() -> list[dict[str, Any]]:
-            return [one for one in records_of(folder) if one["kind"] == "train" and one["step"] > saved]
+            return [record for record in records_of(folder) if record["kind"] == "train" and record["step"] > saved]
 
         def tick() -> None:
             if any(record["step"] >= saved + MORE for record in later()):
@@ -209,8 +209,8 @@ class Trained:
         words = [sys.executable, "-m", "benchmarks.gpu.train", part.kind, *self.overrides, *part.overrides]
         words += [f"run={self.runs / part.kind}", f"--seconds={max(1.0, limit_s - 3):.1f}"]
         output = self.findings.scratch / f"{part.kind}.out"
-        with output.open("wb") as told:
-            code = finish(start([*words, *(["--small"] if self.findings.small else [])], told), limit_s)
+        with output.open("wb") as file:
+            code = finish(start([*words, *(["--small"] if self.findings.small else [])], file), limit_s)
         lines = [line for line in output.read_text(errors="replace").splitlines() if line.startswith("{")]
         if code or not lines:
             why = f"not done within its {limit_s:.0f} s" if code is None else f"ended with exit code {code}"
@@ -219,30 +219,30 @@ class Trained:
         return json.loads(lines[-1])
 
     def plain(self, part: Part, limit_s: float) -> None:
-        found = self.worker(part, limit_s)
-        if found is not None:
-            self.findings.row("runs", run=part.name, **found)
+        figures = self.worker(part, limit_s)
+        if figures is not None:
+            self.findings.row("runs", run=part.name, **figures)
 
     def phases(self, part: Part, limit_s: float) -> None:
-        found = self.worker(part, limit_s)
-        if found is None:
+        figures = self.worker(part, limit_s)
+        if figures is None:
             return
-        whole = sum(found["phases_s"].values())
-        for name, seconds in found["phases_s"].items():
+        whole = sum(figures["phases_s"].values())
+        for name, seconds in figures["phases_s"].items():
             self.findings.row("phases of a step, euclidean", phase=name, seconds=seconds, share=seconds / whole)
-        for kernel in found["kernels"]:
+        for kernel in figures["kernels"]:
             self.findings.row("kernels of a step, euclidean", **kernel)
-        self.findings.figure("kernel_launches_per_step", found["launches"])
-        self.findings.figure("device_share_of_step", found["device_share"])
-        self.findings.figure("peak_memory_gib", found["peak_memory_gib"])
+        self.findings.figure("kernel_launches_per_step", figures["launches"])
+        self.findings.figure("device_share_of_step", figures["device_share"])
+        self.findings.figure("peak_memory_gib", figures["peak_memory_gib"])
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> list[str]:
-    found = []
+    lines = []
     for row in rows:
         mfu = f", MFU {row['mfu']:.1%}" if row.get("mfu") else ""
-        found.append(f"{row['run']} {row['tokens_per_s']:,.0f} tokens/s{mfu}")
-    return found
+        lines.append(f"{row['run']} {row['tokens_per_s']:,.0f} tokens/s{mfu}")
+    return lines
 
 
 def measure(findings: Findings) -> None:
@@ -366,13 +366,13 @@ def phases_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
     batches.restart()
     with phases(trainer, ranks.device) as spent:
         whole = timed(step, ranks.device)
-    found = {"data wait": batches.waited_s, **spent}
-    found.pop("communication", None)
-    found["rest"] = max(0.0, whole - sum(found.values()))
+    phases_s = {"data wait": batches.waited_s, **spent}
+    phases_s.pop("communication", None)
+    phases_s["rest"] = max(0.0, whole - sum(phases_s.values()))
     split = breakdown(step, ranks.device)
     process.stop()
     share = split.total_ms / 1e3 / free if ranks.device.type == "cuda" else None
-    return {"phases_s": found, "kernels": split.kernels, "launches": split.launches, "device_share": share,
+    return {"phases_s": phases_s, "kernels": split.kernels, "launches": split.launches, "device_share": share,
             "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if share is not None else None}  # fmt: skip
 
 

@@ -52,9 +52,9 @@ def modelled_seconds(recorder: Recorder, kernels: list[Compiled]) -> float:
     computing = 0.0
     for name in {name.split()[0] for name in count.kernels}:
         if name in work:
-            one = work[name]
-            assert one.per_score is not None and one.special_per_score is not None
-            busy = n * v * max(one.per_score / ISSUE_RATE, one.special_per_score / SPECIAL_RATE)
+            kernel = work[name]
+            assert kernel.per_score is not None and kernel.special_per_score is not None
+            busy = n * v * max(kernel.per_score / ISSUE_RATE, kernel.special_per_score / SPECIAL_RATE)
             computing = computing + busy if name == "triton_fused._scores" else max(computing, busy)
     moving = (count.score_bytes * n * v + count.token_bytes * n * d + count.prototype_bytes * v * d) / BANDWIDTH
     return seconds + max(moving, computing)
@@ -70,16 +70,16 @@ ELEMENTWISE: tuple[tuple[str, dict[str, Any]], ...] = (
 
 def compiled() -> list[Compiled]:
     """Every kernel of the head, at a V that is no multiple of anything: bfloat16, float32, a learned exponent."""
-    found: dict[str, Compiled] = {}
+    kernels: dict[str, Compiled] = {}
     for distance in ("euclidean", "dot"):
         for fused in (False, True):
-            found |= record(distance, 8192, 768, 50257, fused=fused, compiling=True).compiled
-    found |= record("cosine", 8192, 4096, 50257, fused=True, compiling=True).compiled
-    found |= record("euclidean", 8192, 768, 50257, fused=True, compiling=True, learned=True).compiled
-    found |= record("euclidean", 8192, 768, 50257, fused=False, compiling=True, dtype="float32").compiled
+            kernels |= record(distance, 8192, 768, 50257, fused=fused, compiling=True).compiled
+    kernels |= record("cosine", 8192, 4096, 50257, fused=True, compiling=True).compiled
+    kernels |= record("euclidean", 8192, 768, 50257, fused=True, compiling=True, learned=True).compiled
+    kernels |= record("euclidean", 8192, 768, 50257, fused=False, compiling=True, dtype="float32").compiled
     for distance, params in ELEMENTWISE:
-        found |= record(distance, 4096, 768, 50257, fused=False, compiling=True, **params).compiled
-    return list(found.values())
+        kernels |= record(distance, 4096, 768, 50257, fused=False, compiling=True, **params).compiled
+    return list(kernels.values())
 
 
 def counted() -> list[dict[str, Any]]:
@@ -102,9 +102,9 @@ def kernel_rows(kernels: list[Compiled]) -> Rows:
     heading = ("kernel", "constants", "warps", "registers", "spills", "shared, KiB", "instructions", "per score",
                "special per score")  # fmt: skip
     rows = [
-        (one.name, one.constants, f"{one.warps}", f"{one.registers}", f"{one.spills}", f"{one.shared_bytes / 1024:.0f}",
-         f"{one.instructions}", _told(one.per_score), _told(one.special_per_score))
-        for one in kernels
+        (k.name, k.constants, f"{k.warps}", f"{k.registers}", f"{k.spills}", f"{k.shared_bytes / 1024:.0f}",
+         f"{k.instructions}", _rounded(k.per_score), _rounded(k.special_per_score))
+        for k in kernels
     ]  # fmt: skip
     return [heading, *rows]
 
@@ -113,17 +113,17 @@ def call_rows(rows: list[dict[str, Any]], kernels: list[Compiled]) -> Rows:
     """What a call takes, with a heading."""
     heading = ("head", "D", "V", "design", "chunks", "launches", "bytes per score", "bytes per (token, D)",
                "bytes per (V, D)", "modelled ratio")  # fmt: skip
-    told: Rows = [heading]
+    lines: Rows = [heading]
     for row in rows:
         count: Count = row["recorder"].count
         design = "fused" if row["fused"] else "apart"
-        told.append((row["distance"], f"{row['width']:,}", f"{row['prototypes']:,}", design, f"{count.chunks}",
+        lines.append((row["distance"], f"{row['width']:,}", f"{row['prototypes']:,}", design, f"{count.chunks}",
                      f"{count.launches}", f"{count.score_bytes:.1f}", f"{count.token_bytes:.0f}",
                      f"{count.prototype_bytes:.0f}", f"{_ratio(row, kernels):.2f}"))  # fmt: skip
-    return told
+    return lines
 
 
-def _told(number: float | None) -> str:
+def _rounded(number: float | None) -> str:
     return "" if number is None else f"{number:.1f}"
 
 
@@ -183,7 +183,9 @@ def _markdown(rows: Rows) -> str:
 def _ratio(row: dict[str, Any], kernels: list[Compiled]) -> float:
     bare = 6 * row["tokens"] * row["prototypes"] * row["width"] / PRODUCT_RATE
     kind = "dot" if row["distance"] == "dot" else "quadratic"
-    return modelled_seconds(row["recorder"], [one for one in kernels if f"KIND {kind}" in one.constants]) / bare
+    return (
+        modelled_seconds(row["recorder"], [kernel for kernel in kernels if f"KIND {kind}" in kernel.constants]) / bare
+    )
 
 
 def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> None:
@@ -196,7 +198,7 @@ def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> 
         command.error("--write takes calls too: leave --kernels out")
     kernels, rows = compiled(), [] if args.kernels else counted()
     if args.json:
-        told = [
+        calls = [
             {key: value for key, value in row.items() if key != "recorder"}
             | {
                 key: dict(value) if isinstance(value, Counter) else value
@@ -205,7 +207,7 @@ def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> 
             | {"modelled_ratio": _ratio(row, kernels)}
             for row in rows
         ]
-        show(to_json({"triton": triton.__version__, "kernels": [asdict(one) for one in kernels], "calls": told}))
+        show(to_json({"triton": triton.__version__, "kernels": [asdict(kernel) for kernel in kernels], "calls": calls}))
         return
     if args.write:
         RESULTS.write_text(page(kernels, rows))

@@ -74,55 +74,48 @@ def study_results(energy: bool = False) -> dict[str, Any]:
 
 
 def _head(name: str, place: int, energy: bool, chance: random.Random) -> dict[str, Any]:
-    exponent = None if name == "softmax" else "sqrt_dim"
     sweep = [{"lr": lr, "seed": seed, **_outcome(name, place, lr, seed, chance)} for lr, seed in _runs(name)]
-    head: dict[str, Any] = {
+    return {
         "name": name,
         "distance": "dot" if name == "softmax" else name,
-        "exponent": exponent,
+        "exponent": None if name == "softmax" else "sqrt_dim",
         "sweep": sweep,
         "started": len(sweep),
         "diverged": sum(entry["outcome"] == "diverged" for entry in sweep),
         "seeds": list(SEEDS),
+        **(NOTHING if name == DIVERGED else _figures(name, place, energy, chance)),
     }
-    if name == DIVERGED:
-        nothing = ("lr", "bits_per_byte", "difference", "tokens_per_s", "seconds_per_token", "j_per_token", "pca90")
-        more = ("effective_rank", "participation_ratio", "first_2", "scree", "projection")
-        stability = {"log_norm_variance": None, "spikes": None, "judged": 0}
-        return (
-            head
-            | dict.fromkeys((*nothing, *more))
-            | {
-                "lr_at_edge": False,
-                "gradient_stability": stability,
-                "learning_stability": {"spikes": None, "judged": 0, "largest_rise": None},
-                "train_curve": [],
-                "eval_curve": [],
-                "norms": {},
-            }
-        )
-    rate = RATES[0] if name == "cosine" else RATES[1]
-    final = _final(place)
-    values = [round(final + chance.gauss(0, 0.006), 4) for _ in SEEDS]
+
+
+NOTHING: dict[str, Any] = {  # of a head without a result
+    **dict.fromkeys(("lr", "bits_per_byte", "difference", "tokens_per_s", "seconds_per_token", "j_per_token", "pca90")),
+    **dict.fromkeys(("effective_rank", "participation_ratio", "first_2", "scree", "projection")),
+    "lr_at_edge": False,
+    "gradient_stability": {"log_norm_variance": None, "spikes": None, "judged": 0},
+    "learning_stability": {"spikes": None, "judged": 0, "largest_rise": None},
+    "train_curve": [],
+    "eval_curve": [],
+    "norms": {},
+}
+
+
+def _figures(name: str, place: int, energy: bool, chance: random.Random) -> dict[str, Any]:
+    rate = _chosen(name)
+    values = [round(_final(place) + chance.gauss(0, 0.006), 4) for _ in SEEDS]
     mean = sum(values) / len(values)
     off = mean - _final(0)
     per_token = 2e-5 * (1 + 0.6 * place)
     joules = 3e-4 * (1 + 0.5 * place) if energy else None
     variances = [math.exp(-(0.05 + 0.012 * place) * k) for k in range(WIDTH)]
     scree = [sum(variances[: k + 1]) / sum(variances) for k in range(WIDTH)]
-    return head | {
+    documents = {"documents_low": off - 0.02, "documents_high": off + 0.02}
+    return {
         "lr": rate,
         "lr_at_edge": rate in (RATES[0], RATES[-1]),
         "bits_per_byte": {"mean": mean, "low": mean - 0.012, "high": mean + 0.012, "values": values},
         "difference": None
         if name == "softmax"
-        else {
-            "mean": off,
-            "low": off - 0.015,
-            "high": off + 0.015,
-            "documents_low": off - 0.02,
-            "documents_high": off + 0.02,
-        },
+        else {"mean": off, "low": off - 0.015, "high": off + 0.015, **documents},
         "tokens_per_s": 1 / per_token,
         "seconds_per_token": per_token,
         "j_per_token": joules,
@@ -132,15 +125,7 @@ def _head(name: str, place: int, energy: bool, chance: random.Random) -> dict[st
         "effective_rank": 90.0 - 4 * place,
         "participation_ratio": 40.0 - 2 * place,
         "first_2": scree[1],
-        "train_curve": [
-            _point(step, per_token, joules, 7.6 * 0.78, final * 1.9, chance.gauss(0, 0.05))
-            for step in range(1, STEPS + 1)
-        ],
-        "eval_curve": [
-            {**point, "bits_per_byte": point["loss"] / 1.9 if step else 3.9}
-            for step in range(0, STEPS + 1, 50)
-            for point in [_point(step, per_token, joules, 7.4, final * 1.9, 0.0)]
-        ],
+        **_curves(place, per_token, joules, chance),
         "scree": scree,
         "projection": {"explained": [scree[0], scree[1] - scree[0]], "points": _points(place, chance)},
         "norms": {
@@ -150,9 +135,23 @@ def _head(name: str, place: int, energy: bool, chance: random.Random) -> dict[st
     }
 
 
+def _curves(place: int, per_token: float, joules: float | None, chance: random.Random) -> dict[str, Any]:
+    last = _final(place) * 1.9
+    held_out = [_point(step, per_token, joules, 7.4, last, 0.0) for step in range(0, STEPS + 1, 50)]
+    return {
+        "train_curve": [
+            _point(step, per_token, joules, 7.6 * 0.78, last, chance.gauss(0, 0.05)) for step in range(1, STEPS + 1)
+        ],
+        "eval_curve": [{**point, "bits_per_byte": point["loss"] / 1.9 if point["step"] else 3.9} for point in held_out],
+    }
+
+
+def _chosen(name: str) -> float:
+    return RATES[0] if name == "cosine" else RATES[1]
+
+
 def _runs(name: str) -> list[tuple[float, int]]:
-    chosen = RATES[0] if name == "cosine" else RATES[1]
-    return [(lr, 1) for lr in RATES] + [(chosen, seed) for seed in SEEDS[1:]]
+    return [(lr, 1) for lr in RATES] + [(_chosen(name), seed) for seed in SEEDS[1:]]
 
 
 def _outcome(name: str, place: int, lr: float, seed: int, chance: random.Random) -> dict[str, Any]:
