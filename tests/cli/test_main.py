@@ -46,8 +46,6 @@ def refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_the_table_is_complete() -> None:
     promised = "prepare import inspect verify-data run train study evaluate report sample export verify plan doctor"
-        "prepare import inspect verify-data run train evaluate report study sample export plan doctor slurm verify"
-    )
     assert set(TABLE) == {*promised.split(), "slurm", "completion"}
     lines = table().splitlines()
     for name, entry in TABLE.items():
