@@ -60,6 +60,7 @@ def test_modules_run_in_the_order_that_is_told(tree: dict[str, Any]) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(decoder_settings())
+@pytest.mark.slow
 def test_operations_are_those_that_are_counted(tree: dict[str, Any]) -> None:
     config = DecoderConfig(**tree | {"window": None, "document_mask": False, "activation_checkpointing": False})
     with torch.device("meta"):

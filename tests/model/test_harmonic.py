@@ -387,6 +387,7 @@ class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_nothing_of_size_tokens_by_vocabulary(variant: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The largest tensor of any operation stays within the budget, however many tokens there are."""
     monkeypatch.setattr(eager_elementwise, "PAIR_VALUES", 2**16)

@@ -76,7 +76,7 @@ def check_every_head() -> None:
         check_sharded(37, variant, torch.bfloat16)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, *(pytest.param(world, marks=pytest.mark.slow) for world in (3, 4))])
 def test_sharded_head_equals_whole(world: int, tmp_path: Path) -> None:
     run_ranks(check_every_head, world, tmp_path)
 
