@@ -1,7 +1,5 @@
-"""Both sides of a call as a contraction reads them, in common units, and the way back for their gradients.
-
-Units. Where a common factor changes no probability (`Distance.scaled`), both sides are multiplied by a power of two,
-which rounds nothing: squares cannot overflow then, and log q stays small.
+"""Both sides of a call as a contraction reads them, in common units (model/distance_base.py says which), and the way
+back for their gradients.
 
 Legend: M gathered tokens of a chunk, R real prototypes of this rank, N rows of either side, D width.
 """

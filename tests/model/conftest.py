@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,10 +34,14 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture
 def own_modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code of folders is copied to a place of its own, not to the user's."""
+    """Code of folders is copied to a place of its own, not to the user's, and imported from there."""
     from transformers import dynamic_module_utils
 
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
+    place = str(tmp_path_factory.mktemp("modules"))
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", place)
+    monkeypatch.syspath_prepend(place)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
+        monkeypatch.delitem(sys.modules, name)  # of another place
 
 
 @pytest.fixture(scope="module")
