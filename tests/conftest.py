@@ -24,8 +24,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What measures and what starts launchers is slow. Those that make hosts start first, then the other slow ones: they
-    mostly wait for processes and timeouts, and beside them the other workers have the cores.
+    """What measures and what starts launchers is slow. Tests that make hosts start first, then others that are slow:
+    they mostly wait for processes and timeouts, and beside them the other workers have the cores.
     """
     for item in items:
         if any(item.path.is_relative_to(folder) for folder in SLOW):
