@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes at once, and the
 # In the background of a shell without job control it is ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).parent
+SLOW = tuple(Path(__file__).parent / folder for folder in ("benchmarks", "system"))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
@@ -24,10 +24,10 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What starts launchers is slow. What makes hosts starts first, then what is slow: both mostly wait for processes
-    and timeouts, and beside them the other workers have the cores.
+    """What measures and what starts launchers is slow. Tests that make hosts start first, then others that are slow:
+    they mostly wait for processes and timeouts, and beside them the other workers have the cores.
     """
     for item in items:
-        if item.path.is_relative_to(ROOT / "system"):
+        if any(item.path.is_relative_to(folder) for folder in SLOW):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: [item.get_closest_marker(mark) is None for mark in ("hosts", "slow")])

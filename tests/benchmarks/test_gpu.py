@@ -21,7 +21,6 @@ from benchmarks.gpu.findings import Findings
 from benchmarks.gpu.stages import STAGES, Stage, chosen
 from benchmarks.machine import slug
 
-pytestmark = pytest.mark.slow
 SCRIPT = (
     "import json, os, subprocess, sys, time\nwrite = lambda **found: open(sys.argv[2], 'w').write(json.dumps(found))\n"
 )

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
 OLDER = Path(sys.prefix) / "triton-3.6"  # `make test` puts it there
 REGISTERS = 128  # of a thread, so that two programs of 8 warps share a multiprocessor
 PER_SCORE = {  # instructions of a thread, and of them logarithms, exponentials and inverses

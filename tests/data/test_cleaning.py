@@ -207,6 +207,7 @@ def test_shares_are_as_the_weights_and_every_document_knows_its_source(tmp_path,
             assert data.source_counts[name]["text_bytes"] == data.document_bytes()[here].sum()
 
 
+@pytest.mark.slow
 def test_a_mixture_is_the_same_for_any_number_of_processes_and_after_kills(tmp_path, mixture, monkeypatch):
     settings = {"source": mixture, "val_overlap": 0.5, "min_chars": 10}
     prepare(config(tmp_path, path=str(tmp_path / "whole"), **settings), quiet)

@@ -115,6 +115,7 @@ def run(hub: Hub, tmp_path: Path, **source: Any) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_dataset_of_the_hub_gives_what_its_local_copy_gives(tmp_path, hub, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     local = {"kind": "hub", "name": str(hub.folder)}
@@ -149,6 +150,7 @@ def test_a_dataset_of_the_hub_gives_what_its_local_copy_gives(tmp_path, hub, mon
         ((404, "RevisionNotFound"), r"set data.source.revision to one of the dataset's branches"),
     ],
 )
+@pytest.mark.slow
 def test_a_refusal_of_the_hub_names_what_helps(tmp_path, hub, refusal, remedy):
     hub.refusal = refusal
     found = run(hub, tmp_path)
@@ -171,6 +173,7 @@ def unreachable(*_: Any, **__: Any) -> None:
     raise ConnectionError("Couldn't reach 'own/texts' on the Hub")
 
 
+@pytest.mark.slow
 def test_the_first_part_of_a_dataset_of_the_hub_is_taken_only_if_asked_for(tmp_path, hub):
     (hub.folder / "plain_text").rename(hub.folder / "partial-train")
     found = run(hub, tmp_path)
