@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,16 +31,17 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     yield request.param
 
 
+@pytest.fixture(scope="session")
+def modules_place(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("modules"))  # one for all: a package has one place in a process
+
+
 @pytest.fixture
-def own_modules(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Code of folders is copied to a place of its own, not to the user's, and imported from there."""
+def own_modules(modules_place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Code of folders is copied to a place of its own, not to the user's."""
     from transformers import dynamic_module_utils
 
-    place = str(tmp_path_factory.mktemp("modules"))
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", place)
-    monkeypatch.syspath_prepend(place)
-    for name in [name for name in sys.modules if name.partition(".")[0] == "transformers_modules"]:
-        monkeypatch.delitem(sys.modules, name)  # of another place
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", modules_place)
 
 
 @pytest.fixture(scope="module")
