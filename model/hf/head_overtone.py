@@ -31,9 +31,7 @@ class OvertoneHead(nn.Module):
     def __init__(self, config: OvertoneConfig) -> None:
         super().__init__()
         if config.distance not in KNOWN:
-            raise ValueError(
-                f"distance={config.distance!r}: this code knows {', '.join(KNOWN)}; export with newer code"
-            )
+            raise ValueError(f"distance={config.distance!r}: this code knows {', '.join(KNOWN)}; export anew")
         self.distance, self.params = config.distance, config.distance_params or {}
         self.exponent = config.exponent or 1.0
         self.power: float = self.params.get("p", 1.0)
