@@ -37,6 +37,14 @@ log = logging.getLogger(__name__)
 # (The attribute deepspeed.comm.torch is torch itself.)
 importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None  # type: ignore[attr-defined]
 
+# At ZeRO 1 and above DeepSpeed imports its Muon, which is not used here: it compiles functions at import, and so loads
+# all of Inductor, some seconds of every rank.
+_compile, torch.compile = torch.compile, lambda function=None, **_: function or (lambda inner: inner)  # type: ignore
+try:
+    importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+finally:
+    torch.compile = _compile
+
 NEVER_CLIP = 1e30  # DeepSpeed takes no norm without a limit, and the norm is what guards the step
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -218,3 +219,13 @@ def test_torch_alone_is_needed(program: str, tmp_path: Path) -> None:
     allowed = {"overtone"} | required_by("torch")
     assert "torch" in allowed and not allowed & {"pydantic", "yaml", "numpy", "rich", "deepspeed", "ninja"}
     run(f"ALLOWED = {allowed!r}\n{HIDING}\n{program}", environment(tmp_path))
+
+
+def test_the_engine_leaves_the_compiler_alone() -> None:
+    code = (
+        "import sys, torch; compile = torch.compile; import pretrain.engine; assert torch.compile is compile; "
+        "import deepspeed.runtime.zero.muon.muon_optimizer; assert 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
