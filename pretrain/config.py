@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, Field, model_validator
 
+from common.carbon_intensity import grid_intensity
 from common.errors import ConfigError
-from common.grids import grid_intensity
 from common.settings import read_tree, validate
 from data.config import DataConfig
 from model.config import DecoderConfig, HeadConfig
@@ -142,7 +142,7 @@ class EnergyConfig(BaseModel, extra="forbid", frozen=True):
 
     stop_at_joules: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # measured, of all phases
     target_loss: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # nats per held-out token
-    grid: float | str | None = Field(default=None)  # gCO2e per kWh, or a name of common/grids.py
+    grid: float | str | None = Field(default=None)  # gCO2e per kWh, or a name of common/carbon_intensity.py
     price_per_kwh: float | None = Field(default=None, ge=0, allow_inf_nan=False)  # the cost is in its currency
     pue: float = Field(default=1.0, ge=1, allow_inf_nan=False)  # energy of the site over that of its machines
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from statistics import median, pvariance
 from typing import Any
 
-from common.grids import GRID_SOURCE, grid_intensity
+from common.carbon_intensity import GRID_SOURCE, grid_intensity
 from pretrain.records import PARTS, Counters, Eval, Phase, Record, Train, of_kind
 
 WINDOW = 100  # steps before a step that it is compared with

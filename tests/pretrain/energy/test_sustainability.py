@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from common.grids import GRIDS, grid_intensity
+from common.carbon_intensity import GRIDS, grid_intensity
 from pretrain.energy.sustainability import (
     ENOUGH,
     WINDOW,
