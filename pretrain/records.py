@@ -124,7 +124,7 @@ def from_plain(values: Mapping[str, Any]) -> Record:
     try:
         return model(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:  # names what is missing
-        raise ConfigError(f"a {model.kind} record that is not whole: {error}") from None
+        raise ConfigError(f"{model.kind} record that is not whole: {error}") from None
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -381,4 +381,4 @@ def test_a_file_in_the_place_of_the_folder_is_left_alone(tmp_path: Path) -> None
 def test_the_recipe_has_all_tasks_and_says_how_it_is_run() -> None:
     cfg = validate(AlgorithmicConfig, read_tree(RECIPE))
     assert set(cfg.tasks) == set(TASKS)
-    assert f"python -m pretrain.study {RECIPE}" in RECIPE.read_text()
+    assert f"overtone study {RECIPE}" in RECIPE.read_text()

@@ -157,7 +157,8 @@ def test_a_rate_that_was_lucky_with_one_seed_does_not_stay_the_best(tmp_path: Pa
         run = made.config(cell).run
         run.mkdir(parents=True)
         (run / EXIT_RECORD).write_text(json.dumps({"code": EXIT_DIVERGED if end == "diverged" else 0}))
-        (run / "metrics.jsonl").write_text(json.dumps({"kind": "eval", "step": 3, "bits_per_byte": end}) + "\n")
+        bits = None if end == "diverged" else end
+        (run / "metrics.jsonl").write_text(Eval(step=3, seconds=1.0, loss=0.0, bits_per_byte=bits).line() + "\n")
     others = [
         *(("softmax", 0.01, 2), ("cosine", 0.01, 2), ("softmax", 0.001, 2), ("cosine", 0.001, 2)),
         *(("softmax", 0.001, 3), ("cosine", 0.001, 3)),
@@ -221,7 +222,7 @@ def test_the_recipe_is_the_study_of_ten_heads() -> None:
     assert distances == {"softmax": "dot", **{name: name for name in names.split()}}
     assert made.heads["minkowski"].params == {"p": 3} and made.baseline == "softmax"
     assert len(made.seeds) == 3 and len(made.lrs) == 5
-    assert f"python -m pretrain.study {recipe}" in recipe.read_text()
+    assert f"overtone study {recipe}" in recipe.read_text()
 
 
 def ending(code: int, record: int | None) -> Callable[[Path, list[str]], int]:
