@@ -215,12 +215,14 @@ assert "pydantic" not in sys.modules and "overtone.config" not in sys.modules
 
 
 @pytest.mark.parametrize("program", [HEAD, PUBLIC], ids=["the head trains", "public names are imported"])
+@pytest.mark.slow
 def test_torch_alone_is_needed(program: str, tmp_path: Path) -> None:
     allowed = {"overtone"} | required_by("torch")
     assert "torch" in allowed and not allowed & {"pydantic", "yaml", "numpy", "rich", "deepspeed", "ninja"}
     run(f"ALLOWED = {allowed!r}\n{HIDING}\n{program}", environment(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_engine_leaves_the_compiler_alone() -> None:
     code = (
         "import sys, torch; compile = torch.compile; import pretrain.engine; assert torch.compile is compile; "

@@ -43,6 +43,7 @@ def test_python_needs_nothing_in_the_checkout(elsewhere: Path, monkeypatch: pyte
     assert python_path() == {}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_and_the_run_says_by_what(elsewhere: Path) -> None:
     words = ["run", "--num-gpus", "2", "tiny.yaml", "data.tokenizer.vocab_size=67"]
     done = subprocess.run([sys.executable, "-I", "overtone", *words], capture_output=True, text=True, timeout=300)

@@ -81,6 +81,7 @@ def check_diverged(base: Path) -> None:
     run.close()
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_leaves_json_and_can_be_reported(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     make_data(tmp_path / "data")
     run_ranks(check_diverged, 1, tmp_path, base=tmp_path)

@@ -108,6 +108,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.slow
 def test_a_killed_run_is_continued_to_the_same_bytes(corpus, prepared, workers):
     for at in (0, 157, 97):
         assert killed(corpus, signal.SIGKILL, at, workers).returncode == -signal.SIGKILL

@@ -24,6 +24,7 @@ def losses_of(output: str) -> list[float]:
     return [float(loss) for loss in re.findall(r"loss ([\d.]+)", output)]
 
 
+@pytest.mark.slow
 def test_the_classifier_learns_the_digits(tmp_path: Path) -> None:
     output = output_of(tmp_path, "examples/classifier.py")
     (accuracy,) = re.findall(r"held-out accuracy ([\d.]+)%", output)
@@ -32,6 +33,7 @@ def test_the_classifier_learns_the_digits(tmp_path: Path) -> None:
     assert digit == nearest
 
 
+@pytest.mark.slow
 def test_the_language_model_learns_its_own_text(tmp_path: Path) -> None:
     losses = losses_of(output_of(tmp_path, "examples/language_model.py"))
     assert len(losses) == 10 and losses[-1] < 1.6 < 2.5 < losses[0]
@@ -47,6 +49,7 @@ def test_the_language_model_does_not_see_how_many_ranks_it_has(tmp_path: Path) -
     assert losses_of(output_of(halves, *launcher, "2", "examples/language_model.py")) == pytest.approx(losses, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_new_distance_is_as_exact_as_float32_and_learns(tmp_path: Path) -> None:
     output = output_of(tmp_path, "examples/new_distance.py")
     error, accuracy = re.search(r"float64: (\S+)\naccuracy ([\d.]+)%", output).groups()

@@ -158,5 +158,6 @@ def check_shards(prototypes: int) -> None:
 
 
 @pytest.mark.parametrize(("world", "prototypes"), [(2, V), (4, V), (4, 9)])  # the last rank of the last has no real one
+@pytest.mark.slow
 def test_shards_with_padding(world: int, prototypes: int, tmp_path: Path) -> None:
     run_ranks(check_shards, world, tmp_path, prototypes=prototypes)

@@ -96,6 +96,7 @@ def check_vocabulary(v: int) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.slow
 def test_sharded_equals_whole(world: int, tmp_path: Path) -> None:
     run_ranks(check_sharded, world, tmp_path)
 

@@ -197,6 +197,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.mark.slow
 def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = str(trained / "run")
     asked = [run, "--prompt", "The café", "--tokens", "9", "--seed", "3", "--top-k", "50"]

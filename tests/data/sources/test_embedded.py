@@ -19,6 +19,7 @@ def embedded() -> list[str]:
     return list(documents(EmbeddedSource(kind="embedded")))
 
 
+@pytest.mark.slow
 def test_embedded_corpus_is_large_and_english(embedded):
     text = "\n".join(embedded)
     assert len(text.encode()) > 2_000_000
@@ -39,6 +40,7 @@ def test_embedded_corpus_says_nothing_twice(embedded):
     assert sum(text.split("\n\n").count(inherited) for text in embedded) == 1
 
 
+@pytest.mark.slow
 def test_embedded_corpus_is_the_same_in_another_process(embedded):
     code = (
         "import hashlib, sys; sys.excepthook = lambda *a: None; sys.excepthook.__doc__ = 'a hook of the program';"

@@ -66,6 +66,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
+@pytest.mark.slow
 def test_folders_work_alone_and_offline(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By what their cards say, in a process that has none of our code."""
     folders = {name: tmp_path / "new" / name for name in RUNS}

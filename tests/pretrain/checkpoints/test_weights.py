@@ -102,6 +102,7 @@ def strict_load(decoder: Decoder, head: HarmonicHead, found: dict[str, torch.Ten
         module.load_state_dict(own, strict=True)
 
 
+@pytest.mark.slow
 def test_an_export_needs_no_deepspeed_and_its_files_keep_to_their_size(trained, tmp_path: Path) -> None:
     base, masters = trained
     blocked = "import sys; sys.modules['deepspeed'] = None; from pretrain.export import main; sys.exit(main())"

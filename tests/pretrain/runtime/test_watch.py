@@ -119,6 +119,7 @@ def test_the_others_end_with_the_one_that_failed(start: Callable[..., Ranks]) ->
 
 @pytest.mark.parametrize(("victim", "other"), [(1, 0), (0, 1)])
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.slow
 def test_a_rank_that_is_gone_is_missed(
     start: Callable[..., Ranks], victim: int, other: int, how: signal.Signals
 ) -> None:

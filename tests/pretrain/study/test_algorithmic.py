@@ -180,6 +180,7 @@ def test_a_cell_that_leaves_the_finite_numbers_says_when() -> None:
 # ---- the grid
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_and_gives_what_a_whole_one_gives(tmp_path: Path) -> None:
     whole = run(config(tmp_path / "whole"), quiet)
     program = (
