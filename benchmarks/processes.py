@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
 import psutil
+
+from common.processes import kill
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.2
@@ -97,34 +98,6 @@ def below(pid: int) -> list[psutil.Process]:
     with suppress(psutil.Error):
         return psutil.Process(pid).children(recursive=True)
     return []
-
-
-def members(session: int) -> list[psutil.Process]:
-    """The living processes of a session, those that lost their parent included."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
-    return found
-
-
-def running_module(processes: Iterable[psutil.Process], module: str) -> list[psutil.Process]:
-    """Those that run `-m module`, without what they forked, which has the same command line."""
-    parents = {}
-    for process in processes:
-        with suppress(psutil.Error):
-            if ("-m", module) in itertools.pairwise(process.cmdline()):
-                parents[process] = process.ppid()
-    pids = {process.pid for process in parents}
-    return [process for process, parent in parents.items() if parent not in pids]
-
-
-def kill(processes: Iterable[psutil.Process]) -> None:
-    """Those of them that still run."""
-    for process in processes:
-        with suppress(psutil.Error):
-            process.kill()
 
 
 class Job:

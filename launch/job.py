@@ -16,11 +16,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 
 import psutil
 
 from common.exits import EXIT_BAD_INPUT, EXIT_PREEMPTED
+from common.processes import kill, running_module
+from common.processes import members as members_of
 from launch import failures
 from launch.hosts import Placement
 from launch.lease import Lease, lease_of
@@ -87,7 +88,7 @@ def run(
             if _wait(job, received, claim):
                 left = _end(job, received, lease, module, remote, grace_s)
         finally:
-            _kill(job.pid)
+            kill(members_of(job.pid))
     child = job.wait()
     other_writes = remote or bool(node)
     found = _record_of(claim, RECORD_S if other_writes and (child == 0 or received) else 0)
@@ -209,7 +210,7 @@ def _end(
     ranks: list[psutil.Process] = []
     deadline = None
     while True:
-        ended, members = job.poll() is not None, _members(job.pid)
+        ended, members = job.poll() is not None, members_of(job.pid)
         if ended and not members:
             return []
         if deadline is None:
@@ -220,7 +221,7 @@ def _end(
             deadline = min(deadline, time.monotonic() + STRAGGLER_S)
         late = time.monotonic() - deadline
         if len(received) > 1 or late > 0:
-            _kill(job.pid)
+            kill(members_of(job.pid))
         if late > UNKILLABLE_S:
             return [process.pid for process in members]
         time.sleep(POLL_S)
@@ -234,7 +235,7 @@ def _tell(
         print("launch: telling the hosts to save and stop; a second signal kills", file=sys.stderr, flush=True)
         lease.stop()
         return []
-    ranks = _ranks(members, module)
+    ranks = running_module(members, module)
     if ranks:
         why = "" if job.poll() is None else "deepspeed ended without its ranks; "
         line = f"launch: {why}telling {len(ranks)} ranks to save and stop; a second signal kills"
@@ -243,29 +244,3 @@ def _tell(
         with suppress(psutil.Error):
             process.terminate()
     return ranks
-
-
-def _members(session: int) -> list[psutil.Process]:
-    """The living processes of a session, orphans included."""
-    living = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error, OSError):
-            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
-                living.append(process)
-    return living
-
-
-def _ranks(members: Sequence[psutil.Process], module: str) -> list[psutil.Process]:
-    """Those that run `-m module`, without the helpers that they forked, which have the same command line."""
-    running = {}
-    for process in members:
-        with suppress(psutil.Error):
-            if ("-m", module) in pairwise(process.cmdline()):
-                running[process.pid] = (process, process.ppid())
-    return [process for process, parent in running.values() if parent not in running]
-
-
-def _kill(session: int) -> None:
-    for process in _members(session):
-        with suppress(psutil.Error):
-            process.kill()

@@ -25,7 +25,7 @@ def parser() -> argparse.ArgumentParser:
             "configs/gpt2-124m-untied.yaml --budget-tokens 10e9 --json",
         ],
     )
-    command.add_config(made, "gpt2-1.5b")
+    command.add_config(made, "configs/gpt2-1.5b.yaml")
     default = Cluster()
     made.add_argument("--gpus", type=int, metavar="N", default=default.gpus, help="of all nodes (%(default)s)")
     made.add_argument("--gpu", metavar="NAME", default=default.gpu, help=f"{', '.join(GPUS)} (%(default)s)")

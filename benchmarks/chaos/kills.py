@@ -16,7 +16,8 @@ from pathlib import Path
 import psutil
 
 from benchmarks.chaos.judge import Fault
-from benchmarks.processes import Job, end, kill, members, running_module
+from benchmarks.processes import Job, end
+from common.processes import kill, members, running_module
 from pretrain.checkpoints.folder import DRAFT, LATEST
 
 VICTIMS = ("one rank", "all ranks", "launch", "deepspeed")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import yaml
 
-from benchmarks.processes import Job, kill
+from benchmarks.processes import Job
+from common.processes import kill
 from pretrain.config import load
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
