@@ -33,7 +33,7 @@ help:
 	@echo "make test-quick   set up, then the tests that take seconds and need no hosts: on each change"
 	@echo "make setup        .venv with everything that training needs, and the command $(BIN)/overtone"
 	@echo "make lint         ruff and mypy"
-	@echo "make docs         the site of docs/, in site/; a broken link fails"
+	@echo "make docs         the site of docs/, in build/site; a broken link fails"
 	@echo "make wheel        the wheel of model/ as overtone, in dist/"
 	@echo "make lock         resolve pyproject.toml anew and write requirements/*.txt"
 	@echo "make test-latest  types and tests with the newest release of everything, in $(LATEST)"
@@ -54,13 +54,15 @@ quickstart: setup
 	@echo "  $(BIN)/overtone report runs/quickstart runs/quickstart-softmax"
 	@echo "  $(BIN)/tensorboard --logdir runs"
 
+# Each of hundreds of processes would compile the same modules again where the environment forbids to keep them.
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 PYTEST := -m pytest -q -n auto --maxprocesses=4 --dist loadfile --no-loadscope-reorder
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+	$(TEST_ENVIRONMENT) $(BIN)/python $(PYTEST)
 
 test-quick: $(VENV)/.ready-dev
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST) -m "not slow and not hosts and not gpu"
+	$(TEST_ENVIRONMENT) $(BIN)/python $(PYTEST) -m "not slow and not hosts and not gpu"
 
 lint: $(VENV)/.ready-dev
 	$(BIN)/python -m ruff check
@@ -90,10 +92,10 @@ test-latest: $(VENV)/.python
 		echo "test-latest: no CPU build is to be had; taking the build of torch for GPUs (several GB)"
 	@DS_BUILD_OPS=0 $(LATEST)/bin/python $(PIP) $$($(LATEST)/bin/python requirements/lock.py newest)
 	@$(LATEST)/bin/python -m pip list
-	code=0; $(LATEST)/bin/python -m mypy || code=1; OMP_NUM_THREADS=1 $(LATEST)/bin/python $(PYTEST) || code=1; exit $$code
+	code=0; $(LATEST)/bin/python -m mypy || code=1; $(TEST_ENVIRONMENT) $(LATEST)/bin/python $(PYTEST) || code=1; exit $$code
 
 clean:
-	rm -rf $(VENV) $(LATEST) $(LOCKER) .ruff_cache .mypy_cache .pytest_cache .hypothesis build dist site *.egg-info
+	rm -rf $(VENV) $(LATEST) $(LOCKER) .ruff_cache .mypy_cache .pytest_cache .hypothesis build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.python:

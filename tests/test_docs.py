@@ -89,6 +89,7 @@ def test_every_page_is_in_the_site() -> None:
     assert sorted(named) == sorted([*inside, *outside, "CONTRIBUTING.md", "CHANGELOG.md"])
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_the_network_for_nothing(tmp_path: Path) -> None:
     missing = [name for name in ("mkdocs", "material", "mkdocstrings_handlers") if not importlib.util.find_spec(name)]
     if missing:

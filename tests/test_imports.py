@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -85,6 +86,7 @@ def module_of(path: Path) -> str:
     return ".".join(path.with_suffix("").parts)
 
 
+@functools.cache
 def imports_when_run(path: Path) -> set[str]:
     """The house's modules that a module imports, at once or later, but for the sake of types alone."""
     tree = ast.parse(path.read_text())
@@ -155,6 +157,7 @@ def run(program: str, environment: dict[str, str] | None = None) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_public_names_are_imported_at_first_use(tmp_path: Path) -> None:
     assert all(hasattr(model, name) for name in model.__all__) and set(model.__all__) <= set(dir(model))
     assert not hasattr(model, "HarmonicHat")
@@ -167,6 +170,7 @@ assert HarmonicHead.__module__ == "overtone.head" and "torch" in sys.modules
     run(program, environment(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_checkout_is_imported_under_both_its_names(tmp_path: Path) -> None:
     """As an editable installation has them. The kernels in C++ are torch's, and registered once."""
     program = """

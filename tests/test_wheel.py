@@ -18,6 +18,8 @@ import torch
 import model
 from tests.support.installed import requirements_of
 
+pytestmark = pytest.mark.slow  # it is built and installed first
+
 
 def call(*words: str | Path, cwd: Path, code: int = 0) -> str:
     """What a command wrote. It sees neither this checkout nor this environment."""
@@ -88,7 +90,6 @@ def test_the_wheel_asks_for_torch_alone(wheel: Path) -> None:
     assert {line for line in lines if line.startswith("Provides-Extra: ")} == {f"Provides-Extra: {e}" for e in extras}
 
 
-@pytest.mark.slow
 def test_with_torch_alone_the_digits_are_learnt(bare: Path, tmp_path: Path) -> None:
     datasets = pytest.importorskip("sklearn.datasets")
     images, classes = datasets.load_digits(return_X_y=True)

@@ -76,6 +76,7 @@ def test_a_limit_takes_the_first_documents(corpus):
     assert sorted(found) == sorted(TEXTS[:100])
 
 
+@pytest.mark.slow
 def test_a_given_tokenizer_is_used(corpus, prepared):
     model = prepared / "prepared" / "tokenizer.model"
     given = {"vocab_size": 350, "model": str(model)}

@@ -155,7 +155,7 @@ def fourth_flash(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.parametrize("with_documents", [False, True], ids=["rows", "documents"])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("kernel", ["sdpa", "flex", "flash", "flash 4"])
+@pytest.mark.parametrize("kernel", ["sdpa", pytest.param("flex", marks=pytest.mark.slow), "flash", "flash 4"])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_every_kernel_is_the_definition(kernel: str, kind: str, with_documents: bool, request, monkeypatch) -> None:
     config = DecoderConfig(**SIZES, **KINDS[kind])

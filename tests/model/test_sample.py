@@ -221,6 +221,7 @@ def test_command(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert why in found.err and found.out == "", "nothing is told before the input is known to be good"
 
 
+@pytest.mark.slow
 def test_the_command_refuses_another_tokenizer(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = trained / "data" / "tokenizer.model"
     before = model.read_bytes()

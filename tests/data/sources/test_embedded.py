@@ -28,12 +28,14 @@ def test_embedded_corpus_is_large_and_english(embedded):
     assert {"the", "is", "of", "to", "a", "and"} <= {word for word, _ in words.most_common(10)}
 
 
+@pytest.mark.slow
 def test_embedded_corpus_is_clean(embedded):
     for text in embedded:
         assert text.strip()
         assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]|[ \t]\n|[ \t]\Z|\A\n|\n\Z", text), text[:80]
 
 
+@pytest.mark.slow
 def test_embedded_corpus_says_nothing_twice(embedded):
     assert len(set(embedded)) == len(embedded)
     inherited = "Return repr(self)."  # the docstring of hundreds of slots

@@ -75,6 +75,7 @@ def told(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_evaluation_says_which_text_it_is_of_whatever_the_tokenizer(runs: Path, capsys: Any) -> None:
     found = {name: read_records(runs / name) for name in ("small", "large", "turned")}
     texts = {name: next(one for one in records if one["kind"] == "eval") for name, records in found.items()}
@@ -88,6 +89,7 @@ def test_an_evaluation_says_which_text_it_is_of_whatever_the_tokenizer(runs: Pat
     assert text_sha256(split, runs / "turned-data") == texts["small"]["text_sha256"], "the same tokenizer reads it"
 
 
+@pytest.mark.slow
 def test_texts_that_differ_get_tables_of_their_own(runs: Path, capsys: pytest.CaptureFixture) -> None:
     small, turned = runs / "small", runs / "turned"
     out = told(capsys, small, turned)
@@ -100,6 +102,7 @@ def test_texts_that_differ_get_tables_of_their_own(runs: Path, capsys: pytest.Ca
     assert "do not compare" not in alone and "held-out perplexity" in alone
 
 
+@pytest.mark.slow
 def test_two_tokenizers_of_one_text_share_a_table_of_bits_per_byte(runs: Path, capsys: pytest.CaptureFixture) -> None:
     out = told(capsys, runs / "small", runs / "large")
     assert out.count("held-out bits/byte") == 1 and "Their tokenizers differ: bits/byte compare" in out
@@ -122,6 +125,7 @@ def of_an_older_program(run: Path, to: Path, forget: bool = False) -> Path:
     return to
 
 
+@pytest.mark.slow
 def test_older_runs_are_known_by_their_data_or_not_at_all(runs: Path, tmp_path: Path, capsys: Any) -> None:
     small = of_an_older_program(runs / "small", tmp_path / "small")
     turned = of_an_older_program(runs / "turned", tmp_path / "turned")

@@ -159,6 +159,7 @@ def _small() -> dict[str, Any]:
     return results
 
 
+@pytest.mark.slow
 def test_any_figure_may_be_null() -> None:
     whole = _small()
     paths = [
