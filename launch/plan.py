@@ -8,7 +8,7 @@ from typing import Any
 
 from common import command
 from common.gpus import GIB, GPUS
-from common.plain import to_json
+from common.strict_json import to_json
 from common.units import duration, energy
 from launch.cluster import Cluster
 from launch.estimate import Plan, assumptions, plan

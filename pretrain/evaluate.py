@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import command
 from common.errors import ConfigError
-from common.plain import to_json
+from common.strict_json import to_json
 
 if TYPE_CHECKING:
     from pretrain.analysis.evaluation import Task

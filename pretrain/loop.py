@@ -27,7 +27,7 @@ from pretrain.config import RunConfig
 from pretrain.decisions import Next, Outcome, Seen, decide, ends_early, must_stop_unsaved, outcome
 from pretrain.energy.meter import Meter, Spent
 from pretrain.engine import Step, Trainer
-from pretrain.metrics import Recorder
+from pretrain.recorder import Recorder
 from pretrain.records import Counters, Eval, Save
 from pretrain.run_folder import RunFolder
 from pretrain.runtime.ranks import Ranks

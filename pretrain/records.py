@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from common.errors import ConfigError
-from common.plain import from_json, to_json
+from common.strict_json import from_json, to_json
 
 log = logging.getLogger(__name__)
 

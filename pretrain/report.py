@@ -17,7 +17,7 @@ from typing import Any
 from common import command
 from common.errors import ConfigError
 from common.files import replace_file
-from common.plain import plain, to_json
+from common.strict_json import plain, to_json
 from pretrain.run_folder import INTERPRETED, RunFolder
 
 

@@ -12,7 +12,7 @@ from pretrain.batches import Batches
 from pretrain.config import RunConfig
 from pretrain.energy.meter import Meter, Spent
 from pretrain.engine import Step
-from pretrain.metrics import peak_flops
+from pretrain.recorder import peak_flops
 from pretrain.records import Train
 from pretrain.runtime.ranks import Ranks
 

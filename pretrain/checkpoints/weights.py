@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError
 from common.files import publish
-from common.plain import to_json
+from common.strict_json import to_json
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.checkpoints.folder import DRAFT, step_of

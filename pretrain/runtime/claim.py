@@ -24,7 +24,7 @@ from typing import TextIO
 
 from common.errors import ConfigError
 from common.files import lock
-from common.plain import to_json
+from common.strict_json import to_json
 from common.variables import JOB_VARIABLE
 
 LOCK = "lock"  # in the run folder; its first line is the `Holder`, the second the first rank of a launcher's job

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.plain import to_json
+from common.strict_json import to_json
 
 EXIT_RECORD = "exit.json"
 FAILURES = "failures"

@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 
-from common.plain import to_json
+from common.strict_json import to_json
 from common.variables import LINK_MARK
 
 SMALL, LARGE = 2, 2**22  # float32 values: latency, bandwidth

@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
-from common.plain import to_json
+from common.strict_json import to_json
 from common.variables import LEASE_VARIABLE
 from pretrain.config import RunConfig
 from pretrain.runtime.claim import (

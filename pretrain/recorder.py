@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from common.files import replace_file
 from common.gpus import PEAK_FLOPS
 from common.machine import cores, cpu_name
-from common.plain import plain, to_json
+from common.strict_json import plain, to_json
 from common.units import clock
 from pretrain.records import Record, Train, read_lines
 from pretrain.run_folder import RunFolder
