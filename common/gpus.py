@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets, by a part of the device's name; the first match
-# counts.
+# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets, by a part of the device's name. The first match
+# counts, so a longer name stands before one that it holds.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
