@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import ConfigError
 from data.shards import Split
 
-ROUNDS = 8
+ROUNDS = 8  # of the permutation's Feistel network
 IGNORED = -100  # the target that no loss counts
 
 # T tokens per window, B windows asked for

@@ -137,9 +137,8 @@ class Tokenizer:
                 f"{model_path}: the tokenizer cannot be read ({error}); give a SentencePiece model file"
             ) from None
         try:
-            self._model = sentencepiece.SentencePieceProcessor(
-                model_proto=model or b"\0"
-            )  # it takes empty for "none given"
+            # It takes an empty model for "none given".
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
         except RuntimeError:
             raise ConfigError(
                 f"{model_path}: not a SentencePiece model; give a .model file made by SentencePiece"
