@@ -12,20 +12,10 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from common.errors import ConfigError
 from launch.hosts import Placement
-from pretrain.runtime.claim import (
-    LOCK,
-    STOP,
-    Claim,
-    Held,
-    Holder,
-    hold,
-    holder,
-    new_job,
-)
+from pretrain.runtime.claim import LOCK, STOP, Claim, Held, Holder, hold, holder, new_job
 from pretrain.runtime.endings import set_aside_failures
 
 LEASE_S = 1.0  # between two signs of life
@@ -49,9 +39,7 @@ class Lease:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
         self.path.unlink(missing_ok=True)
@@ -91,10 +79,9 @@ class _Renewal:
 
 
 def _text_of(lease: Path) -> str:
-    try:
+    with suppress(OSError):
         return lease.read_text()
-    except OSError:
-        return ""
+    return ""
 
 
 def take(run: Path, placement: Placement, node: int | None = None, patience_s: float = PATIENCE_S) -> Claim:
@@ -121,9 +108,8 @@ def take(run: Path, placement: Placement, node: int | None = None, patience_s: f
                 raise
         if not announced and time.monotonic() > deadline - patience_s + 3 * LEASE_S:
             announced = True
-            print(
-                f"launch: {run}: its launcher is gone; waiting until its ranks have left", file=sys.stderr, flush=True
-            )
+            gone = f"launch: {run}: its launcher is gone; waiting until its ranks have left"
+            print(gone, file=sys.stderr, flush=True)
         time.sleep(LEASE_S / 4)
     set_aside_failures(run)
     return claim

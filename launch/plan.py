@@ -15,6 +15,7 @@ from launch.estimate import Plan, assumptions, plan
 
 
 def parser() -> argparse.ArgumentParser:
+    """CONFIG, the GPUs to plan for, and what to assume of them."""
     made = command.parser(
         "plan",
         "Plan a run: parameters, memory of a GPU, traffic, time and energy. Arithmetic on stated assumptions: needs no "
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the plan; exit code 2 where the GPUs cannot share the run."""
     return command.run(tell, command.parse(parser(), argv))
 
 
