@@ -29,11 +29,13 @@ class Window:
         meter.begin("train")
 
     def add(self, step: Step) -> None:
+        """Notes what an update did, without waiting for the device."""
         self.losses.append(step.loss)
         self.norms.append(step.norm)
         self.skipped += not step.applied
 
     def drop(self) -> None:
+        """Ends the window without a record. Collective."""
         self.meter.end()
 
     def close(self, ranks: Ranks) -> Spent:

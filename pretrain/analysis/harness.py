@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from common.command import refuse
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
 from data.vocabulary import open_tokenizer
 from model.sample import generate
 from pretrain.run_folder import RunFolder, settings_if_any
@@ -59,7 +59,7 @@ class Overtone(TemplateLM):
         others: none; lm-eval would end with a traceback.
 
     Raises:
-        ConfigError: as `python -m pretrain.evaluate`; an argument that is not known, or of another kind.
+        ConfigError: as `overtone evaluate`; an argument that is not known, or of another kind.
     """
 
     def __init__(
@@ -97,10 +97,12 @@ class Overtone(TemplateLM):
 
     @property
     def eot_token_id(self) -> int:
+        """The id of the end mark, which lm-eval puts where a context is empty."""
         return self.text.eos_id
 
     @property
     def max_length(self) -> int:
+        """Tokens that the model reads at once, for lm-eval."""
         return self.length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
@@ -161,10 +163,8 @@ class Overtone(TemplateLM):
         cut = sum(len(context) + len(continuation) > self.length + 1 for _, context, continuation in requests)
         if cut:
             log.warning(
-                "%d of %d contexts are cut on the left, to the %d tokens that the model can read with the continuation",
-                cut,
-                len(requests),
-                self.length,
+                f"{cut} of {len(requests)} contexts are cut on the left, to the {self.length} tokens that the model "
+                "can read with the continuation"
             )
         order = sorted(range(len(requests)), key=lambda k: -len(requests[k][1]) - len(requests[k][2]))
         found: dict[int, tuple[float, bool]] = {}
@@ -224,20 +224,14 @@ class Overtone(TemplateLM):
         short = sum(len(ids) + one.most - 1 > self.length for ids, one in zip(given, asked, strict=True))
         if cut:
             log.warning(
-                "%d of %d prompts are longer than the %d tokens that the model reads: they are cut on the left, and "
-                "one token is generated",
-                cut,
-                len(given),
-                self.length,
+                f"{cut} of {len(given)} prompts are longer than the {self.length} tokens that the model reads: they "
+                "are cut on the left, and one token is generated"
             )
         if short > cut:
             log.warning(
-                "%d of %d generations get less than the max_gen_toks that their task asks for (%d where it does not "
-                "say): what the prompt leaves of the model's %d positions",
-                short - cut,
-                len(given),
-                MAX_NEW_TOKENS,
-                self.length,
+                f"{short - cut} of {len(given)} generations get less than the max_gen_toks that their task asks for "
+                f"({MAX_NEW_TOKENS} where it does not say): what the prompt leaves of the model's {self.length} "
+                "positions"
             )
         return [self._continued(ids[-self.length :], one) for ids, one in zip(given, asked, strict=True)]
 
@@ -325,13 +319,13 @@ def _first(text: str, ends: Iterable[str]) -> int:
 
 
 def main() -> int:
+    """lm-eval's own command, with `overtone` among its models; exit code 2 for bad input of ours."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
         cli_evaluate()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return refuse(error)
     return 0
 
 

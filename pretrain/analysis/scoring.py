@@ -86,6 +86,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """The exponential of the loss; infinite where that is no float."""
         try:
             return math.exp(self.loss)
         except OverflowError:  # e**710 is no float
@@ -110,6 +111,7 @@ class Evaluation:
         return Evaluation(self.nats[chosen], self.hits[chosen], self.tokens[chosen], self.text_bytes[chosen])
 
     def as_dict(self) -> dict[str, float | int | None]:
+        """The figures and counts of the whole, under the names that records have; None for what is not known."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,

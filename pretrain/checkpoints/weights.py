@@ -28,7 +28,6 @@ from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
 
 INDEX = "model.safetensors.index.json"
-MAX_GB = 5.0  # of one file
 
 
 def without_weights(cfg: RunConfig) -> tuple[Decoder, HarmonicHead]:

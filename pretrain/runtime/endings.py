@@ -40,6 +40,7 @@ class Failure:
 
 
 def leave_exit(run: Path, job: str, code: int, reason: str, step: int | None) -> None:
+    """Writes `exit.json`, on the first rank. Raises OSError. `step`: the updates that the run has; None: it failed."""
     (run / EXIT_RECORD).write_text(to_json(asdict(Exit(code, reason, step, job))))
 
 

@@ -20,6 +20,7 @@ MEET_S = 30.0  # for the ranks to find each other
 
 
 def main() -> int:
+    """Times the all-reduces on this rank; exit code 1, and the reason printed, if the ranks do not meet."""
     import torch
 
     from pretrain.runtime import ranks as process

@@ -31,7 +31,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, NoReturn
 
 from common.errors import ConfigError
@@ -39,15 +39,7 @@ from common.exits import EXIT_BAD_INPUT
 from common.strict_json import to_json
 from common.variables import LEASE_VARIABLE
 from pretrain.config import RunConfig
-from pretrain.runtime.claim import (
-    STOP,
-    Claim,
-    Holder,
-    hold,
-    job_of,
-    may_write,
-    new_job,
-)
+from pretrain.runtime.claim import STOP, Claim, Holder, hold, job_of, may_write, new_job
 from pretrain.runtime.endings import FAILURES, Failure, leave_exit, set_aside_failures
 
 BEAT_S = 1.0  # between two signs of life, and two looks
@@ -170,9 +162,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, SystemExit):
             self.fail(error)
         self._over.set()
@@ -336,9 +326,7 @@ class Watch:
             thread.start()
             thread.join(LEAVE_S)
         sys.stdout.flush()
-        for (
-            child
-        ) in multiprocessing.active_children():  # they would live on: Zeus has one that watches each CPU counter
+        for child in multiprocessing.active_children():  # they would live on: Zeus has one for the CPU's counters
             child.terminate()
         os._exit(code)
 
