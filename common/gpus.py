@@ -30,8 +30,8 @@ class Gpu:
     """
 
     memory: int  # bytes
-    bf16_flops: float  # dense
-    float32_flops: float  # without tensor cores, as torch's default is
+    bf16_flops: float  # FLOP/s, dense
+    float32_flops: float  # FLOP/s, without tensor cores, as torch's default is
     memory_bytes_s: float
     link_bytes_s: float  # to the GPUs of its node
     network_bytes_s: float  # to other nodes, its share of the node's adapters

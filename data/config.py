@@ -31,7 +31,7 @@ class HubSource(BaseModel, extra="forbid", frozen=True):
     kind: Literal["hub", "openwebtext"]
     name: str = "Skylion007/openwebtext"
     subset: str | None = None  # the dataset's configuration, where it has several
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit; null: the Hub's default
     split: str = "train"
     text_field: str = "text"
     partial: bool = False  # take files of `partial-...` folders, which hold only the first part of a split

@@ -203,7 +203,7 @@ class Tokenizer:
         return self.decode(self.encode(text)) != text
 
     def byte_ids(self) -> np.ndarray:
-        """Ids of the single bytes that stand for what no other piece covers, int64; empty without byte fallback."""
+        """Ids of the single bytes that stand for what no other piece covers, int64 (ids,); 0 without byte fallback."""
         return np.array([i for i in range(self.vocab_size) if self._model.is_byte(i)], dtype=np.int64)
 
 

@@ -27,7 +27,7 @@ class Cluster:
     gpus: int = 8
     per_node: int = 8
     network_bytes_s: float | None = None  # between nodes, per GPU and direction
-    mfu: float = MFU
+    mfu: float = MFU  # share of the peak FLOP/s that matrix products reach
     watts: float | None = None  # drawn by each GPU
 
     def __post_init__(self) -> None:

@@ -187,7 +187,7 @@ def step_time(cfg: RunConfig, cluster: Cluster) -> StepTime:
     rate = cluster.gpus * cluster.mfu * peak
     work = {"trunk": cfg.train.tokens_per_step * trunk / rate, "head": cfg.train.tokens_per_step * head / rate}
     hidden = {"nothing": 0.0, **work}
-    exposed = {name: -room for name, room in hidden.items()}
+    exposed = {name: -room for name, room in hidden.items()}  # below 0: computing still hides communication
     for collective in collectives(cfg, cluster):
         exposed[collective.behind] += collective.seconds(gpu)
     elements = footprint.parameters(cfg).trunk

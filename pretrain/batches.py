@@ -1,5 +1,7 @@
 """Which samples a rank reads in a step, and what a model is asked about them: functions of global sample numbers, the
 same stream for any layout.
+
+Legend: B sequences, T tokens of each.
 """
 
 from __future__ import annotations
@@ -65,7 +67,7 @@ class Batches:
         self._by_source = np.zeros(len(self.windows.split.sources), dtype=np.int64)
 
     def of(self, step: int) -> Iterator[Tensor]:
-        """The passes of a step: int64 (train.micro_batch, T + 1) each, of a masked model (train.micro_batch, 2 T)."""
+        """The passes of a step, each int64 (B, T + 1), of a masked model (B, 2 T), B being train.micro_batch."""
         began = time.perf_counter()
         asked, reading = self._ahead or (None, None)
         if reading is None or asked != step:

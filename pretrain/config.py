@@ -45,7 +45,7 @@ class TrainConfig(BaseModel, extra="forbid", frozen=True):
     tokens_per_step: int = Field(gt=0)  # of the whole world, accumulation included
     micro_batch: int = Field(gt=0)  # sequences per rank and pass
     precision: Literal["bf16", "float32"] = "bf16"
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0)  # of weights, order of samples, masks, dropout
     deterministic: bool = False  # bit for bit on GPUs too: see pretrain/runtime/deterministic.py
 
 

@@ -41,11 +41,10 @@ def main(argv: Sequence[str] | None = None, default: str = "weights") -> int:
 def _export(asked: argparse.Namespace) -> None:
     if not asked.max_gb > 0:
         raise ConfigError(f"--max-gb {asked.max_gb}: must be positive")
-    if asked.format == "weights":
-        from pretrain.analysis.export import export_weights as export
-    else:
-        from pretrain.analysis.export import export_transformers as export
-    checkpoint, size = export(Path(asked.run), asked.out, asked.max_gb * 1e9)
+    from pretrain.analysis import export
+
+    write = export.export_weights if asked.format == "weights" else export.export_transformers
+    checkpoint, size = write(Path(asked.run), asked.out, asked.max_gb * 1e9)
     print(f"{asked.out}: {size / 1e9:.3g} GB of weights of {checkpoint}")
 
 

@@ -50,7 +50,7 @@ class Recorder:
         if path.exists():
             kept = [line for line in read_lines(path) if line["step"] <= first_step]
             replace_file(path, "".join(to_json(line) + "\n" for line in kept))
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("ab", buffering=0)  # so that a write tells what the disk took of it
         self._pending = b""
         self._writer = None
         if tensorboard:

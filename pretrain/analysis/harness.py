@@ -93,7 +93,7 @@ class Overtone(TemplateLM):
         most = math.inf if max_batch_size is None else int(max_batch_size)
         self.batch = asked or int(min(cfg.evaluation.micro_batch or cfg.train.micro_batch, most))
         self._device = ranks.device
-        self._told: set[str] = set()
+        self._told: set[str] = set()  # warnings that are given once
 
     @property
     def eot_token_id(self) -> int:
@@ -112,11 +112,6 @@ class Overtone(TemplateLM):
 
     def _after_eos(self, ids: list[int]) -> list[int]:
         return ids if ids[:1] == [self.text.eos_id] else [self.text.eos_id, *ids]
-
-    def _warn_once(self, what: str, told: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            log.warning("%s", told)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Each continuation's log-likelihood in nats after its context, and whether it is the greedy one.
@@ -148,9 +143,9 @@ class Overtone(TemplateLM):
         kept = context.rstrip()
         before, whole = self.text.encode(kept), self.text.encode(context + continuation)
         same = next((k for k, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-        if same < len(before) and len(whole) > same:
-            self._warn_once(
-                "merged",
+        if same < len(before) and len(whole) > same and "merged" not in self._told:
+            self._told.add("merged")
+            log.warning(
                 f"the continuation {continuation!r} shares a token with the end of its context {kept[-40:]!r}: such "
                 "tokens are scored with the continuation (said once)",
             )

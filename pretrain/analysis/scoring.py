@@ -140,6 +140,7 @@ def evaluate(score: Score, windows: EvaluationWindows, micro_batch: int, ranks: 
     split = windows.split
     starts = split.document_starts()
     sums = np.zeros((3, len(starts)))  # nats, hits and tokens of each document
+    # as many passes on every rank, the last ones past the end: scoring is collective
     for first in range(ranks.rank * micro_batch, windows.count + ranks.rank * micro_batch, micro_batch * ranks.world):
         inputs, at, targets = windows.batch(first, micro_batch)
         on_device = (torch.from_numpy(part).to(ranks.device) for part in (inputs, at, targets))

@@ -54,7 +54,7 @@ class Progress:
 
 
 def total_j(joules: object) -> float | None:
-    """Joules of all parts in a checkpoint's `joules`; None if they are not told by part, as in old ones."""
+    """Joules of all parts in a checkpoint's `joules`; None if they are not told by part."""
     return float(sum(joules.values())) if isinstance(joules, Mapping) and joules else None
 
 

@@ -84,7 +84,7 @@ class Snapshot:
             buffer.copy_(local, non_blocking=True)
             copies[name] = Fragment(buffer, fragment.start, fragment.numel())
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the next update changes what is still being copied
         return copies
 
 

@@ -107,7 +107,7 @@ def write_weights(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Pat
 
 
 def read_weights(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Some float32 weights of a checkpoint, by their exported names."""
+    """Some float32 weights of a checkpoint, by their exported names, each of the shape that is wanted, on the CPU."""
     found = {name: torch.empty(shape) for name, shape in wanted.items()}
     fragments = {stored_name(name): Fragment(t.view(-1), 0, t.numel()) for name, t in found.items()}
     load_alone(checkpoint, fragments)

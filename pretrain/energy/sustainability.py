@@ -108,7 +108,7 @@ def gradient_stability(norms: Sequence[float | None], warmup_steps: int = 0) -> 
     """
     settled = [math.log(norm) for norm in norms[warmup_steps:] if norm]
     variance = pvariance(settled) if len(settled) > 1 else None
-    return {"log_norm_variance": variance, **_spikes(norms, _norm_limit)}
+    return {"log_norm_variance": variance, **_spikes(norms, lambda window: NORM_SPIKE * median(window))}
 
 
 def learning_stability(losses: Sequence[float | None], held_out: Sequence[float | None]) -> dict[str, Any]:
@@ -128,10 +128,6 @@ def learning_stability(losses: Sequence[float | None], held_out: Sequence[float 
         "rises": sum(rise > 0 for rise in above) if above else None,
         "largest_rise": max(0.0, *above) if above else None,
     }
-
-
-def _norm_limit(window: Sequence[float]) -> float:
-    return NORM_SPIKE * median(window)
 
 
 def _loss_limit(window: Sequence[float]) -> float:

@@ -31,7 +31,6 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 from common.errors import ConfigError
@@ -77,10 +76,6 @@ def phase_of(stack: Iterable[tuple[str, str]]) -> str:
         if any(part in file and function in (None, name) for file, name in frames):
             return phase
     return "start"
-
-
-def _stack_of(frame: FrameType | None) -> list[tuple[str, str]]:
-    return [(f.f_code.co_filename, f.f_code.co_name) for f, _ in traceback.walk_stack(frame)]
 
 
 def _is_collective(error: BaseException, phase: str) -> bool:
@@ -316,7 +311,9 @@ class Watch:
                 time.sleep(1)
         if not phase:
             main = sys._current_frames().get(threading.main_thread().ident or 0)
-            phase = phase_of(_stack_of(main))
+            phase = phase_of(
+                (frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_stack(main)
+            )
             text = "".join(traceback.format_stack(main))
         failure = Failure(self.rank, self.host, time.time(), kind, phase, error, text, code, list(suspects), self.job)
         if kind not in ("error", "told"):
