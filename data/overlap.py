@@ -23,7 +23,7 @@ def runs_of(text: str) -> np.ndarray:
     if not words:
         return np.empty(0, dtype=np.uint64)
     codes = np.fromiter(map(_code, words), dtype=np.uint64, count=len(words))
-    hashes = np.zeros(len(words) - length + 1, dtype=np.uint64)
+    hashes = np.zeros(len(words) - length + 1, dtype=np.uint64)  # polynomials in FACTOR of the codes, modulo 2**64
     for offset in range(length):
         hashes = hashes * FACTOR + codes[offset : offset + len(hashes)]
     return np.unique(hashes)
@@ -48,5 +48,5 @@ def overlap(runs: np.ndarray, known: np.ndarray) -> float:
     """Share of a document's runs (runs,) that are among the known ones (known,), sorted: 0 to 1."""
     if not len(runs) or not len(known):
         return 0.0
-    at = np.minimum(np.searchsorted(known, runs), len(known) - 1)
+    at = np.minimum(np.searchsorted(known, runs), len(known) - 1)  # past the last known one: no match either
     return float((known[at] == runs).mean())
