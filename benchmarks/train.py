@@ -27,7 +27,7 @@ from rich.table import Table
 from benchmarks.measuring import machine, parser, timed, wait, wide_console
 from benchmarks.plain import LEARNING_RATE, Plain
 from common.errors import ConfigError
-from common.plain import to_json
+from common.strict_json import to_json
 from data.loader import Windows
 from data.shards import open_split
 from launch.hosts import place

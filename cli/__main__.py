@@ -17,9 +17,11 @@ from common.command import dispatch
 
 
 class Command(NamedTuple):
-    group: str
-    module: str
-    about: str
+    """A row of the table."""
+
+    group: str  # under which --help lists it
+    module: str  # dotted name; imported when the command is given
+    about: str  # for --help
 
 
 TABLE = {
@@ -43,7 +45,7 @@ TABLE = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the command's exit code; 2 for a command that there is not."""
+    """Returns the command's exit code; 2 for a command that there is not. `argv`: None takes the process's words."""
     words = list(sys.argv[1:] if argv is None else argv)
     if "_ARGCOMPLETE" in os.environ:
         from cli.completion import complete

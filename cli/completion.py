@@ -22,6 +22,7 @@ SHELLS = ("bash", "zsh", "fish")
 
 
 def parser() -> argparse.ArgumentParser:
+    """The shell's name, one of SHELLS."""
     made = command.parser(
         "completion",
         "Print what a shell needs to complete commands, options, files, run folders and settings. For bash, put "
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints what the shell is to run; exit code 2 where argcomplete is not installed."""
     return command.run(_print, command.parse(parser(), argv))
 
 
@@ -72,7 +74,7 @@ def complete(modules: Mapping[str, str]) -> NoReturn:
         skipped = len(words[:1])
     else:
         made, skipped = import_module(modules[words[0]]).parser(), 1
-    os.environ["_ARGCOMPLETE"] = str(start + skipped)
+    os.environ["_ARGCOMPLETE"] = str(start + skipped)  # for argcomplete, the command is the program from here on
     of_data = bool(words) and modules.get(words[0], "").startswith("data.")
     completers = {
         "CONFIG": FilesCompleter(("yaml", "yml")),

@@ -48,10 +48,12 @@ def add_config(
 
 
 def add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    """`key=value` settings, any number of them, as `overrides`; `example`: one that helps here."""
     parser.add_argument("overrides", metavar="key=value", nargs="*", help=f"changes a setting, such as {example}")
 
 
 def add_run(parser: argparse.ArgumentParser) -> None:
+    """RUN, which `RunFolder.containing` and `RunFolder.checkpoint` resolve."""
     about = "a run folder (its newest whole checkpoint), or one checkpoint's folder"
     parser.add_argument("run", metavar="RUN", help=about)
 
@@ -95,6 +97,7 @@ def parse(
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message: the known word nearest to a word, or to its part before `=`; empty if none is near."""
     near = difflib.get_close_matches(word.partition("=")[0], list(known), n=1)
     return f"; did you mean {near[0]}?" if near else ""
 

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets, by a part of the device's name; the first match
-# counts.
+# Dense bf16 peak of one GPU in FLOP/s, from NVIDIA's data sheets, by a part of the device's name. The first match
+# counts, so a longer name stands before one that it holds.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100 PCIe": 756e12,
@@ -30,8 +30,8 @@ class Gpu:
     """
 
     memory: int  # bytes
-    bf16_flops: float  # dense
-    float32_flops: float  # without tensor cores, as torch's default is
+    bf16_flops: float  # FLOP/s, dense
+    float32_flops: float  # FLOP/s, without tensor cores, as torch's default is
     memory_bytes_s: float
     link_bytes_s: float  # to the GPUs of its node
     network_bytes_s: float  # to other nodes, its share of the node's adapters

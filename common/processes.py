@@ -21,7 +21,7 @@ def members(session: int) -> list[psutil.Process]:
 
 
 def running_module(processes: Iterable[psutil.Process], module: str) -> list[psutil.Process]:
-    """Those that run `-m module`, without what they forked, which has the same command line."""
+    """Those that run `python -m MODULE`, without what they forked, which has the same command line."""
     parents = {}
     for process in processes:
         with suppress(psutil.Error):
@@ -32,7 +32,7 @@ def running_module(processes: Iterable[psutil.Process], module: str) -> list[psu
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """Those of them that still run."""
+    """Sends SIGKILL to those that still run; the others are left out."""
     for process in processes:
         with suppress(psutil.Error):
             process.kill()

@@ -21,7 +21,13 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(what: str, log: Log) -> Iterator[Tell]:
-    """Gives a function to tell how far the job is, as often as one likes."""
+    """Gives a function to tell how far the job is, as often as one likes: shown on a terminal, else logged in every
+    REPORT_SECONDS at most.
+
+    Args:
+        what: the job, in a word or two.
+        log: takes the lines; only `say` makes a bar on a terminal.
+    """
     if log is say and sys.stdout.isatty():
         from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 

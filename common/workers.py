@@ -8,7 +8,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from common.errors import ConfigError
@@ -20,7 +19,7 @@ Result = TypeVar("Result")
 
 
 class Workers(Generic[Item, Result]):
-    """Calls `work(item)` in `count` processes; with one, in this process.
+    """Calls `work(item)` in `count` processes; with one, in this process, and so for the first HERE items of any count.
 
     `work` must be picklable. The processes end with this one, however it ends.
     """
@@ -34,7 +33,7 @@ class Workers(Generic[Item, Result]):
     def __enter__(self) -> "Workers[Item, Result]":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
@@ -71,7 +70,7 @@ def _begin(work: Callable[[Any], Any]) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
 
-    def follow() -> None:
+    def follow() -> None:  # a parent that is killed leaves its workers waiting for work for ever
         wait([parent.sentinel])
         os._exit(1)
 

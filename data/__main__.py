@@ -15,6 +15,7 @@ ABOUT = f"usage: python -m data {'|'.join(MODULES)} ...; --help behind one of th
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit code of the command that the first word names. `arguments`: None takes the process's own words."""
     return dispatch(sys.argv[1:] if arguments is None else arguments, MODULES, ABOUT)
 
 

@@ -31,7 +31,7 @@ class HubSource(BaseModel, extra="forbid", frozen=True):
     kind: Literal["hub", "openwebtext"]
     name: str = "Skylion007/openwebtext"
     subset: str | None = None  # the dataset's configuration, where it has several
-    revision: str | None = None
+    revision: str | None = None  # branch, tag or commit; null: the Hub's default
     split: str = "train"
     text_field: str = "text"
     partial: bool = False  # take files of `partial-...` folders, which hold only the first part of a split
@@ -47,6 +47,8 @@ PlainSource = Annotated[EmbeddedSource | FilesSource | HubSource, Field(discrimi
 
 
 class Weighted(BaseModel, extra="forbid", frozen=True):
+    """A source of a mixture: its share of the tokens is its weight over the sum of all weights."""
+
     weight: float = Field(gt=0, allow_inf_nan=False)
     source: PlainSource
 
@@ -64,7 +66,9 @@ Source = Annotated[
 
 
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True):
-    vocab_size: int = Field(gt=0)
+    """The tokenizer of the prepared data: a SentencePiece model that is given, or one trained on the train split."""
+
+    vocab_size: int = Field(gt=0)  # ids, with the 256 bytes and the specials
     model: Path | None = None  # a trained SentencePiece model; null: train one on the corpus
     train_bytes: int = Field(50_000_000, gt=0)  # most bytes of text that training sees
     nfkc: bool = False  # brings text to Unicode's form NFKC before it is encoded, so that it does not come back exactly
@@ -77,10 +81,12 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class DataConfig(BaseModel, extra="forbid", frozen=True):
+    """The `data:` section: what a prepared folder is made from, and where it is."""
+
     path: Path  # folder of the prepared data
     source: Source
     tokenizer: TokenizerConfig
-    dtype: Literal["uint16", "uint32"] = "uint16"
+    dtype: Literal["uint16", "uint32"] = "uint16"  # of the ids on the disk
     shard_tokens: int = Field(100_000_000, gt=0)  # a shard is closed before the document that would pass this
     val_fraction: float = Field(0.01, gt=0, lt=1)  # of documents, chosen by their hash
     limit_documents: int | None = Field(None, gt=0)  # of those with text in them; null: the whole source

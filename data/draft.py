@@ -40,6 +40,7 @@ class Draft:
 
     @property
     def whole(self) -> bool:
+        """Whether the work in it is done, and it lacks its final name alone."""
         return (self.path / MANIFEST).exists()
 
     @property
@@ -57,13 +58,12 @@ class Draft:
             raise ConfigError(f"{self.path}/{JOURNAL}: damaged ({error}); delete {self.path} and start anew") from None
 
     def clear(self) -> None:
-        """Begins anew."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Begins anew, in an empty folder."""
+        self.discard()
         self.path.mkdir()
-        self.progress = None
 
     def discard(self) -> None:
-        """What is in it is of no use."""
+        """Removes the folder: what is in it is of no use."""
         shutil.rmtree(self.path, ignore_errors=True)
         self.progress = None
 

@@ -51,7 +51,7 @@ class Encoder:
     val_overlap: float | None
     val_runs: Path | None  # sorted uint64, as `HeldOutRuns` finds them
 
-    def __getstate__(self) -> dict[str, object]:
+    def __getstate__(self) -> dict[str, object]:  # without the cached properties, which each process reads itself
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
@@ -64,6 +64,7 @@ class Encoder:
         return np.load(self.val_runs, mmap_mode="r")
 
     def __call__(self, texts: list[str]) -> EncodedBatch:
+        """Checks, hashes and encodes the texts of N documents."""
         verdicts = np.array([verdict(text, self.min_chars) for text in texts], dtype=np.uint8)
         fine = [texts[place] for place in np.flatnonzero(verdicts == FINE)]
         tokens = [self._tokenizer.encode_array(text) for text in fine]
@@ -87,6 +88,7 @@ class HeldOutRuns:
     val_fraction: float
 
     def __call__(self, texts: list[str]) -> np.ndarray:
+        """The distinct runs of those of the texts that are held out, uint64 (runs,)."""
         fine = (text for text in texts if verdict(text, self.min_chars) == FINE)
         return union(runs_of(text) for text in fine if held_out(digest_of(text), self.val_fraction))
 

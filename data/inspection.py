@@ -49,7 +49,7 @@ class Statistics:
         return [(i, int(self.counts[i])) for i in order.tolist() if self.counts[i]]
 
     def share(self, ids: np.ndarray) -> float:
-        """Share of all tokens that have these ids."""
+        """Share of all tokens, 0 to 1, that have one of these ids (any number,)."""
         return float(self.counts[ids].sum() / self.counts.sum())
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from common.errors import ConfigError
 from data.shards import Split
 
-ROUNDS = 8
+ROUNDS = 8  # of the permutation's Feistel network
 IGNORED = -100  # the target that no loss counts
 
 # T tokens per window, B windows asked for
@@ -79,6 +79,7 @@ def permute(positions: np.ndarray, count: int, keys: np.ndarray) -> np.ndarray:
     it again until it lands below ("cycle walking": Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002).
     Fewer than 4 passes are needed on average.
     """
+    # uint64 on both sides of every operation: with int64, numpy would go on in float64
     half = np.uint64(max(1, ((count - 1).bit_length() + 1) // 2))  # bits of each side
     values = _feistel(positions.astype(np.uint64), half, keys)
     while (outside := np.flatnonzero(values >= count)).size:

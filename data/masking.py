@@ -46,6 +46,7 @@ def masked(
     """
     b, t = tokens.shape
     drawn = np.stack([_draws(seed, int(sample), 3 * t) for sample in samples]).reshape(b, 3, t)
+    # where the smallest draws are: each set of so many places is as likely
     places = np.argsort(drawn[:, 0], axis=1)[:, : max(1, round(HIDDEN * t))]
     hidden = np.zeros((b, t), dtype=bool)
     np.put_along_axis(hidden, places, True, axis=1)

@@ -23,7 +23,7 @@ def runs_of(text: str) -> np.ndarray:
     if not words:
         return np.empty(0, dtype=np.uint64)
     codes = np.fromiter(map(_code, words), dtype=np.uint64, count=len(words))
-    hashes = np.zeros(len(words) - length + 1, dtype=np.uint64)
+    hashes = np.zeros(len(words) - length + 1, dtype=np.uint64)  # polynomials in FACTOR of the codes, modulo 2**64
     for offset in range(length):
         hashes = hashes * FACTOR + codes[offset : offset + len(hashes)]
     return np.unique(hashes)
@@ -35,7 +35,7 @@ def _code(word: str) -> int:
 
 
 def union(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """All the hashes of several sorted arrays, sorted, each once."""
+    """All the hashes of several sorted arrays, uint64 (any number,) each, sorted, each once."""
     sets = [np.empty(0, dtype=np.uint64)]
     for part in parts:
         sets.append(part)
@@ -45,8 +45,8 @@ def union(parts: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def overlap(runs: np.ndarray, known: np.ndarray) -> float:
-    """Share of a document's runs that are among the known ones, which are sorted."""
+    """Share of a document's runs (runs,) that are among the known ones (known,), sorted: 0 to 1."""
     if not len(runs) or not len(known):
         return 0.0
-    at = np.minimum(np.searchsorted(known, runs), len(known) - 1)
+    at = np.minimum(np.searchsorted(known, runs), len(known) - 1)  # past the last known one: no match either
     return float((known[at] == runs).mean())

@@ -2,8 +2,8 @@
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
@@ -83,40 +83,34 @@ def find_held_out_runs(cfg: DataConfig, parts: dict[str, list[Part]], path: Path
 def _ahead(
     documents: Iterable[Document], pool: Workers[list[str], Result], ahead: int
 ) -> Iterator[tuple[list[Document], Result]]:
-    """Batches of documents and what the pool makes of each, in order."""
-    batches = _batches(documents)
-    pending: deque[tuple[list[Document], Future[Result]]] = deque()
-    error: ConfigError | None = None
-    ended = False
-    while pending or not ended:
-        while not ended and len(pending) < ahead:
-            try:
-                batch = next(batches)
-            except (StopIteration, ConfigError) as stopped:
-                ended, error = True, stopped if isinstance(stopped, ConfigError) else None
-                break
-            pending.append((batch, pool.submit([document.text for document in batch])))
-        if pending:
-            batch, result = pending.popleft()
-            yield batch, pool.result(result)
-    if error is not None:
-        raise error
+    """Batches of documents and what the pool makes of each, in order. An error of the reader comes last."""
+    errors: list[ConfigError] = []
+
+    def readable() -> Iterator[Document]:
+        try:
+            yield from documents
+        except ConfigError as error:
+            errors.append(error)
+
+    sent = ((batch, pool.submit([document.text for document in batch])) for batch in _batches(readable()))
+    pending = deque(islice(sent, ahead))
+    while pending:
+        batch, result = pending.popleft()
+        yield batch, pool.result(result)
+        pending.extend(islice(sent, 1))
+    if errors:
+        raise errors[0]
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     """Lists of consecutive documents with about `BATCH_CHARS` characters each."""
     batch: list[Document] = []
     chars = 0
-    try:
-        for document in documents:
-            batch.append(document)
-            chars += len(document.text)
-            if chars >= BATCH_CHARS:
-                yield batch
-                batch, chars = [], 0
-    except ConfigError:
-        if batch:
+    for document in documents:
+        batch.append(document)
+        chars += len(document.text)
+        if chars >= BATCH_CHARS:
             yield batch
-        raise
+            batch, chars = [], 0
     if batch:
         yield batch

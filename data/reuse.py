@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 from common.errors import ConfigError
@@ -115,10 +116,8 @@ def _local_inputs(cfg: DataConfig) -> dict[str, list[list[Any]]]:
     parts = {}
     for name, entry in cfg.sources().items():
         if not is_remote(entry.source):
-            try:
+            with suppress(ConfigError):
                 parts[name] = parts_of(entry.source)
-            except ConfigError:
-                continue
     return _inputs(parts)
 
 

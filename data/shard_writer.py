@@ -20,13 +20,7 @@ class ShardWriter:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        split: str,
-        dtype: str,
-        eos_id: int,
-        shard_tokens: int,
-        saved: dict[str, Any] | None = None,
+        self, folder: Path, split: str, dtype: str, eos_id: int, shard_tokens: int, saved: dict[str, Any] | None = None
     ) -> None:
         """`saved` is what `save` returned: everything that was written after it is taken back."""
         self.shards: list[dict[str, Any]] = list(saved["shards"]) if saved else []
@@ -43,7 +37,7 @@ class ShardWriter:
         self._index = path.with_suffix(".idx")
         self._index.write_bytes(b"")
         self._file = path.open("w+b", buffering=1 << 20)
-        self._file.write(bytes(HEADER.size))
+        self._file.write(bytes(HEADER.size))  # it gets its numbers when the shard is closed
         self._tokens = 0
         self._documents: list[tuple[int, int, int]] = []  # as INDEX
         self._saved = 0  # documents that the index file holds

@@ -66,7 +66,7 @@ class Split:
         if not 0 <= start <= start + count <= self.tokens:
             raise IndexError(f"tokens {start} to {start + count} of a split of {self.tokens}")
         out = np.empty(count, dtype=np.int64)
-        shard = int(np.searchsorted(self._ends, start, side="right"))
+        shard = int(np.searchsorted(self._ends, start, side="right"))  # the first that ends beyond start
         done = 0
         while done < count:
             ids = self._shards[shard]

@@ -32,12 +32,15 @@ class Texts:
         self.tokens, self.documents, self.text_bytes = len(self._stream), len(texts), int(self._bytes.sum())
 
     def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens start .. start+count-1 of the stream, int64 (count,)."""
         return self._stream[start : start + count]
 
     def document_starts(self) -> np.ndarray:
+        """Position in the stream at which each document starts, int64 (documents,)."""
         return self._starts
 
     def document_bytes(self) -> np.ndarray:
+        """Bytes of each document's UTF-8 text, int64 (documents,)."""
         return self._bytes
 
     def document_sources(self) -> np.ndarray:

@@ -34,6 +34,7 @@ class Layout:
 
     @property
     def ids(self) -> str:
+        """What one of the ids is called in messages."""
         return "GPT-2 id" if self.vocab_size == VOCAB_SIZE else f"id of a vocabulary of {self.vocab_size:,}"
 
 
@@ -78,6 +79,7 @@ class TokenFile:
     ids: np.ndarray  # uint16 or uint32 (tokens,)
 
     def blocks(self) -> Iterator[np.ndarray]:
+        """The ids in order, (BLOCK,) at a time, the last ones fewer: views of the mapped file."""
         for first in range(0, len(self.ids), BLOCK):
             yield self.ids[first : first + BLOCK]
 

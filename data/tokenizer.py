@@ -137,9 +137,8 @@ class Tokenizer:
                 f"{model_path}: the tokenizer cannot be read ({error}); give a SentencePiece model file"
             ) from None
         try:
-            self._model = sentencepiece.SentencePieceProcessor(
-                model_proto=model or b"\0"
-            )  # it takes empty for "none given"
+            # It takes an empty model for "none given".
+            self._model = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
         except RuntimeError:
             raise ConfigError(
                 f"{model_path}: not a SentencePiece model; give a .model file made by SentencePiece"
@@ -204,7 +203,7 @@ class Tokenizer:
         return self.decode(self.encode(text)) != text
 
     def byte_ids(self) -> np.ndarray:
-        """Ids of the single bytes that stand for what no other piece covers, int64; empty without byte fallback."""
+        """Ids of the single bytes that stand for what no other piece covers, int64 (ids,); 0 without byte fallback."""
         return np.array([i for i in range(self.vocab_size) if self._model.is_byte(i)], dtype=np.int64)
 
 

@@ -36,7 +36,7 @@ class Seen:
 
     def add(self, digest: int) -> bool:
         """Returns whether it was new."""
-        digest = digest or 1
+        digest = digest or 1  # 0 marks a free slot
         slots, last = self._slots, len(self._slots) - 1
         at = digest & last
         while slots[at]:
@@ -70,19 +70,16 @@ class Writing:
         self.counts: Counter[str] = Counter(saved.get("counts", {}))
         self.seen = Seen()
         self._fresh = array("Q")  # hashes since the last commit
-        self._restore_seen(saved.get("seen", 0))
+        self._seen_file.touch()
+        os.truncate(self._seen_file, 8 * saved.get("seen", 0))  # what was written after the last commit is taken back
+        for digest in np.fromfile(self._seen_file, dtype=np.uint64).tolist():
+            self.seen.add(digest)
         self.writers = {
             split: ShardWriter(
                 draft.path, split, cfg.dtype, eos_id, cfg.shard_tokens, saved.get("splits", {}).get(split)
             )
             for split in SPLITS
         }
-
-    def _restore_seen(self, count: int) -> None:
-        self._seen_file.touch()
-        os.truncate(self._seen_file, 8 * count)
-        for digest in np.fromfile(self._seen_file, dtype=np.uint64).tolist():
-            self.seen.add(digest)
 
     @property
     def left(self) -> int | None:

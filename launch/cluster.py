@@ -27,7 +27,7 @@ class Cluster:
     gpus: int = 8
     per_node: int = 8
     network_bytes_s: float | None = None  # between nodes, per GPU and direction
-    mfu: float = MFU
+    mfu: float = MFU  # share of the peak FLOP/s that matrix products reach
     watts: float | None = None  # drawn by each GPU
 
     def __post_init__(self) -> None:
@@ -49,6 +49,7 @@ class Cluster:
 
     @property
     def hardware(self) -> Gpu:
+        """The GPU's data sheet, with what was given instead of its figures."""
         sheet = GPUS[self.gpu]
         network, watts = self.network_bytes_s or sheet.network_bytes_s, self.watts or sheet.watts
         return replace(sheet, network_bytes_s=network, watts=watts)
@@ -59,8 +60,10 @@ class Cluster:
 
     @property
     def ranks_per_node(self) -> int:
+        """Ranks on each node: of a part of one node, all there are."""
         return min(self.per_node, self.gpus)
 
     @property
     def usable_bytes(self) -> int:
+        """Bytes of one GPU's memory that a run may fill: USABLE of it."""
         return int(self.hardware.memory * USABLE)

@@ -16,6 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -33,12 +34,13 @@ if TYPE_CHECKING:
 
     from pretrain.config import RunConfig
 
-SKEW_S = 1.0
-LEAST_FREE_BYTES = 10 * 2**30
-LINK_S = 120.0
+SKEW_S = 1.0  # that a clock may be off
+LEAST_FREE_BYTES = 10 * 2**30  # on the disk of the run folder
+LINK_S = 120.0  # for the all-reduce, from its start to its end
 
 
 def parser() -> argparse.ArgumentParser:
+    """CONFIG, which may be left out, and the options that choose hosts."""
     made = command.parser(
         "doctor",
         "Examine this machine, or the hosts of a hostfile: versions, data, disks, clocks, network. The last check is a "
@@ -52,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Examines the hosts; exit code 1 for a problem, 2 for bad input."""
     return command.run(_examine, command.parse(parser(), argv))
 
 
@@ -92,7 +95,7 @@ def examine(placement: Placement, cfg: RunConfig | None) -> tuple[dict[str, Fact
     """What every host says of itself or why it says nothing, its clock's skew in seconds, and the problems so far."""
     run, data = (cfg.run, cfg.data.path) if cfg else (Path(), Path())
     above = nearest(run)
-    token = above / f".doctor-{uuid.uuid4().hex}"
+    token = above / f".doctor-{uuid.uuid4().hex}"  # a host that sees it shares the run folder's disk
     writable = os.access(above, os.W_OK)
     if writable:
         token.touch()
@@ -204,7 +207,7 @@ def _own_problems(host: str, answer: Facts, with_config: bool) -> list[str]:
 
 
 def skewed(skews: Mapping[str, float]) -> list[str]:
-    """The clocks that are surely off."""
+    """The problems of clocks that are off by more than SKEW_S, from the skews in seconds by host."""
     return [
         f"{host}: its clock is {skew:+.1f} s off; start chrony or ntpd there"
         for host, skew in skews.items()
@@ -213,17 +216,18 @@ def skewed(skews: Mapping[str, float]) -> list[str]:
 
 
 def measure(placement: Placement, answers: Mapping[str, Facts | str]) -> dict[str, Any]:
-    """Latency and bandwidth of an all-reduce between one rank on each host, or two of this machine; or `problems`."""
+    """Of an all-reduce between one rank on each host, or two of this machine: `latency_s`, `bytes_per_s` and
+    `interface`; or `problems`, in words. Empty where this machine has one GPU.
+    """
     from launch import invocation
 
     facts_by_host = {host: answer for host, answer in answers.items() if isinstance(answer, dict)}
+    command_of = partial(invocation.command, "", [], module="pretrain.runtime.link")
     if placement.hostfile is None:
         if len(placement.gpus) == 1:
             return {}
         placement = Placement({"localhost": 2}, gpus=placement.gpus[:2])
-        return _linked(
-            invocation.command("", [], placement, module="pretrain.runtime.link"), invocation.environment(placement)
-        )
+        return _linked(command_of(placement), invocation.environment(placement))
     one_each = "@".join(f"{host}:0" for host in placement.ranks)
     placement = Placement(dict.fromkeys(placement.ranks, 1), placement.hostfile, chosen=one_each)
     with TemporaryDirectory(prefix="doctor-") as name:
@@ -233,7 +237,7 @@ def measure(placement: Placement, answers: Mapping[str, Facts | str]) -> dict[st
             address, port = invocation.meeting_point(placement, facts_by_host)
         except ConfigError as error:
             return {"problems": [str(error)]}
-        words = invocation.command("", [], placement, module="pretrain.runtime.link", address=address, port=port)
+        words = command_of(placement, address=address, port=port)
         return _linked(words, invocation.environment(placement, facts_by_host, folder=folder))
 
 

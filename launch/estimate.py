@@ -14,20 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
 from common.gpus import GIB
+from launch import footprint
 from launch.cluster import HOP_S, LINK_EFFICIENCY, USABLE, Cluster
 from launch.fit import altered, cheapest_changes, divisors, largest_micro_batch
-from launch.footprint import (
-    ZERO_DEFAULTS,
-    Memory,
-    Parameters,
-    activations,
-    by_product,
-    memory,
-    parameters,
-    prototype_elements,
-    vocab_ranks,
-    zero_stage,
-)
+from launch.footprint import ZERO_DEFAULTS, Memory, Parameters, zero_stage
 from launch.traffic import Collective, collectives
 
 if TYPE_CHECKING:
@@ -44,6 +34,7 @@ class StepTime:
 
     @property
     def total_s(self) -> float:
+        """Of the whole update."""
         return self.compute_s + self.exposed_s + self.update_s
 
 
@@ -70,18 +61,22 @@ class Plan:
 
     @property
     def fits(self) -> bool:
+        """Whether a GPU has room for the fullest phase."""
         return self.memory.peak <= self.usable_bytes
 
     @property
     def tokens_per_s(self) -> float:
+        """Training tokens a second, of all GPUs together."""
         return self.tokens_per_step / self.time.total_s
 
     @property
     def seconds(self) -> float:
+        """Of the whole run's training, without evaluations and saves."""
         return self.budget_tokens / self.tokens_per_s
 
     @property
     def gpu_j(self) -> float:
+        """Joules that all GPUs take in the whole run's training."""
         return self.seconds * self.cluster.gpus * self.cluster.hardware.watts
 
     def as_dict(self) -> dict[str, Any]:
@@ -137,16 +132,18 @@ def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -
         raise ConfigError(f"--budget-tokens {budget_tokens}: expected 1 or more")
     return Plan(
         cluster=cluster,
-        parameters=parameters(cfg),
+        parameters=footprint.parameters(cfg),
         zero=zero_stage(cfg),
-        vocab_ranks=vocab_ranks(cfg, cluster),
+        vocab_ranks=footprint.vocab_ranks(cfg, cluster),
         accumulation=cfg.accumulation(cluster.gpus),
-        memory=memory(cfg, cluster),
+        memory=footprint.memory(cfg, cluster),
         usable_bytes=cluster.usable_bytes,
-        memory_by_stage={stage: memory(altered(cfg, parallel={"zero": stage}), cluster) for stage in range(4)},
+        memory_by_stage={
+            stage: footprint.memory(altered(cfg, parallel={"zero": stage}), cluster) for stage in range(4)
+        },
         activation_bytes={
-            "kept": activations(altered(cfg, model={"activation_checkpointing": False})),
-            "recomputed": activations(altered(cfg, model={"activation_checkpointing": True})),
+            "kept": footprint.activations(altered(cfg, model={"activation_checkpointing": False})),
+            "recomputed": footprint.activations(altered(cfg, model={"activation_checkpointing": True})),
         },
         collectives=tuple(collectives(cfg, cluster)),
         time=step_time(cfg, cluster),
@@ -190,14 +187,15 @@ def step_time(cfg: RunConfig, cluster: Cluster) -> StepTime:
     rate = cluster.gpus * cluster.mfu * peak
     work = {"trunk": cfg.train.tokens_per_step * trunk / rate, "head": cfg.train.tokens_per_step * head / rate}
     hidden = {"nothing": 0.0, **work}
-    exposed = {name: -room for name, room in hidden.items()}
+    exposed = {name: -room for name, room in hidden.items()}  # below 0: computing still hides communication
     for collective in collectives(cfg, cluster):
         exposed[collective.behind] += collective.seconds(gpu)
-    own = parameters(cfg).trunk if zero_stage(cfg) == 0 else -(-parameters(cfg).trunk // cluster.gpus)
+    elements = footprint.parameters(cfg).trunk
+    own = elements if zero_stage(cfg) == 0 else -(-elements // cluster.gpus)
     return StepTime(
         compute_s=sum(work.values()),
         exposed_s=sum(max(0.0, seconds) for seconds in exposed.values()),
-        update_s=28 * (own + prototype_elements(cfg, cluster)) / gpu.memory_bytes_s,
+        update_s=28 * (own + footprint.prototype_elements(cfg, cluster)) / gpu.memory_bytes_s,
     )
 
 
@@ -223,7 +221,7 @@ def _notes(cfg: RunConfig, cluster: Cluster) -> Iterator[str]:
     """What the reader of this plan in particular should know."""
     if zero_stage(cfg) != cfg.parallel.zero:
         yield "bf16 at ZeRO stage 0 runs as stage 1"
-    if not by_product(cfg):
+    if not footprint.by_product(cfg):
         yield f"head.distance={cfg.head.distance} goes entry by entry: the time is a lower bound"
     if cfg.train.precision == "bf16" and not cluster.hardware.has_bf16:
         yield f"{cluster.gpu} has no bf16 units: its peak is that of float16, which bf16 will not reach"

@@ -47,15 +47,11 @@ def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = fr
     if silent:
         rank = next((rank for rank in missed if rank in silent), silent[0])
         witness = next((f for f in failures if f.kind != "told"), failures[0])
-        return Verdict(
-            rank,
-            hosts[rank],
-            None,
+        error = (
             f"it left no word, so it was killed (out of memory?) or frozen, or its host went down; rank {witness.rank} "
-            f"on {hosts[witness.rank]}, in {witness.phase}, saw: {_line(witness.error)}",
-            "",
-            1,
+            f"on {hosts[witness.rank]}, in {witness.phase}, saw: {_line(witness.error)}"
         )
+        return Verdict(rank, hosts[rank], None, error, "", 1)
     if missed:
         by_first = [r for f in failures if f.kind == "lost" and f.rank == 0 for r in f.suspects]  # it keeps the signs
         rank = next((rank for rank in missed if hosts[rank] in gone), (by_first or missed)[0])

@@ -44,10 +44,9 @@ def cheapest_changes(cfg: RunConfig, cluster: Cluster) -> tuple[str, ...] | None
     if fits(cfg, cluster):
         return ()
     rungs = (_checkpointed, _higher_stage, _larger_group, _smaller_batch, _more_gpus)
-    for rung in rungs:
-        for change, changed, where in rung(cfg, cluster):
-            if fits(changed, where):
-                return (change,)
+    alone = (change for rung in rungs for change, changed, where in rung(cfg, cluster) if fits(changed, where))
+    if (enough := next(alone, None)) is not None:
+        return (enough,)
     done: tuple[str, ...] = ()
     for rung in rungs:
         last = None

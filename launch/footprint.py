@@ -47,6 +47,7 @@ class Parameters:
 
     @property
     def total(self) -> int:
+        """All that are trained."""
         return self.trunk + self.head
 
 
@@ -64,6 +65,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
+        """Bytes in the fullest phase, with what stands."""
         return sum(self.standing.values()) + sum(self.phases[self.fullest].values())
 
 

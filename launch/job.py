@@ -140,7 +140,12 @@ def _explained(code: int, reason: str, claim: Claim, placement: Placement, gone:
 
 
 def exit_code(child: int, record: Exit | None, remote: bool = False) -> tuple[int, str]:
-    """The job's exit code and why, from deepspeed's (negative: the signal that killed it) and rank 0's record."""
+    """The job's exit code and why, from deepspeed's (negative: the signal that killed it) and rank 0's record.
+
+    Args:
+        record: None: rank 0 left none of this job.
+        remote: whether the ranks are on hosts of a hostfile, reached by this launcher.
+    """
     killed = 256 - child if child > 256 - signal.NSIG else 0  # deepspeed passes a rank's negative code on, modulo 256
     if record is not None and record.code:
         reason = record.reason
@@ -168,10 +173,9 @@ def exit_code(child: int, record: Exit | None, remote: bool = False) -> tuple[in
 
 
 def _name(number: int) -> str:
-    try:
+    with suppress(ValueError):
         return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
+    return f"signal {number}"
 
 
 def _record_of(claim: Claim, patience_s: float) -> Exit | None:

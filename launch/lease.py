@@ -10,22 +10,13 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
 
 from common.errors import ConfigError
 from launch.hosts import Placement
-from pretrain.runtime.claim import (
-    LOCK,
-    STOP,
-    Claim,
-    Held,
-    Holder,
-    hold,
-    holder,
-    new_job,
-)
+from pretrain.runtime.claim import LOCK, STOP, Claim, Held, Holder, hold, holder, new_job
 from pretrain.runtime.endings import set_aside_failures
 
 LEASE_S = 1.0  # between two signs of life
@@ -49,9 +40,7 @@ class Lease:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
         self.path.unlink(missing_ok=True)
@@ -80,21 +69,16 @@ def lease_of(run: Path, node: int | None = None) -> Path:
     return (run / f"lease-{node or 0}").absolute()
 
 
-class _Renewal:
-    """Whether a lease is seen to change: then its launcher lives."""
-
-    def __init__(self, lease: Path) -> None:
-        self._lease, self._first = lease, _text_of(lease)
-
-    def seen(self) -> bool:
-        return _text_of(self._lease) not in ("", self._first)
+def _renewal(lease: Path) -> Callable[[], bool]:
+    """Tells whether a lease is seen to change: then its launcher lives."""
+    first = _text_of(lease)
+    return lambda: _text_of(lease) not in ("", first)
 
 
 def _text_of(lease: Path) -> str:
-    try:
+    with suppress(OSError):
         return lease.read_text()
-    except OSError:
-        return ""
+    return ""
 
 
 def take(run: Path, placement: Placement, node: int | None = None, patience_s: float = PATIENCE_S) -> Claim:
@@ -110,20 +94,19 @@ def take(run: Path, placement: Placement, node: int | None = None, patience_s: f
     if node:
         return _take_beside(run, placement, node, patience_s)
     me = Holder(new_job(), launcher=True, hosts=tuple(placement.ranks))
-    renewal, deadline, announced = _Renewal(lease_of(run)), time.monotonic() + patience_s, False
+    renewed, deadline, announced = _renewal(lease_of(run)), time.monotonic() + patience_s, False
     while True:
         try:
             claim = hold(run, me)
             break
         except Held as held:
             alone = held.holder is None or not held.holder.launcher
-            if alone or renewal.seen() or time.monotonic() > deadline:
+            if alone or renewed() or time.monotonic() > deadline:
                 raise
         if not announced and time.monotonic() > deadline - patience_s + 3 * LEASE_S:
             announced = True
-            print(
-                f"launch: {run}: its launcher is gone; waiting until its ranks have left", file=sys.stderr, flush=True
-            )
+            gone = f"launch: {run}: its launcher is gone; waiting until its ranks have left"
+            print(gone, file=sys.stderr, flush=True)
         time.sleep(LEASE_S / 4)
     set_aside_failures(run)
     return claim
@@ -133,10 +116,10 @@ def _take_beside(run: Path, placement: Placement, node: int, patience_s: float) 
     """Joins the job that the first host's launcher begins; a second launcher of one host is refused."""
     hosts, deadline = tuple(placement.ranks), time.monotonic() + patience_s
     first = lease_of(run)
-    renewal = _Renewal(first)
+    renewed = _renewal(first)
     while True:
         current = holder(run)
-        if current is not None and renewal.seen() and _text_of(first).split()[:1] == [current.job]:
+        if current is not None and renewed() and _text_of(first).split()[:1] == [current.job]:
             if current.hosts != hosts:
                 raise Held(run, current)
             return hold(run, Holder(current.job, launcher=True, hosts=hosts), f"{LOCK}-{node}")

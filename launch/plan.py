@@ -8,13 +8,14 @@ from typing import Any
 
 from common import command
 from common.gpus import GIB, GPUS
-from common.plain import to_json
+from common.strict_json import to_json
 from common.units import duration, energy
 from launch.cluster import Cluster
 from launch.estimate import Plan, assumptions, plan
 
 
 def parser() -> argparse.ArgumentParser:
+    """CONFIG, the GPUs to plan for, and what to assume of them."""
     made = command.parser(
         "plan",
         "Plan a run: parameters, memory of a GPU, traffic, time and energy. Arithmetic on stated assumptions: needs no "
@@ -43,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the plan; exit code 2 where the GPUs cannot share the run."""
     return command.run(tell, command.parse(parser(), argv))
 
 

@@ -2,7 +2,7 @@
 
 `python -m launch.probe [RUN DATA TOKEN]` on a host prints its facts as one JSON object; with a run folder, a data
 folder and the name of a file that the asking host has made beside the run folder, all that a doctor wants to know. It
-needs Python's standard library alone, so that it can tell what is missing.
+needs Python's standard library and common/machine.py, which needs no more, so that it can tell what is missing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from common.machine import cores
+
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
 INDEX_BYTES = 18  # of a document in a shard's index: data.shards.INDEX
 MARK = "overtone-facts:"  # before the facts, since a login shell may print more
@@ -34,11 +36,6 @@ def free_port() -> int | None:
             probe.bind(("", port))
             return port
     return None
-
-
-def cores() -> int:
-    """Processor cores that this process may use, as common/machine.py counts them, which this file does without."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> int:
@@ -144,10 +141,9 @@ def _said(*words: str) -> str | None:
 
 
 def _version(package: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(package)
-    except PackageNotFoundError:
-        return None
+    return None
 
 
 if __name__ == "__main__":

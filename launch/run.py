@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
+    """CONFIG, where and how to run it, and what to do when it fails."""
     job = command.parser(
         "run",
         "Check a config, its data, the layout and the hosts, then train it with deepspeed. Run again, it goes on from "
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job to its end; its exit code, as `--help` lists them."""
     return command.run(_run, command.parse(parser(), argv))
 
 

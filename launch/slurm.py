@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ SHARING = {"exclusive", "oversubscribe", "cpus-per-task", "cpus-per-gpu", "mem",
 
 
 def parser() -> argparse.ArgumentParser:
+    """CONFIG, what to ask Slurm for, and whether to submit the script."""
     made = command.parser(
         "slurm",
         "Check a config, its data and the layout, then write an sbatch script into the run folder, and submit it if "
@@ -88,6 +90,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Writes the script, and submits it if asked to; exit code 2 if it cannot run so, or Slurm refuses it."""
     return command.run(queue, command.parse(parser(), argv))
 
 
@@ -210,11 +213,10 @@ def _fits(cfg: RunConfig, nodes: int, ranks: int) -> bool:
 
     if cfg.sequences_per_step() % (cfg.train.micro_batch * nodes * ranks):
         return False
-    try:
+    with suppress(ConfigError):
         check_layout(cfg, nodes * ranks, ranks)
-    except ConfigError:
-        return False
-    return True
+        return True
+    return False
 
 
 def script(

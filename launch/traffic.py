@@ -11,22 +11,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from common.gpus import Gpu
+from launch import footprint
 from launch.cluster import HOP_S, LINK_EFFICIENCY, Cluster
-from launch.footprint import (
-    FLAT_BUCKET,
-    head_chunks,
-    module_order,
-    optimizer_groups,
-    parameters,
-    pass_tokens,
-    prototype_elements,
-    replicated_head,
-    stage3_gathers,
-    vocab_ranks,
-    width,
-    zero_settings,
-    zero_stage,
-)
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -80,38 +66,40 @@ def collectives(cfg: RunConfig, cluster: Cluster) -> list[Collective]:
 
 def _of_trunk(cfg: RunConfig, cluster: Cluster) -> Iterator[Collective]:
     """ZeRO's, as DeepSpeed 0.19 makes them: at stage 2 whole gradients are reduced, in every pass."""
-    total, b, stage, zero = parameters(cfg).trunk, width(cfg), zero_stage(cfg), zero_settings(cfg)
+    total, b = footprint.parameters(cfg).trunk, footprint.width(cfg)
+    stage, zero = footprint.zero_stage(cfg), footprint.zero_settings(cfg)
     passes, bucket = cfg.accumulation(cluster.gpus), int(zero["reduce_bucket_size"])
     world = cluster.gpus, cluster.ranks_per_node
     overlaps = zero["overlap_comm"] if zero["overlap_comm"] is not None else stage == 3
     behind: Behind = "trunk" if stage > 1 and overlaps else "nothing"
     if stage == 3:
-        gathered, _, staying = stage3_gathers(cfg)
+        gathered, _, staying = footprint.stage3_gathers(cfg)
         ahead = max(1, min(zero["stage3_prefetch_bucket_size"], gathered))
-        calls = min(len(module_order(cfg)), -(-gathered // ahead)) * passes
+        calls = min(len(footprint.module_order(cfg)), -(-gathered // ahead)) * passes
         yield Collective("trunk weights", "all-gather", *world, b * (gathered * passes + staying), calls, behind)
         calls = -(-total // bucket) * passes
         yield Collective("trunk gradients", "reduce-scatter", *world, b * total * passes, calls, behind)
         return
     times = passes if stage == 2 else 1
-    at_once = FLAT_BUCKET if stage == 0 or (stage == 1 and b == 2) else bucket
+    at_once = footprint.FLAT_BUCKET if stage == 0 or (stage == 1 and b == 2) else bucket
     calls = -(-total // at_once) * times
     yield Collective("trunk gradients", "all-reduce", *world, b * total * times, calls, behind)
     if stage:
-        yield Collective("trunk weights", "all-gather", *world, b * total, len(optimizer_groups(cfg)), "nothing")
+        groups = len(footprint.optimizer_groups(cfg))
+        yield Collective("trunk weights", "all-gather", *world, b * total, groups, "nothing")
 
 
 def _of_vocabulary_group(cfg: RunConfig, cluster: Cluster) -> Iterator[Collective]:
     """The head's, chunk by chunk of tokens (model/harmonic.py), and the tied embedding's."""
-    k, d, b = vocab_ranks(cfg, cluster), cfg.model.dim, width(cfg)
+    k, d, b = footprint.vocab_ranks(cfg, cluster), cfg.model.dim, footprint.width(cfg)
     group, passes = (k, min(k, cluster.ranks_per_node)), cfg.accumulation(cluster.gpus)
-    chunks, _ = head_chunks(cfg, k, cluster.hardware.memory)
-    tokens, calls = pass_tokens(cfg) * k * passes, chunks * passes
+    chunks, _ = footprint.head_chunks(cfg, k, cluster.hardware.memory)
+    tokens, calls = footprint.pass_tokens(cfg) * k * passes, chunks * passes
     yield Collective("hidden states and targets", "all-gather", *group, tokens * (d * b + 8), 2 * calls, "nothing")
     yield Collective("maxima and sums of scores", "all-reduce", *group, tokens * (4 + 12), 2 * calls, "head")
     yield Collective("gradient of hidden states", "reduce-scatter", *group, tokens * d * 4, calls, "head")
-    if replicated_head(cfg):
-        size = 4 * replicated_head(cfg) * passes
+    if footprint.replicated_head(cfg):
+        size = 4 * footprint.replicated_head(cfg) * passes
         yield Collective("head's replicated parameters", "all-reduce", *group, size, passes, "nothing")
     if cfg.model.tied:
         yield Collective("embedded tokens", "reduce-scatter", *group, tokens * d * 4, passes, "nothing")
@@ -121,7 +109,7 @@ def _of_vocabulary_group(cfg: RunConfig, cluster: Cluster) -> Iterator[Collectiv
 
 def _of_replicas(cfg: RunConfig, cluster: Cluster) -> Collective:
     """Ranks that hold the same prototypes: one of each vocabulary group."""
-    k = vocab_ranks(cfg, cluster)
+    k = footprint.vocab_ranks(cfg, cluster)
     ranks, near = cluster.gpus // k, max(1, cluster.ranks_per_node // k)
-    size = 4 * prototype_elements(cfg, cluster)
+    size = 4 * footprint.prototype_elements(cfg, cluster)
     return Collective("prototype gradients", "all-reduce", ranks, near, size, 1, "nothing")

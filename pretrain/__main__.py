@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
+    """CONFIG and settings, and what deepspeed's launcher adds."""
     made = command.parser(
         "train",
         "Train a configuration on this process alone, without a launcher and without its checks of the machine: "
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Trains on this rank; the exit codes are at the file's head."""
     return command.run(_start, command.parse(parser(), argv))
 
 

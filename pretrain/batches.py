@@ -1,5 +1,7 @@
 """Which samples a rank reads in a step, and what a model is asked about them: functions of global sample numbers, the
 same stream for any layout.
+
+Legend: B sequences, T tokens of each.
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from pretrain.runtime.ranks import Ranks
 
 
 def samples_of(step: int, rank: int, ranks: int, per_step: int) -> np.ndarray:
-    """Global numbers of the samples that a rank reads in a step; together the ranks read each number once."""
+    """Global numbers of the samples that a rank reads in a step, (samples,); together the ranks read each number once.
+
+    Args:
+        per_step: samples of the whole world in a step.
+    """
     return np.arange(step * per_step + rank, (step + 1) * per_step, ranks)
 
 
@@ -37,7 +43,7 @@ def inputs_and_targets(batch: Tensor, masked: bool) -> tuple[Tensor, Tensor]:
 class Reading:
     """This rank's samples of a step."""
 
-    tokens: Tensor  # pinned for a GPU
+    tokens: Tensor  # int64 (samples, T + 1), of a masked model (samples, 2 T); pinned for a GPU
     hashes: int  # of the samples, summed up
     by_source: np.ndarray  # tokens of each source of the data, int64 (sources,)
 
@@ -56,10 +62,12 @@ class Batches:
         self._ahead: tuple[int, Future[Reading]] | None = None  # a step that is being read
 
     def restart(self) -> None:
+        """Counts seconds and tokens from 0 again, as each record of training does."""
         self.waited_s = 0.0
         self._by_source = np.zeros(len(self.windows.split.sources), dtype=np.int64)
 
     def of(self, step: int) -> Iterator[Tensor]:
+        """The passes of a step, each int64 (B, T + 1), of a masked model (B, 2 T), B being train.micro_batch."""
         began = time.perf_counter()
         asked, reading = self._ahead or (None, None)
         if reading is None or asked != step:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,18 +39,20 @@ OWNED_BY_US = {
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
+    """How long a run trains, on how much at a time, and in which precision."""
+
     steps: int = Field(gt=0)
     tokens_per_step: int = Field(gt=0)  # of the whole world, accumulation included
     micro_batch: int = Field(gt=0)  # sequences per rank and pass
     precision: Literal["bf16", "float32"] = "bf16"
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0)  # of weights, order of samples, masks, dropout
     deterministic: bool = False  # bit for bit on GPUs too: see pretrain/runtime/deterministic.py
 
 
 class OptimConfig(BaseModel, extra="forbid", frozen=True):
     """AdamW, warm-up, then a cosine, a plateau with a linear end (wsd), or a constant rate."""
 
-    lr: float = Field(gt=0)
+    lr: float = Field(gt=0)  # the highest
     min_lr: float = Field(default=0.0, ge=0)
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -83,6 +86,8 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class ParallelConfig(BaseModel, extra="forbid", frozen=True):
+    """How ranks share the prototypes (`vocab`) and the trunk (`zero`), and what they speak by."""
+
     vocab: int | Literal["node", "world"] = "node"  # ranks that share one set of prototypes
     zero: Literal[0, 1, 2, 3] = 1  # ZeRO stage of the trunk
     backend: Literal["auto", "gloo"] = "auto"  # gloo, for tests: no NCCL, and ranks may share a GPU
@@ -100,13 +105,14 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
             possible = ", ".join(str(k) for k in range(1, world + 1) if world % k == 0)
             raise ConfigError(
                 f"parallel.vocab={self.vocab}: a vocabulary group of {ranks} ranks does not divide the world of "
-                f"{world}. "
-                f"Possible here: {possible}, or world."
+                f"{world}. Possible here: {possible}, or world."
             )
         return ranks
 
 
 class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
+    """When the held-out split is scored, and what follows from it."""
+
     every: int | None = Field(default=None, gt=0)  # steps; None: only at the end
     micro_batch: int | None = Field(default=None, gt=0)  # None: train.micro_batch
     patience: int | None = Field(default=None, gt=0)  # evaluations in a row without a new best that end the run
@@ -119,6 +125,8 @@ class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
+    """When checkpoints are written, which of them stay, and what follows if one cannot be written."""
+
     every: int | None = Field(default=None, gt=0)  # steps; None: only at the end and when told to stop
     keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
     keep_every: int | None = Field(default=None, gt=0)  # steps: these stay for ever
@@ -154,11 +162,15 @@ class EnergyConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class LoggingConfig(BaseModel, extra="forbid", frozen=True):
+    """How often a run records its training, and whether for TensorBoard too."""
+
     every: int = Field(default=10, gt=0)  # steps
     tensorboard: bool = True
 
 
 class RunConfig(BaseModel, extra="forbid", frozen=True):
+    """The whole configuration of a run, as its run folder's config.yaml holds it, resolved."""
+
     run: Path  # the run folder
     resume: str = "auto"  # auto, never, or the path of a checkpoint or run folder
     resume_check: Literal["full", "size"] = "full"  # hash every file, or only compare sizes
@@ -174,7 +186,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     timeouts: TimeoutConfig = TimeoutConfig()
     energy: EnergyConfig = EnergyConfig()
     logging: LoggingConfig = LoggingConfig()
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = {}  # settings for DeepSpeed itself, but for OWNED_BY_US
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -197,6 +209,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
     def sequences_per_step(self) -> int:
+        """Sequences of one update, of the whole world."""
         return self.train.tokens_per_step // self.model.seq_len
 
     def accumulation(self, world: int) -> int:
@@ -205,11 +218,9 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
         if self.train.tokens_per_step % per_pass:
             raise ConfigError(
                 f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of train.micro_batch x "
-                f"model.seq_len "
-                f"x ranks = {self.train.micro_batch} x {self.model.seq_len} x {world} = {per_pass}. With {world} "
-                f"ranks, "
-                f"micro_batch can be {_divisors(self.sequences_per_step(), world)}. With this micro_batch, there can "
-                f"be {self._worlds()} ranks."
+                f"model.seq_len x ranks = {self.train.micro_batch} x {self.model.seq_len} x {world} = {per_pass}. With "
+                f"{world} ranks, micro_batch can be {_divisors(self.sequences_per_step(), world)}. With this "
+                f"micro_batch, there can be {self._worlds()} ranks."
             )
         return self.train.tokens_per_step // per_pass
 
@@ -221,6 +232,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
         return ", ".join(shown) or "no number of"
 
     def lr_at(self, step: int) -> float:
+        """Learning rate of the update `step` (the first is 0)."""
         return self.optim.lr_at(step, self.train.steps)
 
     def head_progress(self, step: int) -> float:
@@ -242,11 +254,9 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
             raise ConfigError(
                 f"{path}: given {number}; expected a finite number (a setting that may be empty, null, has no bound so)"
             )
-    try:
+    with suppress(KeyError, TypeError):  # the sections' own checks will say what is missing
         given = tree["data"]["tokenizer"]["vocab_size"]
         tree = {**tree, "model": {"vocab_size": given, **tree["model"]}}
-    except (KeyError, TypeError):
-        pass  # the sections' own checks will say what is missing
     return validate(RunConfig, tree)
 
 
@@ -290,14 +300,13 @@ def check_data(cfg: RunConfig) -> None:
         if given is not None and (not given.is_file() or sha256_of(given) != split.tokenizer_sha256):
             raise ConfigError(
                 f"data.tokenizer.model={given} is not the tokenizer that made the shards in {cfg.data.path}. Give "
-                f"that one, "
-                "leave the setting out, or prepare into another data.path."
+                "that one, leave the setting out, or prepare into another data.path."
             )
         if split.vocab_size != cfg.model.vocab_size:
             raise ConfigError(
                 f"the shards in {cfg.data.path} have a vocabulary of {split.vocab_size}, the config one of "
-                f"{cfg.model.vocab_size}. Set data.tokenizer.vocab_size={split.vocab_size}, or prepare into "
-                f"another data.path."
+                f"{cfg.model.vocab_size}. Set data.tokenizer.vocab_size={split.vocab_size}, or prepare into another "
+                "data.path."
             )
         if split.tokens < cfg.model.seq_len + (name == "train"):  # in training, a window's last token is only a target
             raise ConfigError(

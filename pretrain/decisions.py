@@ -97,4 +97,5 @@ def must_stop_unsaved(cfg: RunConfig, seen: Seen) -> bool:
 
 
 def due(step: int, every: int | None) -> bool:
+    """Whether what is done every so many steps (None: never) is done after the update number `step`."""
     return every is not None and step % every == 0

@@ -114,7 +114,7 @@ class Trainer:
                 model=decoder, optimizer=adamw(decoder, cfg.optim), config=deepspeed_config(cfg, ranks.world)
             )
         log.debug("%s", chatter.getvalue())
-        self._guard = _guard_for(self.engine, self._head_norm_squared)
+        _join_norms(self.engine, self._head_norm_squared)
 
     def fragments(self, own_part: bool = False) -> dict[str, Fragment]:
         """All float32 masters and moments that this rank holds. Collective at ZeRO stage 3.
@@ -153,8 +153,8 @@ class Trainer:
             if self.engine.is_gradient_accumulation_boundary():
                 self._average_over_replicas()
             self.engine.step()
-        applied = self._guard.applied()
-        norm = torch.as_tensor(self._guard.norm(), device=self.ranks.device)
+        applied = bool(self.engine.was_step_applied())
+        norm = torch.as_tensor(self.engine.get_global_grad_norm(), device=self.ranks.device)
         if applied:
             self._step_head(norm)
         self.head_optimizer.zero_grad(set_to_none=True)
@@ -170,7 +170,9 @@ class Trainer:
 
     @torch.no_grad()
     def score(self, inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `pretrain.modules.score_positions`. Collective."""
+        """Inputs (B, T), positions and targets (B, S) -> nats and most probable tokens, (B * S,) each, as
+        `pretrain.modules.score_positions` gives them. Collective.
+        """
         self.engine.eval()
         self.head.eval()
         return score_positions(self.head, self.hidden(inputs), at, targets)
@@ -198,49 +200,12 @@ class Trainer:
         self.head_optimizer.step()
 
 
-class _Guard:
+def _join_norms(engine: Any, head_squared: Callable[[], Tensor]) -> None:
     """Joins the head's norm to the engine's: one clip, and one decision whether the step is taken.
 
     DeepSpeed skips a step whose norm is not finite. Each class takes its norm in another place; an unknown class is
     an error, so that a new DeepSpeed fails loudly instead of clipping trunk and head apart.
     """
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-
-    def norm(self) -> Any:
-        return self.engine.get_global_grad_norm()
-
-    def applied(self) -> bool:
-        return bool(self.engine.was_step_applied())
-
-
-class _PlainGuard(_Guard):
-    """Stage 0 in float32: a plain torch optimiser that DeepSpeed neither guards nor skips."""
-
-    def __init__(self, engine: Any, head_squared: Callable[[], Tensor]) -> None:
-        super().__init__(engine)
-        self.head_squared = head_squared
-        self.finite = True
-        engine.clip_fp32_gradients = self._clip
-
-    def _clip(self) -> None:
-        parameters = [p for p in self.engine.module.parameters() if p.grad is not None]
-        trunk = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        norm = (trunk.square() + self.head_squared()).sqrt()
-        self.finite = bool(norm.isfinite())
-        self.engine._global_grad_norm = norm.item() if self.finite else float("inf")
-        if self.finite:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.engine.gradient_clipping(), norm)
-        else:
-            for parameter in parameters:
-                parameter.grad = None  # AdamW leaves a parameter without gradient alone, moments and all
-
-    def applied(self) -> bool:
-        return self.finite
-
-
-def _guard_for(engine: Any, head_squared: Callable[[], Tensor]) -> _Guard:
     optimizer = engine.optimizer
     name = type(optimizer).__name__
 
@@ -267,7 +232,26 @@ def _guard_for(engine: Any, head_squared: Callable[[], Tensor]) -> _Guard:
 
         optimizer.get_grads_for_norm = grads_for_norm
     elif optimizer is engine.basic_optimizer:
-        return _PlainGuard(engine, head_squared)
+        _clip_together(engine, head_squared)
     else:
         raise AssertionError(f"DeepSpeed {deepspeed.__version__} made a {name}: where does it take its norm?")
-    return _Guard(engine)
+
+
+def _clip_together(engine: Any, head_squared: Callable[[], Tensor]) -> None:
+    """Stage 0 in float32: a plain torch optimiser that DeepSpeed neither guards nor skips."""
+    finite = True
+
+    def clip() -> None:
+        nonlocal finite
+        parameters = [p for p in engine.module.parameters() if p.grad is not None]
+        trunk = torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        norm = (trunk.square() + head_squared()).sqrt()
+        finite = bool(norm.isfinite())
+        engine._global_grad_norm = norm.item() if finite else float("inf")
+        if finite:
+            torch.nn.utils.clip_grads_with_norm_(parameters, engine.gradient_clipping(), norm)
+        else:
+            for parameter in parameters:
+                parameter.grad = None  # AdamW leaves a parameter without gradient alone, moments and all
+
+    engine.clip_fp32_gradients, engine.was_step_applied = clip, lambda: finite

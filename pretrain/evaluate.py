@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from common import command
 from common.errors import ConfigError
-from common.plain import to_json
+from common.strict_json import to_json
 
 if TYPE_CHECKING:
     from pretrain.analysis.evaluation import Task
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
+    """The runs, the text to score them on, and how."""
     made = command.parser(
         "evaluate",
         "Held-out perplexity, nats/token, bits/byte and accuracy of a run over a whole split, every token scored once. "
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Scores on this rank, and prints on the first; exit code 2 for what cannot be scored or compared."""
     made = parser()
     asked = command.parse(made, argv)
     if len(asked.runs) != 1 + asked.paired:
@@ -104,13 +106,10 @@ def _tell(told: list[dict[str, Any]]) -> None:
             print(_difference(found))
             continue
         print(
-            f"{found['checkpoint']} on {found['split']}: "
-            f"{'pseudo-' if found['objective'] == 'masked' else ''}perplexity "
-            f"{found['perplexity']:.3f}, "
-            f"{found['loss']:.5f}{_error(found['loss_se'])} nats/token, "
-            f"{_bits(found)} bits/byte, accuracy "
-            f"{found['accuracy']:.2%} over {found['tokens']:,} tokens, {_count(found['text_bytes'])} bytes, "
-            f"{found['documents']:,} documents"
+            f"{found['checkpoint']} on {found['split']}: {'pseudo-' if found['objective'] == 'masked' else ''}"
+            f"perplexity {found['perplexity']:.3f}, {found['loss']:.5f}{_error(found['loss_se'])} nats/token, "
+            f"{_bits(found)} bits/byte, accuracy {found['accuracy']:.2%} over {found['tokens']:,} tokens, "
+            f"{_count(found['text_bytes'])} bytes, {found['documents']:,} documents"
         )
         if "sources" in found:
             _tell_sources(found["sources"])

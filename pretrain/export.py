@@ -17,14 +17,12 @@ MAX_GB = 5.0  # of one file
 
 
 def parser(default: str = "weights") -> argparse.ArgumentParser:
+    """RUN, the folder to make, and how; `default`: the format where none is given."""
     made = command.parser(
         "export",
         "Write a checkpoint for others. transformers: a folder that the transformers library loads (docs/export.md). "
         "weights: the float32 weights as plain safetensors, beside the run's config.yaml.",
-        [
-            "runs/quickstart --out exported",
-            "runs/quickstart/checkpoints/step-00000100 --out weights --format weights",
-        ],
+        ["runs/quickstart --out exported", "runs/quickstart/checkpoints/step-00000100 --out weights --format weights"],
     )
     command.add_run(made)
     made.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
@@ -36,17 +34,17 @@ def parser(default: str = "weights") -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, default: str = "weights") -> int:
+    """Writes the folder, whole or not at all; exit code 2 if that cannot be. `default`: as `parser` takes it."""
     return command.run(_export, command.parse(parser(default), argv))
 
 
 def _export(asked: argparse.Namespace) -> None:
     if not asked.max_gb > 0:
         raise ConfigError(f"--max-gb {asked.max_gb}: must be positive")
-    if asked.format == "weights":
-        from pretrain.analysis.export import export_weights as export
-    else:
-        from pretrain.analysis.export import export_transformers as export
-    checkpoint, size = export(Path(asked.run), asked.out, asked.max_gb * 1e9)
+    from pretrain.analysis import export
+
+    write = export.export_weights if asked.format == "weights" else export.export_transformers
+    checkpoint, size = write(Path(asked.run), asked.out, asked.max_gb * 1e9)
     print(f"{asked.out}: {size / 1e9:.3g} GB of weights of {checkpoint}")
 
 

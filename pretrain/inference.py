@@ -33,7 +33,9 @@ class Model:
         return hidden_states(self.decoder, self.head, tokens, self.cfg, self.eos_id)
 
     def score(self, inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """See `pretrain.modules.score_positions`."""
+        """Inputs (B, T), positions and targets (B, S) -> nats and most probable tokens, (B * S,) each, as
+        `pretrain.modules.score_positions` gives them. Every rank of the vocabulary group calls it, with as many.
+        """
         return score_positions(self.head, self.hidden(inputs), at, targets)
 
 

@@ -27,7 +27,7 @@ from pretrain.config import RunConfig
 from pretrain.decisions import Next, Outcome, Seen, decide, ends_early, must_stop_unsaved, outcome
 from pretrain.energy.meter import Meter, Spent
 from pretrain.engine import Step, Trainer
-from pretrain.metrics import Recorder
+from pretrain.recorder import Recorder
 from pretrain.records import Counters, Eval, Save
 from pretrain.run_folder import RunFolder
 from pretrain.runtime.ranks import Ranks
@@ -172,10 +172,8 @@ class Run:
             self.say(f"held-out {figure(cfg.model)} {scores.perplexity:.2f}{bits} at step {step}")
             if spent[0].seconds > cfg.checkpoint.grace_s:
                 log.warning(
-                    "an evaluation takes %.0f s, in which a preempted job does not save, and it has %.0f s "
-                    "(checkpoint.grace_s): it may be cut off",
-                    spent[0].seconds,
-                    cfg.checkpoint.grace_s,
+                    f"an evaluation takes {spent[0].seconds:.0f} s, in which a preempted job does not save, and it has "
+                    f"{cfg.checkpoint.grace_s:.0f} s (checkpoint.grace_s): it may be cut off"
                 )
         least = self.progress.best_nats
         best = math.isfinite(scores.loss) and (least is None or scores.loss < least)
@@ -225,9 +223,8 @@ class Run:
         self.say(f"saved {saved.path} in {saved.seconds:.1f} s; training waited {stall.seconds:.2f} s")
         if saved.seconds > self.cfg.checkpoint.grace_s:
             log.warning(
-                "a save takes %.0f s, but a preempted job has %.0f s (checkpoint.grace_s): it may be cut off",
-                saved.seconds,
-                self.cfg.checkpoint.grace_s,
+                f"a save takes {saved.seconds:.0f} s, but a preempted job has {self.cfg.checkpoint.grace_s:.0f} s "
+                "(checkpoint.grace_s): it may be cut off"
             )
 
     def _account(self, spent: Spent) -> None:
@@ -247,10 +244,12 @@ class Run:
             self.recorder.record(Counters(step=step, measured=measured, missing=self._counters))
 
     def say(self, text: str) -> None:
+        """Prints a line on the console, on the first rank."""
         if self.recorder is not None:
             self.recorder.say(text)
 
     def close(self) -> None:
+        """Ends the threads and files of a run, which may not go on; a save under way ends first."""
         self.saver.close()
         if self.recorder is not None:
             self.recorder.close()

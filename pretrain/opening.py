@@ -20,7 +20,7 @@ from pretrain.config import RunConfig, dump
 from pretrain.energy.meter import Meter, zeus_counter
 from pretrain.engine import Trainer
 from pretrain.loop import Run
-from pretrain.metrics import Recorder
+from pretrain.recorder import Recorder
 from pretrain.run_folder import RunFolder
 from pretrain.runtime.ranks import Ranks
 

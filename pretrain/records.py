@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from common.errors import ConfigError
-from common.plain import from_json, to_json
+from common.strict_json import from_json, to_json
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Record:
         return {name: values[name] for name in sorted(values, key=shared.__contains__) if name != "step"}
 
     def line(self) -> str:
+        """As it stands in metrics.jsonl, without the line's end."""
         return to_json({"kind": self.kind, "step": self.step, **self.values()})
 
 
@@ -49,6 +50,7 @@ class Phase(Record):
     dram_j: float | None = None
 
     def joules(self, part: str) -> float | None:
+        """Those of one of PARTS; None: not measured, or too short to be."""
         return getattr(self, JOULES[part])
 
 
@@ -60,7 +62,7 @@ class Train(Phase):
     loss: float | None  # of the last step
     loss_mean: float | None = None
     tokens: int = 0  # since the run began
-    tokens_by_source: Mapping[str, int] | None = None
+    tokens_by_source: Mapping[str, int] | None = None  # since the record before
     batch: str | None = None  # fingerprint of the last step's batch
     lr: float = 0.0
     exponent: float | None = None
@@ -70,9 +72,9 @@ class Train(Phase):
     grad_norm_clipped: float | None = None
     skipped: int = 0  # steps that were not finite
     tokens_per_s: float = 0.0
-    data_wait_s: float | None = None
+    data_wait_s: float | None = None  # seconds in which the first rank waited for its batches
     gpu_j_per_token: float | None = None
-    mfu: float | None = None
+    mfu: float | None = None  # share of the GPUs' dense bf16 peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,4 +151,5 @@ def read(path: Path) -> list[Record]:
 
 
 def of_kind(records: Iterable[Record], model: type[Kind]) -> list[Kind]:
+    """The records of a model or of models derived from it, in their order: `Phase` gives all but counters."""
     return [record for record in records if isinstance(record, model)]

@@ -17,7 +17,7 @@ from typing import Any
 from common import command
 from common.errors import ConfigError
 from common.files import replace_file
-from common.plain import plain, to_json
+from common.strict_json import plain, to_json
 from pretrain.run_folder import INTERPRETED, RunFolder
 
 
@@ -44,6 +44,7 @@ def _write(run: Path, figures: dict[str, Any], cka: list[dict[str, Any]]) -> Pat
 
 
 def parser() -> argparse.ArgumentParser:
+    """The runs, and what to tell of them."""
     made = command.parser(
         "report",
         "What runs came to, side by side: loss, bits/byte, speed, memory, energy. With --interpret, also how their "
@@ -67,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the tables, and writes geometry where it is asked for; exit code 2 for what is no run folder."""
     return command.run(_report, command.parse(parser(), argv))
 
 

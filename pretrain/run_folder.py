@@ -23,17 +23,26 @@ if TYPE_CHECKING:
     from pretrain.runtime.ranks import Ranks
 
 CONFIG = "config.yaml"  # resolved
-METRICS = "metrics.jsonl"
+METRICS = "metrics.jsonl"  # the records
 INTERPRETED = "interpret.json"  # the figures of `report --interpret`
 MEASURED = "measured.json"  # those of a study
 DOCUMENTS = "documents.npz"  # a study's evaluation, by document
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunFolder:
-    """The folder `path` of a run, which need not be there yet."""
+    """The folder `path` of a run, which need not be there yet, and what stands in it under which name."""
 
     path: Path
+
+    def __post_init__(self) -> None:
+        self.config = self.path / CONFIG
+        self.metrics = self.path / METRICS
+        self.checkpoints_folder = self.path / checkpoints.CHECKPOINTS
+        self.exit_record = self.path / endings.EXIT_RECORD
+        self.interpreted = self.path / INTERPRETED
+        self.measured = self.path / MEASURED
+        self.documents = self.path / DOCUMENTS
 
     @classmethod
     def containing(cls, path: Path) -> RunFolder:
@@ -51,38 +60,6 @@ class RunFolder:
         if not run.config.exists() or not run.metrics.exists():
             raise ConfigError(f"{path}: not a run folder (no {CONFIG} and {METRICS} in it); give one that was trained")
         return run
-
-    # ---- the names in it
-
-    @property
-    def config(self) -> Path:
-        return self.path / CONFIG
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / METRICS
-
-    @property
-    def checkpoints_folder(self) -> Path:
-        return self.path / checkpoints.CHECKPOINTS
-
-    @property
-    def exit_record(self) -> Path:
-        return self.path / endings.EXIT_RECORD
-
-    @property
-    def interpreted(self) -> Path:
-        return self.path / INTERPRETED
-
-    @property
-    def measured(self) -> Path:
-        return self.path / MEASURED
-
-    @property
-    def documents(self) -> Path:
-        return self.path / DOCUMENTS
-
-    # ---- what they hold
 
     def settings(self, overrides: Sequence[str] = ()) -> RunConfig:
         """The run's resolved configuration, with `key=value` overrides. Raises ConfigError."""

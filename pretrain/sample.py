@@ -11,13 +11,11 @@ from common import command
 
 
 def parser() -> argparse.ArgumentParser:
+    """RUN, the text to go on from, and how to draw tokens."""
     made = command.parser(
         "sample",
         "Continue a text with a trained model, token by token.",
-        [
-            'runs/quickstart --prompt "The list"',
-            "runs/quickstart --tokens 100 --temperature 0.8 --top-p 0.95 --seed 1",
-        ],
+        ['runs/quickstart --prompt "The list"', "runs/quickstart --tokens 100 --temperature 0.8 --top-p 0.95 --seed 1"],
     )
     command.add_run(made)
     made.add_argument("--prompt", default="", metavar="TEXT", help="what to go on from (default: a new document)")
@@ -36,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints prompt and continuation, token by token; exit code 2 if there is no checkpoint."""
     return command.run(_sample, command.parse(parser(), argv))
 
 

@@ -22,6 +22,7 @@ from common.errors import ConfigError
 
 
 def parser() -> argparse.ArgumentParser:
+    """RUN, settings of the layout, and how much is trained again."""
     made = command.parser(
         "verify",
         "Is a run folder whole, and does its training repeat? Compares every checkpoint's files with their hashes and "
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Verifies on this rank, and prints on the first; exit code 0 PASS, 1 FAIL, 2 bad input."""
     return command.run(_verify, command.parse(parser(), argv, strict=False))
 
 

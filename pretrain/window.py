@@ -12,7 +12,7 @@ from pretrain.batches import Batches
 from pretrain.config import RunConfig
 from pretrain.energy.meter import Meter, Spent
 from pretrain.engine import Step
-from pretrain.metrics import peak_flops
+from pretrain.recorder import peak_flops
 from pretrain.records import Train
 from pretrain.runtime.ranks import Ranks
 
@@ -29,11 +29,13 @@ class Window:
         meter.begin("train")
 
     def add(self, step: Step) -> None:
+        """Notes what an update did, without waiting for the device."""
         self.losses.append(step.loss)
         self.norms.append(step.norm)
         self.skipped += not step.applied
 
     def drop(self) -> None:
+        """Ends the window without a record. Collective."""
         self.meter.end()
 
     def close(self, ranks: Ranks) -> Spent:

@@ -28,7 +28,7 @@ ALLOWED_WITHIN = {  # folder -> folders of the house that it may import
 }
 PRETRAIN = (  # from the lowest room up: each imports what stands before it
     *("records", "config", "runtime", "modules", "checkpoints", "energy", "optim", "batches", "engine", "inference"),
-    *("run_folder", "metrics", "analysis", "window", "decisions", "loop", "opening", "replay", "study"),
+    *("run_folder", "recorder", "analysis", "window", "decisions", "loop", "opening", "replay", "study"),
 )
 EXCEPTIONS: dict[str, set[str]] = {
     "model/__main__.py": {"model", "cli"},  # the console script; nothing imports it
@@ -43,8 +43,8 @@ OUTSIDERS = {  # package -> files that may import it; elsewhere in the four fold
     "torch": lambda path: path.parts[0] in ("model", "pretrain"),
     "deepspeed": lambda path: path.as_posix() == "pretrain/engine.py",
     "zeus": lambda path: path.as_posix() == "pretrain/energy/meter.py",
-    "tensorboard": lambda path: path.as_posix() == "pretrain/metrics.py",
-    "torch.utils.tensorboard": lambda path: path.as_posix() == "pretrain/metrics.py",
+    "tensorboard": lambda path: path.as_posix() == "pretrain/recorder.py",
+    "torch.utils.tensorboard": lambda path: path.as_posix() == "pretrain/recorder.py",
     "lm_eval": lambda path: path.as_posix() == "pretrain/analysis/harness.py",
     "datasets": lambda path: path.parts[0] == "data",
     "sentencepiece": lambda path: path.parts[0] == "data" or path.as_posix() == "model/hf/tokenization_overtone.py",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from common.files import replace_file
-from common.plain import from_json, to_json
+from common.strict_json import from_json, to_json
 
 
 @dataclass

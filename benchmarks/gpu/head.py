@@ -24,7 +24,7 @@ from typing import IO, Any
 from benchmarks.gpu.findings import Findings
 from benchmarks.measuring import parser
 from benchmarks.processes import end, finish, start
-from common.plain import to_json
+from common.strict_json import to_json
 
 PRODUCTS = ("euclidean", "cosine", "dot")
 RIVALS = ("softmax, Liger", "softmax, cut cross-entropy", "softmax, materialised")

@@ -16,7 +16,7 @@ from benchmarks.gpu.findings import Found
 from benchmarks.machine import slug
 from benchmarks.processes import ROOT
 from common.files import replace_file
-from common.plain import to_json
+from common.strict_json import to_json
 
 FORMAT = 1
 MARK = "Made by `python -m benchmarks.gpu"  # in every page of ours: no page by hand is written over

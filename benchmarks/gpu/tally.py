@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from common.plain import to_json
+from common.strict_json import to_json
 
 VARIABLE = "OVERTONE_TALLY"
 

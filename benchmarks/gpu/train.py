@@ -21,7 +21,7 @@ from benchmarks.gpu import tokens
 from benchmarks.gpu.findings import Findings
 from benchmarks.measuring import parser
 from benchmarks.processes import finish, start
-from common.plain import from_json, to_json
+from common.strict_json import from_json, to_json
 
 CONFIG = "configs/gpt2-124m-untied.yaml"
 VOCAB, PADDED = 50_257, 50_304  # of the ids; of plain PyTorch's logits, as nanoGPT pads them
@@ -288,7 +288,7 @@ def plain_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
     from data.shards import open_split
     from model.decoder import Decoder
     from pretrain.batches import Batches
-    from pretrain.metrics import peak_flops
+    from pretrain.recorder import peak_flops
     from pretrain.runtime import ranks as process
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

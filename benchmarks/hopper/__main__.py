@@ -28,7 +28,7 @@ from benchmarks.hopper.machine_code import Compiled
 from benchmarks.hopper.recorder import BUDGET, Count, Recorder, record
 from benchmarks.measuring import parser
 from benchmarks.processes import ROOT
-from common.plain import to_json
+from common.strict_json import to_json
 
 RESULTS = ROOT / "benchmarks" / "results" / "head-gpu-model.md"
 PRODUCT_RATE = 700e12  # floating-point operations per second of bfloat16 products

@@ -10,6 +10,7 @@ from common import command
 
 
 def parser() -> argparse.ArgumentParser:
+    """The folder with the token files, the one to make, and what the files themselves do not tell of their ids."""
     made = command.parser(
         "import",
         "Turn nanoGPT's train.bin and val.bin (GPT-2 tokens), or llm.c's token files, into a prepared folder. Train on "
@@ -33,6 +34,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Imports the files; exit code 2 if they are not what the options say."""
     return command.run(_import, command.parse(parser(), argv))
 
 

@@ -10,6 +10,7 @@ from data.commands.prepare import data_section
 
 
 def parser() -> argparse.ArgumentParser:
+    """CONFIG, of which the `data:` section alone is read."""
     made = command.parser(
         "inspect",
         "Tell what data.path holds: counts, lengths, frequent tokens, a sample.",
@@ -20,6 +21,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints what the prepared folder holds; exit code 2 if there is none, or a damaged one."""
     return command.run(_inspect, command.parse(parser(), argv))
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 def parser() -> argparse.ArgumentParser:
+    """CONFIG, of which the `data:` section alone is read, and the number of workers."""
     made = command.parser(
         "prepare",
         "Train the tokenizer and write token shards into data.path, or find them there. Killed, the same command goes "
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prepares the data, or finds them prepared; exit code 2 if that cannot be."""
     return command.run(_prepare, command.parse(parser(), argv))
 
 
@@ -38,7 +40,7 @@ def _prepare(asked: argparse.Namespace) -> None:
 
 
 def data_section(asked: argparse.Namespace) -> DataConfig:
-    """The `data:` section of CONFIG. Raises ConfigError."""
+    """The `data:` section of CONFIG, with the command line's settings. Raises ConfigError if it is missing or wrong."""
     from common.settings import read_tree, validate
     from data.config import DataConfig
 

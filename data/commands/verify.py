@@ -10,6 +10,7 @@ from data.commands.prepare import data_section
 
 
 def parser() -> argparse.ArgumentParser:
+    """CONFIG, of which the `data:` section alone is read."""
     made = command.parser(
         "verify-data",
         "Compare every byte in data.path with the hashes taken when it was written.",
@@ -21,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Reads every byte of the prepared folder; exit code 2 for the first file that is missing or differs."""
     return command.run(_verify, command.parse(parser(), argv))
 
 

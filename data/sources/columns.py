@@ -53,7 +53,7 @@ def _texts(column: Any) -> Iterator[str]:
 
 @contextmanager
 def parquet_file(part: Part, place: Callable[[], str]) -> Iterator[Any]:
-    """The open file, once its schema was checked."""
+    """The open `ParquetFile`, once its schema was checked; `place`: how far reading is, for messages."""
     from pyarrow import parquet  # type: ignore[import-untyped]
 
     with damage_named(part.name, place), open_stored(part.name) as stored, parquet.ParquetFile(stored) as table:
@@ -62,6 +62,7 @@ def parquet_file(part: Part, place: Callable[[], str]) -> Iterator[Any]:
 
 
 def parquet_rows(part: Part, first: int) -> Rows:
+    """Rows of a parquet file from row `first` on; row groups before it are not read. Raises ConfigError."""
     row = group = 0
     with parquet_file(part, lambda: f"row {row} (row group {group})") as table:
         rows = table.metadata.num_rows
@@ -92,6 +93,7 @@ def arrow_file(part: Part, place: Callable[[], str]) -> Iterator[tuple[Iterator[
 
 
 def arrow_rows(part: Part, first: int) -> Rows:
+    """Rows of an Arrow file or stream from row `first` on. Raises ConfigError."""
     row = 0
     with arrow_file(part, lambda: f"row {row}") as (batches, stored):
         for batch in batches:

@@ -68,27 +68,24 @@ def _found(source: HubSource, folder: Path | None) -> dict[str, list[str]]:
         builder = datasets.load_dataset_builder(str(folder or source.name), source.subset, revision=source.revision)
     except Exception as error:  # the Hub's client and its own client have classes of their own
         reason = " ".join(str(error).split()) or repr(error)
-        remedy = _local_remedy(error) if folder else _remote_remedy(error, source)
-        raise ConfigError(f"{source.name}: the dataset cannot be read: {reason}; {remedy}") from None
+        raise ConfigError(
+            f"{source.name}: the dataset cannot be read: {reason}; {_remedy(error, source, folder)}"
+        ) from None
     return {str(split): list(names) for split, names in (builder.config.data_files or {}).items()}
 
 
-def _local_remedy(error: Exception) -> str:
-    if _about_subset(error):
-        return "set data.source.subset to one of them"
-    return (
-        f"give a folder with files of these types in the layout of a dataset: {', '.join(SUFFIXES)}; or name the files "
-        "themselves with data.source.kind=files"
-    )
-
-
-def _remote_remedy(error: Exception, source: HubSource) -> str:
+def _remedy(error: Exception, source: HubSource, folder: Path | None) -> str:
     """What would help, as far as the classes and messages of `datasets` and the Hub's client tell."""
     import datasets
 
     message, page = str(error), f"https://huggingface.co/datasets/{source.name}"
-    if _about_subset(error):
+    if isinstance(error, ValueError) and "onfig" in message and "vailable" in message:
         return "set data.source.subset to one of them"
+    if folder is not None:
+        return (
+            f"give a folder with files of these types in the layout of a dataset: {', '.join(SUFFIXES)}; or name the "
+            "files themselves with data.source.kind=files"
+        )
     if "gated" in message:
         return f"ask for access and accept the terms on {page}, then set HF_TOKEN or run `hf auth login`"
     if isinstance(error, datasets.exceptions.DatasetNotFoundError):
@@ -103,10 +100,6 @@ def _remote_remedy(error: Exception, source: HubSource) -> str:
             return f"HF_HUB_OFFLINE is set, so the Hub was not asked: unset it, or {local}"
         return f"check the network (and HF_ENDPOINT, if it is set), or {local}"
     return f"set data.source.revision={CONVERTED} for the Hub's own copy in parquet files, or {local}"
-
-
-def _about_subset(error: Exception) -> bool:
-    return isinstance(error, ValueError) and "onfig" in str(error) and "vailable" in str(error)
 
 
 # ---- what save_to_disk wrote

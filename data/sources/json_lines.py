@@ -31,6 +31,7 @@ def _integer(digits: str) -> int | float:
 
 
 def json_rows(part: Part) -> Rows:
+    """The text of each line that is not blank. Raises ConfigError that names the line."""
     for number, line, share in lines_of(part):
         line = line.removeprefix(MARK)  # of a file that was appended to another
         if line and not line.isspace():

@@ -62,7 +62,15 @@ def damage_named(name: str, place: Callable[[], str]) -> Iterator[None]:
 def unpacked(part: Part) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
     """The file's content as a stream, and the stored file below it, which tells how far reading is."""
     with open_stored(part.name) as stored:
-        yield _unpacked(stored, part.name), stored
+        if part.name.endswith(".gz"):
+            yield gzip.GzipFile(fileobj=stored, mode="rb"), stored  # type: ignore[misc]
+        elif part.name.endswith(".zst"):
+            import pyarrow
+
+            packed = pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, mode="r"), "zstd")
+            yield io.BufferedReader(packed), stored
+        else:
+            yield stored, stored
 
 
 def open_stored(name: str) -> IO[bytes]:
@@ -72,16 +80,6 @@ def open_stored(name: str) -> IO[bytes]:
 
         return fsspec.open(name, "rb").open()
     return open(name, "rb")
-
-
-def _unpacked(stored: IO[bytes], name: str) -> IO[bytes]:
-    if name.endswith(".gz"):
-        return gzip.GzipFile(fileobj=stored, mode="rb")  # type: ignore[return-value]
-    if name.endswith(".zst"):
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(stored, mode="r"), "zstd"))
-    return stored
 
 
 def lines_of(part: Part) -> Iterator[tuple[int, str, float]]:

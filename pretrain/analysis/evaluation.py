@@ -15,7 +15,7 @@ from data.manifest import check_tokenizer, read_manifest
 from data.shards import open_split
 from data.texts import Texts
 from data.vocabulary import open_tokenizer
-from pretrain.analysis.heldout import documents_of
+from pretrain.analysis.heldout import documents_of, tokens_of
 from pretrain.analysis.scoring import Evaluation, evaluate, scoring
 from pretrain.config import RunConfig
 from pretrain.run_folder import RunFolder
@@ -67,7 +67,7 @@ def run_task(task: Task, ranks: Ranks) -> tuple[Evaluation, Path]:
 
 
 def by_source(task: Task, result: Evaluation) -> dict[str, Evaluation]:
-    """The result of each source, where the data know of several."""
+    """The result of each source by its name, without those that have no document; empty where the data know of one."""
     split = task.windows.split
     if len(split.sources) < 2:
         return {}
@@ -107,10 +107,6 @@ def check_same_documents(a: Task, b: Task) -> None:
 
 def _contents(task: Task, decoded: bool) -> Iterator[str | bytes]:
     """What tells documents apart, one after the other: bytes of their tokens, or their text."""
-    split = task.windows.split
     if decoded:
-        yield from documents_of(split, open_tokenizer(task.folder))
-        return
-    starts = split.document_starts().tolist()
-    for start, end in zip(starts, [*starts[1:], split.tokens], strict=True):
-        yield split.read(start, end - start).tobytes()
+        return documents_of(task.windows.split, open_tokenizer(task.folder))
+    return (tokens.tobytes() for tokens in tokens_of(task.windows.split))

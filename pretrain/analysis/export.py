@@ -68,6 +68,7 @@ def _facts(run: RunFolder, state: Mapping[str, Any], cfg: RunConfig, parameters:
     before = [record for record in run.records(Eval) if record.step <= state["step"]]
     held_out = before[-1] if before else None
     joules, identity = total_j(state["joules"]), state["identity"]
+    energy = "not measured" if joules is None else f"{joules:,.0f} J ({', '.join(state['joules'])})"
     forms = {
         figure(cfg.model): "perplexity",
         "nats/token": "loss",
@@ -79,9 +80,7 @@ def _facts(run: RunFolder, state: Mapping[str, Any], cfg: RunConfig, parameters:
         "updates": f"{state['step']:,} of {cfg.train.steps:,}",
         "training tokens": f"{state['tokens']:,}",
         "training time (h:mm:ss)": clock(state["train_seconds"]),
-        "energy, of all phases": "not measured"
-        if joules is None
-        else f"{joules:,.0f} J ({', '.join(state['joules'])})",
+        "energy, of all phases": energy,
         "precision of training": f"{cfg.train.precision}; the weights here are the float32 masters",
         **{f"held-out {name}": _figure(getattr(held_out, key, None)) for name, key in forms.items()},
         "held-out figures are of update": f"{held_out.step:,}" if held_out else "not measured",

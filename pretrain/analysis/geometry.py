@@ -308,6 +308,8 @@ def linear_cka(x: Tensor, y: Tensor) -> float:
 
 
 class Circle(NamedTuple):
+    """How near points are to a circle, and in which order they run around it."""
+
     score: float  # 0 to 1
     frequency: int  # steps of 1 / p of a turn from one row to the next
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from common.command import refuse
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
 from data.vocabulary import open_tokenizer
 from model.sample import generate
 from pretrain.run_folder import RunFolder, settings_if_any
@@ -59,7 +59,7 @@ class Overtone(TemplateLM):
         others: none; lm-eval would end with a traceback.
 
     Raises:
-        ConfigError: as `python -m pretrain.evaluate`; an argument that is not known, or of another kind.
+        ConfigError: as `overtone evaluate`; an argument that is not known, or of another kind.
     """
 
     def __init__(
@@ -93,14 +93,16 @@ class Overtone(TemplateLM):
         most = math.inf if max_batch_size is None else int(max_batch_size)
         self.batch = asked or int(min(cfg.evaluation.micro_batch or cfg.train.micro_batch, most))
         self._device = ranks.device
-        self._told: set[str] = set()
+        self._told: set[str] = set()  # warnings that are given once
 
     @property
     def eot_token_id(self) -> int:
+        """The id of the end mark, which lm-eval puts where a context is empty."""
         return self.text.eos_id
 
     @property
     def max_length(self) -> int:
+        """Tokens that the model reads at once, for lm-eval."""
         return self.length
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None) -> list[int]:
@@ -110,11 +112,6 @@ class Overtone(TemplateLM):
 
     def _after_eos(self, ids: list[int]) -> list[int]:
         return ids if ids[:1] == [self.text.eos_id] else [self.text.eos_id, *ids]
-
-    def _warn_once(self, what: str, told: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            log.warning("%s", told)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Each continuation's log-likelihood in nats after its context, and whether it is the greedy one.
@@ -146,9 +143,9 @@ class Overtone(TemplateLM):
         kept = context.rstrip()
         before, whole = self.text.encode(kept), self.text.encode(context + continuation)
         same = next((k for k, (a, b) in enumerate(zip(before, whole, strict=False)) if a != b), len(before))
-        if same < len(before) and len(whole) > same:
-            self._warn_once(
-                "merged",
+        if same < len(before) and len(whole) > same and "merged" not in self._told:
+            self._told.add("merged")
+            log.warning(
                 f"the continuation {continuation!r} shares a token with the end of its context {kept[-40:]!r}: such "
                 "tokens are scored with the continuation (said once)",
             )
@@ -161,10 +158,8 @@ class Overtone(TemplateLM):
         cut = sum(len(context) + len(continuation) > self.length + 1 for _, context, continuation in requests)
         if cut:
             log.warning(
-                "%d of %d contexts are cut on the left, to the %d tokens that the model can read with the continuation",
-                cut,
-                len(requests),
-                self.length,
+                f"{cut} of {len(requests)} contexts are cut on the left, to the {self.length} tokens that the model "
+                "can read with the continuation"
             )
         order = sorted(range(len(requests)), key=lambda k: -len(requests[k][1]) - len(requests[k][2]))
         found: dict[int, tuple[float, bool]] = {}
@@ -224,20 +219,14 @@ class Overtone(TemplateLM):
         short = sum(len(ids) + one.most - 1 > self.length for ids, one in zip(given, asked, strict=True))
         if cut:
             log.warning(
-                "%d of %d prompts are longer than the %d tokens that the model reads: they are cut on the left, and "
-                "one token is generated",
-                cut,
-                len(given),
-                self.length,
+                f"{cut} of {len(given)} prompts are longer than the {self.length} tokens that the model reads: they "
+                "are cut on the left, and one token is generated"
             )
         if short > cut:
             log.warning(
-                "%d of %d generations get less than the max_gen_toks that their task asks for (%d where it does not "
-                "say): what the prompt leaves of the model's %d positions",
-                short - cut,
-                len(given),
-                MAX_NEW_TOKENS,
-                self.length,
+                f"{short - cut} of {len(given)} generations get less than the max_gen_toks that their task asks for "
+                f"({MAX_NEW_TOKENS} where it does not say): what the prompt leaves of the model's {self.length} "
+                "positions"
             )
         return [self._continued(ids[-self.length :], one) for ids, one in zip(given, asked, strict=True)]
 
@@ -325,13 +314,13 @@ def _first(text: str, ends: Iterable[str]) -> int:
 
 
 def main() -> int:
+    """lm-eval's own command, with `overtone` among its models; exit code 2 for bad input of ours."""
     from lm_eval.__main__ import cli_evaluate
 
     try:
         cli_evaluate()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return refuse(error)
     return 0
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from common.errors import ConfigError
 from data.manifest import TOKENIZER, read_manifest
 from data.shards import open_split
@@ -40,21 +42,23 @@ class HeldOut:
         """Whether bits per byte of the two compare; None: that is not known."""
         if self.objective != other.objective:
             return False
-        if (
-            None not in (self.data_fingerprint, other.data_fingerprint)
-            and self.data_fingerprint == other.data_fingerprint
-        ):
+        if self.data_fingerprint is not None and self.data_fingerprint == other.data_fingerprint:
             return True
         if self.text_sha256 is None or other.text_sha256 is None:
             return None
         return self.text_sha256 == other.text_sha256
 
 
-def documents_of(split: Scorable, tokenizer: Tokenizer) -> Iterator[str]:
-    """The text of each document, as its tokens give it back."""
+def tokens_of(split: Scorable) -> Iterator[np.ndarray]:
+    """The tokens of each document with its end mark, int64 (tokens,)."""
     starts = split.document_starts().tolist()
     for start, end in zip(starts, [*starts[1:], split.tokens], strict=True):
-        yield tokenizer.decode(split.read(start, end - start).tolist())
+        yield split.read(start, end - start)
+
+
+def documents_of(split: Scorable, tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of each document, as its tokens give it back."""
+    return (tokenizer.decode(tokens.tolist()) for tokens in tokens_of(split))
 
 
 def text_sha256(split: Scorable, folder: Path) -> str | None:

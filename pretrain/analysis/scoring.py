@@ -86,6 +86,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
+        """The exponential of the loss; infinite where that is no float."""
         try:
             return math.exp(self.loss)
         except OverflowError:  # e**710 is no float
@@ -110,6 +111,7 @@ class Evaluation:
         return Evaluation(self.nats[chosen], self.hits[chosen], self.tokens[chosen], self.text_bytes[chosen])
 
     def as_dict(self) -> dict[str, float | int | None]:
+        """The figures and counts of the whole, under the names that records have; None for what is not known."""
         return {
             "loss": self.loss,
             "perplexity": self.perplexity,
@@ -138,6 +140,7 @@ def evaluate(score: Score, windows: EvaluationWindows, micro_batch: int, ranks: 
     split = windows.split
     starts = split.document_starts()
     sums = np.zeros((3, len(starts)))  # nats, hits and tokens of each document
+    # as many passes on every rank, the last ones past the end: scoring is collective
     for first in range(ranks.rank * micro_batch, windows.count + ranks.rank * micro_batch, micro_batch * ranks.world):
         inputs, at, targets = windows.batch(first, micro_batch)
         on_device = (torch.from_numpy(part).to(ranks.device) for part in (inputs, at, targets))

@@ -49,19 +49,22 @@ class Progress:
 
     @property
     def total_j(self) -> float | None:
+        """Joules of all parts so far; None: not measured."""
         return total_j(self.joules)
 
 
 def total_j(joules: object) -> float | None:
-    """Of all parts in a checkpoint's `joules`; None if they are not told by part."""
+    """Joules of all parts in a checkpoint's `joules`; None if they are not told by part."""
     return float(sum(joules.values())) if isinstance(joules, Mapping) and joules else None
 
 
 def name_of(step: int) -> str:
+    """The name of the checkpoint after `step` updates; names sort as steps do."""
     return f"step-{step:08d}"
 
 
 def step_of(checkpoint: Path) -> int:
+    """The updates before a checkpoint that was published, as its name tells."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -71,7 +74,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def remove(checkpoint: Path) -> None:
-    """Renamed first, so that a deletion that is cut off leaves no half checkpoint under a good name."""
+    """Deletes a checkpoint. Renamed first, so that a deletion that is cut off leaves no half one under a good name."""
     doomed = checkpoint.with_name(f"{DRAFT}old-{checkpoint.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(checkpoint, doomed)
@@ -126,4 +129,5 @@ def damage(checkpoint: Path, check: Check = "full", share: tuple[int, int] = (0,
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint tells of its run: `Progress` as plain values, `identity`, `config`, `layout`, `versions`."""
     return json.loads((checkpoint / STATE).read_text())

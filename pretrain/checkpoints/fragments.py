@@ -31,6 +31,7 @@ class Fragment(torch.Tensor):
 
     @staticmethod
     def __new__(cls, local: Tensor, start: int, size: int, writes: bool = True) -> Fragment:
+        """`local`: flat values of this rank; `writes`: False where another rank holds the same ones and writes them."""
         made = torch.Tensor._make_wrapper_subclass(cls, torch.Size([size]), dtype=local.dtype, device=local.device)
         made.local, made.start, made.writes = local, start, writes
         return made
@@ -51,7 +52,7 @@ class Fragment(torch.Tensor):
 
     def __create_write_items__(self, name: str, _: Any) -> list[WriteItem]:
         if not self.writes:
-            return []  # another rank holds the same values and writes them
+            return []
         properties = TensorProperties.create_from_tensor(self.local)
         return [
             WriteItem(

@@ -107,10 +107,8 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):
-        damages = [damage(path, check, share)]
-        if ranks and ranks.world > 1:
-            damages = ranks.gather(damages[0])
-        wrong = next(filter(None, damages), None)
+        found = damage(path, check, share)
+        wrong = next(filter(None, ranks.gather(found) if ranks else [found]), None)
         if wrong is None:
             if path != candidates[-1]:
                 log.warning("going on from %s: what was trained after it is lost, and trained again", path.name)

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from common.files import flush, publish, replace_file, sha256_of
-from common.plain import to_json
+from common.strict_json import to_json
 from pretrain.checkpoints.folder import (
     ABANDONED,
     DRAFT,
@@ -84,7 +84,7 @@ class Snapshot:
             buffer.copy_(local, non_blocking=True)
             copies[name] = Fragment(buffer, fragment.start, fragment.numel())
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.synchronize()  # the next update changes what is still being copied
         return copies
 
 

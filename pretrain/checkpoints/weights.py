@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from common.errors import ConfigError
 from common.files import publish
-from common.plain import to_json
+from common.strict_json import to_json
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.checkpoints.folder import DRAFT, step_of
@@ -28,7 +28,6 @@ from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
 
 INDEX = "model.safetensors.index.json"
-MAX_GB = 5.0  # of one file
 
 
 def without_weights(cfg: RunConfig) -> tuple[Decoder, HarmonicHead]:
@@ -108,7 +107,7 @@ def write_weights(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Pat
 
 
 def read_weights(checkpoint: Path, wanted: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Some float32 weights of a checkpoint, by their exported names."""
+    """Some float32 weights of a checkpoint, by their exported names, each of the shape that is wanted, on the CPU."""
     found = {name: torch.empty(shape) for name, shape in wanted.items()}
     fragments = {stored_name(name): Fragment(t.view(-1), 0, t.numel()) for name, t in found.items()}
     load_alone(checkpoint, fragments)

@@ -68,19 +68,17 @@ class ZeusCounter:
         self.missing: dict[str, str] = {}
         self._readers: dict[str, Callable[[], list[float]]] = {}
         openers = {"gpu": lambda: self._gpus(gpus), "cpu": self._packages, "dram": self._memory}
-        self._try({part: openers[part] for part in owed})
-
-    def read(self) -> Reading:
-        return {part: reader() for part, reader in self._readers.items()}
-
-    def _try(self, openers: Mapping[str, Callable[[], Callable[[], list[float]]]]) -> None:
-        for part, opener in openers.items():
+        for part in owed:
             try:
-                reader = opener()
+                reader = openers[part]()
                 reader()
                 self._readers[part] = reader
             except Exception as error:  # no library, no device, no permission: the run goes on, unmeasured
                 self.missing[part] = str(error) or repr(error)
+
+    def read(self) -> Reading:
+        """Joules of each device since its counter began, by part. Raises whatever Zeus raises."""
+        return {part: reader() for part, reader in self._readers.items()}
 
     def _gpus(self, count: int) -> Callable[[], list[float]]:
         if not count:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from statistics import median, pvariance
 from typing import Any
 
@@ -24,6 +25,7 @@ Records = Sequence[Record]
 
 
 def kwh(energy_j: float) -> float:
+    """Joules in kilowatt hours."""
     return energy_j / 3.6e6
 
 
@@ -49,11 +51,12 @@ def joules_of(records: Records, part: str, kind: str | None = None) -> float | N
 
 
 def measured_parts(records: Records) -> list[str]:
+    """The parts of the machine that were measured over the whole run, in the order of PARTS."""
     return [part for part in PARTS if joules_of(records, part) is not None]
 
 
 def measured_joules(records: Records, kind: str | None = None) -> float | None:
-    """Of all parts that were measured throughout; None if none was."""
+    """Joules of all parts that were measured throughout, in the records of a kind (None: of all); None if none was."""
     by_part = [joules_of(records, part, kind) for part in measured_parts(records)]
     known = [joules for joules in by_part if joules is not None]
     return sum(known) if known else None
@@ -92,12 +95,7 @@ def to_target(records: Records, target_nats: float) -> dict[str, Any] | None:
         return None
     before = [record for record in records if record.step <= first.step]
     tokens = max((record.tokens for record in of_kind(before, Train)), default=0)
-    return {
-        "loss": first.loss,
-        "step": first.step,
-        "tokens": tokens,
-        "joules": measured_joules(before, "train"),
-    }
+    return {"loss": first.loss, "step": first.step, "tokens": tokens, "joules": measured_joules(before, "train")}
 
 
 def gradient_stability(norms: Sequence[float | None], warmup_steps: int = 0) -> dict[str, Any]:
@@ -110,7 +108,7 @@ def gradient_stability(norms: Sequence[float | None], warmup_steps: int = 0) -> 
     """
     settled = [math.log(norm) for norm in norms[warmup_steps:] if norm]
     variance = pvariance(settled) if len(settled) > 1 else None
-    return {"log_norm_variance": variance, **_spikes(norms, _norm_limit)}
+    return {"log_norm_variance": variance, **_spikes(norms, lambda window: NORM_SPIKE * median(window))}
 
 
 def learning_stability(losses: Sequence[float | None], held_out: Sequence[float | None]) -> dict[str, Any]:
@@ -123,19 +121,13 @@ def learning_stability(losses: Sequence[float | None], held_out: Sequence[float 
         rises: finite evaluations with a loss above the least before them; None with fewer than two.
         largest_rise: the most by which one was above it, 0.0 if none was.
     """
-    above: list[float] = []
     finite = [loss for loss in held_out if loss is not None]
-    for k, loss in enumerate(finite[1:], start=1):
-        above.append(loss - min(finite[:k]))
+    above = [loss - least for loss, least in zip(finite[1:], accumulate(finite, min), strict=False)]
     return {
         **_spikes(losses, _loss_limit),
         "rises": sum(rise > 0 for rise in above) if above else None,
         "largest_rise": max(0.0, *above) if above else None,
     }
-
-
-def _norm_limit(window: Sequence[float]) -> float:
-    return NORM_SPIKE * median(window)
 
 
 def _loss_limit(window: Sequence[float]) -> float:

@@ -19,12 +19,11 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import TextIO
 
 from common.errors import ConfigError
 from common.files import lock
-from common.plain import to_json
+from common.strict_json import to_json
 from common.variables import JOB_VARIABLE
 
 LOCK = "lock"  # in the run folder; its first line is the `Holder`, the second the first rank of a launcher's job
@@ -75,14 +74,13 @@ class Claim:
         self._file = file
 
     def release(self) -> None:
+        """Lets others have the folder: the lock goes with its file."""
         self._file.close()
 
     def __enter__(self) -> Claim:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.release()
 
 
@@ -153,6 +151,7 @@ def may_write(run: Path, job: str | None) -> bool:
 
 
 def new_job() -> str:
+    """An id that no other job has."""
     return uuid.uuid4().hex
 
 

@@ -7,7 +7,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from common.plain import to_json
+from common.strict_json import to_json
 
 EXIT_RECORD = "exit.json"
 FAILURES = "failures"
@@ -40,6 +40,7 @@ class Failure:
 
 
 def leave_exit(run: Path, job: str, code: int, reason: str, step: int | None) -> None:
+    """Writes `exit.json`, on the first rank. Raises OSError. `step`: the updates that the run has; None: it failed."""
     (run / EXIT_RECORD).write_text(to_json(asdict(Exit(code, reason, step, job))))
 
 

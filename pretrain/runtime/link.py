@@ -11,7 +11,7 @@ import socket
 import sys
 import time
 
-from common.plain import to_json
+from common.strict_json import to_json
 from common.variables import LINK_MARK
 
 SMALL, LARGE = 2, 2**22  # float32 values: latency, bandwidth
@@ -20,6 +20,7 @@ MEET_S = 30.0  # for the ranks to find each other
 
 
 def main() -> int:
+    """Times the all-reduces on this rank; exit code 1, and the reason printed, if the ranks do not meet."""
     import torch
 
     from pretrain.runtime import ranks as process

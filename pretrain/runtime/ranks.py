@@ -6,7 +6,6 @@ import ctypes
 import logging
 import os
 import socket
-import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -18,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from common.command import refuse
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
 from model.vocab_parallel import VocabShard, group_members, shard_of
 from pretrain.config import RunConfig
 from pretrain.runtime.deterministic import set_deterministic
@@ -30,9 +29,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Ranks:
+    """This process among the others, its device, and the groups that it reduces with."""
+
     rank: int
-    world: int
-    local_rank: int
+    world: int  # ranks on all hosts
+    local_rank: int  # among those on this host
     local_world: int
     device: torch.device
     own_gpu: bool = False  # each rank of this host sees a GPU of its own and no other
@@ -41,10 +42,12 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether it is the rank that writes and prints for all."""
         return self.rank == 0
 
     @property
     def replica_count(self) -> int:
+        """Ranks that hold the same prototypes, this one among them."""
         return 1 if self.replicas is None else dist.get_world_size(self.replicas)
 
     def shard(self, total: int) -> VocabShard:
@@ -73,6 +76,7 @@ class Ranks:
         return values
 
     def barrier(self) -> None:
+        """Returns once every rank has come here; nobody's device is waited for."""
         self.sum(torch.zeros(()))
 
 
@@ -163,8 +167,7 @@ def start_command(timeout_s: float = 1800, cfg: RunConfig | None = None) -> Rank
     try:
         return start(timeout_s, cfg)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_INPUT) from None
+        raise SystemExit(refuse(error)) from None
 
 
 def _describe_alone() -> None:

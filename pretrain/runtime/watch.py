@@ -31,23 +31,14 @@ from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any, NoReturn
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
-from common.plain import to_json
+from common.strict_json import to_json
 from common.variables import LEASE_VARIABLE
 from pretrain.config import RunConfig
-from pretrain.runtime.claim import (
-    STOP,
-    Claim,
-    Holder,
-    hold,
-    job_of,
-    may_write,
-    new_job,
-)
+from pretrain.runtime.claim import STOP, Claim, Holder, hold, job_of, may_write, new_job
 from pretrain.runtime.endings import FAILURES, Failure, leave_exit, set_aside_failures
 
 BEAT_S = 1.0  # between two signs of life, and two looks
@@ -85,10 +76,6 @@ def phase_of(stack: Iterable[tuple[str, str]]) -> str:
         if any(part in file and function in (None, name) for file, name in frames):
             return phase
     return "start"
-
-
-def _stack_of(frame: FrameType | None) -> list[tuple[str, str]]:
-    return [(f.f_code.co_filename, f.f_code.co_name) for f, _ in traceback.walk_stack(frame)]
 
 
 def _is_collective(error: BaseException, phase: str) -> bool:
@@ -170,9 +157,7 @@ class Watch:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and not isinstance(error, SystemExit):
             self.fail(error)
         self._over.set()
@@ -326,7 +311,9 @@ class Watch:
                 time.sleep(1)
         if not phase:
             main = sys._current_frames().get(threading.main_thread().ident or 0)
-            phase = phase_of(_stack_of(main))
+            phase = phase_of(
+                (frame.f_code.co_filename, frame.f_code.co_name) for frame, _ in traceback.walk_stack(main)
+            )
             text = "".join(traceback.format_stack(main))
         failure = Failure(self.rank, self.host, time.time(), kind, phase, error, text, code, list(suspects), self.job)
         if kind not in ("error", "told"):
@@ -336,9 +323,7 @@ class Watch:
             thread.start()
             thread.join(LEAVE_S)
         sys.stdout.flush()
-        for (
-            child
-        ) in multiprocessing.active_children():  # they would live on: Zeus has one that watches each CPU counter
+        for child in multiprocessing.active_children():  # they would live on: Zeus has one for the CPU's counters
             child.terminate()
         os._exit(code)
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from common import command
 from common.errors import ConfigError
 from common.files import lock, replace_file
-from common.plain import to_json
 from common.progress import say
+from common.strict_json import to_json
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -25,10 +25,10 @@ import torch
 
 from common.errors import ConfigError
 from common.files import replace_file
-from common.plain import to_json
 from common.progress import Log, progress
+from common.strict_json import to_json
 from common.workers import Workers
-from pretrain.metrics import machine
+from pretrain.recorder import machine
 from pretrain.study.algorithmic_cell import train_cell
 from pretrain.study.algorithmic_config import AlgorithmicConfig, Candidate, Cell, TaskName
 from pretrain.study.algorithmic_results import GOAL, at_fraction, compare, kept, median, summarise

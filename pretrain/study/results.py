@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from common.files import replace_file
-from common.plain import plain, to_json
+from common.strict_json import plain, to_json
 from data.shards import Split, open_split
 from model.config import ExponentRamp, HeadConfig
 from model.distances import DISTANCES
@@ -32,7 +32,7 @@ from pretrain.analysis.summary import summarise
 from pretrain.checkpoints.saver import versions
 from pretrain.config import RunConfig
 from pretrain.energy.sustainability import joules_of
-from pretrain.metrics import machine
+from pretrain.recorder import machine
 from pretrain.records import JOULES, PARTS, Eval, Record, Train
 from pretrain.run_folder import RunFolder
 from pretrain.runtime.ranks import alone

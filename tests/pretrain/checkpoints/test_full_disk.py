@@ -13,7 +13,7 @@ import pytest
 from common.exits import EXIT_NOT_SAVED
 from pretrain.checkpoints import folder as checkpoint
 from pretrain.checkpoints import saver
-from pretrain.metrics import Recorder
+from pretrain.recorder import Recorder
 from pretrain.records import Train
 from pretrain.run_folder import RunFolder
 from tests.pretrain.checkpoints.test_saver import config, kept

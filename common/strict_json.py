@@ -10,7 +10,7 @@ from typing import Any
 
 
 def plain(tree: Any) -> Any:
-    """The same with None for numbers that are not finite, and lists for tuples."""
+    """A tree of dicts, lists and scalars with None for numbers that are not finite, and lists for tuples."""
     if isinstance(tree, dict):
         return {key: plain(value) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
@@ -19,7 +19,7 @@ def plain(tree: Any) -> Any:
 
 
 def to_json(tree: Any, indent: int | None = None) -> str:
-    """JSON of plain values, with null for numbers that are not finite."""
+    """JSON of plain values, with null for numbers that are not finite. `indent`: blanks a level; None: one line."""
     return json.dumps(plain(tree), indent=indent, allow_nan=False)
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from common.files import replace_file
 from common.gpus import PEAK_FLOPS
 from common.machine import cores, cpu_name
-from common.plain import plain, to_json
+from common.strict_json import plain, to_json
 from common.units import clock
 from pretrain.records import Record, Train, read_lines
 from pretrain.run_folder import RunFolder
@@ -37,7 +37,8 @@ def machine() -> str:
 
 
 class Recorder:
-    """Open with the first step that is still to come: records of later steps, from before a resume, are dropped.
+    """Where a run's records go: `metrics.jsonl`, TensorBoard, the console. One that is opened at `first_step`, the
+    updates so far, drops the records of later steps, which are from before a resume.
 
     A disk that is full does not end the run: records wait in memory for room, TensorBoard's are given up.
     """
@@ -49,7 +50,7 @@ class Recorder:
         if path.exists():
             kept = [line for line in read_lines(path) if line["step"] <= first_step]
             replace_file(path, "".join(to_json(line) + "\n" for line in kept))
-        self._file = path.open("ab", buffering=0)
+        self._file = path.open("ab", buffering=0)  # so that a write tells what the disk took of it
         self._pending = b""
         self._writer = None
         if tensorboard:
@@ -98,9 +99,11 @@ class Recorder:
             self.say(f"step {line} eta {clock(seconds_left)}")
 
     def say(self, text: str) -> None:
+        """Prints a line, above the live one on a terminal."""
         self._console.print(text, soft_wrap=True)
 
     def close(self) -> None:
+        """Ends the live line and the files; what still waits for room on the disk is lost."""
         if self._live is not None:
             self._live.stop()
         self._file.close()
@@ -110,6 +113,7 @@ class Recorder:
 
 
 def training_line(record: Train) -> str:
+    """A record of training as the console shows it, without its step; what was not measured is left out."""
     before, after = record.grad_norm, record.grad_norm_clipped
     parts = [
         "loss not finite" if record.loss is None else f"loss {record.loss:.4f}",

@@ -13,11 +13,11 @@ import pytest
 
 from common.errors import ConfigError
 from common.exits import EXIT_DIVERGED
-from common.plain import from_json, plain, to_json
+from common.strict_json import from_json, plain, to_json
 from pretrain.analysis.scoring import Evaluation
 from pretrain.config import dump, load
 from pretrain.energy.sustainability import learning_stability, to_target
-from pretrain.metrics import Recorder
+from pretrain.recorder import Recorder
 from pretrain.records import Eval, Train
 from pretrain.replay import _distance
 from pretrain.report import main as report

@@ -15,7 +15,7 @@ from common.errors import ConfigError
 from common.units import clock
 from pretrain.analysis.summary import summarise
 from pretrain.config import dump
-from pretrain.metrics import Recorder, peak_flops
+from pretrain.recorder import Recorder, peak_flops
 from pretrain.records import Eval, Record, Train
 from pretrain.report import main
 from pretrain.run_folder import RunFolder
