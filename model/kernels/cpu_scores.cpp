@@ -1,4 +1,4 @@
-// Sums over scores and their gradients, for CPUs with AVX512; eager.py's `*_statistics` and `*_gradient`.
+// Sums over scores and their gradients, for CPUs with AVX512; eager.py's `statistics` and `gradients`.
 //
 // Legend: M tokens of a chunk, V prototypes. Scores lie with the *tokens along the vector lanes*, (V, M): maxima and sums
 // over the prototypes never cross lanes.
