@@ -277,6 +277,7 @@ class SelfAttention(nn.Module):
         self.key_norm = make_norm(config, self.head_size) if config.qk_norm else None
 
     def forward(self, x: Tensor, pattern: Pattern, memory: Memory | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); with `memory` the keys are those that it holds and these, which it takes in."""
         b, t, _ = x.shape
         qkv = self.qkv(x).view(b, t, -1, self.head_size)
         dropout = self.dropout if self.training else 0.0

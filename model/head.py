@@ -157,6 +157,7 @@ class HarmonicHead(nn.Module):
         return lookup(self.prototypes, tokens, self.shard)
 
     def extra_repr(self) -> str:
+        """What print shows: prototypes of the whole group, width, distance, and the exponent as it is now."""
         exponent = f", exponent={float(self.exponent):.4g}" if self.has_exponent else ""
         return f"{self.shard.size}, {self.prototypes.shape[1]}, distance={self.distance}{exponent}"
 
