@@ -362,6 +362,7 @@ class _ShortAttention(torch.autograd.Function):
         grad = grad.view(b, t, h, d).transpose(1, 2).reshape(b * h, t, d)
         wide = grad.float()
         scores = torch.bmm(wide, v.float().transpose(1, 2))
+        # through the softmax: p (dp - sum_k p_k dp_k), and that sum is grad . mixed, without another (T, T) pass
         scores = scores.sub_((wide * mixed).sum(-1, keepdim=True)).mul_(weights).mul_(d**-0.5).to(grad.dtype)
         out = torch.empty_like(heads)
         torch.bmm(scores, k, out=out[0])

@@ -210,7 +210,7 @@ class _Reduced(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("harmonic_loss: second backward through one loss; its gradient was taken and given away")
-        if upstream.device.type != "cpu" or upstream != 1:
+        if upstream.device.type != "cpu" or upstream != 1:  # to look at it on a GPU would be to wait for it
             grads = tuple(grad.mul_(upstream) for grad in grads)
         return _wanted(ctx, grads)
 

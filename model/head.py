@@ -88,6 +88,7 @@ class HarmonicHead(nn.Module):
             return
         first = self.shard.start // INIT_BLOCK * INIT_BLOCK
         for block in range(first, self.shard.stop, INIT_BLOCK):
+            # times a large odd number, or another seed's block would have the stream of this one's
             stream = torch.Generator().manual_seed((seed * 2654435761 + block) % 2**63)
             drawn = torch.randn(INIT_BLOCK, self.prototypes.shape[1], generator=stream, device="cpu") * self.init_std
             low, high = max(block, self.shard.start), min(block + INIT_BLOCK, self.shard.stop)

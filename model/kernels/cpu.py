@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .eager import FourSums, Given, Upstream
+from .eager import FourSums, Given, SummedGradient, Upstream
 
 SOURCES = sorted(Path(__file__).parent.glob("cpu_*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("cpu*.h"))
@@ -249,9 +249,7 @@ def statistics(values: Tensor, given: Given) -> FourSums:
 scores = eager.scores
 
 
-def gradients(
-    kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) -> SummedGradient:
     """As eager.gradients; G lies in the memory of `kept`, at the start of each row of (V, M)."""
     ops, columns, rounded = torch.ops.overtone_cpu, _columns(kept), dtype == torch.bfloat16
     sums = None, None

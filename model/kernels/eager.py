@@ -21,6 +21,7 @@ from .eager_elementwise import contract as contract
 from .eager_elementwise import contract_gradient as contract_gradient
 from .eager_elementwise import copy as copy
 
+SummedGradient = tuple[Tensor, Tensor | None, Tensor | None]  # G (M, V); of q its sums over rows (M,), columns (V,)
 FourSums = tuple[Tensor, Tensor, Tensor, Tensor]  # (M,): max s, sum exp(s - max), sum s exp(s - max), s of the target
 
 FLOOR_MARGIN = 2.0**-18  # log q this close to the floor's logarithm is at the floor: both were rounded as logarithms
@@ -263,9 +264,7 @@ def scores(kept: Tensor, given: Given) -> Tensor:
     return kept if given.coefficient is None else kept * -given.coefficient
 
 
-def gradients(
-    kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) -> SummedGradient:
     """G = d(weight * loss)/dvalue (M, V), rounded to `dtype`, and of q its sums over rows (M,) and columns (V,): those
     of the *rounded* G, since dx = 2 (x sum G - G w) cancels near a match. `kept` is consumed.
 
@@ -345,7 +344,7 @@ def _with_targets(values: Tensor, target: Tensor, local: Tensor) -> Tensor:
     return values.scatter(1, column, torch.where((local >= 0)[:, None], target[:, None], values.gather(1, column)))
 
 
-def fused_gradient(scored: Scored, given: Given, loss: Upstream) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def fused_gradient(scored: Scored, given: Given, loss: Upstream) -> SummedGradient:
     """G of `gradients` from what `fused_statistics` kept, and its sums as rounded: G (M, V), (M,), (V,)."""
     assert loss.score is not None
     kept, tops, width = scored

@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from . import eager, triton_elementwise, triton_fused, triton_rows, triton_scores
-from .eager import FourSums, Given, Scored, Upstream
+from .eager import FourSums, Given, Scored, SummedGradient, Upstream
 from .triton_scores import ROW_START, padded_rows
 
 OLDEST = (8, 0)  # compute capability: Ampere's, the first with bfloat16 and a maximum that passes NaN on
@@ -189,7 +189,7 @@ def _across(values: Tensor, columns: int) -> Tensor:
     return values.as_strided((values.shape[0], columns), values.stride())
 
 
-statistics = triton_scores.statistics  # of q the dot products are what is kept: log q is made again where it is needed
+statistics = triton_scores.statistics  # of q the dot products are kept, so nothing is written: log q is made again
 
 
 def scores(kept: Tensor, given: Given) -> Tensor:
@@ -201,9 +201,7 @@ def scores(kept: Tensor, given: Given) -> Tensor:
     return log_q.mul_(-given.coefficient)
 
 
-def gradients(
-    kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) -> SummedGradient:
     """As eager.gradients; G in float32 lies in the memory of `kept`."""
     out = kept if kept.dtype == dtype else padded_rows(kept.shape[0], kept.shape[1], dtype, kept.device)
     return out, *triton_scores.gradients(kept, given, loss, out)
@@ -216,7 +214,7 @@ def fused_statistics(
     return triton_fused.scores(x.rows, rows.rows, given, target, keep, moment)
 
 
-def fused_gradient(scored: Scored, given: Given, loss: Upstream) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def fused_gradient(scored: Scored, given: Given, loss: Upstream) -> SummedGradient:
     """As eager.fused_gradient; E becomes G in place."""
     return scored.kept, *triton_fused.gradients(scored, given, loss)
 
