@@ -277,6 +277,7 @@ class SelfAttention(nn.Module):
         self.key_norm = make_norm(config, self.head_size) if config.qk_norm else None
 
     def forward(self, x: Tensor, pattern: Pattern, memory: Memory | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); with `memory` the keys are those that it holds and these, which it takes in."""
         b, t, _ = x.shape
         qkv = self.qkv(x).view(b, t, -1, self.head_size)
         dropout = self.dropout if self.training else 0.0
@@ -361,6 +362,7 @@ class _ShortAttention(torch.autograd.Function):
         grad = grad.view(b, t, h, d).transpose(1, 2).reshape(b * h, t, d)
         wide = grad.float()
         scores = torch.bmm(wide, v.float().transpose(1, 2))
+        # through the softmax: p (dp - sum_k p_k dp_k), and that sum is grad . mixed, without another (T, T) pass
         scores = scores.sub_((wide * mixed).sum(-1, keepdim=True)).mul_(weights).mul_(d**-0.5).to(grad.dtype)
         out = torch.empty_like(heads)
         torch.bmm(scores, k, out=out[0])

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .contractions import RowsGradient, Statistics, Upstream, Use, nothing
+from .contractions import RowsGradient, Statistics, Use, nothing
 from .distance_base import Distance
 from .kernels import choose, eager
+from .kernels.eager import Given, Upstream
 from .operands import Operands
 from .vocab_parallel import (
     VocabShard,
@@ -125,10 +126,10 @@ class Chunk:
     def _statistics(self) -> Statistics:
         if self.call.shard.real:
             distance, use = self.call.distance, self.call.use
-            floor = distance.floor(self.x)
-            return distance.contraction.statistics(self.x, self.side.rows, floor, self.local, self.exponent, use)
+            given = Given(self.local, self.exponent, distance.floor(self.x))
+            return distance.contraction.statistics(self.x, self.side.rows, given, use)
         zeros = torch.zeros(self.targets.shape, dtype=self.side.wide, device=self.targets.device)
-        return Statistics(zeros - torch.inf, zeros, zeros, zeros)
+        return Statistics(Given(self.local), zeros - torch.inf, zeros, zeros, zeros)
 
     def add_up(self) -> None:
         """The second collective, once the first is there."""
@@ -153,7 +154,7 @@ class Chunk:
         shard = self.call.shard
         top, row = self.stats.top, torch.zeros_like(self.local)
         if shard.real:
-            top, row = self.call.distance.contraction.scores(self.stats, self.local, self.exponent).max(1)
+            top, row = self.call.distance.contraction.scores(self.stats).max(1)
         highest = max_across(top.clone(), shard.group)
         row = torch.where(top == highest, shard.start + row, shard.size)
         return start_reduce(row, shard.group, dist.ReduceOp.MIN).wait()
@@ -170,16 +171,16 @@ class Chunk:
         """
         shard, side = self.call.shard, self.side
         if shard.real:
-            upstream = Upstream(self.local, self.lse, self.stats.target, weight, self.exponent)
+            upstream = Upstream(self.lse, weight, self.stats.target)
             contraction = self.call.distance.contraction
             total, sums, add_rows = contraction.gradients(self.stats, self.x, side.rows, upstream, into)
         else:
             total, sums, add_rows = torch.zeros(self.x.rows.shape, dtype=side.wide, device=weight.device), None, nothing
         if shard.group is None:
-            side.tokens_back(self.x, self.hidden, self.index, self.scale, total, sums, out)
+            side.back(total, self.x.rows, sums, self.hidden, self.index, self.scale, out)
             add_rows()
             return
-        side.tokens_back(self.x, self.hidden, self.index, self.scale, total, sums, total)
+        side.back(total, self.x.rows, sums, self.hidden, self.index, self.scale, total, unscale=False)
         scattered = start_scatter(total, shard.group)
         add_rows()
         own = scattered.wait().mul_(factor)

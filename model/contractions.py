@@ -9,13 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Protocol, Self
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from .kernels import choose, eager, eager_elementwise
-from .kernels.eager import FourSums
+from .kernels import choose, eager_elementwise
+from .kernels.eager import FourSums, Given, Rows, Scored, Squares, Tokens, Upstream
 from .kernels.eager_elementwise import Terms, blocks
 
 
@@ -23,33 +23,20 @@ from .kernels.eager_elementwise import Terms, blocks
 class Statistics:
     """What a chunk says of each of its M tokens on this rank, (M,) each, and what its gradient needs again."""
 
+    given: Given  # what made the scores of the values
     top: Tensor  # max of the scores
     total: Tensor  # sum of exp(score - top)
     moment: Tensor  # sum of score * exp(score - top)
     target: Tensor  # score of the target, 0 where another rank holds it
     kept: tuple[Tensor, ...] = ()  # the (M, V) tensors, as the contraction's own gradient reads them
-    squares: eager.Squares | None = None  # of the quadratic family
-    scored: eager.Scored | None = None  # in place of `kept`, where the product and its statistics were fused
+    scored: Scored | None = None  # in place of `kept`, where the product and its statistics were fused
     fused: ModuleType | None = None  # by these kernels
-
-    @classmethod
-    def of(
-        cls,
-        sums: FourSums,
-        *kept: Tensor,
-        squares: eager.Squares | None = None,
-        scored: eager.Scored | None = None,
-        fused: ModuleType | None = None,
-    ) -> Self:
-        """From the four sums of the kernels, in their order."""
-        top, total, moment, target = sums
-        return cls(top, total, moment, target, kept, squares, scored, fused)
 
 
 class RowsGradient:
     """Accumulators of the prototypes' gradient over the chunks: (V, D) and (V,) column sums of G."""
 
-    def __init__(self, rows: eager.Rows) -> None:
+    def __init__(self, rows: Rows) -> None:
         self._products, self._empty = rows.gradient(), True
         self.columns = torch.zeros(len(rows.rows), dtype=self._products.dtype, device=self._products.device)
 
@@ -76,17 +63,6 @@ class Use:
     exponent: bool = True  # and that of the exponent
 
 
-@dataclass(frozen=True)
-class Upstream:
-    """What turns a chunk's scores into G: (M,) each but for the exponent."""
-
-    local: Tensor  # the target's column here, or -1
-    lse: Tensor  # log sum exp of the scores, over the whole group
-    score: Tensor  # of the target, 0 where another rank holds it
-    weight: Tensor  # of the token's loss
-    exponent: Tensor
-
-
 Later = Callable[[], None]
 Gradients = tuple[Tensor, Tensor | None, Later]
 
@@ -100,17 +76,17 @@ class Contraction(Protocol):
     kept: int  # (M, V) tensors that live from the statistics to the gradient
     temporaries: int  # and for a moment
 
-    def statistics(
-        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
-    ) -> Statistics:
-        """`floor` (M,): the least that the distance may be."""
+    def statistics(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
+        """Of tokens (M, D) and prototypes (V, D). `given`: targets, the exponent as its coefficient, and the least that
+        the distance may be as its floor.
+        """
 
-    def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
-        """(M, V)."""
+    def scores(self, stats: Statistics) -> Tensor:
+        """(M, V), of what was not fused."""
+        kept = stats.kept[0]
+        return choose.kernels_for(kept).scores(kept, stats.given)
 
-    def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
-    ) -> Gradients:
+    def gradients(self, stats: Statistics, x: Tokens, rows: Rows, loss: Upstream, into: RowsGradient) -> Gradients:
         """Of sum(weight * loss): that of x as (M, D) `total` and (M,) `sums` or None, for `finish` of the kernels;
         and what adds that of the prototypes to `into`, which can wait.
         """
@@ -119,7 +95,7 @@ class Contraction(Protocol):
         """(V,), for `finish` of the kernels with into.products as `total`."""
         return None
 
-    def complete(self, into: RowsGradient, rows: eager.Rows) -> None:
+    def complete(self, into: RowsGradient, rows: Rows) -> None:
         """Adds to `into.products` what could wait until every chunk was there."""
         return
 
@@ -128,114 +104,87 @@ def nothing() -> None:
     """What is left to add where all was added at once."""
 
 
-class SquaredDistance(Contraction):
-    """q = |x - w|^2 by one matrix product, the target's q by direct difference; d = factor * q ** power."""
+class Product(Contraction):
+    """Values of one matrix product, whose statistics are taken along with it or in a pass over it."""
 
     wide, kept, temporaries = False, 1, 1
 
-    def __init__(self, power: float, factor: float = 1.0) -> None:
-        self.power, self.factor = power, factor
-
-    def statistics(
-        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
-    ) -> Statistics:
-        ops, coefficient = choose.kernels_for(x.rows), self.power * exponent
-        target = ops.to_targets(x.rows, rows.rows, local, product=False)
-        squares = eager.Squares(x.squares, rows.squares, target, (floor / self.factor).pow(1 / self.power))
+    def of_product(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
+        """The statistics of the products of tokens (M, D) and prototypes (V, D)."""
+        ops, squares = choose.kernels_for(x.rows), given.squares
+        sums: FourSums
         if use.fused:
-            sums, scored = use.fused.fused_statistics(
-                "quadratic", x, rows, squares, coefficient, local, target, use.gradient, use.exponent
-            )
-            return Statistics.of(sums, squares=squares, scored=scored, fused=use.fused)
+            if squares is None:
+                target, moment = ops.to_targets(x.rows, rows.rows, given.local, product=True), False
+            else:
+                target, moment = squares.target, use.exponent
+            sums, scored = use.fused.fused_statistics(x, rows, given, target, use.gradient, moment)
+            return Statistics(given, *sums, scored=scored, fused=use.fused)
         kept = ops.products(x.rows, rows)
-        return Statistics.of(ops.quadratic_statistics(kept, squares, coefficient, local), kept, squares=squares)
+        sums = ops.statistics(kept, given)
+        return Statistics(given, *sums, (kept,))
 
-    def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
-        (kept,) = stats.kept
-        return choose.kernels_for(kept).quadratic_scores(kept, stats.squares, self.power * exponent, local)
-
-    def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
-    ) -> Gradients:
-        """dx = 2 (x sum_j G_j - G w), dw = 2 (w sum_i G_i - G' x), the sums over G as rounded for the products:
-        otherwise the cancellation near a match would cost 2^-9 |x|/d in bfloat16.
-        """
-        ops, coefficient = choose.kernels_for(x.rows), self.power * loss.exponent
+    def gradients(self, stats: Statistics, x: Tokens, rows: Rows, loss: Upstream, into: RowsGradient) -> Gradients:
+        """dx = G w, dw = G' x for the products; their sums where G is that of squares."""
+        ops = choose.kernels_for(x.rows)
         if stats.fused and stats.scored is not None:
-            grads, over_rows, over_columns = stats.fused.fused_gradient(
-                "quadratic", stats.scored, stats.squares, coefficient, loss.lse, loss.score, loss.weight, loss.local
-            )
+            grads, over_rows, over_columns = stats.fused.fused_gradient(stats.scored, stats.given, loss)
         else:
-            (kept,) = stats.kept
-            grads, over_rows, over_columns = ops.quadratic_gradient(
-                kept, stats.squares, coefficient, loss.lse, loss.weight, loss.local, x.rows.dtype, loss.score
-            )
+            grads, over_rows, over_columns = ops.gradients(stats.kept[0], stats.given, loss, x.rows.dtype)
 
         def add_rows() -> None:
-            into.columns += over_columns
+            if over_columns is not None:
+                into.columns += over_columns
             into.add_product(grads, x.rows)
 
         return ops.hidden_product(grads, rows), over_rows, add_rows
 
+
+class SquaredDistance(Product):
+    """q = |x - w|^2 by one matrix product, the target's q by direct difference; d = factor * q ** power.
+
+    dx = 2 (x sum_j G_j - G w), dw = 2 (w sum_i G_i - G' x), the sums over G as rounded for the products: otherwise the
+    cancellation near a match would cost 2^-9 |x|/d in bfloat16.
+    """
+
+    def __init__(self, power: float, factor: float = 1.0) -> None:
+        self.power, self.factor = power, factor
+
+    def statistics(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
+        """As Contraction.statistics, with the floor of d as one of q."""
+        assert given.floor is not None and given.coefficient is not None
+        target = choose.kernels_for(x.rows).to_targets(x.rows, rows.rows, given.local, product=False)
+        squares = Squares(x.squares, rows.squares, target, (given.floor / self.factor).pow(1 / self.power))
+        of_q = Given(given.local, self.power * given.coefficient, squares.floor, squares)
+        return self.of_product(x, rows, of_q, use)
+
     def sums(self, into: RowsGradient) -> Tensor:
+        """(V,) column sums of G."""
         return into.columns
 
 
-class DotProduct(Contraction):
+class DotProduct(Product):
     """x . w is the score itself (softmax cross-entropy, the baseline): no logarithm, no exponent, no floor."""
 
-    wide, kept, temporaries = False, 1, 1
-
-    def statistics(
-        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
-    ) -> Statistics:
-        ops = choose.kernels_for(x.rows)
-        if use.fused:
-            target = ops.to_targets(x.rows, rows.rows, local, product=True)
-            sums, scored = use.fused.fused_statistics(
-                "dot", x, rows, None, exponent, local, target, use.gradient, False
-            )
-            return Statistics.of(sums, scored=scored, fused=use.fused)
-        kept = ops.products(x.rows, rows)
-        return Statistics.of(ops.dot_statistics(kept, local), kept)
-
-    def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
-        return stats.kept[0]
-
-    def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
-    ) -> Gradients:
-        """dx = G w, dw = G' x."""
-        ops = choose.kernels_for(x.rows)
-        if stats.fused and stats.scored is not None:
-            grads, _, _ = stats.fused.fused_gradient(
-                "dot", stats.scored, None, loss.exponent, loss.lse, loss.score, loss.weight, loss.local
-            )
-        else:
-            grads = ops.dot_gradient(stats.kept[0], loss.lse, loss.weight, loss.local, x.rows.dtype, loss.score)
-        return ops.hidden_product(grads, rows), None, lambda: into.add_product(grads, x.rows)
+    def statistics(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
+        """As Contraction.statistics, of the targets alone."""
+        return self.of_product(x, rows, Given(given.local), use)
 
 
 class DirectDistance(Contraction):
-    """c = d itself, of unrounded operands. What is kept starts with log c and the floor."""
+    """c = d itself, of unrounded operands. What is kept starts with log c."""
 
     wide = True
 
-    def log_statistics(
-        self, values: Tensor, floor: Tensor, exponent: Tensor, local: Tensor, *more: Tensor
-    ) -> Statistics:
+    def log_statistics(self, values: Tensor, given: Given, *more: Tensor) -> Statistics:
         """Of c (M, V), which becomes log c; `more` is kept too."""
-        sums = choose.kernels_for(values).log_statistics(values, floor, exponent, local)
-        return Statistics.of(sums, values, floor, *more)
-
-    def scores(self, stats: Statistics, local: Tensor, exponent: Tensor) -> Tensor:
-        return stats.kept[0] * -exponent
+        sums: FourSums = choose.kernels_for(values).statistics(values, given)
+        return Statistics(given, *sums, (values, *more))
 
     def log_gradient(self, stats: Statistics, loss: Upstream) -> Tensor:
         """G (M, V); the logarithms are consumed."""
-        logs, floor, *_ = stats.kept
-        ops = choose.kernels_for(logs)
-        return ops.log_gradient(logs, floor, loss.exponent, loss.lse, loss.weight, loss.local, logs.dtype, loss.score)
+        logs = stats.kept[0]
+        return choose.kernels_for(logs).gradients(logs, stats.given, loss, logs.dtype)[0]
 
 
 class Elementwise(DirectDistance):
@@ -248,17 +197,15 @@ class Elementwise(DirectDistance):
         self.reads_values = terms.kind in ("linf", "lp")
         self.kept = 2 if self.reads_values else 1
 
-    def statistics(
-        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
-    ) -> Statistics:
+    def statistics(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
+        """As Contraction.statistics; c is kept beside log c where its gradient reads it."""
         values = choose.kernels_for(x.rows).contract(self.terms, x.rows, rows)
         logs = choose.kernels_for(x.rows).copy(values) if self.reads_values else values
-        return self.log_statistics(logs, floor, exponent, local, values)
+        return self.log_statistics(logs, given, values)
 
-    def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
-    ) -> Gradients:
-        *_, values = stats.kept
+    def gradients(self, stats: Statistics, x: Tokens, rows: Rows, loss: Upstream, into: RowsGradient) -> Gradients:
+        """As Contraction.gradients; that of the prototypes is added at once."""
+        values = stats.kept[-1]
         grads = self.log_gradient(stats, loss)
         hidden = choose.kernels_for(x.rows).contract_gradient(self.terms, x.rows, rows, values, grads, into.products)
         return hidden, None, nothing
@@ -276,9 +223,8 @@ class Ratio(DirectDistance):
         self.separable, self.relative, self.absolute = separable, relative, absolute
         self.above, self.below = Terms("l1"), Terms("l1", sign=-1.0)
 
-    def statistics(
-        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
-    ) -> Statistics:
+    def statistics(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
+        """As Contraction.statistics; the denominator (M, V) and its floor (M,) are kept."""
         ops = choose.kernels_for(x.rows)
         values = ops.contract(self.above, x.rows, rows)
         sizes = x.rows.abs().sum(1)
@@ -289,14 +235,12 @@ class Ratio(DirectDistance):
             below = ops.contract(self.below, x.rows, rows)
         torch.maximum(below, least[:, None], out=below)
         values.div_(below)
-        return self.log_statistics(values, floor, exponent, local, below, least)
+        return self.log_statistics(values, given, below, least)
 
-    def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
-    ) -> Gradients:
+    def gradients(self, stats: Statistics, x: Tokens, rows: Rows, loss: Upstream, into: RowsGradient) -> Gradients:
         """d(A / B) = dA / B - (A / B) dB / B."""
         ops = choose.kernels_for(x.rows)
-        logs, _, below, least = stats.kept
+        logs, below, least = stats.kept
         of_below = logs.exp().neg_()
         above = self.log_gradient(stats, loss).div_(below)
         of_below.mul_(above).masked_fill_(below <= least[:, None], 0)
@@ -308,7 +252,8 @@ class Ratio(DirectDistance):
             hidden += ops.contract_gradient(self.below, x.rows, rows, of_below, of_below, into.products)
         return hidden, None, nothing
 
-    def complete(self, into: RowsGradient, rows: eager.Rows) -> None:
+    def complete(self, into: RowsGradient, rows: Rows) -> None:
+        """The slope of sum |w| is the sign of w: one addition for all chunks."""
         if self.separable:
             step = eager_elementwise.PAIR_VALUES // max(1, rows.rows.shape[1])
             parts = (t.split(step) for t in (into.products, rows.rows, into.columns))
@@ -327,17 +272,15 @@ class Broadcast(DirectDistance):
     def __init__(self, between: Callable[[Tensor, Tensor], Tensor]) -> None:
         self.between = between
 
-    def statistics(
-        self, x: eager.Tokens, rows: eager.Rows, floor: Tensor, local: Tensor, exponent: Tensor, use: Use
-    ) -> Statistics:
+    def statistics(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
+        """As Contraction.statistics, a few prototypes at a time."""
         values = x.rows.new_empty(x.rows.shape[0], rows.rows.shape[0])
         for block in blocks(x.rows, rows):
             values[:, block] = self.between(x.rows[:, None], rows.rows[block])
-        return self.log_statistics(values, floor, exponent, local)
+        return self.log_statistics(values, given)
 
-    def gradients(
-        self, stats: Statistics, x: eager.Tokens, rows: eager.Rows, loss: Upstream, into: RowsGradient
-    ) -> Gradients:
+    def gradients(self, stats: Statistics, x: Tokens, rows: Rows, loss: Upstream, into: RowsGradient) -> Gradients:
+        """As Contraction.gradients, by autograd."""
         grads = self.log_gradient(stats, loss)
         hidden = torch.zeros_like(x.rows)
         for block in blocks(x.rows, rows):

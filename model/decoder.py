@@ -33,6 +33,7 @@ class Mlp(nn.Module):
         self.projection = nn.Linear(config.mlp_width(), config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D), each position by itself."""
         x = self.up(x)
         if self.gated:
             gate, value = x.chunk(2, -1)
@@ -53,6 +54,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, pattern: Pattern, memory: Memory | None = None) -> Tensor:
+        """(B, T, D) -> (B, T, D); `memory`: this block's row of the KV cache."""
         if self.post_norm:
             x = self.attention_norm(x + self.dropout(self.attention(x, pattern, memory)))
             return self.mlp_norm(x + self.dropout(self.mlp(x)))
@@ -110,9 +112,10 @@ class Decoder(nn.Module):
         memories: list[Memory] | None = None,
         documents: int | None = None,
     ) -> Tensor:
-        """
+        """Tokens (B, T), or embedded ones (B, T, D), -> hidden states (B, T, D).
+
         Args:
-            inputs: the tokens.
+            inputs: the tokens, at most `config.seq_len` with those that `memories` hold.
             positions: (B, T), of each token in its document (`document_positions`): a token then sees its own document
                 alone, and positions are these. None: each row is one document.
             memories: the KV cache (`memories`), which goes on from the tokens that it holds and takes these in.

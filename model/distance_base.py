@@ -66,7 +66,9 @@ class Distance(Settings):
         return rows
 
     def pull_back(self, rows: Tensor, index: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """From the gradient after `perturb` and `transform`: that of the rows before, and those of `tensors`."""
+        """From the gradient (N, D) after `perturb` and `transform`: that of the rows (N, D) before, and those of
+        `tensors`, in their order.
+        """
         with torch.enable_grad():
             leaf = rows.detach().requires_grad_()
             tensors = {name: t.detach().requires_grad_() for name, t in self.tensors.items()}
@@ -106,15 +108,15 @@ class Distance(Settings):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Fields that are tensors: they may require a gradient."""
+        """Fields that are tensors, by name: they may require a gradient."""
         return {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
 
     @classmethod
     def constrained(cls, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters from the unconstrained values that a head trains."""
+        """Parameters, by name, from the unconstrained values that a head trains."""
         return dict(trained)
 
 
 def norm_floor(x: eager.Tokens) -> Tensor:
-    """Where d^2 comes from a product."""
+    """(M,) the floor of tokens (M, D) where d^2 comes from a product."""
     return RELATIVE_FLOOR**0.5 * x.squares.sqrt() + ABSOLUTE_FLOOR

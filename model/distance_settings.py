@@ -73,6 +73,7 @@ class MahalanobisSettings(Settings):
             raise ValueError(f"factor={self.factor!r}: expected diagonal or full")
 
     def trained(self, dim: int) -> dict[str, tuple[int, ...]]:
+        """(dim,) logarithms of a diagonal, or a (dim, dim) triangle: zeros are M = 1."""
         return {"factor": (dim,) if self.factor == "diagonal" else (dim, dim)}
 
 

@@ -70,13 +70,16 @@ class Euclidean(Distance):
     formula = "|x - w|"
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) lengths of x - w."""
         return (x - w).square().sum(-1).sqrt()
 
     @property
     def contraction(self) -> Contraction:
+        """One matrix product: d = q^(1/2) of q = |x|^2 + |w|^2 - 2 x.w."""
         return SquaredDistance(power=0.5)
 
     def floor(self, x: eager.Tokens) -> Tensor:
+        """(M,) about 2^-9.5 |x|: nearer, the product's cancellation leaves hardly a digit of q."""
         return norm_floor(x)
 
 
@@ -88,10 +91,12 @@ class Manhattan(Distance):
     formula = "sum |x - w|"
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) sums of absolute differences."""
         return (x - w).abs().sum(-1)
 
     @property
     def contraction(self) -> Contraction:
+        """Entry by entry: no product gives absolute values."""
         return Elementwise(Terms("l1"))
 
 
@@ -103,10 +108,12 @@ class Chebyshev(Distance):
     formula = "max |x - w|"
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) largest absolute differences."""
         return (x - w).abs().amax(-1)
 
     @property
     def contraction(self) -> Contraction:
+        """Entry by entry, as a running maximum."""
         return Elementwise(Terms("linf"))
 
 
@@ -129,6 +136,7 @@ class Minkowski(MinkowskiSettings, Distance):
             raise ValueError(f"p={self.p}: distances of rows {dim} wide overflow {dtype}; expected {least:.3g} or more")
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) p-norms of x - w."""
         size = (x - w).abs()
         unit = size.detach().amax(-1, keepdim=True)  # in units of the largest, no power over- or underflows
         size = size / torch.where(unit > 0, unit, 1)
@@ -138,11 +146,13 @@ class Minkowski(MinkowskiSettings, Distance):
 
     @property
     def contraction(self) -> Contraction:
+        """Entry by entry; p = 1 and p = 2 are served as the distances that they are."""
         if self.p == 2:
             return SquaredDistance(power=0.5)
         return Elementwise(Terms("l1") if self.p == 1 else Terms("lp", p=self.p))
 
     def floor(self, x: eager.Tokens) -> Tensor:
+        """(M,) that of a product where p = 2, else that of all distances."""
         return norm_floor(x) if self.p == 2 else super().floor(x)
 
 
@@ -160,17 +170,20 @@ class Cosine(Distance):
     unit = True
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) 1 less the cosines of the angles."""
         return 1 - torch.nn.functional.cosine_similarity(x, w, dim=-1, eps=0)
 
     @property
     def contraction(self) -> Contraction:
+        """One matrix product of rows of length 1: d = q / 2."""
         return SquaredDistance(power=1.0, factor=0.5)
 
     def transform(self, rows: Tensor) -> Tensor:
+        """(N, D) rows of length 1."""
         return UnitRows.apply(rows)
 
     def floor(self, x: eager.Tokens) -> Tensor:
-        """That of |x - w|^2 / 2."""
+        """(M,) that of |x - w|^2 / 2."""
         return RELATIVE_FLOOR / 2 * x.squares + ABSOLUTE_FLOOR
 
 
@@ -191,6 +204,7 @@ class Hamming(HammingSettings, Distance):
     seed: int | Tensor | None = field(default=None, metadata=INTERNAL)
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) numbers of differing bits, up to D."""
         return (self._bits(x) - self._bits(w)).abs().sum(-1)
 
     @property
@@ -199,6 +213,7 @@ class Hamming(HammingSettings, Distance):
         return SquaredDistance(power=1.0) if self.kind == "hard" else Elementwise(Terms("l1"))
 
     def transform(self, rows: Tensor) -> Tensor:
+        """(N, D) bits. Of hard ones half the slope: that of (b - c)^2 is twice that of |b - c|."""
         return self._bits(rows, factor=0.5)
 
     def _bits(self, rows: Tensor, factor: float = 1.0) -> Tensor:
@@ -207,13 +222,15 @@ class Hamming(HammingSettings, Distance):
         return (rows / self.temperature).sigmoid()
 
     def floor(self, x: eager.Tokens) -> Tensor:
-        """Of half of all bits."""
+        """(M,) 2^-19 of half of all bits, whatever the token."""
         return torch.full_like(x.squares, RELATIVE_FLOOR * x.rows.shape[1] / 2)
 
     def prepared(self, operands: torch.dtype, draw: Callable[[], Tensor]) -> Distance:
+        """Draws the seed of this call's noise, the same on all ranks."""
         return replace(self, seed=draw()) if self.kind == "gumbel" and self.seed is None else self
 
     def evaluated(self) -> Distance:
+        """Without noise: gumbel becomes soft."""
         return replace(self, kind="soft") if self.kind == "gumbel" else self
 
     def start(self, dim: int) -> Start:
@@ -222,9 +239,11 @@ class Hamming(HammingSettings, Distance):
 
     @property
     def tensors(self) -> dict[str, Tensor]:
+        """Empty: a seed that is a tensor has no gradient."""
         return {}
 
     def perturb(self, rows: Tensor, index: Tensor) -> Tensor:
+        """(N, D) rows with logistic noise, log(u / (1 - u)) of uniform u, each row's by its index."""
         if self.kind != "gumbel":
             return rows
         assert self.seed is not None, "the seed is settled before any row is looked at"
@@ -242,11 +261,13 @@ class Canberra(Distance):
     formula = "sum |x - w| / (|x| + |w|)"
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) sums of relative differences, up to D."""
         sizes = x.abs() + w.abs()
         return ((x - w).abs() / torch.where(sizes > 0, sizes, 1)).sum(-1)
 
     @property
     def contraction(self) -> Contraction:
+        """Entry by entry."""
         return Elementwise(Terms("canberra"))
 
 
@@ -262,18 +283,20 @@ class BrayCurtis(BrayCurtisSettings, Distance):
     formula = "sum |x - w| / sum |x + w|"
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) ratios of two sums over the entries."""
         below = ((x + w).abs() if self.denominator == "sum" else x.abs() + w.abs()).sum(-1)
         least = (RELATIVE_FLOOR * x.abs().sum(-1) + DENOMINATOR_FLOOR).detach()
         return (x - w).abs().sum(-1) / torch.where(below > least, below, least)
 
     @property
     def contraction(self) -> Contraction:
+        """Entry by entry: one sum over differences, and one of the denominator."""
         return Ratio(self.denominator == "abs", RELATIVE_FLOOR, DENOMINATOR_FLOOR)
 
 
 @entry("mahalanobis")
 @dataclass(frozen=True, eq=False)
-class Mahalanobis(Distance):
+class Mahalanobis(Euclidean):
     """d = sqrt((x - w)' M (x - w)) with M = diag(exp(factor)), factor (D,), or M = L L', L the lower triangle of a
     factor (D, D) (scipy: mahalanobis with VI = M).
 
@@ -292,13 +315,11 @@ class Mahalanobis(Distance):
             raise ValueError(f"factor={shape!r}: expected a tensor (D,) of logarithms, or (D, D)")
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) lengths of L' (x - w)."""
         return self.transform(x - w).square().sum(-1).sqrt()
 
-    @property
-    def contraction(self) -> Contraction:
-        return SquaredDistance(power=0.5)
-
     def transform(self, rows: Tensor) -> Tensor:
+        """(N, D) L' of each row: rows times the root of the diagonal, or times the lower triangle."""
         factor = self.factor.to(rows.dtype)
         if factor.dim() == 1:
             return rows * (factor / 2).exp()
@@ -308,6 +329,7 @@ class Mahalanobis(Distance):
         return choose.kernels_for(rounded).product(rounded, factor.to(self.operands))
 
     def pull_back(self, rows: Tensor, index: Tensor, grad: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """A triangle's products by the kernels, rounded as on the way in; all else by autograd."""
         if self.factor.dim() == 1 or self.operands in (None, rows.dtype):
             return super().pull_back(rows, index, grad)
         rounded, factor = grad.to(self.operands), self.factor.to(self.operands)
@@ -322,11 +344,9 @@ class Mahalanobis(Distance):
         largest = lower.detach().abs().amax().clamp_min(1e-30)
         return replace(self, factor=lower * torch.exp2(-largest.log2().ceil()), operands=operands)
 
-    def floor(self, x: eager.Tokens) -> Tensor:
-        return norm_floor(x)
-
     @classmethod
     def constrained(cls, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The factor as it is, or the triangle with the exponential of its diagonal."""
         factor = trained["factor"]
         return {"factor": factor if factor.dim() == 1 else factor.tril(-1) + torch.diag(factor.diagonal().exp())}
 
@@ -340,10 +360,11 @@ class Dot(DotSettings, Distance):
     scaled = False
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) products."""
         return (x * w).sum(-1)
 
     def floor(self, x: eager.Tokens) -> Tensor:
-        """None."""
+        """(M,) zeros, which nothing reads."""
         return torch.zeros(len(x.rows), dtype=eager.accumulator(x.rows.dtype), device=x.rows.device)
 
     def start(self, dim: int) -> Start:
@@ -352,4 +373,5 @@ class Dot(DotSettings, Distance):
 
     @property
     def contraction(self) -> Contraction:
+        """One matrix product, which is the score."""
         return DotProduct()

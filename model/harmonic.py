@@ -26,6 +26,7 @@ from .chunks import Call, Chunk, limits
 from .contractions import RowsGradient, Use
 from .distance_base import Distance
 from .kernels.choose import fused_kernels_for
+from .kernels.eager import Given
 from .operands import Operands
 from .vocab_parallel import VocabShard, gather_rows, own_rows, sum_across
 
@@ -160,8 +161,8 @@ def harmonic_log_probs(
     entry, exponent = prepared(distance, params, hidden, prototypes, none, exponent, "none", -100, shard)
     side = Operands(hidden, prototypes, entry, shard)
     x = side.tokens(hidden, side.positions(hidden, slice(0, hidden.shape[0])), side.token_scales(hidden))
-    stats = entry.contraction.statistics(x, side.rows, entry.floor(x), none, exponent, Use(gradient=False))
-    scores = entry.contraction.scores(stats, none, exponent)
+    stats = entry.contraction.statistics(x, side.rows, Given(none, exponent, entry.floor(x)), Use(gradient=False))
+    scores = entry.contraction.scores(stats)
     return scores - (stats.top + stats.total.log())[:, None]
 
 
@@ -209,7 +210,7 @@ class _Reduced(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         if grads is None:
             raise RuntimeError("harmonic_loss: second backward through one loss; its gradient was taken and given away")
-        if upstream.device.type != "cpu" or upstream != 1:
+        if upstream.device.type != "cpu" or upstream != 1:  # to look at it on a GPU would be to wait for it
             grads = tuple(grad.mul_(upstream) for grad in grads)
         return _wanted(ctx, grads)
 

@@ -88,6 +88,7 @@ class HarmonicHead(nn.Module):
             return
         first = self.shard.start // INIT_BLOCK * INIT_BLOCK
         for block in range(first, self.shard.stop, INIT_BLOCK):
+            # times a large odd number, or another seed's block would have the stream of this one's
             stream = torch.Generator().manual_seed((seed * 2654435761 + block) % 2**63)
             drawn = torch.randn(INIT_BLOCK, self.prototypes.shape[1], generator=stream, device="cpu") * self.init_std
             low, high = max(block, self.shard.start), min(block + INIT_BLOCK, self.shard.stop)
@@ -157,6 +158,7 @@ class HarmonicHead(nn.Module):
         return lookup(self.prototypes, tokens, self.shard)
 
     def extra_repr(self) -> str:
+        """What print shows: prototypes of the whole group, width, distance, and the exponent as it is now."""
         exponent = f", exponent={float(self.exponent):.4g}" if self.has_exponent else ""
         return f"{self.shard.size}, {self.prototypes.shape[1]}, distance={self.distance}{exponent}"
 

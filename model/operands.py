@@ -78,7 +78,7 @@ class Operands:
         out.copy_(self.distance.transform(self.distance.perturb(self._scaled(rows, scale), index)))
         return None
 
-    def _back(
+    def back(
         self,
         total: Tensor,
         rows: Tensor,
@@ -89,9 +89,10 @@ class Operands:
         out: Tensor,
         unscale: bool = True,
     ) -> None:
-        """The way back of `_fill`: `out` (N, D), which may be `total`, becomes the gradient of the source; those of the
-        distance's tensors are added up on the way. Consumes `total`. `unscale` is False where the scale waits until the
-        group's parts are added up.
+        """The way back: from the gradient of `rows` (N, D), as `tokens` made them of `source`, which is `total`, or
+        2 (sums * rows - total) where `sums` (N,) are given, `out` (N, D), which may be `total`, becomes that of the
+        source; those of the distance's tensors are added up on the way. Consumes `total`. `unscale` is False where the
+        scale waits until the group's parts are added up.
         """
         late = scale if unscale else None
         if self.as_they_are:
@@ -108,19 +109,6 @@ class Operands:
         out = torch.empty(hidden.shape, dtype=self.dtype, device=hidden.device)
         return self.kernels.Tokens(out, self._fill(out, hidden, index, scale))
 
-    def tokens_back(
-        self,
-        x: eager.Tokens,
-        hidden: Tensor,
-        index: Tensor,
-        scale: Tensor | None,
-        total: Tensor,
-        sums: Tensor | None,
-        out: Tensor,
-    ) -> None:
-        """`out` (M, D) becomes the gradient of hidden states; if it is `total`, up to the scale."""
-        self._back(total, x.rows, sums, hidden, index, scale, out, unscale=out is not total)
-
     def rows_back(self, into: RowsGradient, prototypes: Tensor) -> Tensor:
         """The gradient of all stored prototypes (zero for padding), in their dtype."""
         contraction = self.distance.contraction
@@ -128,7 +116,7 @@ class Operands:
         grad, sums = into.products, contraction.sums(into)
         for block, index in self._blocks():
             part, own = grad[block], None if sums is None else sums[block]
-            self._back(part, self.rows.rows[block], own, self.source[block], index, self.scale, part)
+            self.back(part, self.rows.rows[block], own, self.source[block], index, self.scale, part)
         if prototypes.dtype != grad.dtype:  # the gradient of the tiniest of rows passes its largest number
             most = torch.finfo(prototypes.dtype).max
             grad = grad.clamp_(-most, most)

@@ -14,12 +14,14 @@ class UnitRows(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, D) -> (N, D)."""
         ctx.save_for_backward(rows)
         return choose.kernels_for(rows).unit_rows(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """(N, D) -> (N, D), once only: the kernels' gradient has none of its own."""
         (rows,) = ctx.saved_tensors
         return choose.kernels_for(rows).unit_rows_gradient(rows, grad)
 
@@ -29,12 +31,14 @@ class Bits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rows: Tensor, temperature: float, factor: float) -> Tensor:  # type: ignore[override]
+        """(N, D) -> (N, D) bits."""
         ctx.save_for_backward(rows)
         ctx.temperature, ctx.factor = temperature, factor
         return (rows > 0).to(rows.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
+        """(N, D) -> (N, D)."""
         (rows,) = ctx.saved_tensors
         soft = (rows / ctx.temperature).sigmoid()
         return grad * soft * (1 - soft) * (ctx.factor / ctx.temperature), None, None

@@ -28,17 +28,17 @@ class VocabShard:
 
     @property
     def size(self) -> int:
-        """Real rows of the whole group."""
+        """Real rows of the whole group: the vocabulary."""
         return self.stop if self.total is None else self.total
 
     @property
     def ranks(self) -> int:
-        """Of the group."""
+        """Ranks in the group; 1 without one."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     @property
     def rank(self) -> int:
-        """This process's, within the group."""
+        """This process's place in the group, from 0; 0 without one."""
         return 0 if self.group is None else dist.get_rank(self.group)
 
     @property
@@ -74,7 +74,7 @@ class Pending:
 
 
 def start_reduce(x: Tensor, group: ProcessGroup | None, op: dist.ReduceOp.RedOpType = dist.ReduceOp.SUM) -> Pending:
-    """Element-wise reduction over the group, in place."""
+    """Element-wise reduction of a tensor of any shape over the group, in place."""
     return Pending(x, dist.all_reduce(x, op, group=group, async_op=True) if group is not None else None)
 
 
@@ -105,13 +105,8 @@ def sum_across(x: Tensor, group: ProcessGroup | None) -> Tensor:
 
 
 def gather_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """As start_gather, waited for."""
+    """(n, ...) on each rank -> (k * n, ...): `start_gather`, waited for."""
     return start_gather(x, group).wait()
-
-
-def scatter_rows(x: Tensor, group: ProcessGroup | None) -> Tensor:
-    """As start_scatter, waited for."""
-    return start_scatter(x, group).wait()
 
 
 def own_rows(x: Tensor, shard: VocabShard) -> Tensor:
@@ -121,7 +116,7 @@ def own_rows(x: Tensor, shard: VocabShard) -> Tensor:
 
 
 def local_targets(targets: Tensor, shard: VocabShard) -> Tensor:
-    """Row of each target on this rank, -1 where another rank holds it (or it is ignored)."""
+    """(n,) rows of the whole vocabulary -> (n,) rows on this rank, -1 where another rank holds it or it is ignored."""
     here = (targets >= shard.start) & (targets < shard.stop)
     return torch.where(here, targets - shard.start, -1)
 
@@ -133,12 +128,14 @@ class _Lookup(torch.autograd.Function):
         ctx.save_for_backward(local)
         ctx.rows_shape, ctx.shard = rows.shape, shard
         own = rows[local.clamp_min(0)] * (local >= 0)[:, None]  # (N, D), zeros for the rows of others
-        return scatter_rows(own, shard.group)
+        return start_scatter(own, shard.group).wait()
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # type: ignore[override]
         (local,) = ctx.saved_tensors
-        grads = gather_rows(grad, ctx.shard.group).float() * (local >= 0)[:, None]
+        grads = (
+            gather_rows(grad, ctx.shard.group).float() * (local >= 0)[:, None]
+        )  # float32: a frequent token adds up thousands
         total = grads.new_zeros(ctx.rows_shape).index_add_(0, local.clamp_min(0), grads)
         return total / ctx.shard.ranks, None, None
 
@@ -161,7 +158,8 @@ def full_rows(rows: Tensor, shard: VocabShard) -> Tensor:
 def group_members(ranks: int, size: int) -> tuple[list[list[int]], list[list[int]]]:
     """Vocabulary groups and replica groups of a world of `ranks`: consecutive ranks share a vocabulary.
 
-    Returns (vocabulary groups, replica groups): ranks of one replica group hold the same rows.
+    Returns (vocabulary groups, replica groups): ranks of one replica group hold the same rows. Raises ValueError unless
+    `size` divides `ranks`.
     """
     if size < 1 or ranks % size:
         raise ValueError(f"a vocabulary group of {size} ranks does not divide a world of {ranks}")

@@ -52,6 +52,7 @@ class OvertoneConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """That of the library, with the cache on or off as it was saved."""
         if "use_cache" in config_dict:  # which transformers before 5.4 leaves out
             kwargs.setdefault("use_cache", config_dict["use_cache"])
         return super().from_dict(config_dict, **kwargs)

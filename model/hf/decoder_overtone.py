@@ -57,6 +57,13 @@ class OvertoneAttention(nn.Module):
     def forward(
         self, x: Tensor, seen: Tensor | None, causal: bool, turns: tuple[Tensor, Tensor] | None, cache: Cache | None
     ) -> Tensor:
+        """
+        Args:
+            x: (B, T, D).
+            seen: (B or 1, 1, T, S), true where a token sees another; None: what is before it if `causal`, else all.
+            turns: cosines and sines, (B, T, 1, d / 2) each; None: positions are not rotary.
+            cache: keys and values of the tokens before, which takes in these; None: there are none.
+        """
         b, t, _ = x.shape
         parts = (self.heads, self.key_heads, self.key_heads)
         q, k, v = self.qkv(x).view(b, t, -1, self.head_size).split(parts, 2)
@@ -93,6 +100,7 @@ class OvertoneMlp(nn.Module):
         self.projection = nn.Linear(config.mlp_dim, config.dim, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, T, D) -> (B, T, D), each position by itself."""
         x = self.up(x)
         if self.kind == "swiglu":
             gate, value = x.chunk(2, -1)
@@ -113,6 +121,7 @@ class OvertoneBlock(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, *pattern: Any) -> Tensor:
+        """(B, T, D) -> (B, T, D); `pattern` is what `OvertoneAttention.forward` takes beside x."""
         if self.post_norm:
             x = self.attention_norm(x + self.dropout(self.attention(x, *pattern)))
             return self.mlp_norm(x + self.dropout(self.mlp(x)))
@@ -134,6 +143,7 @@ class OvertoneDecoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the weights, to which embedded tokens of a tied model are brought."""
         return next(self.parameters()).dtype
 
     def forward(self, inputs: Tensor, places: Tensor, real: Tensor | None, cache: Cache | None) -> list[Tensor]:

@@ -16,8 +16,7 @@ ABSOLUTE_FLOOR = 2.0**-40
 DENOMINATOR_FLOOR = 2.0**-40
 LARGEST_ROW, LONGEST_TOKEN = 20, 50  # powers of two that entries of prototypes and tokens do not pass once scaled
 BLOCK_ENTRIES = 1 << 25  # of an (N, prototypes, D) temporary
-COLUMNS = 64
-
+COLUMNS = 64  # terms of one sum in `taxicab`
 
 KNOWN = (
     *("dot", "euclidean", "manhattan", "chebyshev", "minkowski", "cosine", "hamming", "canberra", "braycurtis"),
@@ -43,6 +42,7 @@ class OvertoneHead(nn.Module):
         self.log_exponent = nn.Parameter(torch.empty(())) if learned else None
 
     def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> scores (..., V), in float32 at least."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         x, w = hidden.reshape(-1, hidden.shape[-1]).to(wide), self.prototypes.to(wide)
         learned = self.log_exponent

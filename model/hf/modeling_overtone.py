@@ -208,6 +208,7 @@ class OvertoneForCausalLM(OvertonePreTrainedModel, GenerationMixin):
         return super().generate(*args, **kwargs)  # type: ignore[misc]  # of the types of some versions
 
     def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        """Called by `generate` before every step, with the whole rows (B, S): counts places in documents from them."""
         if self.config.document_mask:  # a step is given its last tokens alone, which cannot tell
             mask, cache = kwargs.get("attention_mask"), kwargs.get(CACHE)
             if cache is not None and input_ids.shape[1] <= int(cache.get_seq_length()):

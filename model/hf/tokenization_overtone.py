@@ -82,6 +82,7 @@ class OvertoneTokenizer(PreTrainedTokenizer):
 
     @property
     def add_bos_token(self) -> bool:
+        """Whether every text is opened with an end of text."""
         return self.special_tokens_pattern == "bos"
 
     @add_bos_token.setter
@@ -90,9 +91,11 @@ class OvertoneTokenizer(PreTrainedTokenizer):
 
     @property
     def vocab_size(self) -> int:
+        """Pieces of the SentencePiece model; tokens that were added are beyond it."""
         return len(self._pieces)
 
     def get_vocab(self) -> dict[str, int]:
+        """Ids by piece, added tokens included."""
         return {**self._pieces, **self._added_tokens_encoder}
 
     def prepare_for_tokenization(
@@ -117,6 +120,7 @@ class OvertoneTokenizer(PreTrainedTokenizer):
         return self.model.id_to_piece(index)
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
+        """The text of pieces, as `decode` writes it."""
         return self._decode(self.convert_tokens_to_ids(list(tokens)))
 
     def _decode(self, token_ids, skip_special_tokens=False, clean_up_tokenization_spaces=None) -> str:  # type: ignore[override]
@@ -136,6 +140,7 @@ class OvertoneTokenizer(PreTrainedTokenizer):
         return "".join([*parts, self.model.decode(ordinary)])
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Writes the SentencePiece model, byte for byte as it was read; returns its path."""
         path = Path(save_directory) / "-".join(filter(None, (filename_prefix, VOCABULARY)))
         path.write_bytes(self._proto)
         return (str(path),)

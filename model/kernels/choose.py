@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def kernels_for(x: Tensor) -> ModuleType:
-    """The module whose operations serve tensors like `x`."""
+    """The module whose operations serve tensors like `x`, of any shape: by device and dtype."""
     if x.dtype in (torch.bfloat16, torch.float32):
         if x.device.type == "cpu":
             return _for_cpu(x.dtype)

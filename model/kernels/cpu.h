@@ -47,7 +47,7 @@ inline void check_rows(const Tensor& t, at::ScalarType dtype, const char* name) 
   TORCH_CHECK(HAS_BFLOAT16 || dtype != at::kBFloat16, "built for a CPU without AVX512_BF16: expected float32");
 }
 
-// A vector of M values, one per token, padded to whole vector registers.
+// A vector of M values, one per token, padded to whole vector registers: kernels read it without a mask.
 inline std::vector<float> padded(const Tensor& t, int64_t tokens, float fill) {
   const bool fits = t.dim() == 1 && t.numel() == tokens && t.scalar_type() == at::kFloat;
   TORCH_CHECK(fits, "expected ", tokens, " float32 values");

@@ -16,7 +16,7 @@ import functools
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .eager import FourSums
+from .eager import FourSums, Given, SummedGradient, Upstream
 
 SOURCES = sorted(Path(__file__).parent.glob("cpu_*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("cpu*.h"))
@@ -61,6 +61,7 @@ def _instructions() -> set[str]:
 
 
 def _flags() -> list[str]:
+    # by name, not -march=native: what is built here runs on every CPU that has these instructions
     extensions = [*INSTRUCTIONS, *([BFLOAT16] if BFLOAT16 in _instructions() else [])]
     return ["-O3", "-fopenmp", *(f"-m{name.replace('_', '')}" for name in extensions)]
 
@@ -174,7 +175,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     if a.dtype == torch.float32:
         return a @ b
     out = torch.empty(a.shape[0], b.shape[1], dtype=torch.float32)
-    if a.stride(1) == 1:
+    if a.stride(1) == 1:  # the kernels read rows without gaps: what lies the other way is given as its transpose
         right, transposed = (b, False) if b.stride(1) == 1 else (b.t().contiguous(), True)
         torch.ops.overtone_cpu.multiply(a, right, transposed, out, False)
     else:
@@ -194,7 +195,7 @@ def hidden_product(grads: Tensor, rows: Rows) -> Tensor:
 def add_rows_product(total: Tensor, grads: Tensor, x: Tensor, first: bool = False) -> None:
     """As eager.add_rows_product."""
     if grads.dtype == torch.float32:
-        total.addmm_(grads.t(), x, beta=0 if first else 1)
+        total.addmm_(grads.t(), x, beta=0 if first else 1)  # with beta 0 what `total` held is not read, NaN or not
     else:
         torch.ops.overtone_cpu.multiply(_columns(grads), x.contiguous(), False, total, not first)
 
@@ -227,87 +228,39 @@ def _columns(tokens_first: Tensor) -> Tensor:
     return columns if columns.stride(1) == 1 else columns.contiguous()
 
 
-def _in_place(values: Tensor, operation: Callable[[Tensor], FourSums]) -> FourSums:
-    """The sums of (M, V), by an operation that writes over their columns."""
-    columns = _columns(values)
-    sums = operation(columns)
-    if columns.data_ptr() != values.data_ptr():
+def statistics(values: Tensor, given: Given) -> FourSums:
+    """As eager.statistics."""
+    ops, columns, squares = torch.ops.overtone_cpu, _columns(values), given.squares
+    if given.kind == "dot":
+        return ops.dot_statistics(columns, given.local)
+    assert given.coefficient is not None
+    steep = float(given.coefficient)
+    if squares is None:
+        sums = ops.log_statistics(columns, given.floor, steep, given.local)
+    else:
+        sums = ops.quadratic_statistics(
+            columns, squares.x, squares.rows, squares.floor, steep, given.local, squares.target
+        )
+    if columns.data_ptr() != values.data_ptr():  # the logarithms were written to a copy
         values.copy_(columns.t())
     return sums
 
 
-def quadratic_statistics(dots: Tensor, squares: eager.Squares, coefficient: Tensor, local: Tensor) -> FourSums:
-    """As eager.quadratic_statistics."""
-    terms = squares.x, squares.rows, squares.floor, float(coefficient), local, squares.target
-    return _in_place(dots, lambda columns: torch.ops.overtone_cpu.quadratic_statistics(columns, *terms))
+scores = eager.scores
 
 
-quadratic_scores = eager.quadratic_scores
-
-
-def log_statistics(values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor) -> FourSums:
-    """As eager.log_statistics."""
-    return _in_place(
-        values, lambda columns: torch.ops.overtone_cpu.log_statistics(columns, floor, float(coefficient), local)
-    )
-
-
-def dot_statistics(dots: Tensor, local: Tensor) -> FourSums:
-    """As eager.dot_statistics."""
-    return torch.ops.overtone_cpu.dot_statistics(_columns(dots), local)
-
-
-def quadratic_gradient(
-    kept: Tensor,
-    squares: eager.Squares,
-    coefficient: Tensor,
-    lse: Tensor,
-    weight: Tensor,
-    local: Tensor,
-    dtype: torch.dtype,
-    score: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As eager.quadratic_gradient; G lies in the memory of `kept`."""
-    return _log_gradient_and_sums(kept, squares.floor, coefficient, lse, weight, local, dtype)
-
-
-def log_gradient(
-    logs: Tensor,
-    floor: Tensor,
-    coefficient: Tensor,
-    lse: Tensor,
-    weight: Tensor,
-    local: Tensor,
-    dtype: torch.dtype,
-    score: Tensor | None = None,
-) -> Tensor:
-    """As eager.log_gradient; G lies in the memory of `logs`."""
-    return _log_gradient_and_sums(logs, floor, coefficient, lse, weight, local, dtype)[0]
-
-
-def _log_gradient_and_sums(
-    logs: Tensor, floor: Tensor, coefficient: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    columns = _columns(logs)
-    log_floor = floor.log() + eager.FLOOR_MARGIN
-    over_rows, over_columns = torch.ops.overtone_cpu.quadratic_gradient(
-        columns, log_floor, float(coefficient), lse, -coefficient * weight, local, dtype == torch.bfloat16
-    )
-    return _gradients(columns, dtype), over_rows, over_columns
-
-
-def dot_gradient(
-    scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype, score: Tensor | None = None
-) -> Tensor:
-    """As eager.dot_gradient; G lies in the memory of `scores`."""
-    columns = _columns(scores)
-    torch.ops.overtone_cpu.dot_gradient(columns, lse, weight, local, dtype == torch.bfloat16)
-    return _gradients(columns, dtype)
-
-
-def _gradients(columns: Tensor, dtype: torch.dtype) -> Tensor:
-    """The G (M, V) that a gradient kernel left at the start of each row of (V, M)."""
-    return columns.view(dtype)[:, : columns.shape[1]].t()
+def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) -> SummedGradient:
+    """As eager.gradients; G lies in the memory of `kept`, at the start of each row of (V, M)."""
+    ops, columns, rounded = torch.ops.overtone_cpu, _columns(kept), dtype == torch.bfloat16
+    sums = None, None
+    if given.kind == "dot":
+        ops.dot_gradient(columns, loss.lse, loss.weight, given.local, rounded)
+    else:
+        assert given.coefficient is not None and given.floor is not None
+        log_floor, steep = given.floor.log() + eager.FLOOR_MARGIN, float(given.coefficient)
+        slope = -given.coefficient * loss.weight  # of q and of c alike: both have log kept and s = -coefficient * log
+        sums = ops.quadratic_gradient(columns, log_floor, steep, loss.lse, slope, given.local, rounded)
+    return columns.view(dtype)[:, : columns.shape[1]].t(), *sums
 
 
 def contract(terms: eager.Terms, x: Tensor, rows: Rows) -> Tensor:

@@ -12,7 +12,7 @@ namespace {
 
 // 1 / x for x > 0 within 1 ulp: division takes as long as all else together.
 __m512 inverse_of(__m512 x, __mmask16 where) {
-  const __m512 near = _mm512_maskz_rcp14_ps(where, x);
+  const __m512 near = _mm512_maskz_rcp14_ps(where, x);  // 14 bits, which a step of Newton makes 28
   return _mm512_fmadd_ps(near, _mm512_fnmadd_ps(x, near, _mm512_set1_ps(1.0f)), near);
 }
 
@@ -38,7 +38,7 @@ struct Canberra : Sum {
   static constexpr int ROWS = 4;
   __m512 operator()(__m512 sum, __m512 x, __m512 w, __m512, int64_t) const {
     const __m512 size = _mm512_add_ps(absolute(x), absolute(w));
-    const __mmask16 some = _mm512_cmp_ps_mask(size, _mm512_set1_ps(SMALLEST), _CMP_NLE_UQ);
+    const __mmask16 some = _mm512_cmp_ps_mask(size, _mm512_set1_ps(SMALLEST), _CMP_NLE_UQ);  // NaN counts
     return _mm512_fmadd_ps(absolute(_mm512_sub_ps(x, w)), inverse_of(size, some), sum);
   }
 };
@@ -59,7 +59,8 @@ struct Norm {
     alignas(64) float tops[TASK_ROWS * PANEL], inverses[TASK_ROWS * PANEL];
     contract_panel(Largest{}, w, x, panel, {tops, PANEL});
     for_each_vector({tops, PANEL}, w.count, x.vectors(panel), [&](int64_t i, int64_t v, float* at) {
-      const __m512 top = _mm512_max_ps(_mm512_set1_ps(FLT_MIN), _mm512_load_ps(at));  // NaN stays
+      // FLT_MIN at a match: it has an inverse, and all ratios are 0; NaN stays
+      const __m512 top = _mm512_max_ps(_mm512_set1_ps(FLT_MIN), _mm512_load_ps(at));
       _mm512_store_ps(at, top);
       _mm512_store_ps(inverses + i * PANEL + v * LANES, _mm512_div_ps(_mm512_set1_ps(1.0f), top));
     });
@@ -71,7 +72,8 @@ struct Norm {
   }
 };
 
-// p = 3 without a power, but for pairs whose cubes over- or underflow.
+// p = 3 without a power, but for pairs whose cubes over- or underflow: of a sum from 2^-90 on, cubes that are
+// lost, below 2^-126, are no digit.
 struct CubicNorm {
   Norm norm;
 

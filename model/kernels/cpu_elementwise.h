@@ -21,7 +21,8 @@ constexpr float SMALLEST = 0x1p-60f;   // as in eager.py
 
 __m512 absolute(__m512 t) { return _mm512_abs_ps(t); }
 
-// -1, 0 or 1; NaN stays NaN.
+// -1, 0 or 1; NaN stays NaN. The table has 4 bits for each class of numbers, from the right: NaN of two kinds
+// (2: as it is), 0 (8: 0), then 1, -inf, inf, below 0, above 0 (9: -1, A: 1).
 __m512 sign_of(__m512 t) { return _mm512_fixupimm_ps(t, t, _mm512_set1_epi32(int(0xA9A9A822)), 0); }
 
 // work(0 .. N - 1), unrolled
@@ -73,6 +74,7 @@ struct Power {
   template <int N>
   void raise_by_products(__m512 (&x)[N]) const {
     __m512 product[N];
+    // powers by squaring, all N in step, so that their chains overlap
     each<N>([&](int v) { product[v] = halves % 2 ? _mm512_sqrt_ps(x[v]) : _mm512_set1_ps(1.0f); });
     for (int whole = halves / 2; whole; whole /= 2) {
       if (whole % 2) each<N>([&](int v) { product[v] = _mm512_mul_ps(product[v], x[v]); });
@@ -89,6 +91,7 @@ struct Power {
     const auto step = [](__m512(&value)[N], const __m512(&factor)[N], float term) {
       each<N>([&](int v) { value[v] = _mm512_fmadd_ps(value[v], factor[v], _mm512_set1_ps(term)); });
     };
+    // unordered: NaN counts, and stays
     each<N>([&](int v) { some[v] = _mm512_cmp_ps_mask(x[v], least, _CMP_NLE_UQ); });
     each<N>([&](int v) { m[v] = _mm512_getmant_ps(x[v], _MM_MANT_NORM_p75_1p5, _MM_MANT_SIGN_src); });
     each<N>([&](int v) {
@@ -105,6 +108,7 @@ struct Power {
     each<N>([&](int v) { y[v] = _mm512_fmadd_ps(exponent, _mm512_add_ps(whole[v], z[v]), shift); });
     each<N>([&](int v) { n[v] = _mm512_sub_ps(y[v], shift); });
     each<N>([&](int v) { sixteenth[v] = _mm512_permutexvar_ps(_mm512_castps_si512(y[v]), sixteenths()); });
+    // what is large cancels in one rounding, before what is small joins it
     each<N>([&](int v) { whole[v] = _mm512_fmsub_ps(exponent, whole[v], n[v]); });
     each<N>([&](int v) { z[v] = _mm512_fmadd_ps(exponent, z[v], whole[v]); });  // f
     each<N>([&](int v) { y[v] = _mm512_set1_ps(0x1.c6ac6ap-5f); });
@@ -152,6 +156,7 @@ inline __attribute__((always_inline)) void add_terms(
 }
 
 // The tokens (M, D), times a sign, in panels of up to 64: (panels, D, tokens of the panel in whole vectors).
+// Lanes beyond the last token are zeros, and what comes of them lies in the padding of the results.
 class Panels {
  public:
   Panels(const Tensor& x, float sign)
@@ -209,7 +214,7 @@ void contract_tile(
   const float* left[ROWS];
 #pragma GCC unroll 8
   for (int i = 0; i < ROWS; ++i) {
-    const int64_t row = std::min<int64_t>(i, rows - 1);
+    const int64_t row = std::min<int64_t>(i, rows - 1);  // a full tile always: one loop, unrolled, no branches
     left[i] = w + row * w_stride;
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
@@ -232,6 +237,7 @@ void contract_tile(
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) {
       float* at = sums.at + i * sums.stride + v * LANES;
+      // the first span writes: nobody had to fill the memory with zeros
       _mm512_storeu_ps(at, first ? Kind::join(_mm512_loadu_ps(at), tile[i][v]) : tile[i][v]);
     }
   }

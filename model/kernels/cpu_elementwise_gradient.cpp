@@ -59,7 +59,7 @@ struct CubicSlope {
       __m512 x, const __m512 (&w)[N], const __m512 (&inverse)[N], __m512 (&)[N], __m512 (&left)[N],
       __m512 (&right)[N]) const {
     each<N>([&](int j) { left[j] = _mm512_mul_ps(_mm512_sub_ps(x, w[j]), inverse[j]); });
-    each<N>([&](int j) { right[j] = left[j] = _mm512_mul_ps(left[j], absolute(left[j])); });
+    each<N>([&](int j) { right[j] = left[j] = _mm512_mul_ps(left[j], absolute(left[j])); });  // sgn(t) (|t| / c)^2
   }
 };
 
@@ -76,6 +76,7 @@ struct PowerSlope {
     each<N>([&](int j) { right[j] = absolute(left[j]); });
     power.raise(right, least);
     each<N>([&](int j) {
+      // the sign of t, put back on the power of its size
       right[j] = left[j] = _mm512_or_ps(right[j], _mm512_and_ps(left[j], _mm512_set1_ps(-0.0f)));
     });
   }
@@ -146,6 +147,7 @@ void differentiate_tile(
   for (int64_t m = 0; m < tokens; ++m) {
     const __m512 token = _mm512_loadu_ps(x + m * LANES);
     __m512 sum = _mm512_loadu_ps(dx + m * LANES);
+    // one token meets ROWS prototypes: dw stays in registers over all tokens, dx goes to L1 once for ROWS of them
     __m512 scale[ROWS], other[ROWS], left[ROWS], right[ROWS];
     each<ROWS>([&](int j) { scale[j] = _mm512_set1_ps(grads.at[j * grads.stride + m]); });
     each<ROWS>([&](int j) { other[j] = _mm512_set1_ps(others.at[j * others.stride + m]); });
@@ -181,13 +183,13 @@ void differentiate_block(
     };
     int64_t j = 0;
     for (; j + Kind::ROWS <= w.count; j += Kind::ROWS) rows(std::integral_constant<int, Kind::ROWS>{}, j);
-    for (; j < w.count; ++j) rows(std::integral_constant<int, 1>{}, j);
+    for (; j < w.count; ++j) rows(std::integral_constant<int, 1>{}, j);  // repeated rows would count twice in dx
     for (int64_t i = 0; i < count * LANES; i += LANES) {
       float* at = dx + m * LANES + i;
       _mm512_storeu_ps(at, _mm512_add_ps(_mm512_loadu_ps(at), _mm512_load_ps(part + i)));
     }
   }
-  for (int64_t j = 0; j < w.count; ++j) {
+  for (int64_t j = 0; j < w.count; ++j) {  // t = x - w: dw has the other sign
     float* at = total + j * total_stride;
     const __m512 less = _mm512_sub_ps(_mm512_maskz_loadu_ps(lanes, at), _mm512_load_ps(dw + j * LANES));
     _mm512_mask_storeu_ps(at, lanes, less);
@@ -204,6 +206,7 @@ struct Gradient {
   template <class Kind>
   void add(const Kind& kind, int64_t first, int64_t end, GivenPairs grads, GivenPairs others) {
     const int64_t slices = blocks_of(w.size(1), LANES);
+    // at least two tasks for each thread, where there are so many slices
     const int64_t group = std::min(GROUP_SLICES, blocks_of(slices, 2 * at::get_num_threads()));
     for_each_task(blocks_of(slices, group), [&](int64_t task) {
       for (int64_t row = first; row < end; row += BLOCK_ROWS) {
@@ -260,6 +263,7 @@ class LargestGradient {
       });
       contract_panel(Ties{}, w, panels_, panel, {places.at + first, places.stride}, {tops, PANEL});
     }
+    // dw here, by prototypes, and dx in add_rows, by tokens: each number has one owner, and one order
     std::vector<double> sums(static_cast<size_t>(width_));
     for (int64_t i = 0; i < w.count; ++i) {
       std::fill(sums.begin(), sums.end(), 0.0);
@@ -287,7 +291,7 @@ class LargestGradient {
   void add(int64_t row, int64_t token, float places, double* sums) const {
     const float c = *values_.from(row, token).at, grad = *grads_.from(row, token).at;
     const uint32_t found = bits_of(places);
-    if ((found & ~Ties::SIGN) / Ties::TIE == 1 && c != 0 && grad == grad) {
+    if ((found & ~Ties::SIGN) / Ties::TIE == 1 && c != 0 && grad == grad) {  // one is the largest
       sums[found % Ties::TIE] += found & Ties::SIGN ? -grad : grad;
     } else if (c != 0 || grad != grad) {  // ties, or NaN, which reaches all of the gradient
       const float *x = x_ + token * width_, *w = w_.const_data_ptr<float>() + row * w_.stride(0);
@@ -297,6 +301,7 @@ class LargestGradient {
       };
       int64_t ties = 0;
       for (int64_t k = 0; k < width_; ++k) ties += slope(k) != 0;
+      // 0 * c is NaN where c is inf or NaN
       const float share = (grad + 0 * c) / float(std::max<int64_t>(ties, 1));
       for (int64_t k = 0; k < width_; ++k) sums[k] += share * slope(k);
     }

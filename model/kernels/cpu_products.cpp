@@ -23,7 +23,7 @@ using pair32 = uint32_t;  // two bfloat16
 
 constexpr int64_t TILE_ROWS = 6;     // a register tile is 6 rows x 4 vectors: 24 sums, 4 right vectors, 1 broadcast
 constexpr int64_t DEPTH = 512;       // terms of a sum taken at a time (measured: 192, 256 and 384 are slower)
-constexpr int64_t PRODUCT_ROWS = 40 * TILE_ROWS;
+constexpr int64_t PRODUCT_ROWS = 40 * TILE_ROWS;  // of the left operand, of one task: whole register tiles
 constexpr int64_t BLOCK_ROWS = 512, BLOCK_COLUMNS = 384;  // of the product whose operands are packed as it goes
 
 // The left operand of a product: entry (i, k) at i * row + k * (terms of a pair side by side), pairs `pair` apart.
@@ -35,7 +35,7 @@ struct Left {
 
 __m512 broadcast_pair(const bits16* at) {
   pair32 both;
-  __builtin_memcpy(&both, at, sizeof both);
+  __builtin_memcpy(&both, at, sizeof both);  // a row of odd width starts between words
   return _mm512_castsi512_ps(_mm512_set1_epi32(int(both)));
 }
 
@@ -70,7 +70,7 @@ void multiply_tile(
       for (int v = 0; v < VECTORS; ++v) sums[i][v] = multiply_add(sums[i][v], broadcast, right[v]);
     }
   }
-  if (terms % 2) {
+  if (terms % 2) {  // the upper half of the pair is zeros, not the next row's first entry
     for (int64_t i = 0; i < TILE_ROWS; ++i) {
       const __m512 half = _mm512_castsi512_ps(_mm512_set1_epi32(left[i][offset]));
       for (int v = 0; v < VECTORS; ++v) sums[i][v] = multiply_add(sums[i][v], half, _mm512_loadu_ps(panel + v * LANES));
@@ -99,7 +99,7 @@ void multiply_panel(
                                    : multiply_tile<1>;
   const __mmask16 last = first_lanes(width - (vectors - 1) * LANES);
   for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-    for (int64_t k = 0; k < terms; k += SUM_TERMS) {
+    for (int64_t k = 0; k < terms; k += SUM_TERMS) {  // each joins c in memory: no sum in a register is longer
       const Left at{a.at + i * a.row + k / 2 * a.pair, a.row, a.pair};
       const pair32* right = panel + k / 2 * vectors * LANES;
       const int64_t height = std::min(TILE_ROWS, rows - i), depth = std::min(SUM_TERMS, terms - k);
@@ -140,7 +140,8 @@ void pack_rows(const bits16* rows, int64_t row, int64_t terms, int64_t width, pa
   }
 }
 
-// A right operand (terms, width) packed as a whole, in blocks of DEPTH terms, each in panels of 64 columns.
+// A right operand (terms, width) packed as a whole, once for all tasks: in blocks of DEPTH terms, each in panels of 64
+// columns.
 class Packed {
  public:
   Packed(const bits16* at, int64_t row, int64_t terms, int64_t width, bool lanes_are_rows)
@@ -169,6 +170,7 @@ class Packed {
   int64_t padded() const { return blocks_of(width_, LANES) * LANES; }
   int64_t terms_at(int64_t k) const { return std::min(DEPTH, terms_ - k); }
   int64_t stride_at(int64_t j) const { return std::min(PANEL, padded() - j); }
+  // blocks have DEPTH / 2 pairs, and so have their panels, the last block's too, though it may fill fewer
   int64_t offset(int64_t k, int64_t j) const { return k / 2 * padded() + j * (DEPTH / 2); }
 
   int64_t terms_, width_;
@@ -187,7 +189,7 @@ void multiply(const Tensor& a, const Tensor& b, bool transposed, const Tensor& c
   float* out = c.mutable_data_ptr<float>();
   for_each_task(blocks_of(height, PRODUCT_ROWS), [&](int64_t task) {
     const int64_t i = task * PRODUCT_ROWS;
-    const Left left{bits(a) + i * a.stride(0), a.stride(0), 2};
+    const Left left{bits(a) + i * a.stride(0), a.stride(0), 2};  // as stored: only its pairs are broadcast
     right.multiply(left, out + i * c.stride(0), c.stride(0), std::min(PRODUCT_ROWS, height - i), add);
   });
 }
@@ -205,6 +207,7 @@ struct TransposedBlock {
     for (int64_t k = 0; k < a.size(0); k += DEPTH) {
       const int64_t terms = std::min(DEPTH, a.size(0) - k);
       pack_columns(bits(a) + k * a.stride(0) + i, a.stride(0), terms, height, left.data(), left_stride);
+      // a row of a' is a lane of the packed pairs: the next row is one pair on, the next pair of a row one line
       const Left from{reinterpret_cast<const bits16*>(left.data()), 2, 2 * left_stride};
       for (int64_t column = 0; column < width; column += PANEL) {
         const int64_t lanes = std::min(PANEL, width - column);
@@ -230,7 +233,7 @@ void multiply_transposed(const Tensor& a, const Tensor& b, const Tensor& c) {
   const int64_t wide = blocks_of(blocks_of(width, across), PANEL) * PANEL;
   for_each_task(down * across, [&](int64_t task) {
     const int64_t i = task / across * tall, j = task % across * wide;
-    if (i >= height || j >= width) return;
+    if (i >= height || j >= width) return;  // blocks were rounded up to whole tiles: the last may be empty
     TransposedBlock{a, b, c, i, j, std::min(tall, height - i), std::min(wide, width - j)}.multiply();
   });
 }

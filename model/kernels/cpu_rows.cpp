@@ -19,6 +19,7 @@ constexpr size_t HUGE_PAGE = size_t(2) << 20;
 
 __m512 load_wide(const float* at, __mmask16 lanes) { return _mm512_maskz_loadu_ps(lanes, at); }
 
+// A bfloat16 is the upper half of a float32.
 __m512 load_wide(const bits16* at, __mmask16 lanes) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, at)), 16));
 }
@@ -40,7 +41,7 @@ void finish_row(float* total, const Stored* row, float factor, int64_t width) {
     const __mmask16 lanes = first_lanes(width - k);
     const __m512 product = _mm512_maskz_loadu_ps(lanes, total + k);
     const __m512 half = _mm512_fmsub_ps(load_wide(row + k, lanes), _mm512_set1_ps(factor), product);
-    _mm512_mask_storeu_ps(total + k, lanes, _mm512_add_ps(half, half));
+    _mm512_mask_storeu_ps(total + k, lanes, _mm512_add_ps(half, half));  // doubling is exact: one rounding in all
   }
 }
 
@@ -70,7 +71,8 @@ Tensor square_norms(const Tensor& rows) {
   return out;
 }
 
-// A row of length 1 is row / (largest * length), with the length of row / largest: no overflow.
+// A row of length 1 is row / largest / length, with the length of row / largest: no square overflows, nor does the
+// product of the two, which is never made.
 struct RowLength {
   float largest, length;  // 1 and 1 for a row of zeros
 };
@@ -128,7 +130,7 @@ Tensor unit_rows_gradient(const Tensor& rows, const Tensor& grad) {
       const __mmask16 lanes = first_lanes(width - k);
       const __m512 unit = unit_at(row + k, lanes, length);
       sum = _mm512_fmadd_ps(unit, load_wide(upstream + k, lanes), sum);
-      any = _mm512_fmadd_ps(unit, unit, any);
+      any = _mm512_fmadd_ps(unit, unit, any);  // 0 for a row of zeros alone: else it is about 1
     }
     const __m512 along = _mm512_set1_ps(_mm512_reduce_add_ps(sum));
     const bool zeros = _mm512_reduce_add_ps(any) == 0;
@@ -158,6 +160,7 @@ void finish_rows(const Tensor& total, const Tensor& rows, const Tensor& columns)
 // Asks for huge pages under a large new tensor: touching it page by page costs more than a pass over it.
 void advise_huge_pages(const Tensor& t) {
   const auto from = reinterpret_cast<uintptr_t>(t.data_ptr());
+  // only pages that are the tensor's alone
   const uintptr_t first = (from + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
   const uintptr_t end = (from + t.nbytes()) / HUGE_PAGE * HUGE_PAGE;
   if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);  // no huge pages: no harm

@@ -1,4 +1,4 @@
-// Sums over scores and their gradients, for CPUs with AVX512; eager.py's `*_statistics` and `*_gradient`.
+// Sums over scores and their gradients, for CPUs with AVX512; eager.py's `statistics` and `gradients`.
 //
 // Legend: M tokens of a chunk, V prototypes. Scores lie with the *tokens along the vector lanes*, (V, M): maxima and sums
 // over the prototypes never cross lanes.
@@ -25,8 +25,9 @@ constexpr int64_t FLOAT_TERMS = 16;  // terms summed in float32 before they join
 // Coefficients: minimax fits of degree 6 (exp) and 10 (log); both within 1 ulp of the true value, NaN stays NaN.
 // exp(x) = 2^n exp(r), |r| <= log(2) / 2. Below -104 the result is 0.
 __m512 exp_of(__m512 x) {
-  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);
+  x = _mm512_max_ps(_mm512_set1_ps(-104.0f), x);  // of a NaN the second operand is what comes out
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(0x1.715476p+0f)), _MM_FROUND_TO_NEAREST_INT);
+  // log(2) in two parts: with one float32 of it, r would be off by n times its rounding
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0x1.62e430p-1f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-0x1.05c610p-29f), r);
   __m512 y = _mm512_set1_ps(0x1.6a1a72p-10f);
@@ -35,7 +36,7 @@ __m512 exp_of(__m512 x) {
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.55548ap-3f));
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.fffffcp-2f));
   y = _mm512_add_ps(_mm512_fmadd_ps(_mm512_mul_ps(r, r), y, r), _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(y, n);
+  return _mm512_scalef_ps(y, n);  // unlike an exponent added to the bits, also for subnormal results
 }
 
 // log(x) = e log(2) + log(1 + r), 1 + r in [0.75, 1.5): around x = 1 no digits cancel.
@@ -53,6 +54,7 @@ __m512 log_of(__m512 x) {
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.9969b0p-3f));
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(-0x1.000040p-2f));
   y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0x1.5555a4p-2f));
+  // the smallest addends first; near x = 1, where e is 0, r is nearly all there is
   const __m512 square = _mm512_mul_ps(r, r);
   y = _mm512_mul_ps(_mm512_mul_ps(square, r), y);
   y = _mm512_fmadd_ps(e, _mm512_set1_ps(-0x1.05c610p-29f), y);
@@ -88,8 +90,8 @@ struct Quadratic {
     const __m512 squares = _mm512_add_ps(_mm512_loadu_ps(&x_squares[token]), _mm512_set1_ps(row_squares[row]));
     __m512 q = _mm512_fnmadd_ps(_mm512_set1_ps(2.0f), dot, squares);
     const __mmask16 here = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(&local[token]), _mm512_set1_epi32(int(row)));
-    q = _mm512_mask_loadu_ps(q, here, &target_q[token]);
-    return log_of(_mm512_max_ps(_mm512_loadu_ps(&floor[token]), q));
+    q = _mm512_mask_loadu_ps(q, here, &target_q[token]);  // its own difference: no digits cancelled
+    return log_of(_mm512_max_ps(_mm512_loadu_ps(&floor[token]), q));  // NaN stays
   }
   __m512 score(__m512 log_q) const { return _mm512_mul_ps(log_q, factor); }
 };
@@ -119,6 +121,7 @@ void sum_block(
     const Kind& kind, float* kept, int64_t stride, int64_t row, int64_t rows, int64_t token, int64_t tokens,
     Sums& sums) {
   alignas(64) float totals[SCORE_TOKENS], moments[SCORE_TOKENS];
+  // The maxima of the whole block first: then no sum has to be scaled, and the values are read again from L2.
   for (int64_t v = row; v < row + rows; ++v) {
     for (int64_t m = token; m < token + tokens; m += LANES) {
       const __mmask16 lanes = first_lanes(token + tokens - m);
@@ -157,7 +160,7 @@ std::tuple<float, float, float> joined(const std::vector<Sums>& blocks, int64_t 
   double total = 0, moment = 0;
   for (const Sums& block : blocks) {
     const double below = double(block.top[token]) - top;
-    if (below < -104) continue;
+    if (below < -104) continue;  // exp(below) is no float32 above 0
     const double part = std::exp(below);
     total += part * block.total[token];
     moment += part * (block.moment[token] + below * block.total[token]);
@@ -171,6 +174,7 @@ FourSums sum_scores(const Kind& kind, const Tensor& kept, const std::vector<int3
   const int64_t rows = kept.size(0), tokens = kept.size(1), stride = kept.stride(0);
   float* at = kept.mutable_data_ptr<float>();
   std::vector<Sums> blocks(size_t(blocks_of(rows, SCORE_ROWS)), Sums(size_t(blocks_of(tokens, LANES) * LANES)));
+  // Each block has sums of its own, joined in their order below: who is done first changes no bit.
   for_each_task(int64_t(blocks.size()), [&](int64_t task) {
     const int64_t row = task * SCORE_ROWS;
     for (int64_t token = 0; token < tokens; token += SCORE_TOKENS) {
@@ -187,6 +191,7 @@ FourSums sum_scores(const Kind& kind, const Tensor& kept, const std::vector<int3
     for (int64_t m = first; m < end; ++m) {
       std::tie(tops[m], totals[m], moments[m]) = joined(blocks, m);
       const float value = column[m] < 0 ? 0.0f : at[column[m] * stride + m];
+      // by the operation that made the maximum: a target that takes all has loss 0, exactly
       targets[m] = column[m] < 0 ? 0.0f : _mm512_cvtss_f32(kind.score(_mm512_set1_ps(value)));
     }
   });
@@ -257,6 +262,7 @@ struct QuadraticGradient {
     __m512 grad = exp_of(_mm512_fmsub_ps(log_q, steepness, _mm512_loadu_ps(&lse[token])));
     const __mmask16 here = _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(&local[token]), _mm512_set1_epi32(int(row)));
     grad = _mm512_mask_sub_ps(grad, here, grad, _mm512_loadu_ps(&target_inverse[token]));
+    // an ordered comparison: NaN is at no floor, and gets through
     const __mmask16 floored = _mm512_cmp_ps_mask(log_q, _mm512_loadu_ps(&log_floor[token]), _CMP_LE_OQ);
     return _mm512_maskz_mul_ps(__mmask16(~floored), grad, _mm512_loadu_ps(&weight[token]));
   }
@@ -283,6 +289,7 @@ float gradient_row(const Kind& kind, float* kept, int64_t row, int64_t tokens, f
   for (int64_t m = 0; m < tokens; m += LANES) {
     const __mmask16 lanes = first_lanes(tokens - m);
     const __m512 value = _mm512_maskz_loadu_ps(lanes, kept + m);
+    // lanes beyond the last token hold anything: they must not join the sum over the row
     const __m512 grad = _mm512_maskz_mov_ps(lanes, store_rounded(grads + m, lanes, kind(value, row, m)));
     _mm512_storeu_ps(token_sums + m, _mm512_add_ps(_mm512_loadu_ps(token_sums + m), grad));
     sum = _mm512_add_ps(sum, grad);
@@ -311,7 +318,7 @@ std::tuple<Tensor, Tensor> differentiate(const Kind& kind, const Tensor& kept) {
   const Tensor over_tokens = at::empty({rows}, kept.options());
   float *at = kept.mutable_data_ptr<float>(), *out = over_tokens.mutable_data_ptr<float>();
   for_each_task(blocks, [&](int64_t task) {
-    std::vector<float> sums(size_t(width), 0.0f);
+    std::vector<float> sums(size_t(width), 0.0f);  // this block's own: no other thread adds to them
     const int64_t end = std::min(rows, (task + 1) * SCORE_ROWS);
     for (int64_t first = task * SCORE_ROWS; first < end; first += FLOAT_TERMS) {
       std::fill(sums.begin(), sums.end(), 0.0f);
@@ -330,7 +337,7 @@ std::tuple<Tensor, Tensor> differentiate(const Kind& kind, const Tensor& kept, b
   return bfloat16 ? differentiate<bits16>(kind, kept) : differentiate<float>(kind, kept);
 }
 
-// 1 / q of every token's target, from log q as kept.
+// 1 / q of every token's target, from log q as kept. Taken before any G is made, which lies over it.
 std::vector<float> target_inverses(const Tensor& kept, const std::vector<int32_t>& local) {
   std::vector<float> out(local.size());
   const float* at = kept.const_data_ptr<float>();

@@ -21,9 +21,10 @@ from .eager_elementwise import contract as contract
 from .eager_elementwise import contract_gradient as contract_gradient
 from .eager_elementwise import copy as copy
 
+SummedGradient = tuple[Tensor, Tensor | None, Tensor | None]  # G (M, V); of q its sums over rows (M,), columns (V,)
 FourSums = tuple[Tensor, Tensor, Tensor, Tensor]  # (M,): max s, sum exp(s - max), sum s exp(s - max), s of the target
 
-FLOOR_MARGIN = 2.0**-18  # log q this close to the floor's logarithm is at the floor
+FLOOR_MARGIN = 2.0**-18  # log q this close to the floor's logarithm is at the floor: both were rounded as logarithms
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -112,7 +113,7 @@ def product(a: Tensor, b: Tensor) -> Tensor:
         return a @ b
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=wide)
-    return a.to(wide) @ b.to(wide)
+    return a.to(wide) @ b.to(wide)  # exact but for the sums: two times 8 bits make 16, float32 holds 24
 
 
 def products(x: Tensor, rows: Rows) -> Tensor:
@@ -144,6 +145,7 @@ def unit_rows_gradient(rows: Tensor, grad: Tensor) -> Tensor:
     scaled, length, largest = _lengths(rows)
     unit = scaled / length
     along = torch.linalg.vecdot(unit, grad)[:, None]
+    # divided twice: the product of both may pass the largest number, as may the result for the shortest of rows
     across = ((grad - unit * along) / length / largest).clamp(-torch.finfo(grad.dtype).max, torch.finfo(grad.dtype).max)
     return torch.where(rows.any(1, keepdim=True), across, 0)
 
@@ -212,94 +214,78 @@ class Squares(NamedTuple):
     floor: Tensor  # (M,) the least that q may be
 
 
-def quadratic_statistics(dots: Tensor, squares: Squares, coefficient: Tensor, local: Tensor) -> FourSums:
-    """Sums up the scores s = -coefficient * log q of every token; the dot products (M, V) become what is *kept* for
-    `quadratic_scores` and `quadratic_gradient` (here: log q).
+class Given(NamedTuple):
+    """What makes scores of a chunk's values (M, V); None where their kind has none."""
 
-    `local` (M,) is the target's column, -1 where it is not here. Returns (M,) each: max s, sum exp(s - max),
-    sum s * exp(s - max), and s of the target (0 where it is not here).
+    local: Tensor  # (M,) the target's column, -1 where it is not here
+    coefficient: Tensor | None = None  # one element
+    floor: Tensor | None = None  # (M,) the least that c, or q, may be
+    squares: Squares | None = None  # its floor is `floor`
+
+    @property
+    def kind(self) -> Literal["quadratic", "log", "dot"]:
+        """What the values are: dot products that make q, distances c, or the scores themselves."""
+        if self.squares is not None:
+            return "quadratic"
+        return "dot" if self.floor is None else "log"
+
+
+class Upstream(NamedTuple):
+    """What turns a chunk's scores into G = d(weight * loss)/dvalue: (M,) each."""
+
+    lse: Tensor  # log sum exp of the scores, over the whole group
+    weight: Tensor  # of the token's loss
+    score: Tensor | None = None  # of the target; for kernels that do not look for it among the others
+
+
+def statistics(values: Tensor, given: Given) -> FourSums:
+    """Sums up the scores s of every token; the values (M, V) become what is *kept* for `scores` and `gradients`: here
+    log q or log c. Scores that are given stay.
+
+    Returns (M,) each: max s, sum exp(s - max), sum s * exp(s - max), and s of the target (0 where it is not here).
     """
-    q = dots.mul_(-2).add_(squares.x[:, None]).add_(squares.rows)
-    column = local.clamp_min(0)[:, None]
-    q.scatter_(1, column, torch.where((local >= 0)[:, None], squares.target[:, None], q.gather(1, column)))
-    return log_statistics(q, squares.floor, coefficient, local)
-
-
-def quadratic_scores(kept: Tensor, squares: Squares, coefficient: Tensor, local: Tensor) -> Tensor:
-    """(M, V) scores from what `quadratic_statistics` kept."""
-    return kept * -coefficient
-
-
-def quadratic_gradient(
-    kept: Tensor,
-    squares: Squares,
-    coefficient: Tensor,
-    lse: Tensor,
-    weight: Tensor,
-    local: Tensor,
-    dtype: torch.dtype,
-    score: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """G = d(weight * loss)/dq, rounded to `dtype`, with the sums of the *rounded* G over rows and columns.
-
-    G = -coefficient * weight * (p - onehot) / q, and 0 at the floor. (M, V) -> G (M, V), (M,), (V,). `kept` is
-    consumed. `score` (M,), the target's, is for kernels that do not look for it among the others.
-    """
-    rounded = log_gradient(kept, squares.floor, coefficient, lse, weight, local, dtype)
-    wide = rounded.to(lse.dtype)
-    return rounded, wide.sum(1), wide.sum(0)
-
-
-def log_statistics(values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor) -> FourSums:
-    """Turns values c (M, V) into log max(c, floor), in place; the sums of quadratic_statistics for s = -coefficient *
-    log c."""
-    logs = torch.maximum(values, floor[:, None], out=values).log_()
-    return _summed(logs * -coefficient, local.clamp_min(0)[:, None], local >= 0)
-
-
-def log_gradient(
-    logs: Tensor,
-    floor: Tensor,
-    coefficient: Tensor,
-    lse: Tensor,
-    weight: Tensor,
-    local: Tensor,
-    dtype: torch.dtype,
-    score: Tensor | None = None,
-) -> Tensor:
-    """G = d(weight * loss)/dc from log c: -coefficient * weight * (p - onehot) / c, 0 at the floor. `logs` is
-    consumed.
-    """
-    here = local >= 0
-    column = local.clamp_min(0)[:, None]
-    target_log = logs.gather(1, column)
-    floored = logs <= floor.log()[:, None] + FLOOR_MARGIN
-    grads = (logs * -(coefficient + 1)).sub_(lse[:, None]).exp_()  # p / c
-    grads.scatter_add_(1, column, torch.where(here[:, None], -target_log.neg().exp(), 0))
-    return grads.mul_((-coefficient * weight)[:, None]).masked_fill_(floored, 0).to(dtype)
-
-
-def dot_statistics(dots: Tensor, local: Tensor) -> FourSums:
-    """The same four sums for s = dots, which stays as it is."""
-    return _summed(dots.clone(), local.clamp_min(0)[:, None], local >= 0)
-
-
-def _summed(scores: Tensor, column: Tensor, here: Tensor) -> FourSums:
+    scores, column, here = values, given.local.clamp_min(0)[:, None], given.local >= 0
+    if given.kind != "dot":
+        assert given.floor is not None and given.coefficient is not None
+        if given.squares is not None:
+            values.mul_(-2).add_(given.squares.x[:, None]).add_(given.squares.rows)
+            # the target by its own difference, as the sum above cancels near a match; others write back what is there
+            near = torch.where(here[:, None], given.squares.target[:, None], values.gather(1, column))
+            values.scatter_(1, column, near)
+        scores = torch.maximum(values, given.floor[:, None], out=values).log_() * -given.coefficient
     target = torch.where(here, scores.gather(1, column)[:, 0], 0)
     top = scores.amax(1)
     weights = (scores - top[:, None]).exp_()
     return top, weights.sum(1), torch.linalg.vecdot(weights, scores), target
 
 
-def dot_gradient(
-    scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype, score: Tensor | None = None
-) -> Tensor:
-    """G = weight * (p - onehot), rounded to `dtype`. (M, V) -> (M, V). `scores` is consumed."""
-    here = (local >= 0)[:, None]
-    probabilities = scores.sub_(lse[:, None]).exp_()
-    column = local.clamp_min(0)[:, None]
-    probabilities.scatter_add_(1, column, torch.where(here, -1.0, 0.0).to(probabilities.dtype))
-    return probabilities.mul_(weight[:, None]).to(dtype)
+def scores(kept: Tensor, given: Given) -> Tensor:
+    """(M, V) scores from what `statistics` kept."""
+    return kept if given.coefficient is None else kept * -given.coefficient
+
+
+def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) -> SummedGradient:
+    """G = d(weight * loss)/dvalue (M, V), rounded to `dtype`, and of q its sums over rows (M,) and columns (V,): those
+    of the *rounded* G, since dx = 2 (x sum G - G w) cancels near a match. `kept` is consumed.
+
+    G = -coefficient * weight * (p - onehot) / c, and 0 at the floor; of scores that are given, weight * (p - onehot).
+    """
+    here, column = (given.local >= 0)[:, None], given.local.clamp_min(0)[:, None]
+    if given.kind == "dot":
+        probabilities = kept.sub_(loss.lse[:, None]).exp_()
+        probabilities.scatter_add_(1, column, torch.where(here, -1.0, 0.0).to(kept.dtype))
+        return probabilities.mul_(loss.weight[:, None]).to(dtype), None, None
+    assert given.floor is not None and given.coefficient is not None
+    target_log = kept.gather(1, column)
+    floored = kept <= given.floor.log()[:, None] + FLOOR_MARGIN
+    # p / c by one exponential: one pass, and p alone may be too small for float32 where p / c is not
+    grads = (kept * -(given.coefficient + 1)).sub_(loss.lse[:, None]).exp_()
+    grads.scatter_add_(1, column, torch.where(here, -target_log.neg().exp(), 0))
+    rounded = grads.mul_((-given.coefficient * loss.weight)[:, None]).masked_fill_(floored, 0).to(dtype)
+    if given.squares is None:
+        return rounded, None, None
+    wide = rounded.to(loss.lse.dtype)
+    return rounded, wide.sum(1), wide.sum(0)
 
 
 class Scored(NamedTuple):
@@ -311,26 +297,18 @@ class Scored(NamedTuple):
 
 
 def fused_statistics(
-    kind: Literal["quadratic", "dot"],
-    x: Tokens,
-    rows: Rows,
-    squares: Squares | None,
-    coefficient: Tensor,
-    local: Tensor,
-    target: Tensor,
-    keep: bool,
-    moment: bool,
+    x: Tokens, rows: Rows, given: Given, target: Tensor, keep: bool, moment: bool
 ) -> tuple[FourSums, Scored | None]:
-    """The product and its statistics in one: the four sums of `quadratic_statistics` or `dot_statistics` (up to the
-    max, which may be any number near it, and the third, which is asked for by `moment`), and E if `keep`.
+    """The product and its statistics in one: the four sums of `statistics` (up to the max, which may be any number near
+    it, and the third, which is asked for by `moment`), and E if `keep`.
 
     `target` (M,): q of the target, or its score for "dot". The plain form of a kernel that keeps no float32 scores; on
     purpose with that kernel's roundings.
     """
-    ln2, here = math.log(2), local >= 0  # base 2 within, as the kernel is: its hardware has no other logarithm
+    ln2, here = math.log(2), given.local >= 0  # base 2 within, as the kernel is: its hardware has no other logarithm
     values = products(x.rows, rows)
-    if kind == "dot":
-        parts = _with_targets(values, target, local).split(TILE, 1)
+    if given.squares is None:
+        parts = _with_targets(values, target, given.local).split(TILE, 1)
         tops = torch.stack([part.amax(1) for part in parts])
         weights = [(part - top[:, None]).exp() for part, top in zip(parts, tops, strict=True)]
         top = tops.amax(0)
@@ -338,9 +316,10 @@ def fused_statistics(
         kept = torch.cat(weights, 1)
         sums = top, total, torch.zeros_like(top), torch.where(here, target, 0)
     else:
-        assert squares is not None
-        floor = squares.floor[:, None]
-        q = torch.maximum(_with_targets(values * -2 + squares.x[:, None] + squares.rows, target, local), floor)
+        assert given.coefficient is not None
+        squares, coefficient, floor = given.squares, given.coefficient, given.squares.floor[:, None]
+        q = values * -2 + squares.x[:, None] + squares.rows
+        q = torch.maximum(_with_targets(q, target, given.local), floor)
         parts = q.split(TILE, 1)
         least = torch.stack([part.amin(1) for part in parts])
         tops = least.log2()
@@ -349,12 +328,12 @@ def fused_statistics(
         shares = [weight * part / unit[:, None] for weight, part, unit in zip(weights, parts, least, strict=True)]
         totals = torch.stack([share.sum(1) for share in shares])
         moments = torch.stack([(share * log).sum(1) for share, log in zip(shares, logs, strict=True)])
-        apart = tops - tops.amin(0)
+        apart = tops - tops.amin(0)  # the sums of a tile are in units of its own least q: brought to the least of all
         factor = (apart * -coefficient).exp2()
         top, total = tops.amin(0) * -coefficient * ln2, (factor * totals).sum(0)
         moment_sum = top * total - (factor * (moments + apart * totals)).sum(0) * (coefficient * ln2)
         score = torch.maximum(target, squares.floor).log2() * -coefficient * ln2
-        kept = torch.cat(weights, 1).masked_fill(q <= floor, 0)
+        kept = torch.cat(weights, 1).masked_fill(q <= floor, 0)  # no gradient at the floor, which the sums count
         sums = top, total, moment_sum, torch.where(here, score, 0)
     return sums, Scored(kept.to(x.rows.dtype), tops, TILE) if keep else None
 
@@ -365,29 +344,24 @@ def _with_targets(values: Tensor, target: Tensor, local: Tensor) -> Tensor:
     return values.scatter(1, column, torch.where((local >= 0)[:, None], target[:, None], values.gather(1, column)))
 
 
-def fused_gradient(
-    kind: Literal["quadratic", "dot"],
-    scored: Scored,
-    squares: Squares | None,
-    coefficient: Tensor,
-    lse: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    local: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """G of `quadratic_gradient` or `dot_gradient` from what `fused_statistics` kept, and its sums as rounded; (M, V) ->
-    G (M, V), (M,), (V,). `score` (M,): the target's.
-    """
+def fused_gradient(scored: Scored, given: Given, loss: Upstream) -> SummedGradient:
+    """G of `gradients` from what `fused_statistics` kept, and its sums as rounded: G (M, V), (M,), (V,)."""
+    assert loss.score is not None
     kept, tops, width = scored
-    slope = weight if kind == "dot" else -coefficient * weight
-    logs = tops - lse if kind == "dot" else tops * (-(coefficient + 1) * math.log(2)) - lse
+    if given.squares is None:
+        slope, logs = loss.weight, tops - loss.lse
+    else:
+        assert given.coefficient is not None
+        slope = -given.coefficient * loss.weight
+        logs = tops * (-(given.coefficient + 1) * math.log(2)) - loss.lse
     factor = logs.exp().repeat_interleave(width, 0)[: kept.shape[1]].t()
-    grads = kept.to(lse.dtype) * factor * slope[:, None]
-    target = torch.expm1(score - lse) * slope
-    if kind == "quadratic":
-        assert squares is not None
-        apart = torch.maximum(squares.target, squares.floor)
-        target = torch.where(apart > squares.floor, target / apart, 0)
-    rounded = _with_targets(grads, target, local).to(kept.dtype)
-    wide = rounded.to(lse.dtype)
+    grads = kept.to(loss.lse.dtype) * factor * slope[:, None]
+    target = torch.expm1(loss.score - loss.lse) * slope  # p - 1, with all its digits where p is near 1
+    if given.squares is not None:
+        apart = torch.maximum(given.squares.target, given.squares.floor)
+        target = torch.where(apart > given.squares.floor, target / apart, 0)
+    rounded = _with_targets(grads, target, given.local).to(kept.dtype)
+    if given.squares is None:
+        return rounded, None, None
+    wide = rounded.to(loss.lse.dtype)
     return rounded, wide.sum(1), wide.sum(0)

@@ -42,7 +42,7 @@ def contract(terms: Terms, x: Tensor, rows: Rows) -> Tensor:
             out[:, block] = difference.abs_().amax(-1)
         elif terms.kind == "lp":
             top = difference.abs_().amax(-1, keepdim=True)
-            ratios = difference.div_(torch.where(top > 0, top, 1))
+            ratios = difference.div_(torch.where(top > 0, top, 1))  # 1 at most; all 0 at a match
             out[:, block] = ratios.pow_(terms.p).sum(-1).pow_(1 / terms.p).mul_(top[..., 0])
         else:
             sizes = x.abs()[:, None] + rows.rows[block].abs()
@@ -70,11 +70,11 @@ def contract_gradient(terms: Terms, x: Tensor, rows: Rows, values: Tensor, grads
         if terms.kind == "l1":
             slopes = signs
         elif terms.kind == "linf":
-            largest = difference.abs_() == c
+            largest = difference.abs_() == c  # exactly: c is one of these very numbers
             slopes = signs.mul_(largest).div_(largest.sum(-1, keepdim=True).clamp_min(1))
         elif terms.kind == "lp":
             ratios = difference.abs_().div_(torch.where(c > 0, c, 1))
-            least = SMALLEST if terms.p < 1 else 0.0
+            least = SMALLEST if terms.p < 1 else 0.0  # the slope of the smallest ratios would overflow
             slopes = torch.where(ratios > least, ratios.pow(terms.p - 1), 0).mul_(signs)
         else:  # the two sides differ: sgn(x - w) (|w| + sgn(x) w) / (|x| + |w|)^2, and x and w exchanged
             sizes = x.abs()[:, None] + w.abs()

@@ -23,8 +23,8 @@ import triton
 from torch import Tensor
 
 from . import eager, triton_elementwise, triton_fused, triton_rows, triton_scores
-from .eager import FourSums, Scored, Squares
-from .triton_scores import ROW_START, Given, padded_rows
+from .eager import FourSums, Given, Scored, SummedGradient, Upstream
+from .triton_scores import ROW_START, padded_rows
 
 OLDEST = (8, 0)  # compute capability: Ampere's, the first with bfloat16 and a maximum that passes NaN on
 FUSED = False  # the fused design has not been timed on a GPU yet; `python -m benchmarks.gpu` times both in one run
@@ -46,7 +46,7 @@ def require(device: torch.device) -> None:
     if capability < OLDEST:
         raise Unavailable(f"compute capability {capability[0]}.{capability[1]}; 8.0 or newer would be faster")
     try:
-        dot_statistics(torch.zeros(1, 1, device=device), torch.zeros(1, dtype=torch.int64, device=device))
+        statistics(torch.zeros(1, 1, device=device), Given(torch.zeros(1, dtype=torch.int64, device=device)))
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, OSError, subprocess.SubprocessError, triton.TritonError) as error:
@@ -109,7 +109,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
 
 def _whole(rows: Tensor) -> Tensor:
     """(V, D) as `empty` makes them, with the padding."""
-    whole, (v, d) = rows._base, rows.shape
+    whole, (v, d) = rows._base, rows.shape  # what `empty` gives is a view of the padded memory
     return rows if whole is None or whole.shape != (triton.cdiv(v, ROW_START) * ROW_START, d) else whole
 
 
@@ -145,36 +145,17 @@ def prepare(rows: Tensor, scale: Tensor | None, unit: bool, out: Tensor) -> Tens
     return squares
 
 
-def finish(
-    total: Tensor,
-    rows: Tensor,
-    sums: Tensor | None,
-    source: Tensor,
-    scale: Tensor | None,
-    unit: bool,
-    out: Tensor,
-) -> None:
-    """As eager.finish."""
-    if sums is not None or scale is not None or unit:
-        triton_rows.finish(total, rows, sums, source.contiguous() if unit else rows, scale, unit, out)
-    elif out.data_ptr() != total.data_ptr():
-        out.copy_(total)
-
-
+finish = triton_rows.finish
 product = eager.product
 unit_rows = eager.unit_rows
 unit_rows_gradient = eager.unit_rows_gradient
-
-
-def to_targets(x: Tensor, rows: Tensor, local: Tensor, product: bool) -> Tensor:
-    """As eager.to_targets."""
-    return triton_rows.to_targets(x, rows, local, product)
+to_targets = triton_rows.to_targets
 
 
 def products(x: Tensor, rows: Rows) -> Tensor:
     """(M, D) -> (M, V) dot products with every prototype, in float32, in padded rows."""
     out = padded_rows(x.shape[0], rows.rows.shape[0], torch.float32, x.device)
-    right = rows.whole.t()
+    right = rows.whole.t()  # with the padding: cuBLAS' fast paths ask for rows of whole lines on both sides
     if x.dtype == torch.float32:
         torch.mm(x, right, out=_across(out, right.shape[1]))
     else:
@@ -192,12 +173,12 @@ def hidden_product(grads: Tensor, rows: Rows) -> Tensor:
 
 def add_rows_product(total: Tensor, grads: Tensor, x: Tensor, first: bool = False) -> None:
     """As eager.add_rows_product, without a temporary."""
-    wide = _whole(total)
+    wide = _whole(total)  # the padding of G is zeros, so that of the sums stays zeros
     left = (_across(grads, wide.shape[0]) if grads.stride(0) % ROW_START == 0 else grads).t()
     wide = wide if left.shape[0] == wide.shape[0] else total
     if x.dtype == torch.float32:
         torch.mm(left, x, out=wide) if first else wide.addmm_(left, x)
-    elif first:
+    elif first:  # uninitialised memory is written over, not added to: it may hold NaN
         torch.ops.aten.mm.dtype_out(left, x, torch.float32, out=wide)
     else:
         torch.ops.aten.addmm.dtype_out(wide, left, x, torch.float32, out=wide)
@@ -208,109 +189,34 @@ def _across(values: Tensor, columns: int) -> Tensor:
     return values.as_strided((values.shape[0], columns), values.stride())
 
 
-def quadratic_statistics(dots: Tensor, squares: Squares, coefficient: Tensor, local: Tensor) -> FourSums:
-    """As eager.quadratic_statistics; what is kept is the dot products: log q is made again where it is needed."""
-    return triton_scores.statistics("quadratic", dots, Given(local, coefficient, squares.floor, squares))
+statistics = triton_scores.statistics  # of q the dot products are kept, so nothing is written: log q is made again
 
 
-def quadratic_scores(kept: Tensor, squares: Squares, coefficient: Tensor, local: Tensor) -> Tensor:
-    """As eager.quadratic_scores, in plain PyTorch: only evaluation asks for it."""
+def scores(kept: Tensor, given: Given) -> Tensor:
+    """As eager.scores, in plain PyTorch: only evaluation asks for it."""
+    if given.squares is None or given.coefficient is None:
+        return eager.scores(kept, given)
     log_q = kept.clone()
-    eager.quadratic_statistics(log_q, squares, coefficient, local)
-    return log_q.mul_(-coefficient)
+    eager.statistics(log_q, given)
+    return log_q.mul_(-given.coefficient)
 
 
-def quadratic_gradient(
-    kept: Tensor,
-    squares: Squares,
-    coefficient: Tensor,
-    lse: Tensor,
-    weight: Tensor,
-    local: Tensor,
-    dtype: torch.dtype,
-    score: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As eager.quadratic_gradient; G in float32 lies in the memory of `kept`."""
-    out = _gradients_of(kept, dtype)
-    given = Given(local, coefficient, squares.floor, squares)
-    return out, *triton_scores.gradients("quadratic", kept, given, lse, _required(score), weight, out)
-
-
-def dot_statistics(dots: Tensor, local: Tensor) -> FourSums:
-    """As eager.dot_statistics."""
-    return triton_scores.statistics("dot", dots, Given(local))
-
-
-def dot_gradient(
-    scores: Tensor, lse: Tensor, weight: Tensor, local: Tensor, dtype: torch.dtype, score: Tensor | None = None
-) -> Tensor:
-    """As eager.dot_gradient; G in float32 lies in the memory of `scores`."""
-    out = _gradients_of(scores, dtype)
-    triton_scores.gradients("dot", scores, Given(local), lse, _required(score), weight, out)
-    return out
-
-
-def log_statistics(values: Tensor, floor: Tensor, coefficient: Tensor, local: Tensor) -> FourSums:
-    """As eager.log_statistics."""
-    return triton_scores.statistics("log", values, Given(local, coefficient, floor))
-
-
-def log_gradient(
-    logs: Tensor,
-    floor: Tensor,
-    coefficient: Tensor,
-    lse: Tensor,
-    weight: Tensor,
-    local: Tensor,
-    dtype: torch.dtype,
-    score: Tensor | None = None,
-) -> Tensor:
-    """As eager.log_gradient; G in float32 lies in the memory of `logs`."""
-    out = _gradients_of(logs, dtype)
-    triton_scores.gradients("log", logs, Given(local, coefficient, floor), lse, _required(score), weight, out)
-    return out
-
-
-def _required(score: Tensor | None) -> Tensor:
-    assert score is not None, "these kernels do not look for the target's score among the others"
-    return score
-
-
-def _gradients_of(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where G goes: over the values if it is as wide."""
-    return values if values.dtype == dtype else padded_rows(values.shape[0], values.shape[1], dtype, values.device)
+def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) -> SummedGradient:
+    """As eager.gradients; G in float32 lies in the memory of `kept`."""
+    out = kept if kept.dtype == dtype else padded_rows(kept.shape[0], kept.shape[1], dtype, kept.device)
+    return out, *triton_scores.gradients(kept, given, loss, out)
 
 
 def fused_statistics(
-    kind: str,
-    x: Tokens,
-    rows: Rows,
-    squares: Squares | None,
-    coefficient: Tensor,
-    local: Tensor,
-    target: Tensor,
-    keep: bool,
-    moment: bool,
+    x: Tokens, rows: Rows, given: Given, target: Tensor, keep: bool, moment: bool
 ) -> tuple[FourSums, Scored | None]:
     """As eager.fused_statistics."""
-    given = Given(local, coefficient, None if squares is None else squares.floor, squares)
-    return triton_fused.scores(kind, x.rows, rows.rows, given, target, keep, moment)
+    return triton_fused.scores(x.rows, rows.rows, given, target, keep, moment)
 
 
-def fused_gradient(
-    kind: str,
-    scored: Scored,
-    squares: Squares | None,
-    coefficient: Tensor,
-    lse: Tensor,
-    score: Tensor,
-    weight: Tensor,
-    local: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def fused_gradient(scored: Scored, given: Given, loss: Upstream) -> SummedGradient:
     """As eager.fused_gradient; E becomes G in place."""
-    given = Given(local, coefficient, None if squares is None else squares.floor, squares)
-    targets = score if squares is None else squares.target
-    return scored.kept, *triton_fused.gradients(kind, scored, given, targets, score, lse, weight)
+    return scored.kept, *triton_fused.gradients(scored, given, loss)
 
 
 def contract(terms: eager.Terms, x: Tensor, rows: Rows) -> Tensor:
@@ -328,9 +234,10 @@ def contract_gradient(
 ) -> Tensor:
     """As eager.contract_gradient, for float32; the slope of lp is 0 where c < 2^-120."""
     x, w = x.contiguous(), rows.rows.contiguous()
-    if terms.kind == "linf":
+    if terms.kind == "linf":  # counting who ties takes a pass of its own: both sides then read shares
         grads = triton_elementwise.shares(terms, x, rows.columns, values, grads)
     out = torch.zeros_like(x)
+    # a pass for each side, though both need the same slopes: one for both would need atomics, whose order varies
     triton_elementwise.add_gradient(terms, x, w, values, grads, out)
     triton_elementwise.add_gradient(terms, w, x, values.t(), grads.t(), total)
     return out

@@ -50,7 +50,7 @@ def _power(base, EXPONENT: tl.constexpr):
         result = base
     elif EXPONENT == 2:
         result = base * base
-    elif EXPONENT == 3:
+    elif EXPONENT == 3:  # up to here products, without the logarithm's 2^-22
         result = base * base * base
     else:
         result = tl.exp2(EXPONENT * log2(base))
@@ -59,7 +59,7 @@ def _power(base, EXPONENT: tl.constexpr):
 
 @triton.jit
 def _inverse(c, LEAST_UNIT: tl.constexpr):
-    """1 / c, and 0 where c is so small that this would overflow."""
+    """1 / c, and 0 where c is so small that this would overflow: then all ratios are 0, and no 0 * inf is NaN."""
     return tl.where(c < LEAST_UNIT, 0.0, 1.0 / tl.where(c < LEAST_UNIT, 1.0, c))
 
 
@@ -111,7 +111,7 @@ def _sum(
     UNROLL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     total = _zeros(x, BLOCK_M, BLOCK_V)
-    for start in range(0, width, SPAN):
+    for start in range(0, width, SPAN):  # terms are of one sign: a single long sum would round ever worse
         part = _zeros(x, BLOCK_M, BLOCK_V)
         for _k in range(start, tl.minimum(start + SPAN, width), UNROLL):
             for _i in tl.static_range(UNROLL):
@@ -137,6 +137,7 @@ def _contract(
     m = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)[:, None]
     v = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
     inside = (m < tokens) & (v < prototypes)
+    # the columns of x and w are padded with zeros to whole tiles: no read below needs a mask
     if KIND == "linf":
         result = _largest(x, w, x_stride, w_stride, width, SIGN, UNROLL, BLOCK_M, BLOCK_V)
     elif KIND == "lp":
@@ -148,7 +149,7 @@ def _contract(
         c = tl.load(values + m * values_stride + v, mask=inside, other=0.0)
         count = _sum(x, w, x_stride, w_stride, width, c, KIND, P, SIGN, SMALLEST, SPAN, UNROLL, BLOCK_M, BLOCK_V)
         grad = tl.load(grads + m * grads_stride + v, mask=inside, other=0.0)
-        result = grad / tl.where(count < 1, 1.0, count)
+        result = grad / tl.where(count < 1, 1.0, count)  # none ties with a c that is NaN
     else:
         result = _sum(x, w, x_stride, w_stride, width, 1.0, KIND, P, SIGN, SMALLEST, SPAN, UNROLL, BLOCK_M, BLOCK_V)
     tl.store(out + m * out_stride + v, result, mask=inside)
@@ -239,7 +240,7 @@ def _contract_gradient(
     in_width = k < width
     inside = (a < owns)[:, None] & in_width[None, :]
     u = tl.load(own + a[:, None] * width + k[None, :], mask=inside, other=0.0)
-    start_row = (tl.program_id(0) * BLOCK_A).to(tl.int64)
+    start_row = (tl.program_id(0) * BLOCK_A).to(tl.int64)  # 64 bits to the block's corner: M * V passes 2^31
     near = tl.minimum(tl.arange(0, BLOCK_A), owns - 1 - tl.program_id(0) * BLOCK_A)  # beyond the last: not stored
     at_grads = near * grads_own  # 32 bits are enough within a block, and half of the registers
     at_values = near * values_own
@@ -256,7 +257,7 @@ def _contract_gradient(
                 there = tl.zeros((BLOCK_A,), tl.int32) + (b + i) < last
                 g = tl.load(g_column + at_grads, mask=there, other=0.0).to(tl.float32)[:, None]
                 v = tl.load(v_row + k, mask=in_width & (k * 0 + (b + i) < last), other=0.0)[None, :]
-                c = g
+                c = g  # where no kind reads c, none is loaded
                 if KIND == "linf":
                     c = tl.load(c_column + at_values, mask=there, other=0.0)[:, None]
                 if KIND == "lp":
@@ -266,6 +267,7 @@ def _contract_gradient(
                 c_column += values_other
                 v_row += width
         total += part
+    # with one segment the sum joins `out`, else parts are added up behind, in their order: no atomics
     result = out + tl.program_id(2).to(tl.int64) * owns * out_stride + a[:, None] * out_stride + k[None, :]
     if ADD:
         total += tl.load(result, mask=inside, other=0.0)
@@ -291,7 +293,7 @@ def add_gradient(
     block_a, block_k = tile or (_rounded(a, FEWER_TOKENS), LONG)
     unroll = GRADIENT_UNROLL.get(terms.kind, 1)
     blocks = triton.cdiv(a, block_a), triton.cdiv(d, block_k)
-    if segments is None:
+    if segments is None:  # so many that there are about PROGRAMS / 2, each with two spans at least
         segments = min(triton.cdiv(PROGRAMS // 2, max(1, blocks[0] * blocks[1])), triton.cdiv(b, 2 * SPAN))
     segment = triton.cdiv(triton.cdiv(b, max(1, segments)), unroll) * unroll
     segments = triton.cdiv(b, segment) if b else 0

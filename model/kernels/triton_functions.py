@@ -20,16 +20,19 @@ if knobs.runtime.interpret:  # which knows no machine code
 
     @triton.jit
     def log2(x):
+        """As numpy has it, nearer than the hardware's."""
         return tl.log2(x)
 
     @triton.jit
     def settled(x):
+        """x as it is: no compiler moves anything here."""
         return x
 
 else:
 
     @triton.jit
     def log2(x):
+        """The hardware's: `is_pure`, so that the compiler may drop or share calls."""
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )

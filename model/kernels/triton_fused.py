@@ -23,22 +23,22 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .eager import FourSums, Scored
+from .eager import FourSums, Given, Scored, Upstream
 from .triton_functions import LN2, LOG2E, log2, not_below, settled
 from .triton_scores import (
+    LOWEST,
     ROW_START,
     TILE,
-    Given,
     beside,
     launch,
     padded,
     padded_rows,
     partial_sums,
+    summed,
     target_gradient,
 )
 
 BEHIND = tl.constexpr(2.0**126)  # |w|^2 of what lies behind the last prototype
-LOWEST = tl.constexpr(-3e38)
 
 
 class Tile(NamedTuple):
@@ -82,7 +82,7 @@ def _scores(
     for k in tl.range(0, width, BLOCK_D, num_stages=STAGES):
         a = x_tiles.load([block_m * BLOCK_M, k])
         b = w_tiles.load([block_v * BLOCK_V, k])
-        value = tl.dot(a, b.T, value, input_precision="ieee")
+        value = tl.dot(a, b.T, value, input_precision="ieee")  # else float32 operands would be cut to TF32
     token = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     column = block_v * BLOCK_V + tl.arange(0, BLOCK_V)
     there = token < rows
@@ -90,7 +90,7 @@ def _scores(
     at_target = column[None, :] == tl.load(local + token, mask=there, other=-1).to(tl.int32)[:, None]
     if KIND == "dot":
         score = tl.where(at_target, target, value)
-        score = tl.where((column < columns)[None, :], score, LOWEST)
+        score = tl.where((column < columns)[None, :], score, LOWEST)  # a product of 0 behind may be the greatest
         top = tl.max(score, 1)
         kept = tl.exp2((score - top[:, None]) * LOG2E)
         total = tl.sum(kept, 1)
@@ -102,12 +102,12 @@ def _scores(
         q = tl.where(at_target, target, value * -2 + (x_square[:, None] + row_square))
         q = not_below(q, floor)
         least = tl.min(q, 1)
-        top = log2(least)
+        top = log2(least)  # of this tile alone: E waits for no other, and is made while q is in registers
         shift = top * slope
         log = log2(q)
         weight = tl.exp2(tl.fma(log, slope, -shift[:, None]))
-        kept = settled(tl.where(q > floor, weight, 0.0))
-        weight = weight * q
+        kept = settled(tl.where(q > floor, weight, 0.0))  # chosen in float32: see `settled`
+        weight = weight * q  # E q: p up to a factor, where E is p / q, as the gradient needs it
         # of the least q: 1 but for the rounding of the shift; divided by it, what takes all has a share of 1, exactly
         unit = tl.exp2(tl.fma(top, slope, -shift)) * least
         behind = tl.maximum((block_v + 1) * BLOCK_V - columns, 0).to(tl.float32)
@@ -117,14 +117,13 @@ def _scores(
         if MOMENT:
             moment = tl.sum(weight * (log - top[:, None]), 1) - weight_behind * (log_behind - top)
             tl.store(moments + block_v * rows + token, tl.div_rn(moment, unit), mask=there)
-    if KEEP:
+    if KEEP:  # what reaches beyond the last token or line, the hardware leaves out
         kept_tiles.store([block_m * BLOCK_M, block_v * BLOCK_V], kept.to(DTYPE))
     tl.store(tops + block_v * rows + token, top, mask=there)
     tl.store(totals + block_v * rows + token, total, mask=there)
 
 
 def scores(
-    kind: str,
     x: Tensor,
     rows: Tensor,
     given: Given,
@@ -151,12 +150,12 @@ def scores(
     launch(
         _scores, (triton.cdiv(m, tile.tokens) * tiles,), *described, given.local, steep, floor, squares and squares.x,
         squares and squares.rows, targets, sums[0], sums[1], sums[2] if moment else None, m, v,
-        triton.cdiv(v, ROW_START) * ROW_START, d, KIND=kind, KEEP=keep, MOMENT=moment, BLOCK_M=tile.tokens,
+        triton.cdiv(v, ROW_START) * ROW_START, d, KIND=given.kind, KEEP=keep, MOMENT=moment, BLOCK_M=tile.tokens,
         BLOCK_V=tile.prototypes, BLOCK_D=tile.entries, GROUP=GROUP, STAGES=tile.stages, DTYPE=_TYPES[x.dtype],
         warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return (*_combined(sums, given.coefficient if squares else None), _score_of(kind, targets, given, steep)), (
+    return (*_combined(sums, given.coefficient if squares else None), _score_of(targets, given, steep)), (
         Scored(kept, sums[0], tile.prototypes) if keep else None
     )
 
@@ -169,7 +168,7 @@ def _combined(sums: Tensor, coefficient: Tensor | None) -> tuple[Tensor, Tensor,
         return top, torch.linalg.vecdot((tops - top).exp_(), totals, dim=0), torch.zeros_like(top)
     least = tops.amin(0)
     apart = tops - least
-    factor = (apart * -coefficient).exp2_()
+    factor = (apart * -coefficient).exp2_()  # from the units of a tile to those of the nearest of all
     total = torch.linalg.vecdot(factor, totals, dim=0)
     top = least * -coefficient * LN2.value
     if len(sums) == 2:
@@ -190,12 +189,12 @@ def _target_score(targets, floors, coefficient, local, out, rows, KIND: tl.const
     tl.store(out + token, tl.where(here, score, 0.0), mask=there)
 
 
-def _score_of(kind: str, targets: Tensor, given: Given, steep: Tensor | None) -> Tensor:
+def _score_of(targets: Tensor, given: Given, steep: Tensor | None) -> Tensor:
     """(M,) of the target, by the very operations of `_combined`: a token whose target takes all has loss 0."""
     out = torch.empty_like(targets)
     grid = (triton.cdiv(len(targets), 256),)
     launch(
-        _target_score, grid, targets, given.floor, steep, given.local, out, len(targets), KIND=kind, BLOCK=256,
+        _target_score, grid, targets, given.floor, steep, given.local, out, len(targets), KIND=given.kind, BLOCK=256,
         warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
@@ -222,6 +221,7 @@ def _gradients(
     steep = 1.0
     if KIND != "dot":
         steep = -tl.load(coefficient)
+    # a block is no wider than a tile of `_scores`, and lies in one: one factor for each token
     tile_tops = tops + (tl.program_id(0) * BLOCK_V // WIDTH).to(tl.int64) * rows
     column_sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     first = tl.program_id(1) * stretch
@@ -238,7 +238,7 @@ def _gradients(
         top = tl.load(tile_tops + token, mask=there, other=0.0)
         factor = tl.exp2((top - lse) * LOG2E) * slope
         if KIND == "quadratic":
-            factor = tl.exp2(top * (steep - 1.0) - lse * LOG2E) * slope
+            factor = tl.exp2(top * (steep - 1.0) - lse * LOG2E) * slope  # E factor = slope p / q
             floor = tl.load(floors + token, mask=there, other=1.0)
             apart = not_below(tl.load(targets + token, mask=there, other=1.0), floor)
             target = tl.where(apart > floor, target_gradient(score, lse, slope, apart, steep, KIND), 0.0)
@@ -257,25 +257,21 @@ def _gradients(
         tl.store(over_columns + stretch_row + offsets, tl.sum(column_sums, 0), mask=in_row)
 
 
-def gradients(
-    kind: str, scored: Scored, given: Given, targets: Tensor, score: Tensor, lse: Tensor, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+def gradients(scored: Scored, given: Given, loss: Upstream) -> tuple[Tensor | None, Tensor | None]:
     """E (M, V) becomes G, with zeros in the padding of its rows; returns its sums over rows (M,) and columns (V,), as
-    rounded, for "quadratic" (empty otherwise).
-
-    `targets` and `score` (M,): of the target, q and the score.
+    rounded, for "quadratic".
     """
     kept, tops, width = scored
-    m, v = kept.shape
+    m, v = kept.shape  # without the padding, which is made zeros: products read it
     block_m, block_v = TILE[0], min(TILE[1], width)
-    wide = padded(kept)
-    grid, stretch, over_rows, over_columns = partial_sums(kind, m, wide, block_m, block_v, kept.device)
+    wide, targets = padded(kept), given.squares and given.squares.target
+    grid, stretch, over_rows, over_columns = partial_sums(given.kind, m, wide, block_m, block_v, kept.device)
     launch(
-        _gradients, grid, kept, given.local, beside(kept, given.coefficient), given.floor, targets, tops, score, lse,
-        weight, over_rows, over_columns, m, v, wide, kept.stride(0), stretch, KIND=kind, WIDTH=width, BLOCK_M=block_m,
-        BLOCK_V=block_v, enable_fp_fusion=True,
+        _gradients, grid, kept, given.local, beside(kept, given.coefficient), given.floor, targets, tops, loss.score,
+        loss.lse, loss.weight, over_rows, over_columns, m, v, wide, kept.stride(0), stretch, KIND=given.kind,
+        WIDTH=width, BLOCK_M=block_m, BLOCK_V=block_v, enable_fp_fusion=True,
     )  # fmt: skip
-    return over_rows.sum(1), over_columns.sum(0)[:v]
+    return summed(over_rows, over_columns, v)
 
 
 def serves(x: Tensor) -> bool:

@@ -20,7 +20,9 @@ WIDEST = 4096  # entries that a program holds at a time
 
 @triton.jit
 def _whole(rows, row, width, scale, BLOCK: tl.constexpr):
-    """The largest entry of a row, 1 for a row of zeros, and the length of the row divided by it."""
+    """The largest entry of a row, 1 for a row of zeros, and the length of the row divided by it: squares of its own
+    entries would overflow, or vanish.
+    """
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
@@ -33,7 +35,7 @@ def _whole(rows, row, width, scale, BLOCK: tl.constexpr):
         at = start + tl.arange(0, BLOCK)
         entries = tl.load(rows + row * width + at, mask=at < width, other=0.0).to(tl.float32) * scale / most
         squares += entries * entries
-    length = tl.sqrt_rn(tl.sum(squares, 0))
+    length = tl.sqrt_rn(tl.sum(squares, 0))  # rounded to nearest, as plain PyTorch's: Triton's own is approximate
     return most, tl.where(length == 0, 1.0, length)
 
 
@@ -55,10 +57,10 @@ def _prepare(
         at = start + tl.arange(0, BLOCK)
         entries = tl.load(rows + row * width + at, mask=at < width, other=0.0).to(tl.float32) * scale
         if UNIT:
-            entries = tl.div_rn(tl.div_rn(entries, most), length)
+            entries = tl.div_rn(tl.div_rn(entries, most), length)  # one after the other: their product may overflow
         rounded = entries.to(out.dtype.element_ty)
         tl.store(out + row * width + at, rounded, mask=at < width)
-        total += rounded.to(tl.float32) * rounded.to(tl.float32)
+        total += rounded.to(tl.float32) * rounded.to(tl.float32)  # as rounded: q is made of what the product reads
     tl.store(squares + row, tl.sum(total, 0))
 
 
@@ -108,7 +110,7 @@ def _finish(
             at = start + tl.arange(0, BLOCK)
             entries = tl.load(source + row * width + at, mask=at < width, other=0.0).to(tl.float32)
             dots += entries / most / length * _finished(total, rows, row, width, at, twice_sum, SUMMED)
-            sizes += tl.abs(entries)
+            sizes += tl.abs(entries)  # not `most`, which is 1 for a row of zeros
         along = tl.sum(dots, 0)
         zero = tl.sum(sizes, 0) == 0
     for start in range(0, width, BLOCK):
@@ -119,6 +121,7 @@ def _finish(
             grad = (grad - entries / most / length * along) / length / most
             grad = tl.where(zero, 0.0, tl.clamp(grad, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL))
         if SCALED:
+            # of the tiniest of rows it passes the largest number, and stays there; NaN is told
             grad = tl.clamp(grad * scale, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
         tl.store(out + row * width + at, grad.to(out.dtype.element_ty), mask=at < width)
 
@@ -132,9 +135,12 @@ def finish(
     unit: bool,
     out: Tensor,
 ) -> None:
-    """Fills `out` (N, D), which may be `total`, with the gradient of `source`: of `prepare`'s rows it is total, or
-    2 (sums * rows - total) where `sums` (N,) are given.
-    """
+    """As eager.finish."""
+    if sums is None and scale is None and not unit:
+        if out.data_ptr() != total.data_ptr():
+            out.copy_(total)
+        return
+    source = source.contiguous() if unit else rows
     n, d = total.shape
     assert all(t.is_contiguous() for t in (total, rows, source, out)), "rows are read one behind the other"
     if n:
@@ -153,7 +159,7 @@ def _meet(x, w, local, out, width, PRODUCT: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, width, BLOCK):
         at = start + tl.arange(0, BLOCK)
-        inside = (at < width) & (at * 0 + target >= 0)
+        inside = (at < width) & (at * 0 + target >= 0)  # `at * 0`: the one number as a mask of the block's shape
         a = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
         b = tl.load(w + target * width + at, mask=inside, other=0.0).to(tl.float32)
         if PRODUCT:
@@ -164,9 +170,7 @@ def _meet(x, w, local, out, width, PRODUCT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 def to_targets(x: Tensor, w: Tensor, local: Tensor, product: bool) -> Tensor:
-    """(M,) |x - w|^2 of tokens (M, D) and their targets' rows `local` (M,), or x . w if `product`; 0 where local is
-    -1.
-    """
+    """As eager.to_targets; 0 where local is -1."""
     out = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     if x.shape[0]:
         d = x.shape[1]

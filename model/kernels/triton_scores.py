@@ -13,14 +13,14 @@ Legend: M tokens of a chunk, V prototypes on this rank.
 # Annotations must stay objects here: Triton's interpreter reads `tl.constexpr` from them.
 
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .eager import FLOOR_MARGIN, FourSums, Squares
+from .eager import FLOOR_MARGIN, FourSums, Given, Squares, Upstream
 from .triton_functions import LN2, LOG2E, log2, not_below
 
 WARPS = 8
@@ -36,15 +36,6 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = WAR
     first = next(argument for argument in arguments if isinstance(argument, Tensor))
     with torch.cuda.device_of(first) if first.is_cuda else nullcontext():
         kernel[grid](*arguments, num_warps=warps, **options)
-
-
-class Given(NamedTuple):
-    """What the kernels read beside the values (M, V); None where the kind has none."""
-
-    local: Tensor  # (M,) the target's column, -1 where it is not here
-    coefficient: Tensor | None = None  # one element
-    floor: Tensor | None = None  # (M,)
-    squares: Squares | None = None  # its floor is `floor`
 
 
 @triton.jit
@@ -68,7 +59,7 @@ def _statistics(
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * segment
     last = tl.minimum(first + segment, padded)
-    target_column = tl.load(local + row).to(tl.int32)
+    target_column = tl.load(local + row).to(tl.int32)  # as wide as the offsets that it is compared with
     lanes = tl.arange(0, ROUNDS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     unit = LN2  # scores are in base 2 here, as the hardware's lg2 and ex2 are: one factor a token at the end, not each
     if KIND != "dot":
@@ -85,12 +76,12 @@ def _statistics(
     moment = tl.zeros((1, BLOCK), tl.float32)
     for start in range(first, last, ROUNDS * BLOCK):
         offsets = start + lanes
-        score = tl.load(values + row * stride + offsets, mask=offsets < last, other=1.0)
+        score = tl.load(values + row * stride + offsets, mask=offsets < last, other=1.0)  # of which the logarithm is 0
         at_target = offsets == target_column
         if KIND == "quadratic":
             row_square = tl.load(row_squares + offsets, mask=offsets < last, other=1.0)
             distance = _distance(score, x_square, row_square, floor, KIND)
-            score = steep * log2(tl.where(at_target, target, distance))
+            score = steep * log2(tl.where(at_target, target, distance))  # its own difference: no digits cancelled
         elif KIND == "log":
             score = log2(_distance(score, 0, 0, floor, KIND))
             tl.store(values + row * stride + offsets, score * LN2, mask=offsets < last)
@@ -98,11 +89,11 @@ def _statistics(
         else:
             score = score * LOG2E
         if (target_column >= start) & (target_column < start + ROUNDS * BLOCK):
-            target_score = tl.sum(tl.where(at_target, score, 0.0))
-        real = offsets < columns
+            target_score = tl.sum(tl.where(at_target, score, 0.0))  # over all threads, in this one block
+        real = offsets < columns  # `last` may lie behind the last prototype, in the padding of the row
         score = tl.where(real, score, LOWEST)
-        new_top = tl.maximum(top, tl.max(score, 0)[None, :])
-        weight = tl.where(real, tl.exp2(score - new_top), 0.0)
+        new_top = tl.maximum(top, tl.max(score, 0)[None, :])  # sums are scaled down to it: arXiv:1805.02867
+        weight = tl.where(real, tl.exp2(score - new_top), 0.0)  # 1 where all were LOWEST so far, hence the mask
         scale = tl.exp2(top - new_top)
         total = total * scale + tl.sum(weight, 0)[None, :]
         moment = moment * scale + tl.sum(score * weight, 0)[None, :]
@@ -117,24 +108,21 @@ def _statistics(
     tl.store(out + 3 * plane, target_score * unit)
 
 
-def statistics(
-    kind: str, values: Tensor, given: Given, block: int | None = None, segments: int | None = None
-) -> FourSums:
-    """(M, V) -> four (M,): max s, sum exp(s - max), sum s exp(s - max), s of the target (0 where it is not here).
-
-    "log" writes log c over the values. A row is read by `segments` programs, `block` columns at a time (None: chosen
-    by the shape).
+def statistics(values: Tensor, given: Given, block: int | None = None, segments: int | None = None) -> FourSums:
+    """As eager.statistics, but for dot products, which stay as they are. A row is read by `segments` programs, `block`
+    columns at a time (None: chosen by the shape).
     """
     m, v = _shape(values)
     squares = given.squares or Squares(None, None, None, None)  # type: ignore[arg-type]
     block = block or min(COLUMNS, triton.next_power_of_2(v))
     rounds = min(ROUNDS, triton.cdiv(triton.next_power_of_2(v), block))
+    # few tokens: several programs share a row, but no segment is shorter than what one reads at a time
     segments = segments or min(triton.cdiv(PROGRAMS, max(1, m)), triton.cdiv(v, rounds * block))
     segment = triton.cdiv(triton.cdiv(v, segments), rounds * block) * rounds * block
     sums = values.new_empty(4, m, triton.cdiv(v, segment))
     launch(
         _statistics, (m, sums.shape[2]), values, given.local, beside(values, given.coefficient), given.floor,
-        squares.x, squares.rows, squares.target, sums, v, padded(values), values.stride(0), segment, KIND=kind,
+        squares.x, squares.rows, squares.target, sums, v, padded(values), values.stride(0), segment, KIND=given.kind,
         ROUNDS=rounds, BLOCK=block,
         enable_fp_fusion=False,  # else s - max would not be 0 where s is the max, nor log p where p is 1
     )  # fmt: skip
@@ -196,7 +184,7 @@ def _gradients(
         floor = lse
         if KIND != "dot":
             floor = tl.load(floors + token, mask=there, other=1.0)
-        least = floor * (1.0 + MARGIN)
+        least = floor * (1.0 + MARGIN)  # log q within MARGIN of the floor's, as the plain form says
         lse2 = (lse * LOG2E)[:, None]
         if KIND == "dot":
             target = target_gradient(score, lse, slope, None, steep, KIND)
@@ -208,7 +196,7 @@ def _gradients(
             x_square = tl.load(x_squares + token, mask=there, other=1.0)[:, None]
             distance = _distance(value, x_square, row_square, floor[:, None], KIND)
             grad = tl.exp2((steep - 1.0) * log2(distance) - lse2) * slope[:, None]  # p / q
-            grad = tl.where(distance <= least[:, None], 0.0, grad)
+            grad = tl.where(distance <= least[:, None], 0.0, grad)  # a constant has no slope
         else:
             least = log2(floor) * LN2 + MARGIN
             target = target_gradient(score, lse, slope, None, steep, KIND)
@@ -216,11 +204,11 @@ def _gradients(
             grad = tl.exp2((steep - 1.0) * (value * LOG2E) - lse2) * slope[:, None]
             grad = tl.where(value <= least[:, None], 0.0, grad)
         grad = tl.where(at_target, target[:, None], grad)
-        rounded = tl.where(real, grad, 0.0).to(out.dtype.element_ty)
+        rounded = tl.where(real, grad, 0.0).to(out.dtype.element_ty)  # zeros behind: products read them
         tl.store(out + wide * out_stride + offsets[None, :], rounded, mask=inside)
         if KIND == "quadratic":
             summand = tl.where(there[:, None], rounded.to(tl.float32), 0.0)
-            column_sums += summand
+            column_sums += summand  # in registers over the whole stretch; over threads once, at the end
             row_sum = over_rows + token.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             tl.store(row_sum, tl.sum(summand, 1), mask=there)
     if KIND == "quadratic":
@@ -228,34 +216,37 @@ def _gradients(
 
 
 def gradients(
-    kind: str,
     values: Tensor,
     given: Given,
-    lse: Tensor,
-    score: Tensor,
-    weight: Tensor,
+    loss: Upstream,
     out: Tensor,
     tile: tuple[int, int] | None = None,
     stretch: int | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None]:
     """Writes G (M, V) to `out`, which may be `values`, with zeros in the padding of its rows; returns its sums over
-    rows (M,) and columns (V,), as rounded, for "quadratic" (empty otherwise).
+    rows (M,) and columns (V,), as rounded, for "quadratic".
 
-    `score` (M,): the target's. `tile`: tokens and prototypes read at a time; `stretch`: tokens of a program (None:
-    chosen by the shape).
+    `tile`: tokens and prototypes read at a time; `stretch`: tokens of a program (None: chosen by the shape).
     """
+    assert loss.score is not None, "these kernels do not look for the target's score among the others"
     m, v = _shape(values)
     squares = given.squares or Squares(None, None, None, None)  # type: ignore[arg-type]
     block_m, block_v = tile or TILE
-    wide = min(padded(values), padded(out))
-    grid, stretch, over_rows, over_columns = partial_sums(kind, m, wide, block_m, block_v, values.device, stretch)
+    wide = min(padded(values), padded(out))  # where either has no padding, neither is touched behind V
+    grid, stretch, over_rows, over_columns = partial_sums(given.kind, m, wide, block_m, block_v, values.device, stretch)
     launch(
         _gradients, grid, values, given.local, beside(values, given.coefficient), given.floor,
-        squares.x, squares.rows, squares.target, score, lse, weight, out, over_rows, over_columns, m, v, wide,
-        values.stride(0), out.stride(0), stretch, MARGIN=FLOOR_MARGIN, KIND=kind, BLOCK_M=block_m, BLOCK_V=block_v,
+        squares.x, squares.rows, squares.target, loss.score, loss.lse, loss.weight, out, over_rows, over_columns,
+        m, v, wide, values.stride(0), out.stride(0), stretch, MARGIN=FLOOR_MARGIN, KIND=given.kind,
+        BLOCK_M=block_m, BLOCK_V=block_v,
         enable_fp_fusion=False,  # else p would not be 1 where it is
     )  # fmt: skip
-    return over_rows.sum(1), over_columns.sum(0)[:v]
+    return summed(over_rows, over_columns, v)
+
+
+def summed(over_rows: Tensor, over_columns: Tensor, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    """(M,) and (columns,) from what the programs of a pass left in `partial_sums`; None where there is nothing."""
+    return (over_rows.sum(1), over_columns.sum(0)[:columns]) if over_rows.shape[1] else (None, None)
 
 
 def partial_sums(
@@ -266,7 +257,7 @@ def partial_sums(
     "quadratic" (empty otherwise).
     """
     blocks = triton.cdiv(columns, block_v)
-    if stretch is None:
+    if stretch is None:  # each leaves a row of sums over columns: no more of them than keep a GPU busy
         stretch = triton.cdiv(triton.cdiv(m, max(1, PROGRAMS // blocks)), block_m) * block_m
     stretches = triton.cdiv(m, stretch) if m else 0
     summed = kind == "quadratic"

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import cpu, eager
-from model.kernels.eager import Terms
+from model.kernels.eager import Given, Terms, Upstream
 from tests.support.checks import assert_no_worse, needed
 
 SIZES = [(1, 1, 1), (5, 7, 3), (16, 64, 64), (67, 301, 97), (130, 1025, 33)]  # (M, V, D)
@@ -161,7 +161,7 @@ def test_logarithms(size: tuple[int, int, int], exponent: float, threads: int) -
     log = values.double().clamp_min(1e-3).log()
     kept = values.clone()
     for given in (kept, values):  # tokens first, as elsewhere, and prototypes first, as here
-        top, total, moment, target = cpu.log_statistics(given, floor, steep, local)
+        top, total, moment, target = cpu.statistics(given, Given(local, steep, floor))
         assert (given - log).abs().max() <= 4 * ULP * log.abs().max().clamp_min(1)
         # the sums, against those of the very logarithms that they sum up
         scores = -exponent * given.double()
@@ -175,8 +175,8 @@ def test_logarithms(size: tuple[int, int, int], exponent: float, threads: int) -
         assert (target - true_target).abs().max() <= rounding
 
     def gradient(ops: ModuleType, logs: Tensor) -> Tensor:
-        given = (value.to(logs.dtype) for value in (floor, steep, lse, weight))
-        return ops.log_gradient(logs, *given, local, logs.dtype)
+        least, coefficient, *loss = (value.to(logs.dtype) for value in (floor, steep, lse, weight))
+        return ops.gradients(logs, Given(local, coefficient, least), Upstream(*loss), logs.dtype)[0]
 
     truth, plain = gradient(eager, values.double()), gradient(eager, values.clone())
     fast, again = gradient(cpu, values.clone()), gradient(cpu, values)

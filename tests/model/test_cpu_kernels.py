@@ -20,6 +20,7 @@ from torch import Tensor
 from model.distances import ABSOLUTE_FLOOR, RELATIVE_FLOOR
 from model.harmonic import harmonic_loss
 from model.kernels import choose, cpu, eager
+from model.kernels.eager import Given, Upstream
 from model.reference import harmonic_loss_reference
 from tests.support.checks import assert_no_worse, needed
 
@@ -80,7 +81,8 @@ class Chunk(NamedTuple):
     def statistics(self, ops: ModuleType, case: Case, coefficient: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """log q, then the four sums, with everything cast to `dtype` first."""
         kept, squares = self.cast(dtype)
-        return kept, *ops.quadratic_statistics(kept, squares, torch.tensor(coefficient, dtype=dtype), case.local)
+        steep = torch.tensor(coefficient, dtype=dtype)
+        return kept, *ops.statistics(kept, Given(case.local, steep, squares.floor, squares))
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -140,7 +142,8 @@ def test_quadratic_gradient(size: tuple[int, int, int], exponent: float, dtype: 
     def gradient(ops: ModuleType, wide: torch.dtype, narrow: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         kept, squares = Chunk(log_q, chunk.squares).cast(wide)
         steep = torch.tensor(exponent, dtype=wide)
-        return ops.quadratic_gradient(kept, squares, steep, lse.to(wide), weight.to(wide), case.local, narrow)
+        given = Given(case.local, steep, squares.floor, squares)
+        return ops.gradients(kept, given, Upstream(lse.to(wide), weight.to(wide)), narrow)
 
     fast, over_rows, over_columns = gradient(cpu, torch.float32, dtype)
     plain = gradient(eager, torch.float32, dtype)[0]
@@ -167,9 +170,9 @@ def test_dot(size: tuple[int, int, int], dtype: torch.dtype, threads: int) -> No
     def run(ops: ModuleType, wanted: torch.dtype) -> list[Tensor]:
         x, w = case.x.to(wanted), case.w.to(wanted)
         kept = ops.products(x, ops.Rows(w))
-        top, total, moment, target = ops.dot_statistics(kept, case.local)
+        top, total, moment, target = ops.statistics(kept, Given(case.local))
         lse = top + total.log()
-        grads = ops.dot_gradient(kept, lse, weight.to(lse.dtype), case.local, wanted)
+        grads = ops.gradients(kept, Given(case.local), Upstream(lse, weight.to(lse.dtype)), wanted)[0]
         return [lse, moment / total, target, grads]
 
     one_rounding = 2.0**-8 if dtype == torch.bfloat16 else 2e-6
@@ -184,7 +187,7 @@ def test_sums_of_many_small_terms(dtype: torch.dtype) -> None:
     case = Case.of((33, 50_001, 8), dtype)
     dots = cpu.products(case.x, cpu.Rows(case.w)).mul_(0.01)
     truth = dots.double().logsumexp(1)
-    top, total, _, _ = cpu.dot_statistics(dots, case.local)
+    top, total, _, _ = cpu.statistics(dots, Given(case.local))
     assert ((total.double() / (truth - top.double()).exp()) - 1).abs().max() < 1.5e-7
 
 
@@ -196,12 +199,13 @@ def test_logarithm_and_exponential(dtype: torch.dtype) -> None:
     zeros, none = torch.zeros_like(q), torch.full(q.shape, -1)
     kept = cpu.products(zeros[:, None].to(dtype), cpu.Rows(torch.zeros(1, 1, dtype=dtype)))
     squares = eager.Squares(q, torch.zeros(1), zeros, zeros)
-    cpu.quadratic_statistics(kept, squares, torch.tensor(1.0), none)
+    cpu.statistics(kept, Given(none, torch.tensor(1.0), zeros, squares))
     truth = q.double().log()
     ulp = torch.nextafter(truth.float().abs(), torch.tensor(math.inf)) - truth.float().abs()
     assert ((kept[:, 0].double() - truth).abs() <= 1.0 * ulp).all()
     exponents = torch.linspace(-87, 80, 8192)
-    grads = cpu.dot_gradient(exponents[:, None].clone(), zeros, torch.ones_like(q), none, torch.float32)
+    loss = Upstream(zeros, torch.ones_like(q))
+    grads, _, _ = cpu.gradients(exponents[:, None].clone(), Given(none), loss, torch.float32)
     assert (grads[:, 0].double() / exponents.double().exp() - 1).abs().max() < 2.0**-23
 
 
@@ -211,7 +215,8 @@ def test_at_the_floor_there_is_no_gradient(dtype: torch.dtype) -> None:
     chunk = Chunk.of(case)
     log_q, top, total, _, _ = chunk.statistics(cpu, case, 14.0, torch.float32)
     lse, steep = top + total.log(), torch.tensor(14.0)
-    grads, _, _ = cpu.quadratic_gradient(log_q, chunk.squares, steep, lse, torch.ones(3), case.local, dtype)
+    given = Given(case.local, steep, chunk.squares.floor, chunk.squares)
+    grads, _, _ = cpu.gradients(log_q, given, Upstream(lse, torch.ones(3)), dtype)
     assert grads.isfinite().all() and grads[[0, 1, 2], [2, 2, 4]].eq(0).all() and grads[1, 3] != 0
 
 
@@ -279,7 +284,7 @@ def test_same_bits_for_any_number_of_threads() -> None:
 def test_a_target_out_of_range_is_refused() -> None:
     needed(torch.float32)
     with pytest.raises(RuntimeError, match="column 9 of 7"):
-        cpu.dot_statistics(torch.zeros(2, 7), torch.tensor([0, 9]))
+        cpu.statistics(torch.zeros(2, 7), Given(torch.tensor([0, 9])))
 
 
 def test_float64_is_plain_pytorch() -> None:

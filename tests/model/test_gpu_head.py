@@ -127,12 +127,12 @@ def test_out_of_memory_does_not_turn_the_kernels_off(monkeypatch: pytest.MonkeyP
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(gpu, "dot_statistics", full)
+    monkeypatch.setattr(gpu, "statistics", full)
     monkeypatch.setattr(torch, "zeros", lambda *shape, **options: torch.ones(1))
     choose._for_gpu.cache_clear()
     with pytest.raises(torch.OutOfMemoryError):
         choose._for_gpu(torch.device("cuda", 0))
-    monkeypatch.setattr(gpu, "dot_statistics", lambda *given: None)
+    monkeypatch.setattr(gpu, "statistics", lambda *given: None)
     assert choose._for_gpu(torch.device("cuda", 0)) is gpu
     choose._for_gpu.cache_clear()
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from model.kernels import eager
-from model.kernels.eager import Squares, Terms
+from model.kernels.eager import Given, Squares, Terms, Upstream
 from tests.support.checks import assert_no_worse
 from tests.support.gpu import CUDA, DEVICE, INTERPRETED, check_sums, draw, needs_gpu, on_gpu, runs, squares_of, wide
 
@@ -143,7 +143,7 @@ def test_nan_is_passed_on() -> None:
         values = gpu.contract(terms, x, gpu.Rows(w))
         assert values.isnan().any(1).tolist() == [False, False, True, False, False], terms
     floor, steep = torch.full((5,), 1e-4, device=DEVICE), torch.tensor(2.0, device=DEVICE)
-    _, total, _, _ = gpu.log_statistics(values, floor, steep, local)
+    _, total, _, _ = gpu.statistics(values, Given(local, steep, floor))
     assert total.isnan().tolist() == [False, False, True, False, False]
 
 
@@ -159,28 +159,28 @@ def test_statistics(size: tuple[int, int, int], exponent: float, blocks: dict[st
     steep = torch.tensor(exponent, device=DEVICE)
     dots, squares = squares_of(x, w, local)
     kept = dots.clone()
-    given = triton_scores.Given(local, steep, squares.floor, squares)
-    fast = triton_scores.statistics("quadratic", kept, given, **blocks)
+    given = Given(local, steep, squares.floor, squares)
+    fast = triton_scores.statistics(kept, given, **blocks)
     assert torch.equal(kept, dots), "the dot products are what is kept"
-    plain = eager.quadratic_statistics(dots.clone(), squares, steep, local)
-    wide_dots, *wide_squares = wide(dots, *squares)
-    truth = eager.quadratic_statistics(wide_dots, Squares(*wide_squares), steep.double(), local)
+    plain = eager.statistics(dots.clone(), given)
+    wide_given = Given(local, steep.double(), squares.floor.double(), Squares(*wide(*squares)))
+    truth = eager.statistics(dots.double(), wide_given)
     check_sums(fast, plain, truth)
-    plain_logs, fast_scores = dots.clone(), gpu.quadratic_scores(kept, squares, steep, local)
-    eager.quadratic_statistics(plain_logs, squares, steep, local)
+    plain_logs, fast_scores = dots.clone(), gpu.scores(kept, given)
+    eager.statistics(plain_logs, given)
     assert torch.equal(fast_scores, plain_logs * -steep)
 
     values = eager.contract(Terms("l1"), x, eager.Rows(w))
     floor = values.new_full((len(x),), 0.1)
     fast_logs, plain_logs, true_logs = values.clone(), values.clone(), values.double()
-    fast = triton_scores.statistics("log", fast_logs, triton_scores.Given(local, steep, floor), **blocks)
-    plain = eager.log_statistics(plain_logs, floor, steep, local)
-    truth = eager.log_statistics(true_logs, floor.double(), steep.double(), local)
+    fast = triton_scores.statistics(fast_logs, Given(local, steep, floor), **blocks)
+    plain = eager.statistics(plain_logs, Given(local, steep, floor))
+    truth = eager.statistics(true_logs, Given(local, steep.double(), floor.double()))
     check_sums(fast, plain, truth)
     assert_no_worse(fast_logs, plain_logs, true_logs)
 
-    fast = triton_scores.statistics("dot", dots, triton_scores.Given(local), **blocks)
-    check_sums(fast, eager.dot_statistics(dots, local), eager.dot_statistics(dots.double(), local))
+    fast = triton_scores.statistics(dots, Given(local), **blocks)
+    check_sums(fast, eager.statistics(dots, Given(local)), eager.statistics(dots.double(), Given(local)))
 
 
 @runs
@@ -196,17 +196,16 @@ def test_gradients(size: tuple[int, int, int], exponent: float, blocks: dict[str
     onehot[local >= 0, local[local >= 0]] = 1
     dots, squares = squares_of(x, w, local)
     log_q = dots.double()
-    eager.quadratic_statistics(log_q, Squares(*wide(*squares)), steep.double(), local)
+    wide_given = Given(local, steep.double(), squares.floor.double(), Squares(*wide(*squares)))
+    eager.statistics(log_q, wide_given)
     logs = log_q.float()
     lse = (-exponent * logs.double()).logsumexp(1).float()
-    here = local >= 0
-    column = local.clamp_min(0)[:, None]
 
     def score_of(scores: Tensor) -> Tensor:
-        return torch.where(here, scores.gather(1, column)[:, 0], 0)
+        return torch.where(local >= 0, scores.gather(1, local.clamp_min(0)[:, None])[:, 0], 0)
 
     score = score_of(-steep * logs)
-    steep64, lse64, weight64 = wide(steep, lse, weight)
+    weight64 = weight.double()
     last_digit = 2.0**-23 * (exponent * logs.abs().max().item() + 8)  # of a score
     slack = last_digit if dtype == torch.float32 else last_digit + 2.0**-7
 
@@ -216,13 +215,14 @@ def test_gradients(size: tuple[int, int, int], exponent: float, blocks: dict[str
         whole = size * weight64[:, None] * ((truth / inverse / size / weight64[:, None]).abs() + 2 * onehot) * inverse
         assert_no_worse(fast / (whole + 1e-30), plain / (whole + 1e-30), truth / (whole + 1e-30), slack)
 
-    given = triton_scores.Given(local, steep, squares.floor, squares)
+    given = Given(local, steep, squares.floor, squares)
+    loss, wide_loss = Upstream(lse, weight, score), Upstream(*wide(lse, weight))
     fast = torch.empty_like(dots, dtype=dtype)
-    sums = triton_scores.gradients("quadratic", dots.clone(), given, lse, score, weight, fast, **blocks)
+    sums = triton_scores.gradients(dots.clone(), given, loss, fast, **blocks)
     plain_logs = dots.clone()
-    eager.quadratic_statistics(plain_logs, squares, steep, local)
-    plain = eager.quadratic_gradient(plain_logs.clone(), squares, steep, lse, weight, local, dtype)[0]
-    truth = eager.log_gradient(log_q.clone(), squares.floor.double(), steep64, lse64, weight64, local, torch.float64)
+    eager.statistics(plain_logs, given)
+    plain = eager.gradients(plain_logs.clone(), given, loss, dtype)[0]
+    truth = eager.gradients(log_q.clone(), wide_given, wide_loss, torch.float64)[0]
     assert fast[plain_logs <= squares.floor.log()[:, None]].eq(0).all()
     near = (squares.x[:, None] + squares.rows) / log_q.exp()  # how many digits the expansion of q loses
     tame = exponent * near * 2.0**-24 < 1e-3  # beyond, float32 says nothing of p
@@ -231,23 +231,23 @@ def test_gradients(size: tuple[int, int, int], exponent: float, blocks: dict[str
     check(fast * mask.to(dtype), plain * mask.to(dtype), truth * mask, exponent, (-log_q).exp())
     for found, dim in zip(sums, (1, 0), strict=True):  # the sums are those of G as rounded
         grads = fast.double()
+        assert found is not None
         assert ((found - grads.sum(dim)).abs() <= 1e-6 * grads.abs().sum(dim) + 1e-30).all()
 
-    floor = squares.floor
+    given, wide_given = given._replace(squares=None), wide_given._replace(squares=None)
     fast = torch.empty_like(dots, dtype=dtype)
-    given = triton_scores.Given(local, steep, floor)
-    triton_scores.gradients("log", logs.clone(), given, lse, score, weight, fast, **blocks)
-    plain = eager.log_gradient(logs.clone(), floor, steep, lse, weight, local, dtype)
-    truth = eager.log_gradient(logs.double(), floor.double(), steep64, lse64, weight64, local, torch.float64)
+    triton_scores.gradients(logs.clone(), given, loss, fast, **blocks)
+    plain = eager.gradients(logs.clone(), given, loss, dtype)[0]
+    truth = eager.gradients(logs.double(), wide_given, wide_loss, torch.float64)[0]
     check(fast, plain, truth, exponent, (-logs.double()).exp())
 
     lse = dots.logsumexp(1)
     slack += 2.0**-23 * dots.abs().max().item()  # these scores are the products
     fast = torch.empty_like(dots, dtype=dtype)
-    given = triton_scores.Given(local)
-    triton_scores.gradients("dot", dots.clone(), given, lse, score_of(dots), weight, fast, **blocks)
-    plain = eager.dot_gradient(dots.clone(), lse, weight, local, dtype)
-    check(fast, plain, eager.dot_gradient(dots.double(), lse.double(), weight64, local, torch.float64), 1.0)
+    given, loss = Given(local), Upstream(lse, weight, score_of(dots))
+    triton_scores.gradients(dots.clone(), given, loss, fast, **blocks)
+    plain = eager.gradients(dots.clone(), given, loss, dtype)[0]
+    check(fast, plain, eager.gradients(dots.double(), given, Upstream(lse.double(), weight64), torch.float64)[0], 1.0)
 
 
 def prepared(rows: Tensor, scale: Tensor, unit: bool) -> Tensor:
@@ -310,9 +310,10 @@ def test_functions_of_the_module(dtype: torch.dtype) -> None:
     _, squares = squares_of(x.float(), w.float(), local)
     squares = squares._replace(rows=rows.squares)
     steep, weight = torch.tensor(3.0, device=DEVICE), torch.ones(len(x), device=DEVICE)
-    top, total, _, score = gpu.quadratic_statistics(dots, squares, steep, local)
-    lse = top + total.log()
-    grads, over_rows, over_columns = gpu.quadratic_gradient(dots, squares, steep, lse, weight, local, dtype, score)
+    given = Given(local, steep, squares.floor, squares)
+    top, total, _, score = gpu.statistics(dots, given)
+    loss = Upstream(top + total.log(), weight, score)
+    grads, over_rows, over_columns = gpu.gradients(dots, given, loss, dtype)
     assert grads.dtype == dtype and grads.shape == dots.shape
     assert (grads.data_ptr() == dots.data_ptr()) == (dtype == PLAIN)
     torch.testing.assert_close(over_rows, grads.float().sum(1))
@@ -323,8 +324,8 @@ def test_functions_of_the_module(dtype: torch.dtype) -> None:
     assert_no_worse(fast, plain, 1 + grads.double().t() @ x.double(), 2e-7)
     truth = grads.double() @ w.double()
     assert_no_worse(gpu.hidden_product(grads, rows), eager.hidden_product(grads, eager.Rows(w)), truth, 2e-7)
-    for made in (gpu.dot_gradient(gpu.products(x, rows), lse, weight, local, dtype, score),
-                 gpu.log_gradient(dots.abs() + 1, squares.floor, steep, lse, weight, local, dtype, score)):  # fmt: skip
+    for values, given in ((gpu.products(x, rows), Given(local)), (dots.abs() + 1, Given(local, steep, squares.floor))):
+        made = gpu.gradients(values, given, loss, dtype)[0]
         assert made.dtype == dtype and made.shape == dots.shape
 
 
@@ -337,7 +338,7 @@ def test_same_bits_every_time() -> None:
         values = gpu.contract(Terms("l1"), x, rows)
         total = torch.zeros_like(w)
         over_x = gpu.contract_gradient(Terms("l1"), x, rows, values, dots, total)
-        results.append((values, total, over_x, *gpu.dot_statistics(dots, local)))
+        results.append((values, total, over_x, *gpu.statistics(dots, Given(local))))
     assert all(torch.equal(one, same) for one, same in zip(*results, strict=True))
 
 
