@@ -221,7 +221,7 @@ def _notes(cfg: RunConfig, cluster: Cluster) -> Iterator[str]:
     """What the reader of this plan in particular should know."""
     if zero_stage(cfg) != cfg.parallel.zero:
         yield "bf16 at ZeRO stage 0 runs as stage 1"
-    if not footprint.by_product(cfg):
+    if not cfg.head.settings.by_product:
         yield f"head.distance={cfg.head.distance} goes entry by entry: the time is a lower bound"
     if cfg.train.precision == "bf16" and not cluster.hardware.has_bf16:
         yield f"{cluster.gpu} has no bf16 units: its peak is that of float16, which bf16 will not reach"

@@ -140,13 +140,6 @@ def activations(cfg: RunConfig) -> int:
     return cfg.model.activations(cfg.train.micro_batch, width(cfg))
 
 
-def by_product(cfg: RunConfig) -> bool:
-    """Whether the head's distance is a matrix product; the others go entry by entry, at a speed of their own."""
-    head = cfg.head
-    special = {"hamming": head.params.get("kind") == "hard", "minkowski": head.params.get("p") == 2}
-    return head.distance in ("euclidean", "cosine", "mahalanobis", "dot") or special.get(head.distance, False)
-
-
 def head_chunks(cfg: RunConfig, vocab_ranks: int, gpu_memory: int) -> tuple[int, int]:
     """Chunks of a pass and bytes of working memory, as model.harmonic cuts them on a GPU of `gpu_memory` bytes (which
     may make chunks a little larger, so that no multiprocessor idles); for distances that are no product, an upper
@@ -154,7 +147,7 @@ def head_chunks(cfg: RunConfig, vocab_ranks: int, gpu_memory: int) -> tuple[int,
     """
     n, d, rows = pass_tokens(cfg), cfg.model.dim, -(-cfg.model.vocab_size // vocab_ranks)
     alive, narrow = 2 if vocab_ranks > 1 else 1, width(cfg)
-    if not by_product(cfg):
+    if not cfg.head.settings.by_product:
         pair = 4 * (2 * alive + 2)
     else:
         pair = alive * narrow if cfg.head.fused and narrow == 2 else 4 * alive + narrow

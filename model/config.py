@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from .distance_settings import settings_of
+from .distance_settings import Settings, settings_of
 
 
 class Llama3Scaling(BaseModel, extra="forbid", frozen=True):
@@ -297,7 +297,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _known_distance(self) -> HeadConfig:
-        settings_of(self.distance, self.params)
+        _ = self.settings  # raises
         return self
 
     @model_validator(mode="after")
@@ -305,6 +305,11 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         if isinstance(self.exponent, float) and not self.exponent > 0:
             raise ValueError(f"exponent={self.exponent} must be positive: a number, sqrt_dim or learned")
         return self
+
+    @property
+    def settings(self) -> Settings:
+        """Of the distance. Raises ValueError for one that is unknown, or a parameter that is unknown or off."""
+        return settings_of(self.distance, self.params)
 
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of model.head.HarmonicHead."""
@@ -338,7 +343,6 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
 
     def parameters(self, prototypes: int, dim: int) -> dict[str, int]:
         """Trained numbers of a head by parameter: `prototypes` rows, and what the distance and the exponent add."""
-        settings = settings_of(self.distance, self.params)
-        trained = {name: math.prod(shape) for name, shape in settings.trained(dim).items()}
-        learned = {"log_exponent": 1} if self.exponent == "learned" and settings.has_exponent else {}
+        trained = {name: math.prod(shape) for name, shape in self.settings.trained(dim).items()}
+        learned = {"log_exponent": 1} if self.exponent == "learned" and self.settings.has_exponent else {}
         return {"prototypes": prototypes * dim, **trained, **learned}

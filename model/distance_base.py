@@ -57,6 +57,11 @@ class Distance(Settings):
         """How transformed rows (M, D), (V, D) become distances (M, V), and gradients their way back."""
         return Broadcast(self.between)
 
+    @property
+    def by_product(self) -> bool:
+        """As the settings of a recipe say it, which know no contraction."""
+        return not self.contraction.wide
+
     def transform(self, rows: Tensor) -> Tensor:
         """Rows (N, D) of either side for the contraction; differentiable, in the tensors of the fields too."""
         return rows

@@ -21,9 +21,24 @@ class Settings:
 
     has_exponent: ClassVar[bool] = True
 
+    @property
+    def by_product(self) -> bool:
+        """Whether distances come from one matrix product; the others go entry by entry, at a speed of their own."""
+        return False
+
     def trained(self, dim: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights that a head trains for rows `dim` wide, by name. They start at 0."""
         return {}
+
+
+@dataclass(frozen=True)
+class ProductSettings(Settings):
+    """Of a distance that is a matrix product whatever its parameters."""
+
+    @property
+    def by_product(self) -> bool:
+        """Always."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -35,6 +50,11 @@ class MinkowskiSettings(Settings):
     def __post_init__(self) -> None:
         if isinstance(self.p, str) or not 0 < self.p < float("inf"):
             raise ValueError(f"p={self.p!r}: expected a positive number (for the limit of large p, use chebyshev)")
+
+    @property
+    def by_product(self) -> bool:
+        """For p = 2, which is the Euclidean distance."""
+        return self.p == 2
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,11 @@ class HammingSettings(Settings):
         if isinstance(self.temperature, str) or not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature={self.temperature!r}: expected a positive number")
 
+    @property
+    def by_product(self) -> bool:
+        """For hard bits, whose differences are their own squares."""
+        return self.kind == "hard"
+
 
 @dataclass(frozen=True)
 class BrayCurtisSettings(Settings):
@@ -63,7 +88,7 @@ class BrayCurtisSettings(Settings):
 
 
 @dataclass(frozen=True)
-class MahalanobisSettings(Settings):
+class MahalanobisSettings(ProductSettings):
     """Whether M is a diagonal, of which D logarithms are trained, or L L' with a trained (D, D)."""
 
     factor: Literal["diagonal", "full"] = "diagonal"
@@ -78,18 +103,18 @@ class MahalanobisSettings(Settings):
 
 
 @dataclass(frozen=True)
-class DotSettings(Settings):
+class DotSettings(ProductSettings):
     """None: the score is the product."""
 
     has_exponent = False
 
 
 SETTINGS: dict[str, type[Settings]] = {
-    "euclidean": Settings,
+    "euclidean": ProductSettings,
     "manhattan": Settings,
     "chebyshev": Settings,
     "minkowski": MinkowskiSettings,
-    "cosine": Settings,
+    "cosine": ProductSettings,
     "hamming": HammingSettings,
     "canberra": Settings,
     "braycurtis": BrayCurtisSettings,

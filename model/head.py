@@ -5,14 +5,15 @@ do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .distance_settings import find, settings_of
-from .distances import DISTANCES, Distance, make
+from .distances import DISTANCES, Distance, make, resolve
 from .harmonic import harmonic_log_probs, harmonic_loss, harmonic_predictions
 from .vocab_parallel import VocabShard, full_rows, lookup, rows_of
 
@@ -29,7 +30,7 @@ class HarmonicHead(nn.Module):
     Args:
         num_prototypes: classes V, of the whole vocabulary group.
         dim: width D of features and prototypes.
-        distance: a name in `model.distances.DISTANCES`.
+        distance: a name in `model.distances.DISTANCES`, or a distance of yours with its parameters.
         exponent: n > 0; "sqrt_dim"; "learned" (starts at sqrt(dim), stays positive; one scalar, replicated); or a pair
             (first, last) that the attribute `progress`, from 0 to 1, moves between: set it as training goes on.
         shard: the rows of this rank (`model.vocab_parallel.shard_of`); None: all.
@@ -42,7 +43,8 @@ class HarmonicHead(nn.Module):
             `factor`, "diagonal" or "full", which the head trains. See model/distances.py.
 
     Raises:
-        ValueError: an unknown distance or parameter, or an exponent that is not positive.
+        ValueError: an unknown distance or parameter, a distance with tensors of its own (which a head makes and trains,
+            if it is given the name), or an exponent that is not positive.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class HarmonicHead(nn.Module):
         num_prototypes: int,
         dim: int,
         *,
-        distance: str = "euclidean",
+        distance: str | Distance = "euclidean",
         exponent: float | Literal["sqrt_dim", "learned"] | tuple[float, float] = "sqrt_dim",
         shard: VocabShard | None = None,
         init_std: float | None = None,
@@ -61,8 +63,12 @@ class HarmonicHead(nn.Module):
         **params: Any,
     ) -> None:
         super().__init__()
-        self._kind = find(distance, DISTANCES)
-        trained = settings_of(distance, params).trained(dim)
+        if isinstance(distance, Distance):
+            self._kind, params = type(distance), _own_params(distance, params)
+            trained, distance = distance.trained(dim), self._kind.__name__.lower()
+        else:
+            self._kind = find(distance, DISTANCES)
+            trained = settings_of(distance, params).trained(dim)
         self._fixed = {name: value for name, value in params.items() if name not in trained}
         self.shard = shard or VocabShard(0, num_prototypes)
         self.distance, self.chunk_bytes, self.fused = distance, chunk_bytes, fused
@@ -161,6 +167,13 @@ class HarmonicHead(nn.Module):
         """What print shows: prototypes of the whole group, width, distance, and the exponent as it is now."""
         exponent = f", exponent={float(self.exponent):.4g}" if self.has_exponent else ""
         return f"{self.shard.size}, {self.prototypes.shape[1]}, distance={self.distance}{exponent}"
+
+
+def _own_params(distance: Distance, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a distance that is given as it is. Raises ValueError for `params` beside it, and where it has tensors."""
+    if distance.tensors:
+        raise ValueError(f"{', '.join(distance.tensors)} of {distance} would not be trained; give the distance by name")
+    return {f.name: getattr(distance, f.name) for f in fields(resolve(distance, params))}
 
 
 def _ends(exponent: float | str | tuple[float, float], dim: int) -> tuple[float, float]:

@@ -27,7 +27,6 @@ from launch.estimate import plan, step_time
 from launch.fit import altered
 from launch.footprint import (
     ZERO_DEFAULTS,
-    by_product,
     head_chunks,
     memory,
     optimizer_groups,
@@ -126,7 +125,7 @@ def test_chunks_are_those_of_the_head(head: dict[str, Any], ranks: int, monkeypa
     monkeypatch.setattr(choose, "kernels_for", lambda x: kernels)
     cfg = tiny_config(head=head, train__micro_batch=2, train__precision="bf16")
     contraction = HarmonicHead(1, 32, seed=0, **cfg.head.arguments()).score_function.contraction
-    assert by_product(cfg) == (not contraction.wide)
+    assert cfg.head.settings.by_product == (not contraction.wide)
     assert chunks.CHUNK_BYTES["cuda"] == footprint.CHUNK_BYTES and chunks.CHUNK_SHARE == footprint.CHUNK_SHARE
     shard = SimpleNamespace(size=cfg.model.vocab_size, ranks=ranks, group=None if ranks == 1 else "one")
     for budget in (1, 2, 4):
@@ -137,7 +136,7 @@ def test_chunks_are_those_of_the_head(head: dict[str, Any], ranks: int, monkeypa
             hidden = torch.empty(2 * 8192, 32, dtype=torch.bfloat16, device="meta")
             planned, size = head_chunks(altered(small, head={"fused": fused}), ranks, 80 * 2**30)
             made = len(list(call.chunks(hidden)))
-            assert planned == made if by_product(cfg) else planned >= made
+            assert planned == made if cfg.head.settings.by_product else planned >= made
             assert size <= budget * 2**20
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model import distances
+from model.distance_settings import settings_of
 from model.distances import DISTANCES, Distance, make
 from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.head import HarmonicHead
@@ -24,6 +25,7 @@ from model.reference import distances_reference, harmonic_loss_reference
 from tests.support.checks import assert_no_worse
 from tests.support.variants import (
     HARMONIC,
+    PRODUCTS,
     VARIANTS,
     distance_of,
     loss_and_gradients,
@@ -370,6 +372,33 @@ def test_a_new_distance_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     assert HeadConfig(distance="lorentzian", params={"a": 1.0}).arguments()["a"] == 1.0
     with pytest.raises(ValueError, match="b=1.0: lorentzian takes a"):
         HeadConfig(distance="lorentzian", params={"b": 1.0})
+
+
+def test_a_head_takes_a_distance_as_it_is() -> None:
+    """Its parameters are kept, none are taken beside it, and tensors, which would not be trained, are refused."""
+    x, w, y = draw(19, 33, 6)
+    head = HarmonicHead(33, 6, distance=Lorentzian(a=3.0), seed=1)
+    expected = harmonic_loss(x, head.prototypes, y, distance=Lorentzian(a=3.0), exponent=6**0.5)
+    other = harmonic_loss(x, head.prototypes, y, distance=Lorentzian(), exponent=6**0.5)
+    assert head(x, y) == expected != other and "distance=lorentzian" in repr(head)
+    for entry, params in (
+        (DISTANCES["minkowski"](p=1.5), {"p": 1.5}),
+        (DISTANCES["hamming"](kind="hard"), {"kind": "hard"}),
+    ):
+        named = HarmonicHead(33, 6, distance=type(entry).__name__.lower(), **params, seed=1)
+        assert HarmonicHead(33, 6, distance=entry, seed=1)(x, y) == named(x, y)
+    with pytest.raises(ValueError, match="a: Lorentzian.* has its parameters already"):
+        HarmonicHead(33, 6, distance=Lorentzian(), a=3.0)
+    with pytest.raises(ValueError, match="factor of Mahalanobis.* would not be trained; give the distance by name"):
+        HarmonicHead(33, 6, distance=DISTANCES["mahalanobis"](factor=torch.zeros(6)))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_settings_know_which_distances_are_a_product(variant: str) -> None:
+    name = distance_of(variant)
+    params = {parameter: value for parameter, value in VARIANTS[variant].items() if parameter != "seed"}
+    entry = HarmonicHead(3, 4, distance=name, **params).score_function
+    assert settings_of(name, params).by_product == entry.by_product == (variant in PRODUCTS)
 
 
 class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
