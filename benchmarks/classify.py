@@ -51,14 +51,7 @@ class Variant:
         return " ".join((self.distance, *values)) if self.distance != "dot" else "dot (softmax)"
 
     def head(self, classes: int, dim: int, seed: int) -> HarmonicHead:
-        return HarmonicHead(
-            classes,
-            dim,
-            distance=self.distance,
-            exponent=self.exponent,
-            seed=seed,
-            **self.params,
-        )
+        return HarmonicHead(classes, dim, distance=self.distance, exponent=self.exponent, seed=seed, **self.params)
 
 
 VARIANTS = (
@@ -113,9 +106,8 @@ class Classifier(nn.Module):
 
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """No decay for what else a head trains: it would pull Mahalanobis' M to 1, and a learned exponent to 1."""
-        own = {id(p) for name, p in self.head.named_parameters() if name != "prototypes"}
-        decayed = [p for p in self.parameters() if id(p) not in own]
-        free = [p for p in self.parameters() if id(p) in own]
+        free = [p for p in self.head.parameters() if p is not self.head.prototypes]
+        decayed = [*self.network.parameters(), self.head.prototypes]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 

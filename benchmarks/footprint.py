@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -243,11 +244,8 @@ def at_boundary(trainer: Any) -> Iterator[dict[str, float]]:
                         found[kind] += storage.nbytes()
         return step()
 
-    trainer.engine.step = counted
-    try:
+    with mock.patch.object(trainer.engine, "step", counted):
         yield found
-    finally:
-        trainer.engine.step = step
 
 
 @contextmanager
@@ -273,11 +271,8 @@ def kept(trainer: Any) -> Iterator[list[float]]:
         found.clear()  # the hooks live as long as the graph
         return out
 
-    trainer.hidden = counted
-    try:
+    with mock.patch.object(trainer, "hidden", counted):
         yield sizes
-    finally:
-        del trainer.hidden
 
 
 @dataclass(frozen=True)

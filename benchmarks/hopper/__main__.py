@@ -26,7 +26,7 @@ from rich.table import Table
 
 from benchmarks.hopper.machine_code import Compiled
 from benchmarks.hopper.recorder import BUDGET, Count, Recorder, record
-from benchmarks.measuring import parser
+from benchmarks.measuring import markdown, parser
 from benchmarks.processes import ROOT
 from common.plain import to_json
 
@@ -170,14 +170,9 @@ def page(kernels: list[Compiled], rows: list[dict[str, Any]]) -> str:
         launch=LAUNCH_S * 1e6,
         tokens=SHAPES[0][0],
         budget=BUDGET / 2**30,
-        calls=_markdown(call_rows(rows, kernels)),
-        kernels=_markdown(kernel_rows(kernels)),
+        calls="\n".join(markdown(call_rows(rows, kernels))),
+        kernels="\n".join(markdown(kernel_rows(kernels))),
     )
-
-
-def _markdown(rows: Rows) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
 
 
 def _ratio(row: dict[str, Any], kernels: list[Compiled]) -> float:

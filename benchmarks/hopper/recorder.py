@@ -8,13 +8,15 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -148,7 +150,8 @@ class Counting(TorchDispatchMode):
             r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
         )
         allocated = packet.startswith(("aten.empty", "aten.new_empty"))
-        tensors = [x for x in _flat((arguments, options, result)) if x.device.type == "meta"]
+        leaves = tree_leaves((arguments, options, result))
+        tensors = [x for x in leaves if isinstance(x, Tensor) and x.device.type == "meta"]
         if view or allocated or packet in VIEWS or not tensors or not any(x.numel() for x in tensors):
             return result
         count.launches += 1
@@ -156,16 +159,6 @@ class Counting(TorchDispatchMode):
         for tensor in tensors:
             self.recorder.move(tensor)
         return result
-
-
-def _flat(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        yield from _flat(list(values.values()))
-    elif isinstance(values, tuple | list):
-        for value in values:
-            yield from _flat(value)
 
 
 @contextmanager
@@ -180,14 +173,10 @@ def standing_in(recorder: Recorder) -> Iterator[None]:
         (chunks, "device_limits", lambda device, group: (BUDGET, 132)),
         (choose, "kernels_for", lambda x: gpu),
     ]
-    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    for module, name, value in replaced:
-        setattr(module, name, value)
-    try:
+    with ExitStack() as stack:
+        for module, name, value in replaced:
+            stack.enter_context(mock.patch.object(module, name, value))
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 def record(
