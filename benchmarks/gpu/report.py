@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.gpu.findings import Found
 from benchmarks.machine import slug
+from benchmarks.measuring import markdown
 from benchmarks.processes import ROOT
 from common.files import replace_file
 from common.plain import to_json
@@ -64,10 +65,9 @@ class Report:
         return [name for name, result in self.results.items() if result.outcome not in GOOD]
 
     def tree(self) -> dict[str, Any]:
-        stages = {}
-        for name, result in self.results.items():
-            own = asdict(result)
-            stages[name] = {**{key: value for key, value in own.items() if key != "found"}, **own["found"]}
+        stages = {name: asdict(result) for name, result in self.results.items()}
+        for stage in stages.values():
+            stage |= stage.pop("found")
         return {
             "format": FORMAT,
             "device": self.device,
@@ -94,7 +94,7 @@ class Report:
             yield "Sizes are small, to try the command itself: these figures say nothing of the code's speed."
         yield "What is empty was not measured."
         yield ""
-        yield from markdown([self._short(name) for name in self.results])
+        yield from _table([self._short(name) for name in self.results])
         for name, result in self.results.items():
             yield from _section(name, result)
 
@@ -122,12 +122,12 @@ def _section(name: str, result: Result) -> Iterator[str]:
     yield f"## {name}"
     if found.figures:
         yield ""
-        yield from markdown([{"figure": key, "value": value} for key, value in found.figures.items()])
+        yield from _table([{"figure": key, "value": value} for key, value in found.figures.items()])
     for title, rows in found.tables.items():
         yield ""
         yield f"### {title}"
         yield ""
-        yield from markdown(rows)
+        yield from _table(rows)
     for title, lines in lists.items():
         if lines:
             yield ""
@@ -143,13 +143,11 @@ def _section(name: str, result: Result) -> Iterator[str]:
         yield "```"
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Rows as a table, with every column that some row has."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    yield f"| {' | '.join(columns)} |"
-    yield f"|{' --- |' * len(columns)}"
-    for row in rows:
-        yield f"| {' | '.join(shown(row.get(column)).replace('|', '/') for column in columns)} |"
+    cells = ([shown(row.get(column)).replace("|", "/") for column in columns] for row in rows)
+    return markdown([columns, *cells])
 
 
 def shown(value: Any) -> str:
