@@ -80,8 +80,7 @@ def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
             return stopped.code or 1
         outcome = results.gather(study, say)
         write(study.out, outcome, outcome["runs"], language.page(outcome))
-    _tell(study.out, tables.language(outcome))
-    return 0
+    return _tell(study.out, tables.language(outcome))
 
 
 def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
@@ -96,15 +95,15 @@ def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> i
     with _alone(study.out):
         outcome = algorithmic.run(study, say)
         write(study.out, outcome, outcome["cells"], pages.page(outcome))
-    _tell(study.out, tables.algorithmic(outcome))
-    return 0
+    return _tell(study.out, tables.algorithmic(outcome))
 
 
-def _tell(folder: Path, table: Table) -> None:
+def _tell(folder: Path, table: Table) -> int:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
     say(f"written: {folder / PAGE}, {RESULTS} and {ROWS} beside it")
+    return 0
 
 
 @contextmanager
