@@ -39,6 +39,7 @@ class Cost:
 
 
 def config(layers: int, dim: int, folder: Path) -> RunConfig:
+    """A model of so many layers and width D, at ZeRO 1 and in bf16; nothing reads its data."""
     return from_tree(
         {
             "run": str(folder),
@@ -82,11 +83,13 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
 
         theirs = str(folder / "deepspeed")
         times: dict[str, list[float]] = defaultdict(list)
+        size = 0
         for step in range(repeats + 1):
             times["stall_s"].append(timed(partial(save, step)))
             saved = saver.wait()
             assert saved is not None
             times["save_s"].append(saved.seconds)
+            size = saved.size
             times["load_s"].append(timed(load))
             times["deepspeed_save_s"].append(timed(lambda: trainer.engine.save_checkpoint(theirs, tag="one")))
             times["deepspeed_load_s"].append(timed(lambda: trainer.engine.load_checkpoint(theirs, tag="one")))
@@ -95,10 +98,11 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
         trainer.engine.destroy()
         process.stop()
         medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
-        return Cost(parameters=count, size=saved.size, **medians)
+        return Cost(parameters=count, size=size, **medians)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command: a row for each of SIZES, each measured in a process of its own."""
     command = parser("checkpoint", __doc__)
     command.add_argument("--repeats", type=int, default=5, help="medians are over so many (default %(default)s)")
     repeats: int = command.parse_args(argv).repeats

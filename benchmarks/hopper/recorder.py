@@ -52,8 +52,10 @@ class Count:
 
 @dataclass
 class Recorder:
-    """Stands in for the kernels' launches and the products."""
+    """Stands in for the kernels' launches and the products of one call."""
 
+    distance: str
+    fused: bool
     tokens: int
     width: int
     prototypes: int
@@ -63,6 +65,7 @@ class Recorder:
     moved: Counter[str] = field(default_factory=Counter)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 8, **options: Any) -> None:
+        """Takes the place of the kernels' `launch`: counts one and what it reads and writes; compiles it if asked."""
         name = f"{kernel.fn.__module__.rsplit('.', 1)[1]}.{kernel.fn.__name__}"
         self.count.launches += 1
         self.count.kernels[f"{name} {options.get('KIND', '')}".strip()] += 1
@@ -89,6 +92,7 @@ class Recorder:
         return torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
 
     def move(self, tensor: Tensor, times: int = 1, numel: int | None = None) -> None:
+        """Counts a tensor that is read or written `times` times, by what it grows with; `numel`: of so many entries."""
         entries = tensor.numel() if numel is None else numel
         size = entries * tensor.element_size() * times
         self.count.largest_bytes = max(self.count.largest_bytes, entries * tensor.element_size())
@@ -114,6 +118,7 @@ class Described:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor, block: list[int]) -> Described:
+        """As Triton's own, of a (M, N) tensor; rows must start on 16 bytes, as the hardware asks."""
         strides = [stride * tensor.element_size() for stride in tensor.stride()]
         assert strides[0] % 16 == 0 and tensor.stride(1) == 1, "tiles need rows that start on 16 bytes"
         return cls(tensor, block)
@@ -194,7 +199,7 @@ def record(
     """One call of the head with its gradients, for hidden states in `dtype` and float32 prototypes; of the exponent too
     if that is `learned`.
     """
-    recorder = Recorder(n, d, v, compiling)
+    recorder = Recorder(distance, fused, n, d, v, compiling)
     if compiling:
         driver.set_active(Hopper())
     x = torch.empty(n, d, device="meta", dtype=getattr(torch, dtype), requires_grad=True)
