@@ -162,6 +162,7 @@ class Loading:
 
     @property
     def ratio(self) -> float:
+        """How many times faster batches are read than trained on."""
         return self.read / self.trained
 
 
@@ -191,6 +192,7 @@ def loading(cfg: RunConfig, steps: int) -> Loading:
 
 
 def loading_table(loading: Loading) -> Table:
+    """Reading in its first row, training in its second."""
     table = Table("loading", "tokens/s", "GB/s of shards", "against training", "training waits")
     table.add_row(
         "read", f"{loading.read:,.0f}", f"{loading.read * loading.stored_bytes / 1e9:.3f}", f"{loading.ratio:,.0f}x", ""
@@ -200,6 +202,7 @@ def loading_table(loading: Loading) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code, 2 for input that is refused."""
     command = parser("data", __doc__)
     commands = command.add_subparsers(dest="command", required=True)
     text = commands.add_parser("prepare", help="from text to shards, against tiktoken")

@@ -46,6 +46,8 @@ CDIST = (512, 4096)  # N, V
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of one measurement, and when it is repeated."""
+
     tokens: int
     dim: int
     vocab: int
@@ -65,6 +67,7 @@ class Cost:
     extra_bytes: int | None  # None: this system does not say
 
     def gelem(self, shape: Shape, seconds: float) -> float:
+        """10^9 entries of (N, V, D) per second."""
         return shape.tokens * shape.vocab * shape.dim / seconds / 1e9
 
 
@@ -106,6 +109,7 @@ def ours(variant: str, fused: bool | None = None) -> Loss:
 
 
 def is_product(variant: str) -> bool:
+    """Whether a variant's distances follow from x w', so that its passes are compared with products."""
     params = dict(VARIANTS[variant])
     if "factor" in params:
         params["factor"] = torch.zeros(1)
@@ -128,12 +132,14 @@ def materialised_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
 
 
 def cut_cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """Apple's softmax cross-entropy without the N x V logits in memory (arXiv:2411.09009)."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(x, w.to(x.dtype), targets)
 
 
 def liger(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """Liger Kernel's softmax cross-entropy, fused with its linear layer, in chunks of tokens."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss()(w.to(x.dtype), x, targets)
@@ -148,6 +154,7 @@ NEIGHBOURS: dict[str, tuple[Loss, str]] = {  # and the package that they need
 
 
 def loss_of(row: str, fused: bool | None = None) -> Loss:
+    """A row's loss: x (N, D), w (V, D) and targets (N,) -> a scalar in nats."""
     return ours(row, fused) if row in VARIANTS else NEIGHBOURS[row][0]
 
 
@@ -229,6 +236,7 @@ def extra_bytes(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 def resident(field: str) -> int:
+    """Bytes by this field of /proc/self/status. Raises OSError where the system has none."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     if found is None:
         raise OSError(f"no {field} in /proc/self/status")
@@ -236,6 +244,7 @@ def resident(field: str) -> int:
 
 
 def memory(cost: Cost) -> str:
+    """The extra memory in MiB, as a cell."""
     return "unmeasured" if cost.extra_bytes is None else f"{cost.extra_bytes / MIB:,.0f}"
 
 
@@ -245,6 +254,7 @@ def add(table: Table, names: Sequence[str], cost: Cost | str, cells: Callable[[C
 
 
 def title_of(shape: Shape, fused: bool | None) -> str:
+    """A table's title: sizes, dtype and the chosen design."""
     design = "" if fused is None else ", fused" if fused else ", not fused"
     return f"N {shape.tokens:,}, D {shape.dim:,}, V {shape.vocab:,}, {shape.dtype}{design}: medians"
 
@@ -296,6 +306,7 @@ def growth(console: Console, shape: Shape, chosen: str | None, fused: bool | Non
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The words of the command line."""
     command = parser("head", __doc__)
     command.add_argument("--tokens", type=int, help="N (default: 2048; on a GPU 65536)")
     command.add_argument("--dim", type=int, nargs="+", help="one D or more (default: 384; on a GPU 768 and 4096)")
@@ -315,6 +326,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command: a table for each D and V."""
     args = arguments(argv)
     few = FEW_TOKENS[torch.device(args.device).type] if args.tokens is None else None
     tokens, dims, vocabs = DEFAULTS[torch.device(args.device).type]

@@ -65,6 +65,7 @@ class PlainProcess:
         return float(self.stdout.readline())
 
     def close(self) -> None:
+        """Ends the child by closing its input, and waits for it."""
         self.stdin.close()
         self.child.wait()
 
@@ -159,6 +160,7 @@ def in_two_ranks(config: str, overrides: list[str], steps: int) -> dict[str, Any
 
 
 def show(cfg: RunConfig, figures: dict[str, Any], two: dict[str, Any] | None, device: torch.device) -> None:
+    """Prints speeds and phases, of one rank and, if they were measured, of two."""
     console = wide_console()
     tokens = cfg.train.tokens_per_step
     used = cfg.model.flops_per_token() * tokens / figures["step_s"]
@@ -204,6 +206,7 @@ def trainable(config: str, overrides: list[str]) -> RunConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command, a rank of its two, or its baseline's process; 2: input that is refused."""
     command = parser("train", __doc__)
     command.add_argument("config")
     command.add_argument("overrides", nargs="*", metavar="key=value")

@@ -30,6 +30,7 @@ def version_of(package: str) -> str | None:
 
 
 def number(text: str | None) -> float | None:
+    """A reading of nvidia-smi; None if there was none, or it is a word such as [N/A]."""
     try:
         return None if text is None else float(text)
     except ValueError:
@@ -73,6 +74,7 @@ def head_tflops(tokens: int, dim: int, vocab: int, device: torch.device, warm_s:
 
 
 def measure(findings: Findings) -> None:
+    """Device and versions, then bandwidth, square products and the head's, as far as time goes."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     findings.figure("device", torch.cuda.get_device_name() if on_gpu else cpu_name())

@@ -48,6 +48,8 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
+    """What a worker measures at a time: a head at a shape, in a design."""
+
     table: str
     head: str
     tokens: int
@@ -58,10 +60,12 @@ class Row:
 
     @property
     def design(self) -> str:
+        """The design's name in tables."""
         return {None: "default", True: "fused", False: "apart"}[self.fused]
 
     @property
     def label(self) -> str:
+        """The row in words, for problems and for what is left out."""
         tile = "" if self.tile is None else f", tile {self.tile}"
         return f"{self.head} ({self.design}{tile}), N {self.tokens:,}, D {self.dim}, V {self.vocab:,}"
 
@@ -198,6 +202,7 @@ def worker(first: int, seconds: float, small: bool) -> int:
 
 
 def say(line: Line) -> None:
+    """One line of JSON on standard output, at once: the watcher reads it."""
     print(to_json(line), flush=True)
 
 
@@ -228,6 +233,7 @@ class Watched:
         self.next = 0
 
     def run(self) -> None:
+        """Starts workers, one after the other, until all rows are done or there is no time for another."""
         for _ in range(12):  # workers
             before = self.next
             if not self._worker() or self.findings.left_s < NEED_S:
@@ -321,6 +327,7 @@ class Watched:
 
 
 def measure(findings: Findings) -> None:
+    """The rows by a worker that is this module."""
     Watched(findings, [sys.executable, "-m", "benchmarks.gpu.head", "--first"]).run()
 
 

@@ -35,11 +35,14 @@ logging: {{every: 1, tensorboard: false}}
 
 @dataclass(frozen=True)
 class Layout:
+    """How a run is spread; its vocabulary group is all of its ranks."""
+
     ranks: int
     zero: int
 
     @property
     def name(self) -> str:
+        """In words, for rows and problems."""
         return f"{self.ranks} rank{'s' * (self.ranks > 1)}, ZeRO {self.zero}"
 
 
@@ -64,6 +67,7 @@ def begin(config: Path, run: Path, layout: Layout, shared: bool) -> list[subproc
 
 
 def losses_of(run: Path) -> list[float | None]:
+    """The loss of every step of a run, in nats per token; None: not finite."""
     return [loss for record in records_of(run) if record["kind"] == "train" for loss in record["losses"]]
 
 
@@ -75,6 +79,7 @@ def furthest(one: list[Any], two: list[Any]) -> float | None:
 
 
 def measure(findings: Findings) -> None:
+    """Runs every layout and compares its losses with those of one rank, step by step."""
     on_gpu = torch.cuda.is_available()
     data = tokens.make(findings.scratch / "data", VOCAB, 20_000, 1_000)
     config = findings.scratch / "tiny.yaml"

@@ -204,11 +204,13 @@ class Trained:
         return json.loads(lines[-1])
 
     def plain(self, part: Part, limit_s: float) -> None:
+        """A row of plain PyTorch beside those of our runs."""
         figures = self.worker(part, limit_s)
         if figures is not None:
             self.findings.row("runs", run=part.name, **figures)
 
     def phases(self, part: Part, limit_s: float) -> None:
+        """Tables of a step's phases and kernels, and its memory."""
         figures = self.worker(part, limit_s)
         if figures is None:
             return
@@ -223,6 +225,7 @@ class Trained:
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each run: tokens per second, and MFU where the device's peak is known."""
     lines = []
     for row in rows:
         mfu = f", MFU {row['mfu']:.1%}" if row.get("mfu") else ""
@@ -231,6 +234,7 @@ def headline(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def measure(findings: Findings) -> None:
+    """The parts in their order, each with its share of the time left."""
     vocab = SMALL_VOCAB if findings.small else VOCAB
     sizes = (40_000, 2_000) if findings.small else (12_000_000, 60_000)
     prepared = tokens.make(findings.scratch / "data", vocab, *sizes)
@@ -339,6 +343,7 @@ def phases_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
 
 
 def main() -> int:
+    """A child: loads the configuration, measures, and prints its figures as JSON."""
     command = parser("gpu.train", "A child of the stage `train`.")
     command.add_argument("kind", choices=("plain", "phases"))
     command.add_argument("overrides", nargs="*", metavar="key=value")

@@ -26,6 +26,7 @@ PAGE, RESULTS, ROWS = "study.html", "results.json", "results.csv"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Options of the command; what it does not know goes to `overtone run`."""
     made = command.parser(
         "study",
         "Train a matched grid of heads, learning rates and seeds, and compare, in a table, results.json, results.csv "
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command: trains what is left, of whichever kind the file says, and writes results; its exit code."""
     words = sys.argv[1:] if argv is None else argv
     # CONFIG first, since an option of another command may take any word as its value.
     words = sorted(words, key=lambda word: "=" in word or not word.endswith((".yaml", ".yml")))

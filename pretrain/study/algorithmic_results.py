@@ -109,10 +109,12 @@ def kept(runs: Sequence[dict[str, Any]]) -> int:
 
 
 def median(epochs: Iterable[int | None]) -> float:
+    """Of epochs to a goal; infinite if half of the runs or more never reached it."""
     return statistics.median(math.inf if epoch is None else epoch for epoch in epochs)
 
 
 def finite(value: float | None) -> float | None:
+    """The value; None for what JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
 
 
