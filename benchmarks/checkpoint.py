@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 import tempfile
+from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from benchmarks.measuring import alone, machine, parser, timed, wide_console
+from benchmarks.measuring import alone, machine, parser, timed, trainer_of, wide_console
 from pretrain.config import RunConfig, from_tree
 
 SIZES = ((4, 256), (6, 384), (8, 512), (12, 768))  # layers, D
@@ -38,6 +39,7 @@ class Cost:
 
 
 def config(layers: int, dim: int, folder: Path) -> RunConfig:
+    """A model of so many layers and width D, at ZeRO 1 and in bf16; nothing reads its data."""
     return from_tree(
         {
             "run": str(folder),
@@ -56,14 +58,12 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
     from pretrain.checkpoints.folder import Progress
     from pretrain.checkpoints.fragments import finish_load, head_fragments, trunk_fragments
     from pretrain.checkpoints.saver import Saver
-    from pretrain.engine import Trainer
     from pretrain.runtime import ranks as process
 
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         cfg = config(layers, dim, folder)
-        ranks = process.with_groups(process.start_command(), 1)
-        trainer = Trainer(cfg, ranks)
+        trainer = trainer_of(cfg)
         trainer.train_step([torch.randint(0, VOCAB, (1, LENGTH + 1))], 1e-4)
 
         def fragments(part: tuple[int, int] | None = None) -> dict:
@@ -71,37 +71,38 @@ def measure(layers: int, dim: int, repeats: int) -> Cost:
             return {**trunk_fragments(trainer.engine, part), **head}
 
         def load() -> None:
-            found = resume.find(folder, "auto", ranks)
+            found = resume.find(folder, "auto", trainer.ranks)
             assert found is not None
             loading.load(found, fragments())
             finish_load(trainer.engine, trainer.head_optimizer, 1)
 
-        saver = Saver(folder, ranks, cfg.checkpoint)
+        saver = Saver(folder, trainer.ranks, cfg.checkpoint)
 
         def save(step: int) -> None:
             saver.start(fragments((0, 1)), Progress(step=step), {"identity": {}})
 
-        stalls, saves, loads, theirs, their_loads = [], [], [], [], []
+        theirs = str(folder / "deepspeed")
+        times: dict[str, list[float]] = defaultdict(list)
         size = 0
         for step in range(repeats + 1):
-            stalls.append(timed(partial(save, step)))
+            times["stall_s"].append(timed(partial(save, step)))
             saved = saver.wait()
             assert saved is not None
-            saves.append(saved.seconds)
+            times["save_s"].append(saved.seconds)
             size = saved.size
-            loads.append(timed(load))
-            theirs.append(timed(lambda: trainer.engine.save_checkpoint(str(folder / "deepspeed"), tag="one")))
-            their_loads.append(timed(lambda: trainer.engine.load_checkpoint(str(folder / "deepspeed"), tag="one")))
+            times["load_s"].append(timed(load))
+            times["deepspeed_save_s"].append(timed(lambda: trainer.engine.save_checkpoint(theirs, tag="one")))
+            times["deepspeed_load_s"].append(timed(lambda: trainer.engine.load_checkpoint(theirs, tag="one")))
         saver.close()
         count = sum(p.numel() for module in (trainer.engine.module, trainer.head) for p in module.parameters())
-        medians = (statistics.median(times[1:]) for times in (stalls, saves, loads, theirs, their_loads))
-        stall_s, save_s, load_s, their_save_s, their_load_s = medians
         trainer.engine.destroy()
         process.stop()
-        return Cost(count, stall_s, save_s, load_s, size, their_save_s, their_load_s)
+        medians = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
+        return Cost(parameters=count, size=size, **medians)
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command: a row for each of SIZES, each measured in a process of its own."""
     command = parser("checkpoint", __doc__)
     command.add_argument("--repeats", type=int, default=5, help="medians are over so many (default %(default)s)")
     repeats: int = command.parse_args(argv).repeats

@@ -51,14 +51,8 @@ class Variant:
         return " ".join((self.distance, *values)) if self.distance != "dot" else "dot (softmax)"
 
     def head(self, classes: int, dim: int, seed: int) -> HarmonicHead:
-        return HarmonicHead(
-            classes,
-            dim,
-            distance=self.distance,
-            exponent=self.exponent,
-            seed=seed,
-            **self.params,
-        )
+        """Prototypes (V, D) drawn from `seed`; the same draw for every variant, in its own scale."""
+        return HarmonicHead(classes, dim, distance=self.distance, exponent=self.exponent, seed=seed, **self.params)
 
 
 VARIANTS = (
@@ -104,18 +98,19 @@ class Classifier(nn.Module):
         self.scale = head.feature_length / head.prototypes.shape[1] ** 0.5
 
     def loss(self, inputs: Tensor, classes: Tensor) -> Tensor:
+        """Inputs (N, ...) and classes (N,) -> the mean loss, in nats."""
         return self.head(self.network(inputs) * self.scale, classes)
 
     @torch.no_grad()
     def accuracy(self, inputs: Tensor, classes: Tensor) -> float:
+        """Inputs (N, ...) and classes (N,) -> the share that is right."""
         predicted = self.head.log_probs(self.network(inputs) * self.scale).argmax(1)
         return (predicted == classes).double().mean().item()
 
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """No decay for what else a head trains: it would pull Mahalanobis' M to 1, and a learned exponent to 1."""
-        own = {id(p) for name, p in self.head.named_parameters() if name != "prototypes"}
-        decayed = [p for p in self.parameters() if id(p) not in own]
-        free = [p for p in self.parameters() if id(p) in own]
+        free = [p for p in self.head.parameters() if p is not self.head.prototypes]
+        decayed = [*self.network.parameters(), self.head.prototypes]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
@@ -217,6 +212,7 @@ def epochs_until(goal: float, runs: Sequence[Trained], epochs: int) -> str:
 
 
 def digits_table(variants: Sequence[Variant], seeds: int, epochs: int, advance: Callable[[str], None]) -> Table:
+    """A row for each head, over `seeds` runs of it; `advance` is told what comes next."""
     table = Table("head", "test accuracy, %", f"epochs to {DIGITS_GOAL:.0%}", "seconds")
     for variant in variants:
         advance(str(variant))
@@ -235,6 +231,7 @@ def addition_table(
     fraction: float,
     advance: Callable[[str], None],
 ) -> Table:
+    """A row for each weight decay and head, at its best rate; `advance` is told what comes next."""
     goals = (f"epochs to {goal:.0%}" for goal in ADDITION_GOALS)
     table = Table("head", "weight decay", "rate", "train, %", "held out, %", *goals, "seconds")
     for decay in WEIGHT_DECAYS:
@@ -261,10 +258,12 @@ def addition_table(
 
 
 def exponent_of(text: str) -> Any:
+    """The value of --exponent. Raises ValueError, which argparse tells, for another word."""
     return text if text in ("sqrt_dim", "learned") else float(text)
 
 
 def arguments() -> argparse.Namespace:
+    """The words of the command line."""
     command = parser("classify", __doc__)
     command.add_argument("--task", choices=["digits", "addition"], default="digits")
     command.add_argument("--seeds", type=int, default=3, help="runs of each row (default %(default)s)")
@@ -278,6 +277,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """The command: one task, its table after all of its runs."""
     args = arguments()
     heads = args.heads or (list(DISTANCES) if args.task == "digits" else ADDITION_HEADS)
     variants = [replace(variant, exponent=args.exponent) for variant in VARIANTS if variant.distance in heads]

@@ -29,7 +29,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.measuring import machine, parser, wide_console
+from benchmarks.measuring import batches_of, machine, parser, timed, trainer_of, wide_console
 from common.errors import ConfigError
 from common.machine import cores
 from common.settings import validate
@@ -162,36 +162,29 @@ class Loading:
 
     @property
     def ratio(self) -> float:
+        """How many times faster batches are read than trained on."""
         return self.read / self.trained
 
 
 def loading(cfg: RunConfig, steps: int) -> Loading:
     """Reads for READ_SECONDS, then trains `steps` steps."""
-    from data.loader import Windows
     from data.shards import open_split
-    from pretrain.batches import Batches
-    from pretrain.engine import Trainer
     from pretrain.runtime import ranks as process
 
-    ranks = process.with_groups(process.start_command(), 1)
     split = open_split(cfg.data.path, "train")
-    batches = Batches(Windows(split, cfg.model.seq_len, cfg.train.seed), cfg, ranks)
+    trainer = trainer_of(cfg, split.eos_id)
+    batches = batches_of(cfg, trainer.ranks)
     tokens = cfg.train.tokens_per_step
     times: list[float] = []
     while sum(times) < READ_SECONDS or len(times) <= WARM_UP:
-        began = time.perf_counter()
-        batches.read(len(times))
-        times.append(time.perf_counter() - began)
+        times.append(timed(lambda: batches.read(len(times))))
     read = tokens / statistics.median(times[WARM_UP:])
 
-    trainer = Trainer(cfg, ranks, split.eos_id)
     times = []
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             batches.restart()
-        began = time.perf_counter()
-        trainer.train_step(batches.of(step), cfg.lr_at(step)).loss.item()
-        times.append(time.perf_counter() - began)
+        times.append(timed(lambda s=step: trainer.train_step(batches.of(s), cfg.lr_at(s)).loss.item()))  # type: ignore[misc]
     spent = times[WARM_UP:]
     process.stop()
     itemsize = {"uint16": 2, "uint32": 4}[split.dtype]
@@ -199,6 +192,7 @@ def loading(cfg: RunConfig, steps: int) -> Loading:
 
 
 def loading_table(loading: Loading) -> Table:
+    """Reading in its first row, training in its second."""
     table = Table("loading", "tokens/s", "GB/s of shards", "against training", "training waits")
     table.add_row(
         "read", f"{loading.read:,.0f}", f"{loading.read * loading.stored_bytes / 1e9:.3f}", f"{loading.ratio:,.0f}x", ""
@@ -208,6 +202,7 @@ def loading_table(loading: Loading) -> Table:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; its exit code, 2 for input that is refused."""
     command = parser("data", __doc__)
     commands = command.add_subparsers(dest="command", required=True)
     text = commands.add_parser("prepare", help="from text to shards, against tiktoken")

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -72,6 +73,7 @@ def config(
 
 
 def name_of(cfg: RunConfig, world: int) -> str:
+    """A configuration on `world` ranks, in words that tell it from the others of `cases`."""
     extra = [word for word, on in (("tied", cfg.model.tied), ("recomputed", cfg.model.activation_checkpointing)) if on]
     passes = cfg.accumulation(world)
     return ", ".join(
@@ -82,6 +84,7 @@ def name_of(cfg: RunConfig, world: int) -> str:
 
 
 def cases(world: int) -> list[RunConfig]:
+    """What is compared on `world` ranks; two of them take most of the variants."""
     groups = [k for k in (1, 2, 4) if k <= world]
     configs = [config(world, zero, groups[zero % len(groups)]) for zero in (1, 2, 3)]
     configs += [config(world, 1, k) for k in groups if k != groups[1 % len(groups)]]
@@ -156,6 +159,7 @@ class Watch(TorchDispatchMode):
         self.sent: Counter[tuple[str, int]] = Counter()
 
     def add(self, tensor: Tensor) -> None:
+        """Counts a tensor's storage from here until it is freed, once; meta tensors have none."""
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.alive or tensor.device.type == "meta":
@@ -195,9 +199,8 @@ def standing(trainer: Any) -> dict[str, list[Tensor]]:
     module, optimizer = trainer.engine.module, trainer.engine.optimizer
     base = getattr(optimizer, "optimizer", optimizer)
     masters = [p for group in base.param_groups for p in group["params"]]
-    weights = [p.data for p in module.parameters()] + [
-        p.ds_tensor for p in module.parameters() if hasattr(p, "ds_tensor")
-    ]
+    weights = [p.data for p in module.parameters()]
+    weights += [p.ds_tensor for p in module.parameters() if hasattr(p, "ds_tensor")]
     masters += getattr(optimizer, "fp32_partitioned_groups_flat", [])
     moments = [t for state in base.state.values() for t in state.values() if isinstance(t, Tensor)]
     gradients = [p.grad for p in (*module.parameters(), *masters)]
@@ -243,11 +246,8 @@ def at_boundary(trainer: Any) -> Iterator[dict[str, float]]:
                         found[kind] += storage.nbytes()
         return step()
 
-    trainer.engine.step = counted
-    try:
+    with mock.patch.object(trainer.engine, "step", counted):
         yield found
-    finally:
-        trainer.engine.step = step
 
 
 @contextmanager
@@ -273,15 +273,14 @@ def kept(trainer: Any) -> Iterator[list[float]]:
         found.clear()  # the hooks live as long as the graph
         return out
 
-    trainer.hidden = counted
-    try:
+    with mock.patch.object(trainer, "hidden", counted):
         yield sizes
-    finally:
-        del trainer.hidden
 
 
 @dataclass(frozen=True)
 class Compared:
+    """Bytes of one kind, planned and counted."""
+
     case: str
     kind: str
     predicted: float
@@ -289,10 +288,12 @@ class Compared:
 
     @property
     def ratio(self) -> float:
+        """Planned to measured; infinite for what was planned and never seen."""
         return self.predicted / self.measured if self.measured else float("inf")
 
     @property
     def agrees(self) -> bool:
+        """Whether the plan is within TOLERANCE."""
         return abs(self.ratio - 1) <= TOLERANCE
 
 
@@ -310,6 +311,7 @@ def compare(world: int, configs: list[RunConfig], folder: Path) -> list[Compared
 
 
 def validate(console: Console, worlds: list[int]) -> None:
+    """Prints a row for each case and kind, of all numbers of ranks, and how many agree."""
     table = Table("case", "bytes of", "planned, kB", "measured, kB", "planned / measured")
     compared = []
     with tempfile.TemporaryDirectory() as place:
@@ -330,6 +332,7 @@ def validate(console: Console, worlds: list[int]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command."""
     command = parser("plan", __doc__)
     command.add_argument("--worlds", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default 2 4)")
     validate(wide_console(120), command.parse_args(argv).worlds)

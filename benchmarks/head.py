@@ -18,9 +18,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ CDIST = (512, 4096)  # N, V
 
 @dataclass(frozen=True)
 class Shape:
+    """Sizes of one measurement, and when it is repeated."""
+
     tokens: int
     dim: int
     vocab: int
@@ -64,6 +67,7 @@ class Cost:
     extra_bytes: int | None  # None: this system does not say
 
     def gelem(self, shape: Shape, seconds: float) -> float:
+        """10^9 entries of (N, V, D) per second."""
         return shape.tokens * shape.vocab * shape.dim / seconds / 1e9
 
 
@@ -105,6 +109,7 @@ def ours(variant: str, fused: bool | None = None) -> Loss:
 
 
 def is_product(variant: str) -> bool:
+    """Whether a variant's distances follow from x w', so that its passes are compared with products."""
     params = dict(VARIANTS[variant])
     if "factor" in params:
         params["factor"] = torch.zeros(1)
@@ -127,12 +132,14 @@ def materialised_softmax(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
 
 
 def cut_cross_entropy(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """Apple's softmax cross-entropy without the N x V logits in memory (arXiv:2411.09009)."""
     from cut_cross_entropy import linear_cross_entropy
 
     return linear_cross_entropy(x, w.to(x.dtype), targets)
 
 
 def liger(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:
+    """Liger Kernel's softmax cross-entropy, fused with its linear layer, in chunks of tokens."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
     return LigerFusedLinearCrossEntropyLoss()(w.to(x.dtype), x, targets)
@@ -147,6 +154,7 @@ NEIGHBOURS: dict[str, tuple[Loss, str]] = {  # and the package that they need
 
 
 def loss_of(row: str, fused: bool | None = None) -> Loss:
+    """A row's loss: x (N, D), w (V, D) and targets (N,) -> a scalar in nats."""
     return ours(row, fused) if row in VARIANTS else NEIGHBOURS[row][0]
 
 
@@ -228,17 +236,25 @@ def extra_bytes(work: Callable[[], object], device: torch.device) -> int | None:
 
 
 def resident(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"no {field} in /proc/self/status")
+    """Bytes by this field of /proc/self/status. Raises OSError where the system has none."""
+    found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"no {field} in /proc/self/status")
+    return int(found[1]) * 1024
 
 
 def memory(cost: Cost) -> str:
+    """The extra memory in MiB, as a cell."""
     return "unmeasured" if cost.extra_bytes is None else f"{cost.extra_bytes / MIB:,.0f}"
 
 
+def add(table: Table, names: Sequence[str], cost: Cost | str, cells: Callable[[Cost], Sequence[str]]) -> None:
+    """A row: its names, then the cells of a cost and its memory, or why there is none."""
+    table.add_row(*names, *((cost,) if isinstance(cost, str) else (*cells(cost), memory(cost))))
+
+
 def title_of(shape: Shape, fused: bool | None) -> str:
+    """A table's title: sizes, dtype and the chosen design."""
     design = "" if fused is None else ", fused" if fused else ", not fused"
     return f"N {shape.tokens:,}, D {shape.dim:,}, V {shape.vocab:,}, {shape.dtype}{design}: medians"
 
@@ -251,30 +267,27 @@ def compare(console: Console, shape: Shape, chosen: str | None, few: int | None,
     table = Table("head", "forward + backward, ms", "three products, ms", "ratio", "extra memory, MiB", title=title)
     for row in [row for row in rows if is_product(row)] + others:
         cost = apart(shape.device, measure, row, shape, True, fused)
-        if isinstance(cost, str):
-            table.add_row(row, cost)
-            continue
-        ratio = f"{cost.both / cost.bare:.2f}"
-        table.add_row(row, f"{cost.both * 1e3:,.0f}", f"{cost.bare * 1e3:,.0f}", ratio, memory(cost))
+        add(table, [row], cost, lambda c: (f"{c.both * 1e3:,.0f}", f"{c.bare * 1e3:,.0f}", f"{c.both / c.bare:.2f}"))
     console.print(table)
     elementwise = [row for row in rows if not is_product(row)]
-    if not elementwise:
-        return
-    shape = replace(shape, tokens=few or shape.tokens)
+    if elementwise:
+        compare_elementwise(console, replace(shape, tokens=few or shape.tokens), elementwise)
+
+
+def compare_elementwise(console: Console, shape: Shape, rows: Sequence[str]) -> None:
+    """Prints the table for heads that are no products, with torch.cdist in its last row."""
     small = replace(shape, tokens=CDIST[0], vocab=CDIST[1])
     cdist: Cost = apart(shape.device, measure_cdist, small)
     speed = cdist.gelem(small, cdist.both)
     columns = ("head", "forward + backward, ms", "Gelem/s forward", "Gelem/s", "times cdist", "extra memory, MiB")
     table = Table(*columns, title=title_of(shape, None))
-    for row in elementwise:
-        cost = apart(shape.device, measure, row, shape, False)
-        if isinstance(cost, str):
-            table.add_row(row, cost)
-            continue
+
+    def cells(cost: Cost) -> Sequence[str]:
         forward, both = cost.gelem(shape, cost.forward), cost.gelem(shape, cost.both)
-        table.add_row(
-            row, f"{cost.both * 1e3:,.0f}", f"{forward:,.1f}", f"{both:,.1f}", f"{both / speed:,.1f}", memory(cost)
-        )
+        return f"{cost.both * 1e3:,.0f}", f"{forward:,.1f}", f"{both:,.1f}", f"{both / speed:,.1f}"
+
+    for row in rows:
+        add(table, [row], apart(shape.device, measure, row, shape, False), cells)
     table.add_row(f"torch.cdist, p = 1, N {CDIST[0]}, V {CDIST[1]:,}, float32", f"{cdist.both * 1e3:,.0f}",
                   f"{cdist.gelem(small, cdist.forward):,.1f}", f"{speed:,.2f}", "1.0", "")  # fmt: skip
     console.print(table)
@@ -286,16 +299,14 @@ def growth(console: Console, shape: Shape, chosen: str | None, fused: bool | Non
         table = Table("N", "V", "ms", "ns per token and prototype", "extra memory, MiB", title=f"{row}, D {shape.dim}")
         for tokens, vocab in ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8)):
             size = replace(shape, tokens=shape.tokens * tokens, vocab=shape.vocab * vocab)
+            pairs, names = size.tokens * size.vocab, (f"{size.tokens:,}", f"{size.vocab:,}")
             cost = apart(shape.device, measure, row, size, False, fused)
-            if isinstance(cost, str):
-                table.add_row(f"{size.tokens:,}", f"{size.vocab:,}", cost)
-                continue
-            each = cost.both / size.tokens / size.vocab * 1e9
-            table.add_row(f"{size.tokens:,}", f"{size.vocab:,}", f"{cost.both * 1e3:,.0f}", f"{each:.2f}", memory(cost))
+            add(table, names, cost, lambda c, n=pairs: (f"{c.both * 1e3:,.0f}", f"{c.both / n * 1e9:.2f}"))  # type: ignore[misc]
         console.print(table)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
+    """The words of the command line."""
     command = parser("head", __doc__)
     command.add_argument("--tokens", type=int, help="N (default: 2048; on a GPU 65536)")
     command.add_argument("--dim", type=int, nargs="+", help="one D or more (default: 384; on a GPU 768 and 4096)")
@@ -315,6 +326,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """The command: a table for each D and V."""
     args = arguments(argv)
     few = FEW_TOKENS[torch.device(args.device).type] if args.tokens is None else None
     tokens, dims, vocabs = DEFAULTS[torch.device(args.device).type]

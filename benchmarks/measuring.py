@@ -1,4 +1,4 @@
-"""What benchmarks share: this machine in words, a console, times, and calls in processes of their own.
+"""What benchmarks share: this machine in words, tables, times, calls in processes of their own, a run to be timed.
 
 torch is imported where it is asked for: help does without.
 """
@@ -9,7 +9,7 @@ import argparse
 import importlib.util
 import multiprocessing
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -18,6 +18,11 @@ from common.machine import cpu_name
 
 if TYPE_CHECKING:
     import torch
+
+    from pretrain.batches import Batches
+    from pretrain.config import RunConfig
+    from pretrain.engine import Trainer
+    from pretrain.runtime.ranks import Ranks
 
 
 def parser(name: str, document: str | None) -> argparse.ArgumentParser:
@@ -29,6 +34,14 @@ def parser(name: str, document: str | None) -> argparse.ArgumentParser:
 def wide_console(width: int = 110) -> Console:
     """In a file too, a row is a line."""
     return Console(width=max(width, Console().width), highlight=False)
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table in Markdown; the first row is its heading."""
+    yield f"| {' | '.join(rows[0])} |"
+    yield f"|{' --- |' * len(rows[0])}"
+    for row in rows[1:]:
+        yield f"| {' | '.join(row)} |"
 
 
 def machine(device: str | torch.device) -> str:
@@ -77,3 +90,22 @@ def alone(function: Callable[..., Any], *arguments: Any) -> Any:
     """Calls it in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
+
+
+def batches_of(cfg: RunConfig, ranks: Ranks) -> Batches:
+    """A rank's passes over the run's prepared training data, from step 0 on."""
+    from data.loader import Windows
+    from data.shards import open_split
+    from pretrain.batches import Batches
+
+    return Batches(Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed), cfg, ranks)
+
+
+def trainer_of(cfg: RunConfig, eos_id: int | None = None) -> Trainer:
+    """A trainer on this process's rank, new and in no run folder; `eos_id` as `Trainer` takes it. Collective."""
+    from pretrain.runtime import ranks as process
+
+    ranks = process.start_command()
+    from pretrain.engine import Trainer  # DeepSpeed asks which accelerator there is: the start has told it
+
+    return Trainer(cfg, process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world)), eos_id)

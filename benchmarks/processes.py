@@ -64,22 +64,21 @@ def finish(process: subprocess.Popen[bytes], limit_s: float, tick: Callable[[], 
                 return None
             time.sleep(POLL_S)
             tick()
-        code = process.returncode
-        if code is None:
-            with suppress(ProcessLookupError, PermissionError):  # what it left running in its group
-                if os.getpgid(process.pid) == process.pid:
-                    os.killpg(process.pid, signal.SIGKILL)
-            code = process.wait()
-        return code
+        return end(process)  # kills what it left running in its group
     finally:
         end(process)
 
 
-def until(happened: Callable[[], bool], limit_s: float, poll_s: float = POLL_S) -> bool:
-    """Waits until something is so; False if the limit passed."""
+def until(
+    happened: Callable[[], bool],
+    limit_s: float,
+    poll_s: float = POLL_S,
+    running: Callable[[], bool] = lambda: True,
+) -> bool:
+    """Waits until something is so; False if the limit passed, or what it is waited for no longer runs."""
     deadline = time.monotonic() + limit_s
     while not happened():
-        if time.monotonic() > deadline:
+        if not running() or time.monotonic() > deadline:
             return False
         time.sleep(poll_s)
     return True
@@ -123,6 +122,7 @@ class Job:
         self.kill()
 
     def running(self) -> bool:
+        """Whether the command itself has not ended; it is reaped if it has."""
         return self.process.poll() is None
 
     def said(self) -> str:
@@ -131,12 +131,7 @@ class Job:
 
     def until(self, happened: Callable[[], bool], limit_s: float, poll_s: float = 0.005) -> bool:
         """Waits until something is so; False if the limit passed or the job ended first."""
-        deadline = time.monotonic() + limit_s
-        while not happened():
-            if not self.running() or time.monotonic() > deadline:
-                return False
-            time.sleep(poll_s)
-        return True
+        return until(happened, limit_s, poll_s, self.running)
 
     def wait_for(self, happened: Callable[[], bool], limit_s: float = 240.0) -> None:
         """As `until`, but what does not happen is an AssertionError with the output."""

@@ -27,6 +27,7 @@ BAR = 40  # characters
 
 
 def shape(vocab: int, sequences: int, seq_len: int, **model: Any) -> RunConfig:
+    """A model to be planned, at a batch of `sequences` of `seq_len` tokens."""
     return from_tree(
         {
             "run": "unused",
@@ -81,11 +82,13 @@ class Point:
 
     @property
     def layout(self) -> str:
+        """ZeRO stage, micro-batch and recomputing, as a cell."""
         words = [f"ZeRO {self.cfg.parallel.zero}", f"{self.cfg.train.micro_batch}"]
         return ", ".join(words + ["recomputed"] * self.cfg.model.activation_checkpointing)
 
 
 def candidates(base: RunConfig, cluster: Cluster, group: int | str) -> Iterator[Point]:
+    """The plans for a kind of group that fit the GPUs' memory."""
     share = base.sequences_per_step() // cluster.gpus
     for zero, again, size in itertools.product((1, 2, 3), (False, True), MICRO_BATCHES):
         if share % size:
@@ -114,6 +117,7 @@ def curve(base: RunConfig) -> dict[int, dict[str, Point]]:
 
 
 def table(by_gpus: dict[int, dict[str, Point]]) -> Iterator[str]:
+    """Lines of Markdown: a row for each number of GPUs and kind of group, the fastest in bold."""
     numbers = ("peak, GiB", "of it the head's", "head sends in its node, MB", "between nodes, MB", "waits, ms",
                "updates, ms", "step, ms", "tokens/s")  # fmt: skip
     yield f"| GPUs | group | layout | {' | '.join(numbers)} |"
@@ -187,28 +191,25 @@ Assumed:
 
 
 def document() -> Iterator[str]:
+    """The lines of docs/scaling.md."""
     yield INTRODUCTION
     for line in assumptions(Cluster(gpu=GPU)):
         yield f"- {line}"
     for name, base in SHAPES.items():
         by_gpus = curve(base)
-        yield ""
-        yield f"## {name}, {base.train.tokens_per_step:,} tokens per step"
-        yield ""
-        yield f"{parameters(base).total:,} parameters."
-        yield ""
+        yield from ("", f"## {name}, {base.train.tokens_per_step:,} tokens per step", "")
+        yield from (f"{parameters(base).total:,} parameters.", "")
         yield from table(by_gpus)
         yield ""
         yield from figure(by_gpus)
         yield ""
         yield from winners(by_gpus)
-        yield ""
-        yield f"The fewest GPUs that hold it, of {', '.join(map(str, (1, 2, 4)))} and those above:"
-        yield ""
+        yield from ("", "The fewest GPUs that hold it, of 1, 2, 4 and those above:", "")
         yield from fewest(base)
 
 
 def main() -> None:
+    """Prints the document."""
     for line in document():
         print(line)
 

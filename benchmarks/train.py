@@ -17,25 +17,27 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
 from rich.table import Table
 
-from benchmarks.measuring import machine, parser, timed, wait, wide_console
+from benchmarks.measuring import batches_of, machine, parser, timed, trainer_of, wait, wide_console
 from benchmarks.plain import LEARNING_RATE, Plain
 from common.errors import ConfigError
 from common.strict_json import to_json
-from data.loader import Windows
-from data.shards import open_split
 from launch.hosts import place
 from launch.invocation import command, environment
 from model.decoder import Decoder
-from pretrain.batches import Batches
 from pretrain.config import RunConfig, check_data, check_layout, load
 from pretrain.runtime import ranks as process
+
+if TYPE_CHECKING:  # DeepSpeed's start takes seconds
+    from pretrain.batches import Batches
+    from pretrain.engine import Trainer
 
 WARM_UP = 2
 COLLECTIVES = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "all_gather")
@@ -63,6 +65,7 @@ class PlainProcess:
         return float(self.stdout.readline())
 
     def close(self) -> None:
+        """Ends the child by closing its input, and waits for it."""
         self.stdin.close()
         self.child.wait()
 
@@ -74,8 +77,7 @@ def serve_plain(cfg: RunConfig) -> None:
     for block in decoder.blocks:
         block.attention.short = 0  # type: ignore[union-attr, assignment]  # torch's own attention kernel
     plain = Plain(cfg, device, decoder)
-    windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
-    batches = Batches(windows, cfg, process.Ranks(0, 1, 0, 1, device))
+    batches = batches_of(cfg, process.Ranks(0, 1, 0, 1, device))
     for line in sys.stdin:
         read = [batch.to(device) for batch in batches.of(int(line))]
         print(timed(lambda r=read: plain.step(r), device), flush=True)  # type: ignore[misc]
@@ -85,70 +87,64 @@ def serve_plain(cfg: RunConfig) -> None:
 def phases(trainer: Any, device: torch.device) -> Iterator[dict[str, float]]:
     """Seconds by phase of what runs inside; `communication` is part of the others."""
     spent: dict[str, float] = defaultdict(float)
-    undo = []
+    with contextlib.ExitStack() as watches:
 
-    def watch(owner: Any, name: str, phase: str) -> None:
-        inner = getattr(owner, name)
+        def watch(owner: Any, name: str, phase: str) -> None:
+            inner = getattr(owner, name)
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            wait(device)
-            began = time.perf_counter()
-            result = inner(*args, **kwargs)
-            wait(device)
-            spent[phase] += time.perf_counter() - began
-            return result
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                wait(device)
+                began = time.perf_counter()
+                result = inner(*args, **kwargs)
+                wait(device)
+                spent[phase] += time.perf_counter() - began
+                return result
 
-        had_own = name in vars(owner)
-        setattr(owner, name, watched)
-        undo.append(lambda: setattr(owner, name, inner) if had_own else delattr(owner, name))
+            watches.enter_context(mock.patch.object(owner, name, watched))
 
-    watch(trainer, "hidden", "trunk forward")
-    watch(trainer.head, "forward", "head, gradient included")
-    watch(trainer.engine, "backward", "trunk backward")
-    watch(trainer.engine, "step", "optimiser: trunk, norm and clip")
-    watch(trainer, "_step_head", "optimiser: head")
-    for name in COLLECTIVES:
-        watch(dist, name, "communication")
-    try:
+        watch(trainer, "hidden", "trunk forward")
+        watch(trainer.head, "forward", "head, gradient included")
+        watch(trainer.engine, "backward", "trunk backward")
+        watch(trainer.engine, "step", "optimiser: trunk, norm and clip")
+        watch(trainer, "_step_head", "optimiser: head")
+        for name in COLLECTIVES:
+            watch(dist, name, "communication")
         yield spent
-    finally:
-        for restore in reversed(undo):
-            restore()
+
+
+def phases_of(trainer: Trainer, batches: Batches, steps: Callable[[], float]) -> dict[str, float]:
+    """Seconds by phase of what `steps` takes, which gives its seconds in all; `rest` is what is in no phase."""
+    batches.restart()
+    with phases(trainer, trainer.ranks.device) as spent:
+        whole = steps()
+    where = {"data wait": batches.waited_s, **spent}
+    return {**where, "rest": whole - sum(where.values()) + where.get("communication", 0.0)}
 
 
 def measure(cfg: RunConfig, steps: int, plain: PlainProcess | None = None) -> dict[str, Any]:
     """Times this rank's world: steps in turn with the baseline's, then steps with their phases."""
-    ranks = process.start_command()
-    from pretrain.engine import Trainer  # DeepSpeed: after it was told the device
+    trainer = trainer_of(cfg)
+    batches, device = batches_of(cfg, trainer.ranks), trainer.ranks.device
 
-    ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-    device = ranks.device
-    windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
-    batches = Batches(windows, cfg, ranks)
-    trainer = Trainer(cfg, ranks)
+    def seconds_of(step: int) -> float:
+        return timed(lambda: trainer.train_step(batches.of(step), LEARNING_RATE), device)
+
     ours, theirs = [], []
     for step in range(WARM_UP + steps):
-        ours.append(timed(lambda s=step: trainer.train_step(batches.of(s), LEARNING_RATE), device))  # type: ignore[misc]
+        ours.append(seconds_of(step))
         if plain is not None:
             time.sleep(0.1)  # until our threads have stopped to spin
             theirs.append(plain.step(step))
             time.sleep(0.1)
-    batches.restart()
-    with phases(trainer, device) as spent:
-        whole = sum(
-            timed(lambda s=step: trainer.train_step(batches.of(s), LEARNING_RATE), device)  # type: ignore[misc]
-            for step in range(steps)
-        )
-    where = {"data wait": batches.waited_s, **spent}
+    where = phases_of(trainer, batches, lambda: sum(map(seconds_of, range(steps))))
     communication = where.pop("communication", 0.0)
-    where["rest"] = whole - sum(where.values())
     return {
         "step_s": statistics.median(ours[WARM_UP:]),
         "plain_step_s": statistics.median(theirs[WARM_UP:]) if theirs else None,
         "phases_s": {name: seconds / steps for name, seconds in where.items()},
         "communication_s": communication / steps,
         "rate": product_rate(device, cfg.train.micro_batch * cfg.model.seq_len, cfg.model.dim),
-        "rank": ranks.rank,
+        "rank": trainer.ranks.rank,
     }
 
 
@@ -164,6 +160,7 @@ def in_two_ranks(config: str, overrides: list[str], steps: int) -> dict[str, Any
 
 
 def show(cfg: RunConfig, figures: dict[str, Any], two: dict[str, Any] | None, device: torch.device) -> None:
+    """Prints speeds and phases, of one rank and, if they were measured, of two."""
     console = wide_console()
     tokens = cfg.train.tokens_per_step
     used = cfg.model.flops_per_token() * tokens / figures["step_s"]
@@ -174,20 +171,11 @@ def show(cfg: RunConfig, figures: dict[str, Any], two: dict[str, Any] | None, de
         f"{cfg.head.distance} head, {cfg.train.precision}, ZeRO {cfg.parallel.zero}"
     )
     table = Table("", "s/step", "tokens/s", "against plain PyTorch")
-    table.add_row(
-        "Overtone",
-        f"{figures['step_s']:.3f}",
-        f"{tokens / figures['step_s']:,.0f}",
-        f"{plain / figures['step_s']:.2f}x",
-    )
-    table.add_row("plain PyTorch, softmax", f"{plain:.3f}", f"{tokens / plain:,.0f}", "1.00x")
+    steps = {"Overtone": figures["step_s"], "plain PyTorch, softmax": plain}
     if two is not None:
-        table.add_row(
-            "Overtone, 2 ranks",
-            f"{two['step_s']:.3f}",
-            f"{tokens / two['step_s']:,.0f}",
-            f"{plain / two['step_s']:.2f}x",
-        )
+        steps["Overtone, 2 ranks"] = two["step_s"]
+    for name, seconds in steps.items():
+        table.add_row(name, f"{seconds:.3f}", f"{tokens / seconds:,.0f}", f"{plain / seconds:.2f}x")
     console.print(table)
     console.print(
         f"share of the machine's bf16 product rate ({figures['rate'] / 1e9:,.0f} GFLOP/s): {used / figures['rate']:.0%}"
@@ -218,6 +206,7 @@ def trainable(config: str, overrides: list[str]) -> RunConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command, a rank of its two, or its baseline's process; 2: input that is refused."""
     command = parser("train", __doc__)
     command.add_argument("config")
     command.add_argument("overrides", nargs="*", metavar="key=value")

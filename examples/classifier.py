@@ -38,13 +38,16 @@ class Classifier(nn.Module):
         self.scale = self.head.feature_length / DIM**0.5  # the length of features that a head starts best with
 
     def features(self, images: Tensor) -> Tensor:
+        """Images (N, 64) -> features (N, D)."""
         return self.network(images / 8 - 1) * self.scale
 
     def loss(self, images: Tensor, classes: Tensor) -> Tensor:
+        """Images (N, 64) and classes (N,) -> their mean loss."""
         return self.head(self.features(images), classes)
 
 
 def main() -> None:
+    """Trains, and prints what the prototypes tell."""
     torch.manual_seed(0)
     images, classes = digits()
     held_out, trained_on = torch.randperm(len(classes)).tensor_split([len(classes) // 4])

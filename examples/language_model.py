@@ -36,6 +36,7 @@ class Trunk(nn.Module):
         self.norm = nn.LayerNorm(DIM)
 
     def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens (B, T) -> hidden states (B, T, D)."""
         return self.norm(self.gru(self.embedding(tokens))[0])
 
 
@@ -46,6 +47,7 @@ def batches(text: Tensor) -> Tensor:
 
 
 def main() -> None:
+    """Trains on this rank; the first one prints."""
     group = None
     if "RANK" in os.environ:  # as torchrun sets it
         if torch.cuda.is_available():

@@ -59,6 +59,7 @@ def for_cpus(lock: Lock, triton: bool) -> Lock:
 
 
 def main() -> None:
+    """Writes all locks, or none if uv cannot resolve; torch's version is the one in torch-cpu.txt."""
     torch = re.search(r"^torch==([\d.]+)", TORCH.read_text(), re.MULTILINE)
     assert torch, f"{TORCH} names torch's version"
     bounds = HERE / "bounds.tmp"

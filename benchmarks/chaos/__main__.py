@@ -200,6 +200,7 @@ def _undisturbed(config: Path, folder: Path, report: Report) -> float:
 
 
 def tell(report: Report, console: Console) -> None:
+    """Prints the kills by victim and moment, what they cost, and PASS or the fault."""
     table = Table("killed", *MOMENTS, "all", "moment met", "steps lost, most")
     for who in (*VICTIMS, "all"):
         mine = [kill for kill in report.kills if who in (kill.victim, "all")]
@@ -229,6 +230,7 @@ def tell(report: Report, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command; 0: the run survived, 1: it did not."""
     command = parser("chaos", __doc__)
     command.add_argument("--kills", type=int, default=50)
     command.add_argument("--seed", type=int, help="default: a random one, printed")

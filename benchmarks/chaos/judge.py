@@ -120,5 +120,6 @@ def first_odd(steps: Sequence[int]) -> str:
 
 
 def tensors(folder: Path) -> dict[str, bytes]:
+    """The bytes of every tensor of a checkpoint, by its file and name."""
     files = sorted(folder.glob("*.safetensors"))
     return {f"{path.name}: {name}": values.tobytes() for path in files for name, values in load_file(path).items()}

@@ -40,6 +40,7 @@ class Layout:
     micro_batch: int = 4
 
     def arguments(self) -> list[str]:
+        """The words of `overtone run` that ask for it."""
         settings = (
             f"parallel.zero={self.zero}",
             f"parallel.vocab={self.vocab}",
@@ -49,6 +50,7 @@ class Layout:
 
     @staticmethod
     def drawn(rng: random.Random) -> Layout:
+        """One that can train SEQUENCES a step."""
         ranks = rng.choice((1, 2))
         micro_batch = rng.choice([size for size in (1, 2, 4, 8) if size * ranks <= SEQUENCES])
         return Layout(ranks, rng.randrange(4), rng.choice((1, ranks)), micro_batch)
@@ -99,6 +101,7 @@ class Launched(Job):
         return self.until(lambda: self.reached(step), START_S) and self.running()
 
     def reached(self, step: int) -> bool:
+        """Whether the log tells, by now, that it trains and has taken so many steps."""
         self.read()
         return self.first_step is not None and self.step >= step
 
@@ -111,6 +114,7 @@ class Launched(Job):
         return members(self._session) if self._session else []
 
     def ranks(self) -> list[psutil.Process]:
+        """Its living ranks; none before deepspeed has started them."""
         return running_module(self.members(), "pretrain")
 
     def victims(self, who: str, rng: random.Random) -> list[psutil.Process]:
@@ -139,6 +143,7 @@ class Launched(Job):
 
 
 def names(folder: Path) -> set[str]:
+    """What is in a folder; nothing if it is not there."""
     return set(os.listdir(folder)) if folder.exists() else set()
 
 
@@ -158,6 +163,7 @@ def watch(moment: str, folder: Path, rng: random.Random) -> Callable[[], bool]:
 
 
 def filled(draft: Path) -> int:
+    """How many files of a draft are not empty."""
     try:
         return sum(entry.stat().st_size > 0 for entry in os.scandir(draft))
     except FileNotFoundError:  # published, or deleted, while we look

@@ -112,6 +112,7 @@ def outcome_of(result: Result, code: int | None, limit_s: float) -> tuple[str, s
 
 
 def written(path: Path, first: int) -> str:
+    """What the log holds from a byte on, or its last 100,000 bytes if that is more."""
     with path.open("rb") as log:
         log.seek(max(first, path.stat().st_size - 100_000))
         return log.read().decode(errors="replace")
@@ -140,6 +141,7 @@ def run_all(stages: Sequence[Stage], report: Report, minutes: float, began: floa
 
 
 def arguments() -> argparse.ArgumentParser:
+    """The command's options, and the hidden ones by which it calls itself for a stage."""
     command = parser("gpu", __doc__)
     command.add_argument("--minutes", type=float, default=9.0, help="for all stages together (default %(default)g)")
     command.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results")
@@ -169,6 +171,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None, stages: Sequence[Stage] = STAGES) -> int:
+    """The command, and its child for one stage; `stages` are others in tests. Exit codes are in the file's head."""
     began = time.monotonic()
     args = arguments().parse_args(argv)
     if args.stage is not None:

@@ -44,6 +44,7 @@ def files_with_marks() -> list[str]:
 
 
 def command(files: Sequence[str], marks: str, workers: int) -> list[str]:
+    """pytest over files, with the tally; `marks` chooses tests, 0 `workers` is this process alone."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "benchmarks.gpu.tally"]
     words += ["--continue-on-collection-errors", "-rfE", "--tb=short", "-m", marks]
     if importlib.util.find_spec("pytest_timeout"):
@@ -68,6 +69,7 @@ def outcomes(path: Path) -> dict[str, str]:
 
 
 def measure(findings: Findings) -> None:
+    """Counts outcomes of GPU tests first, in most of the time, then of the tests beside them."""
     workers = 0
     if importlib.util.find_spec("xdist") is None:
         findings.skip("several tests at a time", "pytest-xdist is not installed: one process")

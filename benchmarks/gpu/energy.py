@@ -57,6 +57,7 @@ def load(seconds: float, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 def measure(findings: Findings) -> None:
+    """Joules of one window by both; a problem if they are further apart than MOST_APART."""
     if not torch.cuda.is_available():
         return findings.skip_all("needs a GPU")
     if importlib.util.find_spec("zeus") is None:

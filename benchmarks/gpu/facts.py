@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from benchmarks.gpu.findings import Findings
 from benchmarks.machine import nvidia_smi
+from benchmarks.measuring import timed
 from common.machine import cores, cpu_name
 
 PACKAGES = ("torch", "triton", "numpy", "deepspeed", "zeus", "flash-attn", "pytest-xdist", "liger-kernel")
@@ -30,6 +30,7 @@ def version_of(package: str) -> str | None:
 
 
 def number(text: str | None) -> float | None:
+    """A reading of nvidia-smi; None if there was none, or it is a word such as [N/A]."""
     try:
         return None if text is None else float(text)
     except ValueError:
@@ -38,18 +39,10 @@ def number(text: str | None) -> float | None:
 
 def median_s(work: Callable[[], object], device: torch.device, warm_s: float, repeats: int = REPEATS) -> float:
     """Seconds of one call, after calls for `warm_s` seconds."""
-
-    def once() -> float:
-        began = time.perf_counter()
-        work()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter() - began
-
-    warm = once()
+    warm = timed(work, device)
     while warm < warm_s:
-        warm += once()
-    return statistics.median(once() for _ in range(repeats))
+        warm += timed(work, device)
+    return statistics.median(timed(work, device) for _ in range(repeats))
 
 
 def copy_tb_s(size: int, device: torch.device, warm_s: float) -> float:
@@ -81,6 +74,7 @@ def head_tflops(tokens: int, dim: int, vocab: int, device: torch.device, warm_s:
 
 
 def measure(findings: Findings) -> None:
+    """Device and versions, then bandwidth, square products and the head's, as far as time goes."""
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     findings.figure("device", torch.cuda.get_device_name() if on_gpu else cpu_name())

@@ -41,37 +41,46 @@ class Findings(Found):
 
     @property
     def left_s(self) -> float:
+        """Seconds until the stage should have ended; below 0 afterwards."""
         return self.deadline - time.monotonic()
 
     def figure(self, name: str, value: Any) -> None:
+        """Notes one number or word, whose name has its unit."""
         self.figures[name] = value
         self.save()
 
     def row(self, table: str, **columns: Any) -> None:
+        """Adds to a table; rows need not have the same columns."""
         self.tables.setdefault(table, []).append(columns)
         self.save()
 
     def tell(self, headline: str) -> None:
+        """Adds to what the table of all stages shows."""
         self.headline.append(headline)
         self.save()
 
     def problem(self, text: str) -> None:
+        """Notes what is wrong, and the stage as failed; it goes on."""
         self.problems.append(text)
         self.save()
 
     def leave_out(self, what: str) -> None:
+        """Notes a part for which there is no time left."""
         self.left_out.append(what)
         self.save()
 
     def skip(self, what: str, why: str) -> None:
+        """Notes a part that cannot be measured on this machine."""
         self.skipped[what] = why
         self.save()
 
     def skip_all(self, why: str) -> None:
+        """Notes why nothing of the stage can be measured here."""
         self.not_run = why
         self.save()
 
     def save(self) -> None:
+        """Writes all of it, whole; for changes made in place."""
         replace_file(self.path, to_json(asdict(self)))
 
 

@@ -7,9 +7,7 @@ Legend: N tokens, D width, V prototypes.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
-import inspect
 import json
 import queue
 import subprocess
@@ -20,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from typing import IO, Any
+from unittest import mock
 
 from benchmarks.gpu.findings import Findings
 from benchmarks.measuring import parser
@@ -49,6 +48,8 @@ Line = dict[str, Any]
 
 @dataclass(frozen=True)
 class Row:
+    """What a worker measures at a time: a head at a shape, in a design."""
+
     table: str
     head: str
     tokens: int
@@ -59,10 +60,12 @@ class Row:
 
     @property
     def design(self) -> str:
+        """The design's name in tables."""
         return {None: "default", True: "fused", False: "apart"}[self.fused]
 
     @property
     def label(self) -> str:
+        """The row in words, for problems and for what is left out."""
         tile = "" if self.tile is None else f", tile {self.tile}"
         return f"{self.head} ({self.design}{tile}), N {self.tokens:,}, D {self.dim}, V {self.vocab:,}"
 
@@ -91,15 +94,6 @@ def plan(small: bool, designs: Sequence[bool | None], rivals: Sequence[str], til
 # ---- the worker
 
 
-def fused_module() -> Any | None:
-    """The fused product's kernels, if they are here and have tiles to choose from."""
-    try:
-        module = importlib.import_module("model.kernels.triton_fused")
-    except ImportError:
-        return None
-    return module if len(getattr(module, "TILES", ())) else None
-
-
 @contextmanager
 def with_tile(module: Any, tile: Any) -> Iterator[list[int]]:
     """Has the fused product use this tile: by the module's `tile`, or the keyword of its `scores`. Yields a list that
@@ -113,13 +107,8 @@ def with_tile(module: Any, tile: Any) -> Iterator[list[int]]:
         used.append(1)
         return tile if name == "tile" else inner(*args, **{**kwargs, "tile": tile})
 
-    setattr(module, name, chosen if callable(inner) else tile)
-    if not callable(inner):
-        used.append(1)
-    try:
+    with mock.patch.object(module, name, chosen):
         yield used
-    finally:
-        setattr(module, name, inner)
 
 
 def measured(row: Row, device: str, small: bool) -> Line:
@@ -128,8 +117,10 @@ def measured(row: Row, device: str, small: bool) -> Line:
 
     from benchmarks import head
     from benchmarks.gpu.kernels import breakdown
+    from model.kernels import choose
 
-    if row.fused and not served(row.dim, device):
+    two = torch.empty(2, row.dim, device=device, dtype=torch.bfloat16)
+    if row.fused and choose.fused_kernels_for(two, True) is None:  # the head would fall back to the other design
         return {"reason": "the fused kernels do not serve this device or width"}
     shape = head.Shape(row.tokens, row.dim, row.vocab, "bfloat16", device, 3 if small else 7, ENOUGH_S)
     bare = row.table != "entry by entry"
@@ -157,18 +148,6 @@ def measured(row: Row, device: str, small: bool) -> Line:
     return {**found, "kernels": split.kernels}
 
 
-def served(dim: int, device: str) -> bool:
-    """Whether the fused design is there for tokens of this width; elsewhere the head falls back to the other one."""
-    import torch
-
-    from model.kernels import choose
-
-    kernels_for = getattr(choose, "fused_kernels_for", None)
-    return (
-        kernels_for is None or kernels_for(torch.empty(2, dim, device=device, dtype=torch.bfloat16), True) is not None
-    )
-
-
 def _both(loss: Callable[..., Any], x: Any, w: Any, targets: Any) -> Any:
     value = loss(x, w, targets)
     value.backward()
@@ -181,24 +160,18 @@ def worker(first: int, seconds: float, small: bool) -> int:
     import torch
 
     from benchmarks import head
-    from model.harmonic import harmonic_loss
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    designs: tuple[bool | None, ...] = (None,)
-    why = None
-    if "fused" not in inspect.signature(harmonic_loss).parameters:
-        why = "harmonic_loss has no keyword `fused` here"
-    else:
-        designs = (False, True)
     rivals = [name for name in RIVALS if importlib.util.find_spec(head.NEIGHBOURS[name][1])]
     skipped = {name: f"{head.NEIGHBOURS[name][1]} is not installed" for name in RIVALS if name not in rivals}
-    if why:
-        skipped["both designs of the head"] = why
-    module = fused_module() if device == "cuda" and not why else None
-    tiles = module.TILES if module else ()
-    if not tiles:
-        skipped["tiles of the fused product"] = "needs a GPU" if device == "cpu" else why or "no TILES are named here"
-    rows = plan(small, designs, rivals, len(tiles))
+    tiles: Sequence[Any] = ()
+    if device == "cuda":
+        from model.kernels import triton_fused
+
+        tiles = triton_fused.TILES
+    else:
+        skipped["tiles of the fused product"] = "needs a GPU"
+    rows = plan(small, (False, True), rivals, len(tiles))
     say({"rows": [row.label for row in rows], "skipped": skipped})
     for index in range(first, len(rows)):
         row = rows[index]
@@ -212,7 +185,7 @@ def worker(first: int, seconds: float, small: bool) -> int:
                 found = measured(row, device, small)
             else:
                 named["tile"] = str(tiles[row.tile])
-                with with_tile(module, tiles[row.tile]) as used:
+                with with_tile(triton_fused, tiles[row.tile]) as used:
                     found = measured(row, device, small)
                 if not used:
                     found = {"reason": "the tile could not be chosen"}
@@ -229,6 +202,7 @@ def worker(first: int, seconds: float, small: bool) -> int:
 
 
 def say(line: Line) -> None:
+    """One line of JSON on standard output, at once: the watcher reads it."""
     print(to_json(line), flush=True)
 
 
@@ -259,6 +233,7 @@ class Watched:
         self.next = 0
 
     def run(self) -> None:
+        """Starts workers, one after the other, until all rows are done or there is no time for another."""
         for _ in range(12):  # workers
             before = self.next
             if not self._worker() or self.findings.left_s < NEED_S:
@@ -352,6 +327,7 @@ class Watched:
 
 
 def measure(findings: Findings) -> None:
+    """The rows by a worker that is this module."""
     Watched(findings, [sys.executable, "-m", "benchmarks.gpu.head", "--first"]).run()
 
 

@@ -16,6 +16,8 @@ NAME = 72  # characters of a kernel's name: templates have hundreds
 
 @dataclass(frozen=True)
 class Breakdown:
+    """The kernels of a piece of work; times are milliseconds on the device."""
+
     kernels: list[dict[str, Any]]  # name, ms, share of all and launches, the longest first
     total_ms: float  # of all kernels, the copies among them
     launches: int  # of kernels; on a CPU, calls of operations
@@ -29,12 +31,12 @@ def breakdown(work: Callable[[], object], device: torch.device) -> Breakdown:
         work()
         if on_gpu:
             torch.cuda.synchronize(device)
-    found = []
-    for entry in profiler.key_averages():
-        if (entry.device_type == DeviceType.CUDA) != on_gpu:
-            continue
-        spent_us = entry.self_device_time_total if on_gpu else entry.self_cpu_time_total
-        found.append((str(entry.key), spent_us / 1e3, int(entry.count)))
+    spent = "self_device_time_total" if on_gpu else "self_cpu_time_total"  # microseconds
+    found = [
+        (str(entry.key), getattr(entry, spent) / 1e3, int(entry.count))
+        for entry in profiler.key_averages()
+        if (entry.device_type == DeviceType.CUDA) == on_gpu
+    ]
     total_ms = sum(ms for _, ms, _ in found)
     launches = sum(count for name, _, count in found if not name.startswith(("Memcpy", "Memset")))
     longest = sorted(found, key=lambda one: -one[1])[:SHOWN]

@@ -6,7 +6,6 @@ tensors too (`parallel.backend=gloo`), since NCCL refuses two ranks on one GPU.
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -18,8 +17,9 @@ import torch
 
 from benchmarks.gpu import tokens
 from benchmarks.gpu.findings import Findings
-from benchmarks.gpu.train import fields, records_of
+from benchmarks.gpu.train import records_of
 from benchmarks.processes import end, finish, start
+from launch.invocation import free_port
 
 VOCAB, STEPS = 67, 6
 APART = 1e-5  # of a loss in float32
@@ -35,22 +35,19 @@ logging: {{every: 1, tensorboard: false}}
 
 @dataclass(frozen=True)
 class Layout:
+    """How a run is spread; its vocabulary group is all of its ranks."""
+
     ranks: int
     zero: int
 
     @property
     def name(self) -> str:
+        """In words, for rows and problems."""
         return f"{self.ranks} rank{'s' * (self.ranks > 1)}, ZeRO {self.zero}"
 
 
 ONE = Layout(1, 1)
 TWO = (Layout(2, 1), Layout(2, 2), Layout(2, 3))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def begin(config: Path, run: Path, layout: Layout, shared: bool) -> list[subprocess.Popen[bytes]]:
@@ -70,6 +67,7 @@ def begin(config: Path, run: Path, layout: Layout, shared: bool) -> list[subproc
 
 
 def losses_of(run: Path) -> list[float | None]:
+    """The loss of every step of a run, in nats per token; None: not finite."""
     return [loss for record in records_of(run) if record["kind"] == "train" for loss in record["losses"]]
 
 
@@ -81,9 +79,8 @@ def furthest(one: list[Any], two: list[Any]) -> float | None:
 
 
 def measure(findings: Findings) -> None:
+    """Runs every layout and compares its losses with those of one rank, step by step."""
     on_gpu = torch.cuda.is_available()
-    if on_gpu and "backend" not in fields()["parallel"]:
-        return findings.skip_all("this checkout has no parallel.backend, by which ranks may share a GPU")
     data = tokens.make(findings.scratch / "data", VOCAB, 20_000, 1_000)
     config = findings.scratch / "tiny.yaml"
     config.write_text(CONFIG.format(run=findings.scratch / "run", data=data, vocab=VOCAB, steps=STEPS))
@@ -125,4 +122,3 @@ def measure(findings: Findings) -> None:
     if apart:
         findings.figure("largest_relative_difference", max(apart))
         findings.tell(f"{len(apart)} layouts of two ranks within {max(apart):.1e} of one rank's losses")
-    return None

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks.gpu.findings import Found
 from benchmarks.machine import slug
+from benchmarks.measuring import markdown
 from benchmarks.processes import ROOT
 from common.files import replace_file
 from common.strict_json import to_json
@@ -39,6 +40,8 @@ class Result:
 
 @dataclass
 class Report:
+    """All stages and how they went, in files `gpu-DEVICE.*` of `folder`."""
+
     device: str
     small: bool
     minutes: float
@@ -57,17 +60,19 @@ class Report:
             self.stem += f"-{self.began[:10]}"
 
     def path(self, suffix: str) -> Path:
+        """The file with this suffix; a page by hand in its place is left, and the date is added."""
         return self.folder / f"{self.stem}{suffix}"
 
     @property
     def failed(self) -> list[str]:
+        """Names of stages that did not go well, those not yet begun among them."""
         return [name for name, result in self.results.items() if result.outcome not in GOOD]
 
     def tree(self) -> dict[str, Any]:
-        stages = {}
-        for name, result in self.results.items():
-            own = asdict(result)
-            stages[name] = {**{key: value for key, value in own.items() if key != "found"}, **own["found"]}
+        """The JSON file's plain values; format FORMAT."""
+        stages = {name: asdict(result) for name, result in self.results.items()}
+        for stage in stages.values():
+            stage |= stage.pop("found")
         return {
             "format": FORMAT,
             "device": self.device,
@@ -82,19 +87,20 @@ class Report:
         }
 
     def write(self) -> None:
+        """Replaces both files, each at once: a reader never finds half of one."""
         replace_file(self.path(".json"), to_json(self.tree(), indent=1) + "\n")
         replace_file(self.path(".md"), "\n".join(self.page()) + "\n")
 
     def page(self) -> Iterator[str]:
-        yield f"# {self.device}, {self.began[:10]}"
-        yield ""
+        """The lines of the Markdown file."""
+        yield from (f"# {self.device}, {self.began[:10]}", "")
         state = "no git here" if self.commit is None else self.commit[:12] + (", with changes" if self.changed else "")
         yield f"{MARK} {' '.join(self.command)}`, begun {self.began}; the code is {state}."
         if self.small:
             yield "Sizes are small, to try the command itself: these figures say nothing of the code's speed."
         yield "What is empty was not measured."
         yield ""
-        yield from markdown([self._short(name) for name in self.results])
+        yield from _table([self._short(name) for name in self.results])
         for name, result in self.results.items():
             yield from _section(name, result)
 
@@ -105,6 +111,7 @@ class Report:
                 "what came of it": "; ".join(told)}  # fmt: skip
 
     def show(self, console: Console) -> None:
+        """Prints a row for each stage, and where the files are."""
         table = Table("stage", "outcome", "seconds", "what came of it", title=f"{self.device}, {self.seconds:.0f} s")
         for name in self.results:
             table.add_row(*(shown(value) for value in self._short(name).values()))
@@ -118,38 +125,26 @@ def _section(name: str, result: Result) -> Iterator[str]:
     lists["Not measured here"] = [f"{what}: {why}" for what, why in found.skipped.items()]
     if not (found.figures or found.tables or any(lists.values()) or result.output_tail):
         return
-    yield ""
-    yield f"## {name}"
+    yield from ("", f"## {name}")
     if found.figures:
         yield ""
-        yield from markdown([{"figure": key, "value": value} for key, value in found.figures.items()])
+        yield from _table([{"figure": key, "value": value} for key, value in found.figures.items()])
     for title, rows in found.tables.items():
-        yield ""
-        yield f"### {title}"
-        yield ""
-        yield from markdown(rows)
+        yield from ("", f"### {title}", "")
+        yield from _table(rows)
     for title, lines in lists.items():
         if lines:
-            yield ""
-            yield f"{title}:"
-            yield ""
+            yield from ("", f"{title}:", "")
             yield from (f"- {' '.join(line.split())}" for line in lines)
     if result.output_tail:
-        yield ""
-        yield "The end of its output:"
-        yield ""
-        yield "```"
-        yield result.output_tail.replace("```", "'''")
-        yield "```"
+        yield from ("", "The end of its output:", "", "```", result.output_tail.replace("```", "'''"), "```")
 
 
-def markdown(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _table(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Rows as a table, with every column that some row has."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    yield f"| {' | '.join(columns)} |"
-    yield f"|{' --- |' * len(columns)}"
-    for row in rows:
-        yield f"| {' | '.join(shown(row.get(column)).replace('|', '/') for column in columns)} |"
+    cells = ([shown(row.get(column)).replace("|", "/") for column in columns] for row in rows)
+    return markdown([columns, *cells])
 
 
 def shown(value: Any) -> str:

@@ -30,6 +30,7 @@ class Stage:
     command: tuple[str, ...] | None = None
 
     def words(self, findings: Path, seconds: float, small: bool) -> list[str]:
+        """The command line of its process, which is to end within `seconds` by itself."""
         own = self.command or (sys.executable, "-m", "benchmarks.gpu", "--stage", self.name)
         return [*own, "--findings", str(findings), "--seconds", f"{seconds:.1f}", *(["--small"] if small else [])]
 

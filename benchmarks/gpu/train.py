@@ -19,9 +19,10 @@ from typing import IO, Any
 
 from benchmarks.gpu import tokens
 from benchmarks.gpu.findings import Findings
-from benchmarks.measuring import parser
+from benchmarks.measuring import batches_of, parser, timed, trainer_of, wait
 from benchmarks.processes import finish, start
-from common.strict_json import from_json, to_json
+from common.strict_json import to_json
+from pretrain.records import read_lines
 
 CONFIG = "configs/gpt2-124m-untied.yaml"
 VOCAB, PADDED = 50_257, 50_304  # of the ids; of plain PyTorch's logits, as nanoGPT pads them
@@ -50,7 +51,6 @@ class Part:
     share: float  # of the time, beside the others'
     kind: str  # run, plain, phases or resume
     overrides: tuple[str, ...] = ()
-    setting: tuple[str, str] | None = None  # a section and a field that it needs
 
 
 PARTS = (
@@ -59,33 +59,18 @@ PARTS = (
     Part("plain PyTorch, softmax", 2.0, "plain", ("head.distance=dot",)),
     Part("phases of a step, euclidean", 2.0, "phases"),
     Part("resume, euclidean", 1.5, "resume"),
-    Part("euclidean, head.fused=true", 1.7, "run", ("head.fused=true",), ("head", "fused")),
-    Part("euclidean, train.deterministic=true", 1.7, "run", ("train.deterministic=true",), ("train", "deterministic")),
-    Part("euclidean, head.fused=false", 1.7, "run", ("head.fused=false",), ("head", "fused")),
+    Part("euclidean, head.fused=true", 1.7, "run", ("head.fused=true",)),
+    Part("euclidean, train.deterministic=true", 1.7, "run", ("train.deterministic=true",)),
+    Part("euclidean, head.fused=false", 1.7, "run", ("head.fused=false",)),
 )
 SMALL_PARTS = tuple(part for part in PARTS if part.name == "euclidean" or part.kind in ("plain", "resume"))
 
 
-def fields() -> dict[str, set[str]]:
-    """The settings of each section that this checkout has."""
-    from pretrain.config import RunConfig
-
-    sections = {"head": "HeadConfig", "train": "TrainConfig", "parallel": "ParallelConfig"}
-    known = {}
-    for section in sections:
-        kind = RunConfig.model_fields[section].annotation
-        known[section] = set(getattr(kind, "model_fields", {}))
-    return known
-
-
 def records_of(run: Path) -> list[dict[str, Any]]:
     """The records of a run so far, without a line that is only half there."""
-    records = []
     with suppress(OSError):
-        for line in (run / "metrics.jsonl").read_text().splitlines():
-            with suppress(ValueError):
-                records.append(from_json(line))
-    return records
+        return read_lines(run / "metrics.jsonl")
+    return []
 
 
 def steady(records: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -166,7 +151,8 @@ class Trained:
     def resume(self, part: Part, limit_s: float) -> None:
         """Goes on from the first run's checkpoint: it must say so, and count on."""
         if self.first is None:
-            return self.findings.skip(part.name, "the first run left no checkpoint")
+            self.findings.skip(part.name, "the first run left no checkpoint")
+            return
         run, saved = self.first
         folder, log = self.runs / run.name, self.findings.scratch / "resume.log"
         began = time.monotonic()
@@ -202,7 +188,6 @@ class Trained:
                           last_loss=losses[-1] if losses else None, seconds=time.monotonic() - began)  # fmt: skip
         if wrong:
             self.findings.problem(f"{part.name}: {'; '.join(wrong)}")
-        return None
 
     def worker(self, part: Part, limit_s: float) -> dict[str, Any] | None:
         """What a child of this module says as JSON in its last line."""
@@ -219,11 +204,13 @@ class Trained:
         return json.loads(lines[-1])
 
     def plain(self, part: Part, limit_s: float) -> None:
+        """A row of plain PyTorch beside those of our runs."""
         figures = self.worker(part, limit_s)
         if figures is not None:
             self.findings.row("runs", run=part.name, **figures)
 
     def phases(self, part: Part, limit_s: float) -> None:
+        """Tables of a step's phases and kernels, and its memory."""
         figures = self.worker(part, limit_s)
         if figures is None:
             return
@@ -238,6 +225,7 @@ class Trained:
 
 
 def headline(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each run: tokens per second, and MFU where the device's peak is known."""
     lines = []
     for row in rows:
         mfu = f", MFU {row['mfu']:.1%}" if row.get("mfu") else ""
@@ -246,17 +234,12 @@ def headline(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def measure(findings: Findings) -> None:
+    """The parts in their order, each with its share of the time left."""
     vocab = SMALL_VOCAB if findings.small else VOCAB
     sizes = (40_000, 2_000) if findings.small else (12_000_000, 60_000)
     prepared = tokens.make(findings.scratch / "data", vocab, *sizes)
     trained = Trained(findings, prepared, vocab, short=findings.left_s < SHORT_S)
-    known = fields()
-    parts = []
-    for part in SMALL_PARTS if findings.small else PARTS:
-        if part.setting and part.setting[1] not in known[part.setting[0]]:
-            findings.skip(part.name, f"this checkout has no {'.'.join(part.setting)}")
-        else:
-            parts.append(part)
+    parts = SMALL_PARTS if findings.small else PARTS
     if findings.small:
         findings.skip("other runs", "left out of small sizes")
     does: dict[str, Callable[[Part, float], None]] = {
@@ -284,18 +267,14 @@ def plain_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
     import torch
 
     from benchmarks.plain import Plain
-    from data.loader import Windows
-    from data.shards import open_split
     from model.decoder import Decoder
-    from pretrain.batches import Batches
     from pretrain.recorder import peak_flops
     from pretrain.runtime import ranks as process
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     decoder = Decoder(cfg.model.model_copy(update={"compile": False, "tied": False, "attention": "sdpa"}), seed=1)
     plain = Plain(cfg, device, decoder, cfg.model.vocab_size if small else PADDED, compiled=not small)
-    windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
-    batches = Batches(windows, cfg, process.Ranks(0, 1, 0, 1, device))
+    batches = batches_of(cfg, process.Ranks(0, 1, 0, 1, device))
 
     def step(number: int) -> torch.Tensor:
         return plain.step(batches.of(number), cfg.train.precision == "bf16")
@@ -324,7 +303,6 @@ def plain_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
 
 def joules_of(device: Any) -> Callable[[], float | None]:
     """A reader of the GPU's counter, once the device has done what it was told; of None without one."""
-    from benchmarks.measuring import wait
     from pretrain.energy.meter import ZeusCounter
 
     counter = ZeusCounter(int(device.type == "cuda"))
@@ -341,20 +319,11 @@ def phases_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
     import torch
 
     from benchmarks.gpu.kernels import breakdown
-    from benchmarks.measuring import timed
-    from benchmarks.train import phases
-    from data.loader import Windows
-    from data.shards import open_split
-    from pretrain.batches import Batches
+    from benchmarks.train import phases_of
     from pretrain.runtime import ranks as process
 
-    ranks = process.start()
-    from pretrain.engine import Trainer  # DeepSpeed: after it was told the device
-
-    ranks = process.with_groups(ranks, 1)
-    windows = Windows(open_split(cfg.data.path, "train"), cfg.model.seq_len, cfg.train.seed)
-    batches = Batches(windows, cfg, ranks)
-    trainer = Trainer(cfg, ranks)
+    trainer = trainer_of(cfg)
+    batches, device = batches_of(cfg, trainer.ranks), trainer.ranks.device
     numbers = iter(range(1000))
 
     def step() -> None:
@@ -362,21 +331,19 @@ def phases_process(cfg: Any, seconds: float, small: bool) -> dict[str, Any]:
 
     step()
     step()
-    free = timed(step, ranks.device)  # nothing is waited for within it
-    batches.restart()
-    with phases(trainer, ranks.device) as spent:
-        whole = timed(step, ranks.device)
-    phases_s = {"data wait": batches.waited_s, **spent}
+    free = timed(step, device)  # nothing is waited for within it
+    phases_s = phases_of(trainer, batches, lambda: timed(step, device))
     phases_s.pop("communication", None)
-    phases_s["rest"] = max(0.0, whole - sum(phases_s.values()))
-    split = breakdown(step, ranks.device)
+    phases_s["rest"] = max(0.0, phases_s["rest"])
+    split = breakdown(step, device)
     process.stop()
-    share = split.total_ms / 1e3 / free if ranks.device.type == "cuda" else None
+    share = split.total_ms / 1e3 / free if device.type == "cuda" else None
     return {"phases_s": phases_s, "kernels": split.kernels, "launches": split.launches, "device_share": share,
             "peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30 if share is not None else None}  # fmt: skip
 
 
 def main() -> int:
+    """A child: loads the configuration, measures, and prints its figures as JSON."""
     command = parser("gpu.train", "A child of the stage `train`.")
     command.add_argument("kind", choices=("plain", "phases"))
     command.add_argument("overrides", nargs="*", metavar="key=value")

@@ -14,7 +14,7 @@ Legend: N tokens, D width, V prototypes; a score is a pair of a token and a prot
 
 from __future__ import annotations
 
-from collections import Counter
+import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.hopper.machine_code import Compiled
-from benchmarks.hopper.recorder import BUDGET, Count, Recorder, record
-from benchmarks.measuring import parser
+from benchmarks.hopper.recorder import BUDGET, Recorder, record
+from benchmarks.measuring import markdown, parser
 from benchmarks.processes import ROOT
 from common.strict_json import to_json
 
@@ -46,7 +46,8 @@ def modelled_seconds(recorder: Recorder, kernels: list[Compiled]) -> float:
     """Products, passes and launches one after another."""
     n, v, d, count = recorder.tokens, recorder.prototypes, recorder.width, recorder.count
     seconds = count.product_flops / PRODUCT_RATE + count.launches * LAUNCH_S
-    if "triton_fused._scores" in {name.split()[0] for name in count.kernels}:
+    launched = {name.split()[0] for name in count.kernels}
+    if "triton_fused._scores" in launched:
         seconds += 2 * n * v * d / PRODUCT_RATE
     work = {kernel.name: kernel for kernel in kernels if kernel.per_score}
     computing = 0.0
@@ -82,16 +83,10 @@ def compiled() -> list[Compiled]:
     return list(kernels.values())
 
 
-def counted() -> list[dict[str, Any]]:
-    """Launches and bytes of a call, by distance, design and shape."""
-    rows = []
-    for n, d, v in SHAPES:
-        for distance in PRODUCTS:
-            for fused in (False, True):
-                recorder = record(distance, n, d, v, fused=fused)
-                rows.append({"distance": distance, "fused": fused, "tokens": n, "width": d, "prototypes": v,
-                             "recorder": recorder})  # fmt: skip
-    return rows
+def counted() -> list[Recorder]:
+    """Launches and bytes of a call, by shape, distance and design."""
+    calls = itertools.product(SHAPES, PRODUCTS, (False, True))
+    return [record(distance, *shape, fused=fused) for shape, distance, fused in calls]
 
 
 Rows = list[tuple[str, ...]]
@@ -109,17 +104,16 @@ def kernel_rows(kernels: list[Compiled]) -> Rows:
     return [heading, *rows]
 
 
-def call_rows(rows: list[dict[str, Any]], kernels: list[Compiled]) -> Rows:
+def call_rows(calls: list[Recorder], kernels: list[Compiled]) -> Rows:
     """What a call takes, with a heading."""
     heading = ("head", "D", "V", "design", "chunks", "launches", "bytes per score", "bytes per (token, D)",
                "bytes per (V, D)", "modelled ratio")  # fmt: skip
     lines: Rows = [heading]
-    for row in rows:
-        count: Count = row["recorder"].count
-        design = "fused" if row["fused"] else "apart"
-        lines.append((row["distance"], f"{row['width']:,}", f"{row['prototypes']:,}", design, f"{count.chunks}",
+    for call in calls:
+        count, design = call.count, "fused" if call.fused else "apart"
+        lines.append((call.distance, f"{call.width:,}", f"{call.prototypes:,}", design, f"{count.chunks}",
                      f"{count.launches}", f"{count.score_bytes:.1f}", f"{count.token_bytes:.0f}",
-                     f"{count.prototype_bytes:.0f}", f"{_ratio(row, kernels):.2f}"))  # fmt: skip
+                     f"{count.prototype_bytes:.0f}", f"{_ratio(call, kernels):.2f}"))  # fmt: skip
     return lines
 
 
@@ -128,6 +122,7 @@ def _rounded(number: float | None) -> str:
 
 
 def printed(console: Console, title: str, rows: Rows) -> None:
+    """Prints rows whose first is the heading."""
     table = Table(*rows[0], title=title)
     for row in rows[1:]:
         table.add_row(*row)
@@ -160,7 +155,7 @@ takes 128 others.
 """
 
 
-def page(kernels: list[Compiled], rows: list[dict[str, Any]]) -> str:
+def page(kernels: list[Compiled], calls: list[Recorder]) -> str:
     """The results in Markdown."""
     return PAGE.format(
         torch=torch.__version__,
@@ -170,25 +165,19 @@ def page(kernels: list[Compiled], rows: list[dict[str, Any]]) -> str:
         launch=LAUNCH_S * 1e6,
         tokens=SHAPES[0][0],
         budget=BUDGET / 2**30,
-        calls=_markdown(call_rows(rows, kernels)),
-        kernels=_markdown(kernel_rows(kernels)),
+        calls="\n".join(markdown(call_rows(calls, kernels))),
+        kernels="\n".join(markdown(kernel_rows(kernels))),
     )
 
 
-def _markdown(rows: Rows) -> str:
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([lines[0], f"|{' --- |' * len(rows[0])}", *lines[1:]])
-
-
-def _ratio(row: dict[str, Any], kernels: list[Compiled]) -> float:
-    bare = 6 * row["tokens"] * row["prototypes"] * row["width"] / PRODUCT_RATE
-    kind = "dot" if row["distance"] == "dot" else "quadratic"
-    return (
-        modelled_seconds(row["recorder"], [kernel for kernel in kernels if f"KIND {kind}" in kernel.constants]) / bare
-    )
+def _ratio(call: Recorder, kernels: list[Compiled]) -> float:
+    bare = 6 * call.tokens * call.prototypes * call.width / PRODUCT_RATE
+    kind = "dot" if call.distance == "dot" else "quadratic"
+    return modelled_seconds(call, [kernel for kernel in kernels if f"KIND {kind}" in kernel.constants]) / bare
 
 
 def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> None:
+    """The command; `show` takes what --json prints."""
     command = parser("hopper", __doc__)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.add_argument("--kernels", action="store_true", help="compile the kernels and count no calls")
@@ -196,25 +185,23 @@ def main(argv: list[str] | None = None, show: Callable[[str], None] = print) -> 
     args = command.parse_args(argv)
     if args.kernels and args.write:
         command.error("--write takes calls too: leave --kernels out")
-    kernels, rows = compiled(), [] if args.kernels else counted()
+    kernels, calls = compiled(), [] if args.kernels else counted()
     if args.json:
-        calls = [
-            {key: value for key, value in row.items() if key != "recorder"}
-            | {
-                key: dict(value) if isinstance(value, Counter) else value
-                for key, value in vars(row["recorder"].count).items()
-            }
-            | {"modelled_ratio": _ratio(row, kernels)}
-            for row in rows
+        inputs = ("distance", "fused", "tokens", "width", "prototypes")
+        told = [
+            {name: getattr(call, name) for name in inputs}
+            | vars(call.count)
+            | {"modelled_ratio": _ratio(call, kernels)}
+            for call in calls
         ]
-        show(to_json({"triton": triton.__version__, "kernels": [asdict(kernel) for kernel in kernels], "calls": calls}))
+        show(to_json({"triton": triton.__version__, "kernels": [asdict(kernel) for kernel in kernels], "calls": told}))
         return
     if args.write:
-        RESULTS.write_text(page(kernels, rows))
+        RESULTS.write_text(page(kernels, calls))
     console = Console(width=180)
     printed(console, f"kernels as compiled for sm_90 by Triton {triton.__version__}", kernel_rows(kernels))
-    if rows:
-        printed(console, f"a call, N {SHAPES[0][0]:,}, bfloat16", call_rows(rows, kernels))
+    if calls:
+        printed(console, f"a call, N {SHAPES[0][0]:,}, bfloat16", call_rows(calls, kernels))
 
 
 if __name__ == "__main__":

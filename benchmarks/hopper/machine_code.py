@@ -18,33 +18,45 @@ class Hopper:
     """A driver that answers for an H100 and loads nothing."""
 
     def get_current_target(self) -> GPUTarget:
+        """An H100: sm_90, 32 threads a warp."""
         return GPUTarget("cuda", 90, 32)
 
     def get_current_device(self) -> int:
+        """The only one."""
         return 0
 
     def get_current_stream(self, device: int | None = None) -> int:
+        """The default one; nothing is put into it."""
         return 0
 
     def get_active_torch_device(self) -> torch.device:
+        """Where Triton may make tensors of its own: there is no GPU."""
         return torch.device("cpu")
 
     def get_device_interface(self) -> Any:
+        """torch's module, which is not called while nothing runs."""
         return torch.cuda
 
     def map_python_to_cpp_type(self, kind: str) -> str:
+        """A type for the launcher, which is never built."""
         return "int"
 
     class utils:
+        """What Triton asks of a driver's compiled part."""
+
         @staticmethod
         def get_device_properties(device: int) -> dict[str, int]:
+            """An H100's bytes of shared memory a block, multiprocessors and warp."""
             return {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32}
 
         @staticmethod
         def load_binary(*parts: Any) -> tuple[int, int, int, int, int]:
+            """Handles of a module and a function that do not exist, then registers, spills and most threads a block."""
             return (1, 2, 0, 0, 1024)
 
     class launcher_cls:
+        """Takes what a launcher is made of, and launches nothing."""
+
         def __init__(self, *parts: Any) -> None:
             pass
 
@@ -65,6 +77,7 @@ class Compiled:
 
 
 def counted_code(name: str, constants: dict[str, Any], warps: int, made: Any) -> Compiled:
+    """Counts a kernel that Triton made (`made`): registers, spills, instructions. Needs Triton's own cuobjdump."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
         file.flush()
@@ -94,19 +107,13 @@ def _per_score(
         if back and int(back[1], 16) < at:
             loops.append((int(back[1], 16), at))
     if name == "triton_fused._scores":
-        scores = constants["BLOCK_M"] * constants["BLOCK_V"]
         last = max(at for at, text in lines if "HGMMA" in text)
         chosen = [text for at, text in lines if at > last]
-    elif name in ("triton_scores._statistics", "triton_scores._gradients", "triton_fused._gradients"):
-        if name.endswith("_statistics"):
-            scores = constants["ROUNDS"] * constants["BLOCK"]
-        else:
-            scores = constants["BLOCK_M"] * constants["BLOCK_V"]
-        if not loops:
-            return None, None
+    elif loops and name in ("triton_scores._statistics", "triton_scores._gradients", "triton_fused._gradients"):
         first, last = max(loops, key=lambda loop: loop[1] - loop[0])
         chosen = [text for at, text in lines if first <= at <= last]
     else:
         return None, None
-    of_thread = scores / (32 * warps)
+    rows, columns = ("ROUNDS", "BLOCK") if name.endswith("_statistics") else ("BLOCK_M", "BLOCK_V")
+    of_thread = constants[rows] * constants[columns] / (32 * warps)
     return len(chosen) / of_thread, sum("MUFU" in text for text in chosen) / of_thread

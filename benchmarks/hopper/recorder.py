@@ -8,13 +8,15 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -50,8 +52,10 @@ class Count:
 
 @dataclass
 class Recorder:
-    """Stands in for the kernels' launches and the products."""
+    """Stands in for the kernels' launches and the products of one call."""
 
+    distance: str
+    fused: bool
     tokens: int
     width: int
     prototypes: int
@@ -61,6 +65,7 @@ class Recorder:
     moved: Counter[str] = field(default_factory=Counter)
 
     def launch(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = 8, **options: Any) -> None:
+        """Takes the place of the kernels' `launch`: counts one and what it reads and writes; compiles it if asked."""
         name = f"{kernel.fn.__module__.rsplit('.', 1)[1]}.{kernel.fn.__name__}"
         self.count.launches += 1
         self.count.kernels[f"{name} {options.get('KIND', '')}".strip()] += 1
@@ -87,6 +92,7 @@ class Recorder:
         return torch.empty(a.shape[0], b.shape[1], dtype=torch.float32, device=a.device)
 
     def move(self, tensor: Tensor, times: int = 1, numel: int | None = None) -> None:
+        """Counts a tensor that is read or written `times` times, by what it grows with; `numel`: of so many entries."""
         entries = tensor.numel() if numel is None else numel
         size = entries * tensor.element_size() * times
         self.count.largest_bytes = max(self.count.largest_bytes, entries * tensor.element_size())
@@ -112,6 +118,7 @@ class Described:
 
     @classmethod
     def from_tensor(cls, tensor: Tensor, block: list[int]) -> Described:
+        """As Triton's own, of a (M, N) tensor; rows must start on 16 bytes, as the hardware asks."""
         strides = [stride * tensor.element_size() for stride in tensor.stride()]
         assert strides[0] % 16 == 0 and tensor.stride(1) == 1, "tiles need rows that start on 16 bytes"
         return cls(tensor, block)
@@ -148,7 +155,8 @@ class Counting(TorchDispatchMode):
             r.alias_info is not None and not r.alias_info.is_write for r in schema.returns
         )
         allocated = packet.startswith(("aten.empty", "aten.new_empty"))
-        tensors = [x for x in _flat((arguments, options, result)) if x.device.type == "meta"]
+        leaves = tree_leaves((arguments, options, result))
+        tensors = [x for x in leaves if isinstance(x, Tensor) and x.device.type == "meta"]
         if view or allocated or packet in VIEWS or not tensors or not any(x.numel() for x in tensors):
             return result
         count.launches += 1
@@ -156,16 +164,6 @@ class Counting(TorchDispatchMode):
         for tensor in tensors:
             self.recorder.move(tensor)
         return result
-
-
-def _flat(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        yield from _flat(list(values.values()))
-    elif isinstance(values, tuple | list):
-        for value in values:
-            yield from _flat(value)
 
 
 @contextmanager
@@ -180,14 +178,10 @@ def standing_in(recorder: Recorder) -> Iterator[None]:
         (chunks, "device_limits", lambda device, group: (BUDGET, 132)),
         (choose, "kernels_for", lambda x: gpu),
     ]
-    before = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    for module, name, value in replaced:
-        setattr(module, name, value)
-    try:
+    with ExitStack() as stack:
+        for module, name, value in replaced:
+            stack.enter_context(mock.patch.object(module, name, value))
         yield
-    finally:
-        for module, name, value in before:
-            setattr(module, name, value)
 
 
 def record(
@@ -205,7 +199,7 @@ def record(
     """One call of the head with its gradients, for hidden states in `dtype` and float32 prototypes; of the exponent too
     if that is `learned`.
     """
-    recorder = Recorder(n, d, v, compiling)
+    recorder = Recorder(distance, fused, n, d, v, compiling)
     if compiling:
         driver.set_active(Hopper())
     x = torch.empty(n, d, device="meta", dtype=getattr(torch, dtype), requires_grad=True)

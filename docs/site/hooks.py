@@ -11,6 +11,7 @@ OUTSIDE = ("CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/*")
 
 
 def on_files(files: Any, *, config: Any) -> Any:
+    """mkdocs' hook: adds the files OUTSIDE docs/."""
     from mkdocs.structure.files import File
 
     for path in sorted(path for pattern in OUTSIDE for path in ROOT.glob(pattern)):

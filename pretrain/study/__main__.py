@@ -26,6 +26,7 @@ PAGE, RESULTS, ROWS = "study.html", "results.json", "results.csv"
 
 
 def parser() -> argparse.ArgumentParser:
+    """Options of the command; what it does not know goes to `overtone run`."""
     made = command.parser(
         "study",
         "Train a matched grid of heads, learning rates and seeds, and compare, in a table, results.json, results.csv "
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The command: trains what is left, of whichever kind the file says, and writes results; its exit code."""
     words = sys.argv[1:] if argv is None else argv
     # CONFIG first, since an option of another command may take any word as its value.
     words = sorted(words, key=lambda word: "=" in word or not word.endswith((".yaml", ".yml")))
@@ -80,8 +82,7 @@ def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
             return stopped.code or 1
         outcome = results.gather(study, say)
         write(study.out, outcome, outcome["runs"], language.page(outcome))
-    _tell(study.out, tables.language(outcome))
-    return 0
+    return _tell(study.out, tables.language(outcome))
 
 
 def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
@@ -96,15 +97,15 @@ def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> i
     with _alone(study.out):
         outcome = algorithmic.run(study, say)
         write(study.out, outcome, outcome["cells"], pages.page(outcome))
-    _tell(study.out, tables.algorithmic(outcome))
-    return 0
+    return _tell(study.out, tables.algorithmic(outcome))
 
 
-def _tell(folder: Path, table: Table) -> None:
+def _tell(folder: Path, table: Table) -> int:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
     say(f"written: {folder / PAGE}, {RESULTS} and {ROWS} beside it")
+    return 0
 
 
 @contextmanager

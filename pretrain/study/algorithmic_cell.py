@@ -65,8 +65,7 @@ class Learner(nn.Module):
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """All parameters decay, but what else a head trains: its zero means something."""
         own = [p for p in self.head.parameters() if p is not self.head.prototypes]
-        kept = {id(p) for p in own}
-        decayed = [p for p in self.parameters() if id(p) not in kept]
+        decayed = [*self.trunk.parameters(), self.head.prototypes]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": own, "weight_decay": 0.0}]
 
 

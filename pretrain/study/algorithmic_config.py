@@ -37,6 +37,8 @@ NetworkConfig = Annotated[MlpConfig | TransformerConfig, Field(discriminator="ki
 
 
 class TaskConfig(BaseModel, extra="forbid", frozen=True):
+    """How one task is trained, for all heads alike."""
+
     fractions: tuple[float, ...] = Field(min_length=1)  # of all examples, to train on; ascending
     epochs: int = Field(gt=0)  # updates: batches are full
     evaluate_every: int = Field(default=5, gt=0)  # epochs; those to generalise are counted in these
@@ -50,6 +52,8 @@ class TaskConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class Candidate(BaseModel, extra="forbid", frozen=True):
+    """A learning rate and a weight decay (AdamW's) that are tried together."""
+
     lr: float = Field(gt=0, allow_inf_nan=False)
     weight_decay: float = Field(ge=0, allow_inf_nan=False)
 
@@ -72,6 +76,8 @@ class ChoiceConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class AlgorithmicConfig(BaseModel, extra="forbid", frozen=True):
+    """A study of kind `algorithmic`: every task, network, head, fraction and seed is a cell."""
+
     kind: Literal["algorithmic"]
     title: str
     out: Path
@@ -148,7 +154,9 @@ class Cell(BaseModel, extra="forbid", frozen=True):
         return {"version": VERSION, **self.model_dump(mode="json")}
 
     def key(self) -> str:
+        """32 hexadecimal digits of its settings' SHA-256, the same on any machine."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True, allow_nan=False).encode()).hexdigest()[:32]
 
     def file(self, folder: Path) -> Path:
+        """Where its figures are kept."""
         return folder / f"{self.key()}.json"

@@ -26,12 +26,13 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One entry for each task, network and head, in the order of the cells: `data_needed`, the smallest fraction at
     which at least ENOUGH of the seeds generalised (None: at none), and the figures at each fraction.
     """
+    names = ("task", "network", "head", "lr", "weight_decay", "epochs")
     groups: dict[tuple[Any, ...], dict[float, list[dict[str, Any]]]] = {}
     for cell in cells:
-        key = tuple(cell[name] for name in ("task", "network", "head", "lr", "weight_decay", "epochs"))
+        key = tuple(cell[name] for name in names)
         groups.setdefault(key, {}).setdefault(cell["fraction"], []).append(cell)
     summary = []
-    for (task, network, head, lr, weight_decay, epochs), by_fraction in groups.items():
+    for key, by_fraction in groups.items():
         fractions = [
             {"fraction": fraction, "examples": runs[0]["examples"], **at_fraction(runs)}
             for fraction, runs in sorted(by_fraction.items())
@@ -39,12 +40,7 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         enough = [entry for entry in fractions if entry["generalised"] >= ENOUGH * entry["seeds"]]
         summary.append(
             {
-                "task": task,
-                "network": network,
-                "head": head,
-                "lr": lr,
-                "weight_decay": weight_decay,
-                "epochs": epochs,
+                **dict(zip(names, key, strict=True)),
                 "data_needed": enough[0]["fraction"] if enough else None,
                 "examples_needed": enough[0]["examples"] if enough else None,
                 "never": sum(entry["never"] for entry in fractions),
@@ -61,34 +57,32 @@ def compare(cells: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]], 
     the median ratio of epochs (`epochs_ratio`). The baseline has None there.
     """
     needed = {(entry["network"], entry["head"], entry["task"]): entry["data_needed"] or math.inf for entry in summary}
-    by_head: dict[tuple[str, str], dict[tuple[Any, ...], dict[str, Any]]] = {}
+    by_head: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    reached: dict[tuple[str, str], dict[tuple[Any, ...], int]] = {}  # epochs by place
     for cell in cells:
-        place = cell["task"], cell["fraction"], cell["seed"]
-        by_head.setdefault((cell["network"], cell["head"]), {})[place] = cell
+        key = cell["network"], cell["head"]
+        by_head.setdefault(key, []).append(cell)
+        own = reached.setdefault(key, {})
+        if cell["epochs_to_generalise"] is not None:
+            own[cell["task"], cell["fraction"], cell["seed"]] = cell["epochs_to_generalise"]
     comparison = []
     for (network, head), mine in by_head.items():
-        reached = {place: cell for place, cell in mine.items() if cell["epochs_to_generalise"] is not None}
-        counted = {"cells": len(mine), "generalised": len(reached), "lost": len(reached) - kept(list(reached.values()))}
-        against: dict[str, Any] = dict.fromkeys(
-            ("less_data", "more_data", "only_it", "only_baseline", "both", "epochs_ratio")
-        )
-        if head != baseline:
-            tasks = dict.fromkeys(task for task, *_ in mine)
-            gaps = [needed[network, head, task] - needed[network, baseline, task] for task in tasks]
-            base = {
-                place: cell["epochs_to_generalise"]
-                for place, cell in by_head[network, baseline].items()
-                if cell["epochs_to_generalise"] is not None
-            }
-            ratios = [cell["epochs_to_generalise"] / base[place] for place, cell in reached.items() if place in base]
-            against = {
-                "less_data": sum(gap < 0 for gap in gaps),  # of two that are infinite it is not a number: neither
-                "more_data": sum(gap > 0 for gap in gaps),
-                "only_it": len(reached.keys() - base.keys()),
-                "only_baseline": len(base.keys() - reached.keys()),
-                "both": len(ratios),
-                "epochs_ratio": statistics.median(ratios) if ratios else None,
-            }
+        own, base = reached[network, head], reached[network, baseline]
+        lost = len(own) - kept([cell for cell in mine if cell["epochs_to_generalise"] is not None])
+        tasks = dict.fromkeys(cell["task"] for cell in mine)
+        gaps = [needed[network, head, task] - needed[network, baseline, task] for task in tasks]
+        ratios = [epochs / base[place] for place, epochs in own.items() if place in base]
+        against: dict[str, Any] = {
+            "less_data": sum(gap < 0 for gap in gaps),  # of two that are infinite it is not a number: neither
+            "more_data": sum(gap > 0 for gap in gaps),
+            "only_it": len(own.keys() - base.keys()),
+            "only_baseline": len(base.keys() - own.keys()),
+            "both": len(ratios),
+            "epochs_ratio": statistics.median(ratios) if ratios else None,
+        }
+        counted = {"cells": len(mine), "generalised": len(own), "lost": lost}
+        if head == baseline:
+            against = dict.fromkeys(against)
         comparison.append({"network": network, "head": head, **counted, **against})
     return comparison
 
@@ -115,10 +109,12 @@ def kept(runs: Sequence[dict[str, Any]]) -> int:
 
 
 def median(epochs: Iterable[int | None]) -> float:
+    """Of epochs to a goal; infinite if half of the runs or more never reached it."""
     return statistics.median(math.inf if epoch is None else epoch for epoch in epochs)
 
 
 def finite(value: float | None) -> float | None:
+    """The value; None for what JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
 
 

@@ -97,6 +97,7 @@ class Cell:
 
     @property
     def name(self) -> str:
+        """Of its run folder and its configuration; no two cells of a study share it."""
         return f"{self.head}-lr{self.lr:g}-seed{self.seed}"
 
 

@@ -107,39 +107,42 @@ def interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Outcomes:
-    """What the runs of a study came to so far."""
+class Ran:
+    """A run of a study, and what it came to so far."""
 
-    configs: dict[Cell, RunConfig]  # of all runs
-    summaries: dict[Cell, dict[str, Any]]  # of those that are done
-    measured: dict[Cell, dict[str, Any]]  # of those whose learning rate was chosen
-    parts: list[str]  # whose energy every run measured
+    cell: Cell
+    cfg: RunConfig
+    outcome: str | None
+    summary: dict[str, Any]  # {}: it is not done
+    measured: dict[str, Any]  # {}: it is not done, or its learning rate was not chosen
 
-    def bits(self, cell: Cell) -> float:
-        return self.measured[cell]["evaluation"]["bits_per_byte"]
+    @property
+    def bits(self) -> float:
+        """Held-out bits/byte of a run that was measured."""
+        return self.measured["evaluation"]["bits_per_byte"]
+
+    def tokens_per_s(self) -> float | None:
+        """In the median of its records but the first, in which kernels are compiled; None if it has no others."""
+        rates = [record.tokens_per_s for record in RunFolder(self.cfg.run).records(Train)][1:]
+        return statistics.median(rates) if rates else None
 
 
 def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
     """The results of all runs that are done so far. Raises ConfigError."""
-    runs = {cell: study.config(cell) for cell in cells(study)}
+    configs = {cell: study.config(cell) for cell in cells(study)}
+    ends = {cell: outcome(cfg) for cell, cfg in configs.items()}
     rates = {head: chosen_lr(study, head) for head in study.heads}
-    finished = {
-        head: {cell.seed: cell for cell in runs if (cell.head, cell.lr) == (head, rates[head]) and _done(runs[cell])}
-        for head in study.heads
-    }
-    kept = [cell for of_head in finished.values() for cell in of_head.values()]
-    measured = {cell: measure(runs[cell], log) for cell in kept}
-    summaries = {cell: summarise(cfg.run) for cell, cfg in runs.items() if _done(cfg)}
-    check_one_text({str(runs[cell].run): HeldOut(**summary["held_out"]) for cell, summary in summaries.items()})
+    done = [cell for cell, end in ends.items() if end == DONE]
+    chosen = [cell for head, lr in rates.items() for cell in done if (cell.head, cell.lr) == (head, lr)]
+    measured = {cell: measure(configs[cell], log) for cell in chosen}
+    summaries = {cell: summarise(configs[cell].run) for cell in done}
+    check_one_text({str(configs[cell].run): HeldOut(**summary["held_out"]) for cell, summary in summaries.items()})
     parts, missing = common_parts(list(summaries.values()))
-    outcomes = Outcomes(runs, summaries, measured, parts)
-    base = finished[study.baseline]
-    apart = {
-        cell: outcomes.bits(cell) - outcomes.bits(base[cell.seed])
-        for cell in kept
-        if cell.head != study.baseline and cell.seed in base
-    }
-    any_config = next(iter(runs.values()))
+    runs = [
+        Ran(cell, cfg, ends[cell], summaries.get(cell, {}), measured.get(cell, {})) for cell, cfg in configs.items()
+    ]
+    base = {run.cell.seed: run for run in runs if run.cell.head == study.baseline and run.measured}
+    any_config = runs[0].cfg
     train, val = (open_split(any_config.data.path, name) for name in ("train", "val"))
     return plain(
         {
@@ -151,49 +154,41 @@ def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
             "baseline": study.baseline,
             "measured": parts,
             "not_measured": missing,
-            "heads": [_head(study, head, rates[head], finished[head], base, outcomes) for head in study.heads],
-            "runs": [
-                _row(cell, cfg, parts, summaries.get(cell), measured.get(cell)) | {"less_baseline": apart.get(cell)}
-                for cell, cfg in runs.items()
+            "heads": [
+                _head(study, head, lr, [run for run in runs if run.cell.head == head], base, parts)
+                for head, lr in rates.items()
             ],
+            "runs": [_row(run, base.get(run.cell.seed), parts) for run in runs],
         }
     )
 
 
 def _head(
-    study: LanguageConfig,
-    name: str,
-    lr: float | None,
-    finished: dict[int, Cell],
-    base: dict[int, Cell],
-    outcomes: Outcomes,
+    study: LanguageConfig, name: str, lr: float | None, runs: Sequence[Ran], base: dict[int, Ran], parts: Sequence[str]
 ) -> dict[str, Any]:
-    """A head's results; `finished` and `base` are its runs and the baseline's at their chosen rates, by seed."""
-    configs, summaries, measured = outcomes.configs, outcomes.summaries, outcomes.measured
-    settings, own = study.heads[name], list(finished.values())
-    both = [seed for seed in finished if seed in base] if name != study.baseline else []
-    ends = {cell: outcome(cfg) for cell, cfg in configs.items() if cell.head == name}
+    """A head's results. `base`: the baseline's runs at its chosen rate, by seed."""
+    settings, own = study.heads[name], [run for run in runs if run.measured]
+    both = [(run.cfg, base[run.cell.seed].cfg) for run in own if run.cell.seed in base and name != study.baseline]
     return {
         "name": name,
         **settings.model_dump(mode="json", include={"distance", "params"}),
         "exponent": exponent(settings),
         "lr": lr,
         "lr_at_edge": len(study.lrs) > 1 and lr in (min(study.lrs), max(study.lrs)),
-        "sweep": [_swept(cell, configs[cell]) for cell in ends],
-        "started": sum(end is not None for end in ends.values()),
-        "diverged": sum(end not in (None, DONE) for end in ends.values()),
-        "seeds": list(finished),
-        "bits_per_byte": interval([outcomes.bits(cell) for cell in own]) if own else None,
-        "difference": difference([(configs[finished[seed]], configs[base[seed]]) for seed in both]) if both else None,
-        **_speed([configs[cell] for cell in own]),
-        **_spent([summaries[cell] for cell in own], outcomes.parts),
-        **_shape([measured[cell]["geometry"] for cell in own]),
-        **(_first(own[0], configs[own[0]], summaries[own[0]], measured[own[0]], outcomes.parts) if own else {}),
+        "sweep": [
+            {"lr": run.cell.lr, "seed": run.cell.seed, "bits_per_byte": held_out(run.cfg), "outcome": run.outcome}
+            for run in runs
+        ],
+        "started": sum(run.outcome is not None for run in runs),
+        "diverged": sum(run.outcome not in (None, DONE) for run in runs),
+        "seeds": [run.cell.seed for run in own],
+        "bits_per_byte": interval([run.bits for run in own]) if own else None,
+        "difference": difference(both) if both else None,
+        **_speed(own),
+        **_spent([run.summary for run in own], parts),
+        **_shape(own),
+        **(_first(own[0], parts) if own else {}),
     }
-
-
-def _done(cfg: RunConfig) -> bool:
-    return outcome(cfg) == DONE
 
 
 def difference(pairs: Sequence[tuple[RunConfig, RunConfig]]) -> dict[str, Any]:
@@ -215,10 +210,6 @@ def _documents(run: Path) -> Evaluation:
         return Evaluation(**found)
 
 
-def _swept(cell: Cell, cfg: RunConfig) -> dict[str, Any]:
-    return {"lr": cell.lr, "seed": cell.seed, "bits_per_byte": held_out(cfg), "outcome": outcome(cfg)}
-
-
 def exponent(head: HeadConfig) -> float | str | None:
     """As it was set; None where it means nothing, as for softmax."""
     if not DISTANCES[head.distance].has_exponent:
@@ -236,9 +227,9 @@ def common_parts(summaries: Sequence[dict[str, Any]]) -> tuple[list[str], dict[s
     return parts, {part: why for part, why in reasons.items() if part not in parts}
 
 
-def _speed(configs: Sequence[RunConfig]) -> dict[str, Any]:
+def _speed(runs: Sequence[Ran]) -> dict[str, Any]:
     """Medians over seeds."""
-    rates = [rate for cfg in configs if (rate := _rate(cfg.run)) is not None]
+    rates = [rate for run in runs if (rate := run.tokens_per_s()) is not None]
     rate = statistics.median(rates) if rates else None
     return {"tokens_per_s": rate, "seconds_per_token": 1 / rate if rate else None}
 
@@ -263,21 +254,13 @@ def _spent(summaries: Sequence[dict[str, Any]], parts: Sequence[str]) -> dict[st
     }
 
 
-def _rate(run: Path) -> float | None:
-    """Tokens per second in the median of a run's records but the first, in which kernels are compiled."""
-    rates = [record.tokens_per_s for record in RunFolder(run).records(Train)][1:]
-    return statistics.median(rates) if rates else None
-
-
-def _shape(figures: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    names = {
-        "pca90": "dimensions_90",
-        "effective_rank": "effective_rank",
-        "participation_ratio": "participation_ratio",
-        "first_2": "first_2",
-    }
+def _shape(runs: Sequence[Ran]) -> dict[str, Any]:
+    """How the prototypes lie: means over seeds of runs that were measured."""
+    spectra = [run.measured["geometry"]["spectra"]["prototypes"] for run in runs]
+    names = ("effective_rank", "participation_ratio", "first_2")
     return {
-        ours: _mean([figure["spectra"]["prototypes"][theirs] for figure in figures]) for ours, theirs in names.items()
+        "pca90": _mean([spectrum["dimensions_90"] for spectrum in spectra]),
+        **{name: _mean([spectrum[name] for spectrum in spectra]) for name in names},
     }
 
 
@@ -287,19 +270,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _first(
-    cell: Cell, cfg: RunConfig, summary: dict[str, Any], measured: dict[str, Any], parts: Sequence[str]
-) -> dict[str, Any]:
+def _first(run: Ran, parts: Sequence[str]) -> dict[str, Any]:
     """What is shown of one seed alone."""
-    records = RunFolder(cfg.run).records(Record)
+    records = RunFolder(run.cfg.run).records(Record)
     return {
-        "shown_seed": cell.seed,
+        "shown_seed": run.cell.seed,
         "train_curve": curve(records, Train, parts),
         "eval_curve": curve(records, Eval, parts),
-        "unigram_bits_per_byte": summary["unigram_bits_per_byte"],
-        "scree": measured["scree"],
-        "projection": measured["projection"],
-        "norms": measured["geometry"]["norms"],
+        "unigram_bits_per_byte": run.summary["unigram_bits_per_byte"],
+        "scree": run.measured["scree"],
+        "projection": run.measured["projection"],
+        "norms": run.measured["geometry"]["norms"],
     }
 
 
@@ -323,27 +304,22 @@ def curve(records: Sequence[Record], kind: type[Train | Eval], parts: Sequence[s
     return points
 
 
-def _row(
-    cell: Cell,
-    cfg: RunConfig,
-    parts: Sequence[str],
-    summary: dict[str, Any] | None,
-    measured: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """A run in a line, for CSV. Its prototypes are measured if its learning rate was chosen."""
-    figures = summary or {}
+def _row(run: Ran, base: Ran | None, parts: Sequence[str]) -> dict[str, Any]:
+    """A run in a line, for CSV. `base`: the baseline's with the same seed, if there is one."""
+    figures = run.summary
     gradient, learning = ((figures.get(f"{name}_stability") or {}) for name in ("gradient", "learning"))
     names = ("bits_per_byte", "perplexity", "loss", "train_seconds", "skipped")
     return {
-        **vars(cell),
-        "chosen": measured is not None,
-        "outcome": outcome(cfg),
+        **vars(run.cell),
+        "chosen": bool(run.measured),
+        "outcome": run.outcome,
         **{name: figures.get(name) for name in names},
-        "tokens_per_s": _rate(cfg.run) if summary else None,
-        "j_per_token": _j_per_token(summary, parts) if summary else None,
-        **_shape([measured["geometry"]] if measured else []),
+        "tokens_per_s": run.tokens_per_s() if figures else None,
+        "j_per_token": _j_per_token(figures, parts) if figures else None,
+        **_shape([run] if run.measured else []),
         **{f"gradient_{key}": gradient.get(key) for key in ("log_norm_variance", "spikes")},
         "loss_spikes": learning.get("spikes"),
+        "less_baseline": run.bits - base.bits if base and run.measured and run.cell.head != base.cell.head else None,
     }
 
 

@@ -382,15 +382,15 @@ def test_a_head_takes_a_distance_as_it_is() -> None:
     other = harmonic_loss(x, head.prototypes, y, distance=Lorentzian(), exponent=6**0.5)
     assert head(x, y) == expected != other and "distance=lorentzian" in repr(head)
     for entry, params in (
-        (DISTANCES["minkowski"](p=1.5), {"p": 1.5}),
-        (DISTANCES["hamming"](kind="hard"), {"kind": "hard"}),
+        (distances.Minkowski(p=1.5), {"p": 1.5}),
+        (distances.Hamming(kind="hard"), {"kind": "hard"}),
     ):
         named = HarmonicHead(33, 6, distance=type(entry).__name__.lower(), **params, seed=1)
         assert HarmonicHead(33, 6, distance=entry, seed=1)(x, y) == named(x, y)
     with pytest.raises(ValueError, match="a: Lorentzian.* has its parameters already"):
         HarmonicHead(33, 6, distance=Lorentzian(), a=3.0)
     with pytest.raises(ValueError, match="factor of Mahalanobis.* would not be trained; give the distance by name"):
-        HarmonicHead(33, 6, distance=DISTANCES["mahalanobis"](factor=torch.zeros(6)))
+        HarmonicHead(33, 6, distance=distances.Mahalanobis(factor=torch.zeros(6)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

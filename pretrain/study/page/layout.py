@@ -39,6 +39,8 @@ def _sheet(styles: int) -> str:
 
 
 class Section(NamedTuple):
+    """A part of a page, to which the list of contents links."""
+
     name: str  # of the link's target
     link: str
     title: str
@@ -154,6 +156,7 @@ def figure(svg: str, caption: str, missing: str, style: int | None = None, below
 
 
 def grid(figures: Iterable[str], kind: str = "") -> str:
+    """Figures side by side, as many as fit; `kind` is the sheet's class for how narrow they may be."""
     return f'<div class="grid {kind}">{"".join(figures)}</div>'
 
 

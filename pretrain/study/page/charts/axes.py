@@ -27,6 +27,7 @@ class Axis:
     ticks: bool = True
 
     def shows(self, value: float | None) -> bool:
+        """Whether a value has a place on it."""
         return known(value) and (not self.log or (value or 0) > 0)
 
     def scale(self, values: Iterable[float], start: float, stop: float) -> Scale:
@@ -50,10 +51,12 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
+        """The place of a value, beyond start and stop too; on a logarithmic scale values are above 0."""
         low, high, at = (math.log(v) if self.log else v for v in (self.low, self.high, value))
         return self.start + (at - low) / (high - low) * (self.stop - self.start)
 
     def ticks(self, count: int) -> list[float]:
+        """Round values within low..high, about `count` of them."""
         return (log_ticks if self.log else ticks)(self.low, self.high, count)
 
     def ticks_down(self) -> list[float]:
@@ -84,6 +87,7 @@ class Frame:
     y: Scale
 
     def at(self, x: float, y: float) -> Pixel:
+        """The place of values of both axes."""
         return self.x(x), self.y(y)
 
     def across(self, y: float) -> str:

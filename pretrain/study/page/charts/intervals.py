@@ -13,6 +13,8 @@ PITCH, TOP = 19.0, 6.0  # of the rows, in units of the plot
 
 @dataclass(frozen=True)
 class Interval:
+    """A row: a mean, its bounds if it has both, and what it is the mean of."""
+
     name: str
     style: int
     mean: float

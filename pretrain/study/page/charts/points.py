@@ -14,6 +14,8 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 @dataclass(frozen=True, eq=False)
 class Point:
+    """A place in units of the axes, and its texts."""
+
     x: float
     y: float
     text: str

@@ -11,6 +11,8 @@ from pretrain.study.page.charts.svg import Pixel, circle, group, path, plot, thr
 
 @dataclass(frozen=True)
 class Outline:
+    """What is drawn of one head."""
+
     name: str
     values: Sequence[float | None]  # 0 at the centre, 1 at the rim; None: not known
     style: int

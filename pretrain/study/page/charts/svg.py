@@ -30,6 +30,7 @@ def plot(size: Pixel, label: str, body: str) -> str:
 
 
 def words(x: float, y: float, text: str, kind: str, anchor: str = "start") -> str:
+    """A text with its `anchor` (start, middle or end) at x and its baseline at y."""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
@@ -39,6 +40,7 @@ def path(kind: str, course: str) -> str:
 
 
 def circle(kind: str, at: Pixel, radius: float) -> str:
+    """A disc or a ring, by the sheet's class `kind`."""
     return f'<circle class="{kind}" cx="{at[0]:.1f}" cy="{at[1]:.1f}" r="{radius:g}"/>'
 
 

@@ -19,6 +19,7 @@ Curve = Sequence[Mapping[str, Any]]
 
 
 def losses(study: Study) -> str:
+    """Six plots: both losses against tokens, seconds and joules, with the reason where one has no data."""
     against = (
         ("tokens", "tokens", whole),
         ("seconds of training", "time", precise),

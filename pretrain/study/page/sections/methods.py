@@ -8,6 +8,7 @@ from pretrain.study.page.sections.study import Study
 
 
 def methods(study: Study) -> str:
+    """Definitions with the constants of the code that they describe, and the limits."""
     definitions = {
         "Matched budget": "Every run has the same decoder, the same data in the same order for a seed, the same number "
         "of tokens and steps; only the output head, the learning rate and the seed differ.",

@@ -16,6 +16,7 @@ MARKS = {"\n": "⏎", "\t": "⇥", " ": "␣", "▁": "␣", "\r": "␍"}  # of 
 
 
 def variances(study: Study) -> str:
+    """A plot for each head: cumulative shares of the variance by number of components."""
     lines = [
         [(rank, share) for rank, share in enumerate(head.at("scree") or [], start=1) if known(share)]
         for head in study.heads
@@ -50,6 +51,7 @@ def shown(text: str) -> str:
 
 
 def projections(study: Study) -> str:
+    """A plot for each head: frequent tokens on two principal components."""
     return layout.soft(
         "Prototypes of frequent tokens on the first two principal components of all prototypes, first "
         "seed; in brackets, the share of the variance along each axis: what is left out is the rest. Larger points: "
@@ -79,6 +81,7 @@ def _projection(head: Head) -> str:
 
 
 def lengths(study: Study) -> str:
+    """Two plots over training, of all heads: the median length, and the longest over it."""
     figures = []
     for key, name, title in (
         ("median", "median length", "Median length"),

@@ -19,22 +19,27 @@ SECONDS_PER_TOKEN = (1e-1, 1e-6)
 
 
 class Corner(NamedTuple):
+    """One axis of a head's radar."""
+
     axis: str
     share: float | None  # 0 at the centre, 1 at the rim, not clipped; None: not known
     source: str  # the figure it comes from, in words
 
     @property
     def clipped(self) -> float | None:
+        """The share as it is drawn, within 0..1."""
         return None if self.share is None else min(max(self.share, 0.0), 1.0)
 
     @property
     def is_off(self) -> bool:
+        """Whether the scale is too short for it; the page then names it."""
         return self.share != self.clipped
 
     def __str__(self) -> str:
         return f"{self.axis} {_rounded(self.share)}"
 
     def tip(self) -> str:
+        """What pointing at it tells."""
         return f"{self.axis} {_rounded(self.clipped)} ({self.source})"
 
     def row(self) -> str:
@@ -69,6 +74,7 @@ def _log_share(value: float, scale: tuple[float, float]) -> float:
 
 
 def radars(study: Study) -> str:
+    """A radar and its table for each head, and what was clipped."""
     corners = {head.style: _corners(study, head) for head in study.heads}
 
     def outline(head: Head, muted: bool = False) -> Outline:

@@ -19,6 +19,7 @@ class Figures:
         self.tree = tree
 
     def at(self, *keys: str) -> Any:
+        """What is there after these keys; None if one of them is missing."""
         value: Any = self.tree
         for key in keys:
             if not isinstance(value, Mapping):
@@ -62,6 +63,7 @@ class Head(Figures):
 
     @property
     def trained(self) -> bool:
+        """Whether it has a result: a run at its chosen rate that is done."""
         return self.bits.figure("mean") is not None
 
     @property
@@ -104,6 +106,7 @@ class Study(Figures):
 
     @property
     def trained(self) -> list[Head]:
+        """The heads that have a result, in the order of styles."""
         return [head for head in self.heads if head.trained]
 
     @property

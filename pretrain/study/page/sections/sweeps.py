@@ -19,6 +19,7 @@ def rate_text(value: float | None) -> str:
 
 
 def sweeps(study: Study) -> str:
+    """A plot for each head: held-out loss by rate, all on one scale."""
     rates = [rate for rate in study.rates if known(rate)]
     lines = [_by_rate(head) for head in study.heads]
     values = [value for line in lines for _, value in line]

@@ -12,6 +12,7 @@ from pretrain.study.page.sections.sweeps import rate_text
 
 
 def table(study: Study) -> str:
+    """All figures, a row for each head, with notes beneath on energy and edges."""
     columns = (
         "head",
         "learning rate",
