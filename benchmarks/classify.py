@@ -23,8 +23,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from benchmarks.measuring import machine, parser
@@ -117,6 +115,9 @@ class Classifier(nn.Module):
 @functools.cache
 def digits() -> Split:
     """1,347 and 450 images (N, 64) in -1..1, the same split in every run."""
+    from sklearn.datasets import load_digits  # which takes seconds, and help needs none
+    from sklearn.model_selection import train_test_split
+
     images, classes = load_digits(return_X_y=True)
     parts = train_test_split(images, classes, test_size=0.25, stratify=classes, random_state=0)
     images, test_images = (torch.tensor(part, dtype=torch.float32) / 8 - 1 for part in parts[:2])

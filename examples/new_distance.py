@@ -14,8 +14,7 @@ Functions", the L1 family). Here differences are told in units of `width`, the d
 from dataclasses import dataclass
 
 import torch
-from overtone import Distance, harmonic_loss
-from overtone.harmonic import harmonic_log_probs
+from overtone import Distance, HarmonicHead, harmonic_loss
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,24 +57,20 @@ def check() -> float:
 
 
 def train() -> float:
-    """Accuracy on fresh points of three rings of radius 1, 2 and 3. `HarmonicHead` takes a registered distance by its
-    name; with one of your own the prototypes are a parameter, and the loss a function."""
+    """Accuracy on fresh points of three rings of radius 1, 2 and 3."""
     torch.manual_seed(0)
-    distance, exponent = Lorentzian(), DIM**0.5
-    start = distance.start(DIM)  # how long prototypes and features start best
     network = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, DIM))
-    prototypes = nn.Parameter(torch.randn(CLASSES, DIM) * start.entry_std)
-    optimizer = torch.optim.AdamW([*network.parameters(), prototypes], lr=1e-2, weight_decay=0.0)
+    head = HarmonicHead(CLASSES, DIM, distance=Lorentzian())
+    optimizer = torch.optim.AdamW([*network.parameters(), *head.parameters()], lr=1e-2, weight_decay=0.0)
     for _ in range(200):
         classes, angles = torch.randint(CLASSES, (256,)), torch.rand(256) * 2 * torch.pi
         points = torch.stack([angles.cos(), angles.sin()], 1) * (classes + 1 + 0.1 * torch.randn(256))[:, None]
-        features = network(points) * start.feature_length / DIM**0.5
-        loss = harmonic_loss(features, prototypes, classes, distance=distance, exponent=exponent)
+        features = network(points) * head.feature_length / DIM**0.5
+        loss = head(features, classes)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    probabilities = harmonic_log_probs(features, prototypes, distance=distance, exponent=exponent).exp()
-    return (probabilities.argmax(1) == classes).double().mean().item()
+    return (head.predict(features) == classes).double().mean().item()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data.prepare import prepare
-from tests.data.corpus import TEXTS, config, quiet, write_corpus
+from tests.support.corpus import TEXTS, config, quiet, write_corpus
 
 
 @pytest.fixture

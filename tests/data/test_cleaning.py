@@ -15,7 +15,7 @@ from data.manifest import read_manifest
 from data.overlap import RUN_WORDS, overlap, runs_of, union
 from data.prepare import prepare
 from data.shards import open_split
-from tests.data.corpus import (
+from tests.support.corpus import (
     TEXTS,
     Killed,
     assert_same,

@@ -20,7 +20,7 @@ from data import prepare as preparing
 from data.draft import Draft
 from data.prepare import prepare
 from data.shard_writer import ShardWriter
-from tests.data.corpus import (
+from tests.support.corpus import (
     ROOT,
     TEXTS,
     Killed,

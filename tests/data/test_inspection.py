@@ -17,9 +17,9 @@ from data.nanogpt import import_nanogpt
 from data.prepare import prepare
 from data.shards import open_split
 from data.tokenizer import Tokenizer
-from tests.data.corpus import TEXTS, config, decoded, quiet, settings, write_corpus
 from tests.data.test_nanogpt import some_streams, write
-from tests.data.test_shards import make_folder
+from tests.support.corpus import TEXTS, config, decoded, quiet, settings, write_corpus
+from tests.support.shards import make_folder
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from common.errors import ConfigError
 from data.loader import EvaluationWindows, Windows
 from data.shards import Split, open_split
-from tests.data.test_shards import EOS, make_folder
+from tests.support.shards import EOS, make_folder
 
 
 def make_split(folder: Path, tokens: int, shard_tokens: int = 97) -> tuple[Split, np.ndarray]:

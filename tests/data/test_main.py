@@ -7,7 +7,7 @@ import yaml
 
 from data.__main__ import main
 from data.manifest import read_manifest
-from tests.data.corpus import ROOT, settings
+from tests.support.corpus import ROOT, settings
 
 
 def test_the_command_prepares_verifies_and_refuses(corpus, capsys):

@@ -11,7 +11,7 @@ from data.manifest import read_manifest
 from data.prepare import prepare
 from data.shards import open_split, verify_folder
 from data.tokenizer import Tokenizer
-from tests.data.corpus import TEXTS, assert_same, config, decoded, held_out, hurry, names, quiet, text, write_corpus
+from tests.support.corpus import TEXTS, assert_same, config, decoded, held_out, hurry, names, quiet, text, write_corpus
 
 
 def test_every_document_is_there_once_in_order(prepared):

@@ -7,7 +7,7 @@ import pytest
 from common.errors import ConfigError
 from data.prepare import prepare
 from data.shards import verify_folder
-from tests.data.corpus import TEXTS, config, names, quiet, write_corpus
+from tests.support.corpus import TEXTS, config, names, quiet, write_corpus
 
 
 def test_prepared_data_is_reused(corpus, capsys):

@@ -1,51 +1,15 @@
 """Shards: what is written is read back, over shard ends; what is damaged is refused."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from common.errors import ConfigError
-from common.files import sha256_of
 from data.draft import Draft
-from data.manifest import FORMAT, fingerprint, read_manifest, split_entry, write_manifest
-from data.shard_writer import ShardWriter
+from data.manifest import FORMAT, read_manifest, write_manifest
 from data.shards import open_split, verify_folder
-
-EOS = 2
-
-
-def make_folder(
-    folder: Path, shard_tokens: int = 1000, dtype: str = "uint16", vocab_size: int = 60_000, **splits: list[np.ndarray]
-) -> dict[str, np.ndarray]:
-    """A prepared folder of given documents; returns the stream of tokens that each split should hold."""
-    folder.mkdir()
-    (folder / "tokenizer.model").write_bytes(b"a model")
-    entries = {}
-    for split, documents in splits.items():
-        writer = ShardWriter(folder, split, dtype, EOS, shard_tokens)
-        for number, ids in enumerate(documents):
-            writer.add(ids, 10 + number, number % 3 % 2)
-        entries[split] = split_entry(writer.close(), ["some", "other"])
-    manifest = {
-        "format": FORMAT,
-        "dtype": dtype,
-        "vocab_size": vocab_size,
-        "tokenizer_file": "tokenizer.model",
-        "tokenizer_sha256": sha256_of(folder / "tokenizer.model"),
-        "eos_id": EOS,
-        "sources": ["some", "other"],
-        "splits": entries,
-    }
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "fingerprint": fingerprint(manifest)}))
-    return {split: np.concatenate([[*ids, EOS] for ids in documents]) for split, documents in splits.items()}
-
-
-def some_documents(lengths: list[int], below: int = 60_000) -> list[np.ndarray]:
-    random = np.random.default_rng(0)
-    return [random.integers(5, below, size=length).astype(np.int32) for length in lengths]
-
+from tests.support.shards import EOS, make_folder, some_documents
 
 LENGTHS = [5, 0, 94, 30, 30, 30, 500, 7, 99, 100, 60, 39, 98, 0, 1]  # on, one over and one under the limit of 100
 

@@ -50,6 +50,7 @@ def test_ranks_whose_launcher_is_gone_are_waited_for(tmp_path: Path, lease: str 
     leaving.join()
 
 
+@pytest.mark.slow
 def test_every_host_with_a_launcher_of_its_own_is_of_the_first_ones_job(tmp_path: Path) -> None:
     lease_of(tmp_path).write_text("earlier 57")  # of a launcher that was killed
     with pytest.raises(ConfigError, match="the launcher of a did not begin in .* within 1 s"):

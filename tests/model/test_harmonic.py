@@ -22,7 +22,7 @@ from model.harmonic import harmonic_log_probs, harmonic_loss
 from model.head import HarmonicHead
 from model.kernels import choose, eager, eager_elementwise
 from model.reference import distances_reference, harmonic_loss_reference
-from tests.support.checks import assert_no_worse
+from tests.support.checks import Largest, assert_no_worse
 from tests.support.variants import (
     HARMONIC,
     PRODUCTS,
@@ -401,19 +401,6 @@ def test_settings_know_which_distances_are_a_product(variant: str) -> None:
     assert settings_of(name, params).by_product == entry.by_product == (variant in PRODUCTS)
 
 
-class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
-    """The most values that any one result of a torch operation has had."""
-
-    values = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self.values = max(self.values, tensor.numel())
-        return result
-
-
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.slow
@@ -423,7 +410,7 @@ def test_nothing_of_size_tokens_by_vocabulary(variant: str, reduction: str, monk
     v, d, budget = 2048, 16, 2**20
     for n in (256, 1024):
         x, w, y = draw(n, v, d)
-        with _Largest() as largest:
+        with Largest() as largest:
             loss_and_gradients(fast(y, reduction=reduction, chunk_bytes=budget), x, w, variant, 4.0)
         assert v * d <= largest.values <= max(budget // 4, v * d, n * d), (n, largest.values)
 

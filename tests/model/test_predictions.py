@@ -13,7 +13,7 @@ from model.head import HarmonicHead
 from model.kernels import eager_elementwise
 from model.reference import scores_reference
 from model.vocab_parallel import rows_of, shard_of
-from tests.model.test_harmonic import _Largest as Largest
+from tests.support.checks import Largest
 from tests.support.ranks import run_ranks
 from tests.support.variants import VARIANTS, distance_of, params_of
 

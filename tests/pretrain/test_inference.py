@@ -9,7 +9,7 @@ from model.sample import generate
 from pretrain.inference import Model
 from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
-from tests.data.test_shards import EOS
+from tests.support.shards import EOS
 from tests.support.tiny import T, V, tiny_config
 
 

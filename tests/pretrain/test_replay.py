@@ -16,7 +16,7 @@ from pretrain import verify
 from pretrain.checkpoints.folder import LATEST
 from pretrain.run_folder import RunFolder
 from pretrain.runtime import ranks as process
-from tests.pretrain.checkpoints.test_resume import flip
+from tests.support.checks import flip
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
 from tests.support.tiny import make_data, run_to_end, tiny_config

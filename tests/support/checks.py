@@ -1,6 +1,8 @@
-"""What fast paths are held to, and whether this machine has them."""
+"""What fast paths are held to, whether this machine has them, what they allocate; and damage."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,3 +25,22 @@ def needed(dtype: torch.dtype) -> None:
         cpu.require(dtype)
     except cpu.Unavailable as error:
         pytest.skip(str(error))
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class Largest(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most values that any one result of a torch operation has had."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.values = max(self.values, tensor.numel())
+        return result

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import RunConfig, from_tree
-from tests.data.test_shards import EOS, make_folder
+from tests.support.shards import EOS, make_folder
 
 if TYPE_CHECKING:  # the loop needs DeepSpeed, whose start takes seconds
     from pretrain.decisions import Outcome

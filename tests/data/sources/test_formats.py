@@ -16,9 +16,10 @@ from common.errors import ConfigError
 from data.prepare import prepare
 from data.sources.corpus import check_columns, documents, parts_of, read
 from data.texts import Texts
-from tests.data.corpus import TEXTS as MANY
-from tests.data.corpus import Killed, assert_same, config, hurry, killed_at, quiet
-from tests.data.sources.test_corpus import TEXTS, files, write_rows, write_zst
+from tests.data.sources.test_corpus import TEXTS
+from tests.support.corpus import TEXTS as MANY
+from tests.support.corpus import Killed, assert_same, config, hurry, killed_at, quiet
+from tests.support.source_files import files, write_rows, write_zst
 
 ROW = b'{"text": "one two"}\n'
 

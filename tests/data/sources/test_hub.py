@@ -23,7 +23,7 @@ from common.errors import ConfigError
 from data.config import HubSource
 from data.prepare import prepare
 from data.sources.hub import hub_parts
-from tests.data.corpus import ROOT, TEXTS, assert_same, config, quiet, settings
+from tests.support.corpus import ROOT, TEXTS, assert_same, config, quiet, settings
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

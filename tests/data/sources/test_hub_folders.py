@@ -9,7 +9,8 @@ from common.errors import ConfigError
 from data.config import HubSource
 from data.reuse import differences
 from data.sources.corpus import documents
-from tests.data.sources.test_corpus import TEXTS, files, write_parquet
+from tests.data.sources.test_corpus import TEXTS
+from tests.support.source_files import files, write_parquet
 
 
 @pytest.fixture

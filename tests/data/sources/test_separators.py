@@ -10,8 +10,8 @@ from data.prepare import prepare
 from data.sources import separators as module
 from data.sources.corpus import documents, parts_of
 from data.sources.separators import check_separators
-from tests.data.corpus import TEXTS, config, quiet
-from tests.data.sources.test_corpus import files
+from tests.support.corpus import TEXTS, config, quiet
+from tests.support.source_files import files
 
 
 def check(path: Path, separator: str) -> list[str]:

@@ -38,10 +38,10 @@ from pretrain.inference import Model
 from pretrain.modules import build_modules
 from pretrain.runtime import ranks as process
 from pretrain.runtime.ranks import Ranks
-from tests.data.test_shards import EOS
 from tests.support.commands import call
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
+from tests.support.shards import EOS
 from tests.support.tiny import (
     T,
     V,
@@ -116,7 +116,7 @@ def check_evaluation(tasks: list[tuple[Path, int]], vocab: int) -> list[dict[str
     return [{**found.as_dict(), **found.standard_errors(), "nats": found.nats} for found in results]
 
 
-@pytest.mark.parametrize(("world", "vocab"), [(1, 1), (4, 2)])
+@pytest.mark.parametrize(("world", "vocab"), [pytest.param(1, 1, marks=pytest.mark.slow), (4, 2)])
 def test_evaluation_is_the_reference_on_any_number_of_ranks_and_groups(trained: Path, world: int, vocab: int) -> None:
     """float32 to 1e-6; in bf16 a row may round otherwise in another batch, no more."""
     split = open_split(trained / "data", "val")
@@ -286,36 +286,6 @@ def test_other_documents_are_not_compared(trained: Path, tmp_path: Path, capsys:
 
 
 # ---- real text and two tokenizers
-
-
-WORDS = "the model reads a page of plain words and says what comes next because it has seen such pages before"
-
-
-@pytest.fixture(scope="module")
-def english(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two runs on the same text under two tokenizers, `small` and `large`."""
-    base = tmp_path_factory.mktemp("english")
-    draw = np.random.default_rng(0)
-    lines = [json.dumps({"text": " ".join(draw.choice(WORDS.split(), 60)) + " \u2581 caf\u00e9"}) for _ in range(60)]
-    (base / "text.jsonl").write_text("\n".join(lines))
-    run_ranks(check_english, 1, base, base=base)
-    return base
-
-
-def check_english(base: Path) -> None:
-    from common.settings import validate
-    from data.config import DataConfig
-    from data.prepare import prepare
-
-    for name, vocab_size in (("small", 290), ("large", 330)):
-        data = {
-            "path": str(base / f"{name}-data"),
-            "source": {"kind": "files", "paths": [str(base / "text.jsonl")]},
-            "tokenizer": {"vocab_size": vocab_size},
-            "val_fraction": 0.3,
-        }
-        prepare(validate(DataConfig, data), log=lambda _: None)
-        run_to_end(tiny_config(run=str(base / name), data=data, train__steps=2))
 
 
 def test_runs_with_different_tokenizers_are_compared_on_the_same_texts(english: Path, capsys) -> None:

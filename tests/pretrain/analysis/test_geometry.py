@@ -309,6 +309,7 @@ def test_rows_without_gradient_on_any_dtype() -> None:
 # ---- the page
 
 
+@pytest.mark.slow
 def test_the_pages_python_runs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     assert blocks

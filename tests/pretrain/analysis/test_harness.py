@@ -21,7 +21,6 @@ from model.sample import generate  # noqa: E402
 from pretrain.analysis import harness  # noqa: E402
 from pretrain.analysis.harness import Overtone  # noqa: E402
 from pretrain.runtime import ranks as process  # noqa: E402
-from tests.pretrain.analysis.test_evaluation import english  # noqa: E402, F401
 from tests.support.commands import call  # noqa: E402
 from tests.support.tiny import T  # noqa: E402
 
@@ -71,7 +70,7 @@ ROWS = [
 
 
 @pytest.fixture(scope="module")
-def model(english: Path) -> Iterator[Overtone]:  # noqa: F811
+def model(english: Path) -> Iterator[Overtone]:
     with mock.patch.dict(os.environ):  # a process group leaves its variables behind
         yield Overtone(run=str(english / "small"), batch_size=3)
         process.stop()
@@ -278,7 +277,7 @@ def test_special_tokens_are_added_where_they_are_asked_for(model: Overtone) -> N
 )
 def test_arguments_that_cannot_be_kept_are_refused(
     model: Overtone,
-    english: Path,  # noqa: F811
+    english: Path,
     arguments: dict[str, Any],
     told: str,
 ) -> None:
@@ -286,7 +285,7 @@ def test_arguments_that_cannot_be_kept_are_refused(
         Overtone(run=str(english / "small"), **arguments)
 
 
-def test_an_automatic_batch_has_its_limit(model: Overtone, english: Path) -> None:  # noqa: F811
+def test_an_automatic_batch_has_its_limit(model: Overtone, english: Path) -> None:
     run = str(english / "small")
     assert Overtone(run=run, batch_size="auto:2", max_batch_size=2, device="cpu").batch == 2
     assert Overtone(run=run, device=harness.LM_EVALS_DEVICE).batch == 4
@@ -294,7 +293,7 @@ def test_an_automatic_batch_has_its_limit(model: Overtone, english: Path) -> Non
 
 
 @pytest.mark.slow
-def test_the_command_runs_local_tasks(model: Overtone, english: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_the_command_runs_local_tasks(model: Overtone, english: Path, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
     for name, task in TASKS.items():
         (tmp_path / f"{name}.yaml").write_text(task.replace("DATA", str(tmp_path / "rows.jsonl")))

@@ -14,7 +14,6 @@ from data.shards import open_split
 from pretrain import evaluate, report
 from pretrain.analysis.heldout import HeldOut, check_one_text, comparable, text_sha256
 from pretrain.analysis.summary import summarise
-from tests.pretrain.analysis.test_evaluation import english  # noqa: F401
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
 from tests.support.tiny import run_to_end, tiny_config
@@ -64,7 +63,7 @@ def check_other(base: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(english: Path) -> Path:  # noqa: F811
+def runs(english: Path) -> Path:
     run_ranks(check_other, 1, english, base=english)
     return english
 

@@ -30,6 +30,7 @@ def check_run(base: Path) -> tuple[int, int]:
     return evaluate([str(base / "run"), "--json"]), evaluate([str(base / "run"), "--text", __file__])
 
 
+@pytest.mark.slow
 def test_a_run_on_imported_tokens(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
     stream = np.random.default_rng(1).integers(0, EOS, size=800, dtype=np.uint16)
     stream[60::70] = EOS

@@ -21,9 +21,9 @@ from pretrain.checkpoints.loading import load_weights
 from pretrain.inference import load_model
 from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
-from tests.data.test_shards import make_folder
 from tests.pretrain.analysis.test_geometry import small_chunks  # noqa: F401
 from tests.support.ranks import run_ranks
+from tests.support.shards import make_folder
 from tests.support.tiny import run_to_end, tiny_config
 
 WORDS = ["file", "files", "value", "values", "name", "names", "the", "not", "of", "list", "good", "better"]

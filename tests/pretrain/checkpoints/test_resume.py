@@ -18,6 +18,7 @@ from common.errors import ConfigError
 from pretrain.checkpoints import folder as checkpoint
 from pretrain.checkpoints import loading, resume
 from pretrain.config import RunConfig
+from tests.support.checks import flip
 from tests.support.ranks import run_ranks
 from tests.support.tiny import (
     T,
@@ -154,12 +155,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_data(base / "data")
     run_ranks(check_run, 1, base, base=base, run="run", changes={})
     return base
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 @pytest.mark.parametrize("harm", ["flip", "truncate", "remove", "manifest"])

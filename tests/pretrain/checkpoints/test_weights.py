@@ -26,9 +26,9 @@ from pretrain.config import RunConfig, load
 from pretrain.inference import Model
 from pretrain.modules import build_modules
 from pretrain.runtime.ranks import Ranks
-from tests.data.test_shards import EOS
-from tests.pretrain.checkpoints.test_resume import flip
+from tests.support.checks import flip
 from tests.support.ranks import run_ranks
+from tests.support.shards import EOS
 from tests.support.tiny import V, make_data, opened, tiny_config
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -137,6 +137,7 @@ def test_a_main_thread_that_does_not_get_on(start: Callable[..., Ranks]) -> None
     assert "stuck" in kinds and kinds <= {"stuck", "told"}
 
 
+@pytest.mark.slow
 def test_a_launcher_that_is_gone_asks_for_a_save_then_ends_the_rank(
     start: Callable[..., Ranks], tmp_path: Path
 ) -> None:
