@@ -71,13 +71,19 @@ def numbers(path: Path) -> tuple[int, int, int, int]:
     return total, trunk, embedding, prototypes
 
 
+def slow_if_large(path: Path) -> Any:
+    """Dozens of layers, even without memory, take a second."""
+    large = family_of(path).endswith(("774m", "1.5b", "8b"))
+    return pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if large else [])
+
+
 def test_the_recipes_are_there() -> None:
     forms = {f"gpt2-124m{tied}{head}" for tied in ("", "-untied") for head in ("", "-cosine", "-softmax")}
     forms |= {f"{name}-untied" for name in OWN_FORM if name.startswith(("gpt2", "qwen"))}
     assert {"quickstart", *forms, *OWN_FORM} <= {path.stem for path in CONFIGS}
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", map(slow_if_large, CONFIGS))
 def test_a_recipe_parses_builds_and_says_how_it_is_run(path: Path, tmp_path: Path) -> None:
     cfg = load(path)
     header = re.match(r"(#.*\n)+", path.read_text())

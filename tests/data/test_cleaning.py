@@ -103,7 +103,7 @@ def near_copies(tmp_path: Path) -> tuple[list[str], list[str]]:
     return documents, copies
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_near_copies_of_held_out_documents_are_never_in_train(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(pipeline, "BATCH_CHARS", 3000)
     documents, copies = near_copies(tmp_path)

@@ -74,6 +74,7 @@ def check_stop(base: Path) -> None:
     assert outcome_of(rarely).step == 6 and kept(base, "rarely") == [3, 6], "the step that ends the run is saved"
 
 
+@pytest.mark.slow
 def test_a_run_stops_early_and_keeps_the_best_over_resumes(tmp_path: Path) -> None:
     make_data(tmp_path / "data")
     run_ranks(check_stop, 2, tmp_path, base=tmp_path)

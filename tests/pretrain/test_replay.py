@@ -104,6 +104,7 @@ def check_two_ranks(base: Path) -> tuple[list[int], list[str]]:
     return codes, fingerprints(base)
 
 
+@pytest.mark.slow
 def test_two_ranks_pass_and_their_batches_have_the_fingerprints_of_one(base: Path) -> None:
     alone = fingerprints(base)
     assert run_ranks(check_two_ranks, 2, base, base=base) == [([0, 0, 0], alone)] * 2

@@ -130,6 +130,7 @@ def test_a_rank_that_is_gone_is_missed(
     assert ranks.left(other)["kind"] == "lost" and ranks.left(other)["suspects"] == [victim]
 
 
+@pytest.mark.slow
 def test_a_main_thread_that_does_not_get_on(start: Callable[..., Ranks]) -> None:
     ranks = start(2, limit_s=2, pulses="not")
     assert ranks.end() == [1, 1]

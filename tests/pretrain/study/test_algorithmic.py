@@ -207,6 +207,7 @@ def test_a_killed_grid_goes_on_and_gives_what_a_whole_one_gives(tmp_path: Path) 
     assert without_seconds(again) == without_seconds(whole)
 
 
+@pytest.mark.slow
 def test_cells_of_changed_settings_are_trained_and_others_are_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -254,6 +255,7 @@ def test_a_cell_is_named_by_all_of_its_settings(tmp_path: Path) -> None:
     assert read_cell(one, tmp_path) is None
 
 
+@pytest.mark.slow
 def test_settings_are_chosen_on_seeds_of_their_own(tmp_path: Path) -> None:
     slow, good = {"lr": 1e-9, "weight_decay": 0.0}, {"lr": 0.01, "weight_decay": 1.0}
     task = {"fractions": [0.05, 0.1], "epochs": 100, "evaluate_every": 20}

@@ -82,6 +82,7 @@ def asked(folder: Path, **changes: Any) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_study_from_the_grid_to_the_page(tmp_path: Path, launched: list[str], capsys: Any) -> None:
     assert main([asked(tmp_path)]) == 0
     sweep = [f"{head}-lr{lr}-seed1" for lr in ("0.001", "0.01") for head in ("softmax", "cosine")]
