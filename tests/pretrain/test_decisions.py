@@ -30,6 +30,7 @@ STOP, DIVERGED, FAILED = Seen(stop=True), Seen(skipped_in_a_row=2), Seen(save_fa
         (CFG, 4, Seen(), {}, "record evaluate"),
         (CFG, 4, Seen(), {"best": True}, "record evaluate"),
         (KEEPS_BEST, 4, Seen(), {"best": True}, "record evaluate save"),
+        (CFG, 11, Seen(), {}, ""),
         (CFG, 12, Seen(), {}, "record evaluate save end"),
         (CFG, 12, STOP, {}, "record save end"),
         (CFG, 1, STOP, {}, "record save end"),
@@ -44,6 +45,7 @@ STOP, DIVERGED, FAILED = Seen(stop=True), Seen(skipped_in_a_row=2), Seen(save_fa
         (GOES_ON, 4, FAILED, {}, "record evaluate"),
         (CFG, 2, Seen(), {"early": "spent"}, "record evaluate save end"),
         (CFG, 2, DIVERGED, {"early": "spent"}, "record end"),
+        (CFG, 2, FAILED, {"early": "spent"}, "record end"),
     ],
 )
 def test_what_follows_a_step(cfg: Any, step: int, seen: Seen, more: dict[str, Any], done: str) -> None:

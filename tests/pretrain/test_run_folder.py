@@ -28,6 +28,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base / "run"
 
 
+def test_names_in_it_are_those_that_users_and_older_runs_know(trained: Path) -> None:
+    run = RunFolder(trained)
+    written = [run.config, run.metrics, run.checkpoints_folder]
+    later = [run.exit_record, run.interpreted, run.measured, run.documents]
+    assert [path.relative_to(trained).as_posix() for path in written] == ["config.yaml", "metrics.jsonl", "checkpoints"]
+    assert [path.name for path in later] == ["exit.json", "interpret.json", "measured.json", "documents.npz"]
+    assert all(path.exists() for path in written) and {path.parent for path in later} == {trained}
+
+
 def test_records_are_read_as_they_were_written(trained: Path) -> None:
     run = RunFolder(trained)
     records = run.records(Record)
@@ -70,8 +79,11 @@ def test_a_run_is_found_by_its_folder_or_a_checkpoint_of_it(trained: Path, tmp_p
     assert settings_if_any(tmp_path) is None
     with pytest.raises(ConfigError, match="neither a run folder nor a checkpoint of one"):
         RunFolder.containing(tmp_path)
-    with pytest.raises(ConfigError, match="not a run folder"):
-        RunFolder.trained(tmp_path)
+    for name in ("config.yaml", "metrics.jsonl"):  # neither alone is enough
+        with pytest.raises(ConfigError, match="not a run folder"):
+            RunFolder.trained(tmp_path)
+        (tmp_path / name).touch()
+    assert RunFolder.trained(tmp_path) == RunFolder(tmp_path)
     with pytest.raises(ConfigError, match="there is no checkpoint in it yet"):
         RunFolder(tmp_path).checkpoint()
 
