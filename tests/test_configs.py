@@ -83,7 +83,7 @@ def test_the_recipes_are_there() -> None:
     assert {"quickstart", *forms, *OWN_FORM} <= {path.stem for path in CONFIGS}
 
 
-@pytest.mark.parametrize("path", map(slow_if_large, CONFIGS))
+@pytest.mark.parametrize("path", [slow_if_large(path) for path in CONFIGS])
 def test_a_recipe_parses_builds_and_says_how_it_is_run(path: Path, tmp_path: Path) -> None:
     cfg = load(path)
     header = re.match(r"(#.*\n)+", path.read_text())

@@ -54,13 +54,13 @@ OUTSIDERS = {  # package -> files that may import it; elsewhere in the four fold
 SOURCES = [path for folder in ALLOWED_WITHIN for path in sorted(Path(folder).rglob("*.py"))]
 
 
-def imports_of(path: Path, source: str) -> set[str]:
+def imports_of(path: Path, tree: ast.AST) -> set[str]:
     """Dotted names of all imports, wherever in the file; `from a import b` gives a and a.b.
 
     Inside model/, which is installed as `overtone`, the house's own names are relative; elsewhere none is.
     """
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -86,6 +86,9 @@ def module_of(path: Path) -> str:
     return ".".join(path.with_suffix("").parts)
 
 
+MODULES = {module_of(source) for source in SOURCES}
+
+
 @functools.cache
 def imports_when_run(path: Path) -> set[str]:
     """The house's modules that a module imports, at once or later, but for the sake of types alone."""
@@ -93,20 +96,20 @@ def imports_when_run(path: Path) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = [ast.Pass()]
-    modules = {module_of(source) for source in SOURCES}
-    return imports_of(path, ast.unparse(tree)) & modules - {module_of(path)}
+    return imports_of(path, tree) & MODULES - {module_of(path)}
 
 
 def violations(path: Path, source: str) -> list[str]:
     found = []
     allowed = EXCEPTIONS.get(path.as_posix(), ALLOWED_WITHIN[path.parts[0]])
-    for name in sorted(imports_of(path, source)):
+    imported = imports_of(path, ast.parse(source))
+    for name in sorted(imported):
         if name.split(".")[0] in HOUSE and not inside(name, allowed):
             found.append(f"{path} imports {name}")
         for package, may in OUTSIDERS.items():
             if (name == package or name.startswith(package + ".")) and not may(path):
                 found.append(f"{path} imports {name}")
-    if path.stem == "config" and any(name.split(".")[0] == "torch" for name in imports_of(path, source)):
+    if path.stem == "config" and any(name.split(".")[0] == "torch" for name in imported):
         found.append(f"{path}: a config needs no torch")
     return found
 
