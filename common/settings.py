@@ -72,6 +72,8 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict:
         raise ConfigError(
             f"{path}: there is no such file; give the path of a YAML file, such as one of configs/"
         ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path}: is a folder; give the path of a YAML file, such as one of configs/") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
     tree = _parse(text, str(path))

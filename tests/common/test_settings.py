@@ -95,7 +95,9 @@ def test_files_and_overrides_that_cannot_be_read(tmp_path, text, overrides, mess
     assert message in str(error.value)
 
 
-def test_a_missing_or_binary_file(tmp_path):
+def test_a_missing_or_binary_file_or_a_folder(tmp_path):
+    with pytest.raises(ConfigError, match="is a folder; give the path of a YAML file"):
+        read_tree(tmp_path, [])
     with pytest.raises(ConfigError, match="no such file"):
         read_tree(tmp_path / "none.yaml")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
