@@ -113,7 +113,7 @@ def is_product(variant: str) -> bool:
     params = dict(VARIANTS[variant])
     if "factor" in params:
         params["factor"] = torch.zeros(1)
-    return not make(DISTANCES[variant.split(",")[0]], params).contraction.wide
+    return make(DISTANCES[variant.split(",")[0]], params).by_product
 
 
 def published_harmonic(x: Tensor, w: Tensor, targets: Tensor) -> Tensor:

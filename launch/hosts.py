@@ -40,7 +40,9 @@ def read_hostfile(path: Path) -> dict[str, int]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: there is no such hostfile; it has a line `HOST slots=N` for each host") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a hostfile: {error}") from None
+        raise ConfigError(
+            f"{path}: cannot be read as a hostfile, which has a line `HOST slots=N` for each host: {error}"
+        ) from None
     slots: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         text = line.strip()

@@ -99,7 +99,7 @@ def harmonic_loss(
     differentiable = hidden, prototypes, exponent, *tensors.values()
     differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
     detached = replace(entry, **{name: tensor.detach() for name, tensor in tensors.items()})
-    kernels = None if entry.contraction.wide else fused_kernels_for(hidden, fused)
+    kernels = fused_kernels_for(hidden, fused) if entry.by_product else None
     use = Use(kernels, differentiate and reduction != "none", exponent.requires_grad)
     call = Call(detached, shard, reduction, ignore_index, *limits(hidden, shard, chunk_bytes), use)
     function = _PerToken if reduction == "none" else _Reduced

@@ -218,7 +218,7 @@ def record(
 
 def _chunks(x: Tensor, v: int, distance: str, fused: bool, params: dict[str, Any]) -> int:
     entry = resolve(distance, params)
-    kernels = choose.fused_kernels_for(x, fused) if not entry.contraction.wide else None
+    kernels = choose.fused_kernels_for(x, fused) if entry.by_product else None
     shard = VocabShard(0, v)
     call = chunks.Call(entry, shard, "mean", -100, *chunks.limits(x, shard, None), Use(kernels))
     return len(list(call.chunks(x)))

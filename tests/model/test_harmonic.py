@@ -199,7 +199,7 @@ def test_any_size(variant: str, n: int, v: int, d: int, exponent: float, seed: i
         .item()
     )
     size = exponent / nearest  # of a gradient before p - onehot cancels
-    lost = 2.0**-21 * max(x.norm(dim=1).max().item() / nearest, 1) ** 2 if _is_product(variant) else 0  # by |x|^2 - ...
+    lost = 2.0**-21 * max(x.norm(dim=1).max().item() / nearest, 1) ** 2 if variant in PRODUCTS else 0  # by |x|^2 - ...
     for f, p, e in zip(found, budget, expected, strict=True):
         assert_no_worse(f, p if p.isfinite().all() else e, e, slack=1e-4 + lost, least=size)
 
@@ -312,16 +312,11 @@ def test_other_chunks_same_bits_per_token(variant: str, dtype: torch.dtype) -> N
         for size in (2**30, 2**30, 60_000)
     ]
     assert all(torch.equal(one, same) for one, same in zip(found[0], found[1], strict=True)), "same inputs, same bits"
-    ours = choose.kernels_for(x.to(dtype)) is not eager and (dtype == torch.bfloat16 or not _is_product(variant))
+    ours = choose.kernels_for(x.to(dtype)) is not eager and (dtype == torch.bfloat16 or variant not in PRODUCTS)
     if ours and variant not in ("hamming soft", "hamming gumbel", "braycurtis abs"):
         assert torch.equal(found[0][0], found[2][0]) and torch.equal(found[0][1], found[2][1])
     for one, other in zip(found[0], found[2], strict=True):
         assert (one - other).abs().max() <= 2.0**-18 * one.abs().max()
-
-
-def _is_product(variant: str) -> bool:
-    entry = make(DISTANCES[distance_of(variant)], params_of(variant, 40))
-    return not entry.contraction.wide
 
 
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
