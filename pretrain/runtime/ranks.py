@@ -6,6 +6,7 @@ import ctypes
 import logging
 import os
 import socket
+import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -267,7 +268,11 @@ def _own_group(ranks: Ranks, members: list[list[int]]) -> ProcessGroup | None:
 
 
 def stop() -> None:
-    """Leaves the process group together, so that no rank sees another vanish."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    """Leaves the process group together, so that no rank sees another vanish. The process may start again."""
+    if not dist.is_initialized():
+        return
+    dist.barrier()
+    # DeepSpeed, where it met the group, remembers subgroups of it, and only its own call forgets them.
+    engine_comm = sys.modules.get("deepspeed.comm")
+    met = engine_comm is not None and engine_comm.is_initialized()
+    (engine_comm if met else dist).destroy_process_group()  # type: ignore[union-attr]

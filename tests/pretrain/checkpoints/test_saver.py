@@ -240,10 +240,12 @@ def test_ranks_share_the_verification_and_agree(retained: Path, tmp_path: Path) 
     assert all("can be used" in one and "does not list state.json" in one for one in told)
 
 
-def check_listing(folder: Path) -> str:
+def check_listing(base: Path) -> str:
     """What a rank finds whose file system does not show it the newest checkpoint yet."""
     from pretrain.runtime import ranks as process
 
+    assert outcome_of(config(base, train__steps=2)).code == 0
+    folder = base / "run" / "checkpoints"
     ranks = process.start()
     seen = checkpoint.checkpoints(folder)
     checkpoint.checkpoints = lambda _: seen if ranks.first else seen[:1]  # type: ignore[assignment]
@@ -254,8 +256,7 @@ def check_listing(folder: Path) -> str:
 
 def test_ranks_go_on_from_the_first_ones_listing(tmp_path: Path) -> None:
     make_data(tmp_path / "data")
-    assert outcome_of(config(tmp_path, train__steps=2)).code == 0
-    found = run_ranks(check_listing, 2, tmp_path, folder=tmp_path / "run" / "checkpoints")
+    found = run_ranks(check_listing, 2, tmp_path, base=tmp_path)
     assert found == ["step-00000002"] * 2
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from pretrain.runtime.deterministic import CUBLAS
 from pretrain.runtime.ranks import _bind_cores, interface_to
 from tests.support.commands import call
 from tests.support.ranks import run_ranks
-from tests.support.tiny import tiny_config
+from tests.support.tiny import make_data, outcome_of, tiny_config
 
 
 def test_the_interface_to_an_address() -> None:
@@ -63,6 +64,22 @@ def check_started_again() -> list[tuple[int, int]]:
             process.stop()
     process.start()  # for the one that runs this
     return found
+
+
+def test_a_process_may_train_again_after_it_stopped(tmp_path) -> None:
+    (codes,) = run_ranks(check_trained_again, 1, tmp_path, base=tmp_path)
+    assert codes == [0, 0]
+
+
+def check_trained_again(base: Path) -> list[int]:
+    make_data(base / "data")
+    os.environ["MASTER_PORT"] = "29500"  # one that a launcher might have given; a process alone does not listen
+    codes = []
+    for name in ("one", "other"):
+        cfg = tiny_config(run=str(base / name), data__path=str(base / "data"), train__steps=1)
+        codes.append(outcome_of(cfg).code)
+        process.stop()
+    return codes
 
 
 LAYOUTS: dict[str, dict[str, Any]] = {  # GPUs that a rank sees, their UUIDs by rank, and the backend
