@@ -88,14 +88,16 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
         if watch.world == 1:
             raise
         refused = str(error)  # for the others to hear too
-    from pretrain.runtime import ranks as process  # torch: after the input was checked
+    with command.importing():
+        from pretrain.runtime import ranks as process  # torch: after the input was checked
 
     ranks = process.start(cfg=cfg)
     watch.job, refused = ranks.gather((watch.job, refused))[0]
     if refused:
         raise ConfigError(refused)
     watch.pulse(cfg.timeouts.first_step_s)
-    from pretrain.opening import open_run  # DeepSpeed: after it was told the device
+    with command.importing():
+        from pretrain.opening import open_run  # DeepSpeed: after it was told the device
 
     watch.join(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
     ranks = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))

@@ -61,9 +61,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(asked: argparse.Namespace) -> int:
-    from pretrain.analysis.evaluation import check_same_documents, open_task, run_task
-    from pretrain.run_folder import settings_if_any
-    from pretrain.runtime import ranks as process
+    with command.importing():
+        from pretrain.analysis.evaluation import check_same_documents, open_task, run_task
+        from pretrain.run_folder import settings_if_any
+        from pretrain.runtime import ranks as process
 
     settings = [cfg for cfg in map(settings_if_any, asked.runs) if cfg is not None]
     ranks = process.start_command(cfg=max(settings, key=lambda cfg: cfg.train.deterministic, default=None))

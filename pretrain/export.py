@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None, default: str = "weights") -> int:
 def _export(asked: argparse.Namespace) -> None:
     if not asked.max_gb > 0:
         raise ConfigError(f"--max-gb {asked.max_gb}: must be positive")
-    from pretrain.analysis import export
+    with command.importing():
+        from pretrain.analysis import export
 
     write = export.export_weights if asked.format == "weights" else export.export_transformers
     checkpoint, size = write(Path(asked.run), asked.out, asked.max_gb * 1e9)

@@ -75,7 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report(asked: argparse.Namespace) -> None:
     if asked.words and not asked.interpret:
         raise ConfigError("--words: only with --interpret")
-    from pretrain.analysis.summary import groups_of, summarise
+    with command.importing():
+        from pretrain.analysis.summary import groups_of, summarise
 
     summaries = {str(run): summarise(run, asked.energy) for run in asked.runs}
     locked = [str(run) for run in asked.runs if not os.access(run, os.W_OK)]

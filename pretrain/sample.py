@@ -39,7 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sample(asked: argparse.Namespace) -> None:
-    from pretrain.analysis.sampling import continuation
+    with command.importing():
+        from pretrain.analysis.sampling import continuation
 
     added = continuation(**{**vars(asked), "run": Path(asked.run)})
     print(asked.prompt, end="", flush=True)

@@ -53,9 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _verify(asked: argparse.Namespace) -> int:
-    from pretrain.replay import Differs, verify
-    from pretrain.run_folder import settings_if_any
-    from pretrain.runtime import ranks as process
+    with command.importing():
+        from pretrain.replay import Differs, verify
+        from pretrain.run_folder import settings_if_any
+        from pretrain.runtime import ranks as process
 
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     for kind in (UserWarning, FutureWarning):  # as in training

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -16,6 +17,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # many processes at once, and the
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW = tuple(Path(__file__).parent / folder for folder in ("benchmarks", "system"))
+
+
+gc.disable()  # until all is imported
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: no collection looks through it again (those that DeepSpeed asks for are many)."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

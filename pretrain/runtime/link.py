@@ -11,6 +11,7 @@ import socket
 import sys
 import time
 
+from common import command
 from common.strict_json import to_json
 from common.variables import LINK_MARK
 
@@ -21,9 +22,10 @@ MEET_S = 30.0  # for the ranks to find each other
 
 def main() -> int:
     """Times the all-reduces on this rank; exit code 1, and the reason printed, if the ranks do not meet."""
-    import torch
+    with command.importing():
+        import torch
 
-    from pretrain.runtime import ranks as process
+        from pretrain.runtime import ranks as process
 
     try:
         ranks = process.start_command(MEET_S)

@@ -102,23 +102,23 @@ def test_quickstart_at_reduced_size(base: Path) -> None:
 def test_sigterm_saves_and_the_resumed_run_is_the_unbroken_one(base: Path) -> None:
     """`launch run` on two ranks, stopped by SIGTERM, exits 75 with a checkpoint; run again it ends as if unbroken."""
 
-    more = settings(base, "train.steps=100", "checkpoint.every=1000", "evaluation.every=1000")
+    more = settings(base, "train.steps=50", "checkpoint.every=1000", "evaluation.every=1000")
     command = ["launch", "run", "configs/quickstart.yaml", "--num-gpus", "2", *more, f"run={base / 'cut'}"]
     process = subprocess.Popen([*PYTHON, *command], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("step 20/"):
+        if line.startswith("step 10/"):
             process.send_signal(signal.SIGTERM)
             break
     process.stdout.read()
     assert process.wait(timeout=60) == 75
     ended = json.loads((base / "cut" / "exit.json").read_text())
-    assert ended["code"] == 75 and ended["reason"].startswith("stopped by") and 20 <= ended["step"] < 100
+    assert ended["code"] == 75 and ended["reason"].startswith("stopped by") and 10 <= ended["step"] < 50
     assert (base / "cut" / "checkpoints" / f"step-{ended['step']:08d}").is_dir()
     assert anew(*command).returncode == 0
     cfg = load("configs/quickstart.yaml", [*more, f"run={base / 'whole'}"])
     whole = run_ranks(run_to_end, 2, base, cfg=cfg)[0]
-    assert len(whole) == 100 and [record["loss"] for record in records(base / "cut", "train")] == whole
+    assert len(whole) == 50 and [record["loss"] for record in records(base / "cut", "train")] == whole
 
 
 @pytest.mark.parametrize(

@@ -152,12 +152,12 @@ def slurm(tmp_path_factory) -> Iterator[Slurm]:
 
 def test_a_preempted_job_is_queued_again_and_ends_as_the_unbroken_one(slurm: Slurm, tmp_path: Path) -> None:
     """Two nodes, two ranks on each, prototypes shared within a node; the run folder has an odd name."""
-    changes = {"train__steps": 150, "logging__every": 1, "parallel__vocab": "node", "parallel__zero": 1}
+    changes = {"train__steps": 80, "logging__every": 1, "parallel__vocab": "node", "parallel__zero": 1}
     folder = tmp_path / "it's 100% odd"
     folder.mkdir()
     path = config(folder, **changes)
     cut = slurm.submit(path, "--nodes", "2", "--time", "10")
-    cut.wait_for_step(5)
+    cut.wait_for_step(3)
     slurm.told("scancel", "--signal=USR1", cut.number)
     slurm.wait_for(lambda: (cut.fact("JobState"), cut.fact("Restarts")) == ("PENDING", "1"))
     # Slurm has it wait for two minutes: a node does not start a job again within the second in which it ended it.
@@ -165,10 +165,10 @@ def test_a_preempted_job_is_queued_again_and_ends_as_the_unbroken_one(slurm: Slu
     slurm.told("scontrol", "update", f"JobId={cut.number}", "StartTime=now+3")
     assert cut.end() == ("COMPLETED", "0:0"), cut.output()
     assert cut.fact("Restarts") == "1"
-    assert "resumed from" in cut.output() and cut.output().count("\nstep 150/") == 1
+    assert "resumed from" in cut.output() and cut.output().count("\nstep 80/") == 1
     unbroken = load(path, [f"run={folder / 'whole'}", "parallel.vocab=2"])
     whole = run_ranks(run_to_end, 4, tmp_path, cfg=unbroken)[0]
-    assert list(cut.losses().values()) == whole and len(whole) == 150
+    assert list(cut.losses().values()) == whole and len(whole) == 80
 
 
 def test_a_cancelled_job_saves_and_is_not_queued_again(slurm: Slurm, tmp_path: Path) -> None:
