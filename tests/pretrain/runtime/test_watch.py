@@ -40,6 +40,11 @@ with Watch(from_tree(plan["config"]), os.environ) as watch:
         time.sleep(0.05)
         if plan["pulses"] != "not":
             watch.pulse()
+    watch.leave()
+    if watch.world > 1:  # as in training, all leave before rank 0 goes, and the store with it
+        store.set(f"leaves/{watch.rank}", "")
+        if watch.rank == 0:
+            store.wait([f"leaves/{rank}" for rank in range(watch.world)])
 """
 
 
