@@ -117,8 +117,8 @@ def run(work: Callable[[argparse.Namespace], int | None], asked: argparse.Namesp
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports of torch and DeepSpeed, whose half a million objects stay: Python does not look through them for
-    garbage, neither meanwhile (a quarter of the time) nor ever again (a fifth of a second, and DeepSpeed asks often).
+    """Around imports of torch and DeepSpeed, which make hundreds of thousands of objects that stay: Python does not
+    look through them for garbage, neither meanwhile nor when DeepSpeed asks it to, which is often.
     """
     was_enabled = gc.isenabled()
     gc.disable()

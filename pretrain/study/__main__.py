@@ -87,9 +87,11 @@ def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
 
 def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
     from common.settings import validate
-    from pretrain.study import algorithmic, tables
-    from pretrain.study.algorithmic_config import AlgorithmicConfig
-    from pretrain.study.page import algorithmic as pages
+
+    with command.importing():
+        from pretrain.study import algorithmic, tables
+        from pretrain.study.algorithmic_config import AlgorithmicConfig
+        from pretrain.study.page import algorithmic as pages
 
     study = validate(AlgorithmicConfig, tree)
     if launch or report:
