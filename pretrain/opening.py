@@ -22,6 +22,7 @@ from pretrain.engine import Trainer
 from pretrain.loop import Run
 from pretrain.recorder import Recorder
 from pretrain.run_folder import RunFolder
+from pretrain.runtime.claim import unwritable
 from pretrain.runtime.ranks import Ranks
 
 
@@ -76,7 +77,7 @@ def put_in_order(folder: RunFolder, cfg: RunConfig, ranks: Ranks) -> None:
             replace_file(folder.config, dump(cfg))
             folder.exit_record.unlink(missing_ok=True)
         except OSError as error:
-            problem = f"{cfg.run}: cannot be written ({error}); make room, or give a folder you may write (run=...)"
+            problem = str(unwritable(cfg.run, error))
     problem = ranks.gather(problem)[0]
     if problem:
         raise ConfigError(problem)

@@ -114,10 +114,13 @@ def hold(run: Path, me: Holder, name: str = LOCK) -> Claim:
             file.close()
             raise
     except OSError as error:
-        raise ConfigError(
-            f"{run}: cannot be written ({error}); make room, or give a folder you may write (run=...)"
-        ) from None
+        raise unwritable(run, error) from None
     return Claim(run, me.job, file, joined)
+
+
+def unwritable(run: Path, error: OSError) -> ConfigError:
+    """What to say of a run folder that could not be written."""
+    return ConfigError(f"{run}: cannot be written ({error}); make room, or give a folder you may write (run=...)")
 
 
 def _awaits(file: TextIO, job: str) -> bool:
