@@ -158,6 +158,15 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return {**asdict(Progress()), "versions": checked.versions, **tree}
 
 
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted paths."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{above}{key}"
+        out.update(flat(value, path + ".") if isinstance(value, Mapping) else {path: value})
+    return out
+
+
 def uncovered(files: Iterable[Path], sizes: Mapping[str, int]) -> str | None:
     """Why safetensors files of a checkpoint are not all of these tensors, whole and once, or None.
 
@@ -217,6 +226,10 @@ def _read_state(checkpoint: Path) -> tuple[_State, dict[str, Any]]:
     named = re.search(r"step-(\d{8,})", checkpoint.name)  # one that the user copied may be called anything
     if named and int(named[1]) != state.step:
         raise ConfigError(f"{checkpoint / STATE}: it is of step {state.step}, its folder of step {int(named[1])}")
+    settings = {**flat(tree["config"]), DATA: state.identity[DATA], TOKENIZER: state.identity[TOKENIZER]}
+    for key, value in state.identity.items():  # all of it was written from its config
+        if key not in settings or settings[key] != value:
+            raise ConfigError(f"{checkpoint / STATE}: identity: {key!r} is not what its config says")
     return state, tree
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from benchmarks.chaos.__main__ import chaos
 from benchmarks.chaos.judge import Fault, Watchdog, check_end, compare
-from common.files import sha256_of
-from pretrain.checkpoints.folder import FORMAT, LATEST, MANIFEST, STATE, name_of
+from pretrain.checkpoints.folder import LATEST, STATE, name_of
+from tests.support.checkpoints import write_checkpoint
+from tests.support.tiny import tiny_config
 
 
 def test_a_killed_run_ends_as_if_undisturbed(tmp_path: Path) -> None:
@@ -26,14 +27,7 @@ def test_a_killed_run_ends_as_if_undisturbed(tmp_path: Path) -> None:
 
 
 def save(folder: Path, step: int) -> Path:
-    """Two files and a manifest."""
-    path = folder / name_of(step)
-    path.mkdir(parents=True)
-    for name in (STATE, "part.safetensors"):
-        (path / name).write_text(f"{name} of step {step}")
-    listed = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in path.iterdir()}
-    (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listed}))
-    return path
+    return write_checkpoint(folder, tiny_config(model__layers=1, model__dim=8), step)
 
 
 @pytest.mark.parametrize("seed", range(12))
