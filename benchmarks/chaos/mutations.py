@@ -15,7 +15,7 @@ from typing import Any
 
 from pretrain.checkpoints.contents import METADATA, SHARDING, SUFFIX
 from pretrain.checkpoints.folder import LATEST, MANIFEST, MOMENTS, STATE
-from tests.support.checkpoints import entry_of, read_parts, seal, write_parts
+from tests.support.checkpoints import as_json, entry_of, read_parts, seal, write_parts
 
 KINDS = ("a FIFO", "a folder", "a device", "a dangling link", "a link to itself", "empty", "all hole", "gone")
 DEEP = 100_000
@@ -66,14 +66,10 @@ def mutate_tree(tree: Any, rng: random.Random) -> str:
     return f"{str(key)[-40:]!r}, {how}"
 
 
-def _dumps(tree: Any) -> bytes:
-    return json.dumps(tree).encode()  # with NaN, and surrogates as escapes
-
-
 def _state(checkpoint: Path, rng: random.Random) -> str:
     tree = json.loads((checkpoint / STATE).read_bytes())
     told = mutate_tree(tree, rng)
-    (checkpoint / STATE).write_bytes(_dumps(tree))
+    (checkpoint / STATE).write_bytes(as_json(tree))
     seal(checkpoint)
     return told
 
@@ -87,7 +83,7 @@ def _state_text(checkpoint: Path, rng: random.Random) -> str:
 def _manifest(checkpoint: Path, rng: random.Random) -> str:
     tree = json.loads((checkpoint / MANIFEST).read_bytes())
     told = mutate_tree(tree, rng)
-    (checkpoint / MANIFEST).write_bytes(_dumps(tree))
+    (checkpoint / MANIFEST).write_bytes(as_json(tree))
     return told
 
 
@@ -98,7 +94,7 @@ def _manifest_name(checkpoint: Path, rng: random.Random) -> str:
     name += rng.choice(("", SUFFIX))
     old = rng.choice(sorted(tree["files"]))
     tree["files"][name] = tree["files"].pop(old) if rng.random() < 0.5 else entry_of(b"")
-    (checkpoint / MANIFEST).write_bytes(_dumps(tree))
+    (checkpoint / MANIFEST).write_bytes(as_json(tree))
     return f"{name[:20]!r}"
 
 
@@ -113,10 +109,10 @@ def _header(checkpoint: Path, rng: random.Random) -> str:
     offsets = json.loads(header[METADATA][SHARDING])
     if inner := rng.random() < 0.4:
         told = mutate_tree(offsets, rng)
-        header[METADATA][SHARDING] = json.dumps(offsets)
+        header[METADATA][SHARDING] = as_json(offsets).decode()
     else:
         told = mutate_tree(header, rng)
-    write_parts(file, _dumps(header), data)
+    write_parts(file, as_json(header), data)
     seal(checkpoint)
     return f"{SHARDING if inner else 'entry'} {told}"
 
@@ -131,8 +127,8 @@ def _header_number(checkpoint: Path, rng: random.Random) -> str:
     holder, key = rng.choice(places)
     off = rng.choice((-4, -1, 1, 4, 2**20, 2**62))
     holder[key] += off
-    header[METADATA][SHARDING] = json.dumps(offsets)
-    write_parts(file, _dumps(header), data)
+    header[METADATA][SHARDING] = as_json(offsets).decode()
+    write_parts(file, as_json(header), data)
     seal(checkpoint)
     return f"off by {off}"
 
@@ -141,7 +137,7 @@ def _header_bytes(checkpoint: Path, rng: random.Random) -> str:
     """The header's length, or what its bytes are."""
     file = _tensors(checkpoint, rng)
     header, data = read_parts(file)
-    content, length = _dumps(header), None
+    content, length = as_json(header), None
     how = rng.choice(("length", "cut", "blank", "text", "more data", "less data", "no file"))
     if how == "length":
         length = rng.choice((0, 1, len(content) - 1, len(content) + 1, len(content) + len(data), 2**32, 2**64 - 1))
@@ -184,8 +180,8 @@ def _coverage(checkpoint: Path, rng: random.Random) -> str:
             kept[name] = {"dtype": "F32", "shape": [(last - first) // 4], "data_offsets": [end, end + last - first]}
             pieces.append(data[first:last])
         offsets = {**json.loads(header[METADATA][SHARDING]), "extra": {"saved_offsets": [0]}}
-        header[METADATA][SHARDING] = json.dumps(offsets)
-        write_parts(file, _dumps(kept), b"".join(pieces))
+        header[METADATA][SHARDING] = as_json(offsets).decode()
+        write_parts(file, as_json(kept), b"".join(pieces))
     seal(checkpoint)
     return how
 
@@ -236,7 +232,7 @@ def _other_kind(file: Path, rng: random.Random) -> str:
     if file.is_dir():
         os.replace(file, file.with_name(f"was-{file.name}"))
     else:
-        file.unlink()
+        file.unlink(missing_ok=True)
     if how == "a FIFO":
         os.mkfifo(file)
     elif how == "a folder":
@@ -276,7 +272,7 @@ def _line(file: Path, rng: random.Random) -> str:
     if rng.random() < 0.5:
         record = json.loads(lines[at])
         told = mutate_tree(record, rng)
-        lines[at] = _dumps(record)
+        lines[at] = as_json(record)
     else:
         lines[at] = _hostile_text(lines[at], rng)
         told = f"{lines[at][:24]!r}..."

@@ -77,3 +77,8 @@ def seal(checkpoint: Path) -> None:
 def entry_of(content: bytes) -> Tree:
     """What a manifest says of a file."""
     return {"size": len(content), "sha256": sha256(content).hexdigest()}
+
+
+def as_json(tree: Any) -> bytes:
+    """As Python writes it: with NaN, and with halves of characters as escapes."""
+    return json.dumps(tree).encode()

@@ -23,7 +23,7 @@ from pretrain.checkpoints.contents import METADATA, SUFFIX, damage, read_state, 
 from pretrain.checkpoints.folder import MANIFEST, MOMENTS, STATE
 from pretrain.checkpoints.weights import read_weights, shapes, stored_name, without_weights
 from pretrain.config import RunConfig
-from tests.support.checkpoints import read_parts, seal, write_checkpoint, write_parts
+from tests.support.checkpoints import as_json, read_parts, seal, write_checkpoint, write_parts
 from tests.support.tiny import tiny_config
 
 CFG = tiny_config(model__layers=1, model__dim=16, head__exponent="learned", train__steps=9)
@@ -102,7 +102,7 @@ def without(name: str, checkpoint: Path, keep: int = 0) -> None:
     for other in header.keys() - {METADATA, name}:
         if header[other]["data_offsets"][0] >= last:
             header[other]["data_offsets"] = [at - cut for at in header[other]["data_offsets"]]
-    write_parts(file, mutations._dumps(header), data[: last - cut] + data[last:])
+    write_parts(file, as_json(header), data[: last - cut] + data[last:])
     seal(checkpoint)
 
 
@@ -173,7 +173,7 @@ def test_only_regular_files_are_opened(newest: Path, name: str) -> None:
 def test_a_manifest_lists_files_of_the_checkpoint_alone(newest: Path, name: str) -> None:
     seal(newest)
     text = (newest / MANIFEST).read_text()
-    (newest / MANIFEST).write_text(text.replace(f'"{STATE}"', mutations._dumps(name).decode()))
+    (newest / MANIFEST).write_text(text.replace(f'"{STATE}"', as_json(name).decode()))
     wrong = damage(newest)
     assert wrong is not None and wrong.startswith(f"{newest / MANIFEST}: ")
 
