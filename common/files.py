@@ -4,15 +4,37 @@ import errno
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
+
+
+def open_regular(file: Path) -> BinaryIO:
+    """Opens a regular file, or a link to one, to be read. Raises OSError for anything else: a FIFO is not waited for,
+    and a device is not touched.
+    """
+    if stat.S_ISREG(file.stat().st_mode):
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(handle).st_mode):  # it may have changed since
+            return os.fdopen(handle, "rb")
+        os.close(handle)
+    raise OSError(errno.EINVAL, "not a regular file", str(file))
+
+
+def read_bounded(file: Path, most: int) -> bytes:
+    """The bytes of a regular file. Raises OSError for anything else, and for more than `most` of them."""
+    with open_regular(file) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"more than the {most:,} bytes that it may have", str(file))
+    return content
 
 
 def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal digits."""
-    with file.open("rb") as stream:
+    """The SHA-256 of a regular file's bytes, in hexadecimal digits. Raises OSError."""
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 

@@ -13,7 +13,8 @@ from data.loader import EvaluationWindows, Windows
 from data.shards import open_split
 from pretrain.batches import Batches
 from pretrain.checkpoints import resume
-from pretrain.checkpoints.folder import Progress, read_state, remove_drafts, total_j
+from pretrain.checkpoints.contents import read_state
+from pretrain.checkpoints.folder import Progress, remove_drafts, total_j
 from pretrain.checkpoints.loading import load
 from pretrain.checkpoints.saver import Saver, versions
 from pretrain.config import RunConfig, dump
@@ -42,7 +43,7 @@ def open_run(cfg: RunConfig, ranks: Ranks, pulse: Callable[[float | None], None]
     state = resume.state_of(cfg, ranks, train.fingerprint, train.tokenizer_sha256)
     start = resume.find(folder.checkpoints_folder, cfg.resume, ranks, cfg.resume_check)
     if start is not None:
-        resume.check_audit(start, resume.audit(read_state(start), {**state, "versions": versions()}, cfg.resume_allow))
+        resume.check(start, {**state, "versions": versions()}, cfg.resume_allow)
     meter = Meter(ranks, zeus_counter(ranks))
     check_budget(cfg, meter, start)
     ranks.barrier()  # everybody has looked before anything is touched

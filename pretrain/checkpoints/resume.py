@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +15,12 @@ from rich.table import Table
 
 from common.errors import ConfigError
 from common.settings import flat
-from pretrain.checkpoints.folder import ABANDONED, CHECKPOINTS, LATEST, MANIFEST, Check, checkpoints, damage
+from pretrain.checkpoints.contents import Check, damage, read_state
+from pretrain.checkpoints.folder import ABANDONED, CHECKPOINTS, DATA, LATEST, MANIFEST, STATE, TOKENIZER, checkpoints
 from pretrain.config import RunConfig, from_tree
 from pretrain.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
-DATA = "the data's fingerprint"  # and theirs
 
 # What may differ between a checkpoint and the run that goes on from it: the layout, and what does not touch the
 # weights.
@@ -65,10 +64,14 @@ def state_of(cfg: RunConfig, ranks: Ranks, data_fingerprint: str, tokenizer_sha2
     }
 
 
-def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "full") -> Path | None:
+def find(
+    folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "full", *, moments: bool = True
+) -> Path | None:
     """The checkpoint to go on from: the newest whole one of the run for `auto`, that of a given path, None for a
     fresh start. With `ranks`, all of them call it and share the reading.
 
+    Args:
+        check, moments: as `pretrain.checkpoints.contents.damage` takes them.
     Raises:
         ConfigError: there are checkpoints but none is whole, or there were some; `never` in a folder that has some; a
         path that is no checkpoint.
@@ -77,7 +80,7 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
     if resume in ("auto", "never"):
         candidates = checkpoints(folder)
     else:
-        candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / CHECKPOINTS)
+        candidates = [path] if os.path.exists(path / MANIFEST) else checkpoints(path / CHECKPOINTS)
     candidates = _as_the_first_sees_them(candidates, ranks)
     if resume == "never":
         if candidates:
@@ -100,7 +103,7 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):
-        found = damage(path, check, share)
+        found = damage(path, check, share, moments=moments)
         wrong = next(filter(None, ranks.gather(found) if ranks else [found]), None)
         if wrong is None:
             if path != candidates[-1]:
@@ -108,8 +111,8 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
             return path
         log.warning("not going on from %s: %s", path.name, wrong)
     raise ConfigError(
-        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore one, or "
-        "start afresh in another run folder (run=...). Nothing was changed."
+        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore "
+        "one, give another, or start afresh in another run folder (run=...). Nothing was changed."
     )
 
 
@@ -128,6 +131,18 @@ class Difference:
     was: Any
     now: Any
     verdict: str  # harmless, allowed, or refused
+
+
+def check(checkpoint: Path, now: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Says what differs between a checkpoint and the run that wants to go on from it, as a table; `now` and `allow` as
+    `audit` takes them. Raises ConfigError if a difference is refused, or the checkpoint's settings cannot be read.
+    """
+    state = read_state(checkpoint)
+    try:
+        differences = audit(state, now, allow)
+    except ConfigError as problem:
+        raise ConfigError(f"{checkpoint / STATE}: config: {problem}. Give another checkpoint (resume=...).") from None
+    check_audit(checkpoint, differences)
 
 
 def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]) -> list[Difference]:
