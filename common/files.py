@@ -7,11 +7,12 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO
 
 
-def open_regular(file: Path) -> BinaryIO:
+def open_regular(file: Path) -> BufferedReader:
     """Opens a regular file, or a link to one, to be read. Raises OSError for anything else: a FIFO is not waited for,
     and a device is not touched.
     """

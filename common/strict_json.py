@@ -4,12 +4,15 @@ told not to: a number that is not finite becomes null.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
 DEEPEST = 64  # levels of what `strict` reads
+CONTAINERS = (dict, list)
 
 
 def plain(tree: Any) -> Any:
@@ -32,36 +35,39 @@ def from_json(text: str) -> Any:
 
 
 def strict(content: bytes | str) -> Any:
-    """What somebody else may have written: plain JSON in UTF-8, of finite numbers and whole ones below 2^64, with no
-    key twice in an object and no text that cannot be printed or name a file.
+    """What somebody else may have written: plain JSON in UTF-8, of finite numbers, with no key twice in an object and
+    no text that cannot be printed or name a file.
 
     Raises:
         ValueError: it is not that; the message says what is wrong, in words.
     """
     text = content if isinstance(content, str) else content.decode("utf-8")
     try:
-        tree = json.loads(
-            text, object_pairs_hook=_object, parse_int=_small, parse_float=_finite, parse_constant=_no_number
-        )
+        tree = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise ValueError(f"not valid JSON: {error}") from None
     except RecursionError:
         raise ValueError(f"nested more than {DEEPEST} deep") from None
+    escaped = "\\u" in text  # else no text in it can hold a zero or half of a character
     level = [tree]
     for _ in range(DEEPEST):
-        for node in level:
-            if isinstance(node, str) and (wrong := re.search("[\0\ud800-\udfff]", node)):
-                raise ValueError(f"a text holds the character {wrong[0]!r}, which none may")
-        level = [child for node in level for child in _children(node)]
+        if escaped and (wrong := next(filter(None, map(_odd, level)), None)):
+            raise ValueError(f"a text holds the character {wrong!r}, which none may")
+        level = [child for node in level for child in _children(node) if escaped or isinstance(child, CONTAINERS)]
         if not level:
             return tree
     raise ValueError(f"nested more than {DEEPEST} deep")
 
 
-def _children(node: Any) -> list[Any]:
+def _odd(node: Any) -> str | None:
+    found = re.search("[\0\ud800-\udfff]", node) if isinstance(node, str) else None
+    return None if found is None else found[0]
+
+
+def _children(node: Any) -> Iterable[Any]:
     if isinstance(node, dict):
-        return [*node, *node.values()]
-    return node if isinstance(node, list) else []
+        return itertools.chain(node, node.values())
+    return node if isinstance(node, list) else ()
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -70,12 +76,6 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
         raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
     return made
-
-
-def _small(digits: str) -> int:
-    if len(digits) <= 21 and abs(number := int(digits)) < 2**64:
-        return number
-    raise ValueError(f"{digits[:24]}... is beyond 64 bits")
 
 
 def _finite(digits: str) -> float:

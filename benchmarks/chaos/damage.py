@@ -200,7 +200,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = (args.folder or Path(tempfile.mkdtemp(prefix="damage-"))).absolute()
     damage = Damage(folder)
     for number in range(args.first, args.first + args.cases):
-        print(f"{number}: {damage.case(number, args.seed)!r}", file=sys.stderr, flush=True)
+        told = damage.case(number, args.seed)
+        bad = [f"{fault.command}: {fault.outcome}: {fault.said}" for fault in damage.faults if fault.case == number]
+        print(f"{number}: {told!r}", *bad, sep="\n  ", file=sys.stderr, flush=True)
     tell(damage, console)
     faulty = len({fault.case for fault in damage.faults})
     console.print(f"seed {args.seed}, {args.cases} cases, {faulty} with a fault, {time.monotonic() - began:.0f} s")

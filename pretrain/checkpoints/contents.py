@@ -42,7 +42,7 @@ def _this_format(number: int) -> int:
 
 Format = Annotated[int, AfterValidator(_this_format)]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
-Amount = Annotated[float, Field(ge=0)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Read = TypeVar("Read", bound=BaseModel)
 
 
@@ -85,7 +85,7 @@ class _State(BaseModel, frozen=True):
     tokens: Count
     train_seconds: Amount
     joules: Amount | dict[Literal["gpu", "cpu", "dram"], Amount] | None = None  # a number: of an older version
-    best_nats: float | None = None
+    best_nats: Annotated[float, Field(allow_inf_nan=False)] | None = None
     best_step: Count | None = None
     stale: Count = 0
     identity: dict[str, Any]
@@ -104,21 +104,6 @@ class _State(BaseModel, frozen=True):
         if not known:
             raise ValueError(f"identity: expected {DATA} and {TOKENIZER}")
         return self
-
-
-class _Tensor(BaseModel, frozen=True, extra="forbid"):
-    dtype: Literal["F32"]
-    shape: tuple[Annotated[int, Field(gt=0)]]
-    data_offsets: tuple[Count, Count]
-
-
-class _Saved(BaseModel, frozen=True):
-    saved_offsets: tuple[Count]
-
-
-class _Header(BaseModel, frozen=True):
-    tensors: dict[str, _Tensor]
-    offsets: dict[str, _Saved]
 
 
 def damage(
@@ -269,23 +254,30 @@ def _read_header(path: Path) -> dict[str, tuple[int, int]]:
         told = about.get(SHARDING) if isinstance(about, dict) else None
         if not isinstance(told, str) or not all(isinstance(value, str) for value in about.values()):
             raise ValueError(f"its header's {METADATA} does not tell where the parts lie ({SHARDING})")
-        header = validate(_Header, {"tensors": tensors, "offsets": strict(told)})
-        return _placed(header, there - 8 - length)
+        return _placed(tensors, strict(told), there - 8 - length)
     except (OSError, ValueError) as problem:
         raise _wrong(path, problem) from None
 
 
-def _placed(header: _Header, size: int) -> dict[str, tuple[int, int]]:
-    """Of a header whose data take `size` bytes. Raises ValueError unless its tensors fill them, one after the other."""
+def _placed(tensors: dict[str, Any], offsets: Any, size: int) -> dict[str, tuple[int, int]]:
+    """Of a header's tensors, whose data take `size` bytes, and of where they lie in the whole. Raises ValueError unless
+    they are flat float32 that fill the bytes, one after the other. (By hand: there are thousands in every file.)
+    """
+    found = []
+    for name, told in tensors.items():
+        try:
+            (count,), (first, last), (start,) = told["shape"], told["data_offsets"], offsets[name]["saved_offsets"]
+            wrong = told["dtype"] != "F32" or not all(type(number) is int for number in (count, first, last, start))
+        except (KeyError, TypeError, ValueError):
+            wrong = True
+        if wrong or len(told) != 3 or not (count > 0 <= start < 2**63 and last == first + WIDTH * count):
+            raise ValueError(f"its header does not tell of {name!r} as of a part of flat float32 values")
+        found.append((first, last, name, start))
     end, parts = 0, {}
-    for name, tensor in sorted(header.tensors.items(), key=lambda item: item[1].data_offsets):
-        (count,), (first, last) = tensor.shape, tensor.data_offsets
-        if first != end or last != first + WIDTH * count:
-            raise ValueError(f"{name!r} of {count} values lies in the bytes {first} to {last}; expected from {end} on")
-        if name not in header.offsets:
-            raise ValueError(f"its header does not tell where the part of {name!r} lies in the whole ({SHARDING})")
-        end, (start,) = last, header.offsets[name].saved_offsets
-        parts[name] = start, start + count
+    for first, last, name, start in sorted(found):
+        if first != end:
+            raise ValueError(f"{name!r} lies in the bytes {first} to {last}; expected from {end} on")
+        parts[name], end = (start, start + (last - first) // WIDTH), last
     if end != size:
         raise ValueError(f"its tensors take {end} bytes of {size}")
     return parts
@@ -307,7 +299,7 @@ def _check_coverage(checkpoint: Path, parts: Parts, config: _Config, moments: bo
 
 def _gap(parts: Parts, sizes: Mapping[str, int]) -> str | None:
     """Where parts are not the tensors of these sizes, whole and once, in words; None: nowhere."""
-    for name in parts.keys() - sizes.keys():
+    for name in sorted(parts.keys() - sizes.keys()):
         return f"{parts[name][0][2]} holds {name!r}, which is no tensor of this model"
     for name, size in sizes.items():
         end = 0

@@ -22,6 +22,7 @@ from pretrain.checkpoints import folder as checkpoint
 from pretrain.checkpoints.folder import Progress
 from pretrain.checkpoints.fragments import Fragment
 from pretrain.config import CheckpointConfig, RunConfig
+from tests.support.checkpoints import seal
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
 from tests.support.tiny import make_data, outcome_of, tiny_config
@@ -255,7 +256,11 @@ def test_ranks_share_the_verification_and_agree(retained: Path, tmp_path: Path) 
         assert run_ranks(check_find, 2, tmp_path, folder=folder, how="size") == [newest.name] * 2, "sizes alone"
         victim.write_bytes(content[:-1])
         assert run_ranks(check_find, 2, tmp_path, folder=folder, how="size") == [before.name] * 2
+        victim.unlink()
+        seal(newest)  # one host's part alone, and the manifest agrees
+        assert run_ranks(check_find, 2, tmp_path, folder=folder, how="size") == [before.name] * 2
         victim.write_bytes(content)
+        seal(newest)
     for path in checkpoint.checkpoints(folder):
         (path / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
     told = run_ranks(check_find, 2, tmp_path, folder=folder, how="full")
