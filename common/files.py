@@ -4,10 +4,44 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
+
+from common.errors import ConfigError
+
+ROOM_BYTES = 1 << 16  # for the small files of a folder that is written in
+SMALL_BYTES = 1 << 20  # that a file of a few words has at most
+
+
+@contextmanager
+def regular(file: Path) -> Iterator[BinaryIO]:
+    """A file that is there, opened to read its bytes. Raises OSError for what is no regular file: a pipe or a device
+    may never end.
+    """
+    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as stream:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", str(file))
+        yield stream
+
+
+def read_bytes(file: Path, most: int = SMALL_BYTES) -> bytes:
+    """A regular file's bytes. Raises OSError if it is none, or has more than `most`."""
+    with regular(file) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(file))
+    return content
+
+
+def read_text(file: Path, most: int = SMALL_BYTES) -> str:
+    """A regular file's text. Raises OSError as `read_bytes`, ValueError if it is not UTF-8."""
+    return read_bytes(file, most).decode("utf-8")
 
 
 def sha256_of(file: Path) -> str:
@@ -29,10 +63,15 @@ def replacing(file: Path) -> Iterator[Path]:
     """A draft beside a file, to be written in the block, which then takes the file's place at once and durably: the
     file has the old content or the new one at every moment.
     """
-    draft = file.with_name(f"draft-{file.name}")
-    yield draft
-    flush(draft)
-    os.replace(draft, file)
+    draft = file.with_name(f"draft-{file.name}-{os.urandom(4).hex()}")  # another process may be at the same file
+    try:
+        yield draft
+        flush(draft)
+        os.replace(draft, file)
+    except BaseException:
+        with suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
     flush(file.parent)
 
 
@@ -40,6 +79,59 @@ def replace_file(file: Path, text: str) -> None:
     """Replaces a file's text, as `replacing` does."""
     with replacing(file) as draft:
         draft.write_text(text, encoding="utf-8")
+
+
+def discard(path: Path) -> None:
+    """Removes whatever stands at a path, if anything does. Of a link it removes the link; of a folder, what may not be
+    written in it too. Raises OSError.
+    """
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(path)
+    except PermissionError:
+        os.chmod(path, stat.S_IRWXU)
+        for above, names, _ in os.walk(path):
+            for inner in (Path(above, name) for name in names):
+                if not inner.is_symlink():
+                    inner.chmod(stat.S_IRWXU)
+        shutil.rmtree(path)
+
+
+def free_name(path: Path) -> Path:
+    """A name beside a path that nothing has: `PATH-1`, `PATH-2` and so on."""
+    return next(free for k in range(1, 10**6) if not os.path.lexists(free := path.with_name(f"{path.name}-{k}")))
+
+
+def unwritable(folder: Path, error: object) -> ConfigError:
+    """What is said of a run folder that cannot be written."""
+    return ConfigError(f"{folder}: cannot be written ({error}); make room, or give a folder you may write (run=...)")
+
+
+def check_writable(folder: Path, room: int = ROOM_BYTES) -> None:
+    """Tries whether a folder, which need not be there, could be made and `room` bytes written in it; leaves nothing.
+
+    Raises:
+        ConfigError: it could not, or a file is in the way.
+    """
+    try:
+        above = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+        if not above.is_dir():
+            what = "a link that leads nowhere" if above.is_symlink() and not above.exists() else "a file"
+            raise OSError(f"{above} is {what}")
+        with suppress(FileNotFoundError):
+            os.lstat(folder)  # for a path that cannot be one
+        missing = folder.absolute().parts[len(above.absolute().parts) :]
+        longest = os.pathconf(above, "PC_NAME_MAX")
+        if any(len(os.fsencode(name)) > longest for name in missing):
+            raise OSError(f"a name in it is longer than {longest} bytes")
+        with tempfile.TemporaryFile(dir=above) as file:  # without a name, where the file system can
+            file.write(bytes(room))
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, ValueError) as error:
+        raise unwritable(folder, error) from None
 
 
 def flush(path: Path) -> None:
@@ -51,8 +143,8 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def lock(file: IO[str], *, shared: bool = False) -> bool:
-    """Takes an open file's lock, which the system frees when this process ends, however it ends; False: another
+def lock(file: IO[str] | int, *, shared: bool = False) -> bool:
+    """Takes the lock of an open file or folder, which the system frees when this process ends, however it ends; False: another
     process has it. A shared one is refused only while another process has one that is not. A file system without locks
     gives it to everybody.
     """

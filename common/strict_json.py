@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
+
+from common.files import SMALL_BYTES, read_text
 
 
 def plain(tree: Any) -> Any:
@@ -24,5 +27,18 @@ def to_json(tree: Any, indent: int | None = None) -> str:
 
 
 def from_json(text: str) -> Any:
-    """What `to_json` or Python's own writer wrote: the latter's NaN and Infinity are None too."""
-    return json.loads(text, parse_constant=lambda name: None)
+    """What `to_json` or Python's own writer wrote: the latter's NaN and Infinity are None too. Raises ValueError for
+    whatever else.
+    """
+    try:
+        tree = json.loads(text, parse_constant=lambda name: None)
+        if "\\u" in text:
+            json.dumps(tree, ensure_ascii=False).encode()  # half of a character is no text
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    return tree
+
+
+def read_json(file: Path, most: int = SMALL_BYTES) -> Any:
+    """What a regular file of at most `most` bytes holds. Raises OSError, and ValueError if that is no JSON."""
+    return from_json(read_text(file, most))

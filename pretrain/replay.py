@@ -14,7 +14,7 @@ from typing import Any
 from common.errors import ConfigError
 from pretrain.checkpoints.folder import LATEST, damage, read_state, step_of
 from pretrain.config import RunConfig, check_data, check_layout
-from pretrain.records import Train
+from pretrain.records import Train, of_kind, scan
 from pretrain.run_folder import RunFolder
 from pretrain.runtime import ranks as process
 from pretrain.runtime.ranks import Ranks
@@ -67,7 +67,10 @@ def choose_replay(run: RunFolder, steps: int, last: bool = False) -> Replay | No
     Returns:
         None if no step, or with `last` not so many, was logged after a checkpoint.
     """
-    records = run.records(Train)
+    lines = scan(run.metrics)
+    if lines.wrong:
+        raise Differs(f"{run.metrics}, {lines.wrong[0]} ({len(lines.wrong)} such lines)")
+    records = of_kind(lines.records, Train)
 
     def after(path: Path) -> list[Train]:
         later = [record for record in records if record.step > step_of(path)]

@@ -69,7 +69,11 @@ class RunFolder:
 
     def records(self, model: type[Kind]) -> list[Kind]:
         """Those of a kind (`Record`: all) in their order; none if the run has left none. Raises ConfigError."""
-        return records.of_kind(records.read(self.metrics), model)
+        return records.of_kind(self.lines().records, model)
+
+    def lines(self) -> records.Lines:
+        """All that metrics.jsonl holds, and what is wrong with it, which is warned of. Raises ConfigError."""
+        return records.read(self.metrics)
 
     def exit(self) -> endings.Exit | None:
         """How its last job ended; None if none did, or it did not tell."""
