@@ -18,35 +18,30 @@ ROOM_BYTES = 1 << 16  # for the small files of a folder that is written in
 SMALL_BYTES = 1 << 20  # that a file of a few words has at most
 
 
-@contextmanager
-def regular(file: Path) -> Iterator[BinaryIO]:
-    """A file that is there, opened to read its bytes. Raises OSError for what is no regular file: a pipe or a device
-    may never end.
+def open_regular(file: Path) -> BinaryIO:
+    """Opens a regular file, or a link to one, to be read. Raises OSError for anything else: a FIFO is not waited for,
+    and a device is not touched.
     """
-    handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(handle, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(file))
-        yield stream
+    if stat.S_ISREG(file.stat().st_mode):
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        if stat.S_ISREG(os.fstat(handle).st_mode):  # it may have changed since
+            return os.fdopen(handle, "rb")
+        os.close(handle)
+    raise OSError(errno.EINVAL, "not a regular file", str(file))
 
 
-def read_bytes(file: Path, most: int = SMALL_BYTES) -> bytes:
-    """A regular file's bytes. Raises OSError if it is none, or has more than `most`."""
-    with regular(file) as stream:
+def read_bounded(file: Path, most: int) -> bytes:
+    """The bytes of a regular file. Raises OSError for anything else, and for more than `most` of them."""
+    with open_regular(file) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
-        raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(file))
+        raise OSError(errno.EFBIG, f"more than the {most:,} bytes that it may have", str(file))
     return content
 
 
-def read_text(file: Path, most: int = SMALL_BYTES) -> str:
-    """A regular file's text. Raises OSError as `read_bytes`, ValueError if it is not UTF-8."""
-    return read_bytes(file, most).decode("utf-8")
-
-
 def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file's bytes, in hexadecimal digits."""
-    with file.open("rb") as stream:
+    """The SHA-256 of a regular file's bytes, in hexadecimal digits. Raises OSError."""
+    with open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -107,6 +102,15 @@ def free_name(path: Path) -> Path:
 def unwritable(folder: Path, error: object) -> ConfigError:
     """What is said of a run folder that cannot be written."""
     return ConfigError(f"{folder}: cannot be written ({error}); make room, or give a folder you may write (run=...)")
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Around what writes in a run folder: an OSError is said as `unwritable` says it."""
+    try:
+        yield
+    except OSError as error:
+        raise unwritable(folder, error) from None
 
 
 def check_writable(folder: Path, room: int = ROOM_BYTES) -> None:

@@ -6,10 +6,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from common.files import SMALL_BYTES, read_text
+from common.files import SMALL_BYTES, read_bounded
+
+DEEPEST = 64  # levels of what `strict` reads
 
 
 def plain(tree: Any) -> Any:
@@ -28,17 +31,70 @@ def to_json(tree: Any, indent: int | None = None) -> str:
 
 def from_json(text: str) -> Any:
     """What `to_json` or Python's own writer wrote: the latter's NaN and Infinity are None too. Raises ValueError for
-    whatever else.
+    what is no JSON.
     """
     try:
-        tree = json.loads(text, parse_constant=lambda name: None)
-        if "\\u" in text:
-            json.dumps(tree, ensure_ascii=False).encode()  # half of a character is no text
+        return json.loads(text, parse_constant=lambda name: None)
     except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-    return tree
+        raise ValueError("nested too deeply") from None
 
 
 def read_json(file: Path, most: int = SMALL_BYTES) -> Any:
-    """What a regular file of at most `most` bytes holds. Raises OSError, and ValueError if that is no JSON."""
-    return from_json(read_text(file, most))
+    """What a regular file of at most `most` bytes holds, as `from_json`. Raises OSError and ValueError."""
+    return from_json(read_bounded(file, most).decode())
+
+
+def strict(content: bytes | str) -> Any:
+    """What somebody else may have written: plain JSON in UTF-8, of finite numbers and whole ones below 2^64, with no
+    key twice in an object and no text that cannot be printed or name a file.
+
+    Raises:
+        ValueError: it is not that; the message says what is wrong, in words.
+    """
+    text = content if isinstance(content, str) else content.decode("utf-8")
+    try:
+        tree = json.loads(
+            text, object_pairs_hook=_object, parse_int=_small, parse_float=_finite, parse_constant=_no_number
+        )
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} deep") from None
+    level = [tree]
+    for _ in range(DEEPEST):
+        for node in level:
+            if isinstance(node, str) and (wrong := re.search("[\0\ud800-\udfff]", node)):
+                raise ValueError(f"a text holds the character {wrong[0]!r}, which none may")
+        level = [child for node in level for child in _children(node)]
+        if not level:
+            return tree
+    raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def _children(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        return [*node, *node.values()]
+    return node if isinstance(node, list) else []
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return made
+
+
+def _small(digits: str) -> int:
+    if len(digits) <= 21 and abs(number := int(digits)) < 2**64:
+        return number
+    raise ValueError(f"{digits[:24]}... is beyond 64 bits")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_number(digits)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no finite number")

@@ -11,7 +11,7 @@ from torch import Tensor
 from common.errors import ConfigError
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.checkpoints.folder import read_state
+from pretrain.checkpoints.contents import read_state
 from pretrain.checkpoints.loading import load_weights
 from pretrain.checkpoints.resume import TOKENIZER, identity
 from pretrain.config import RunConfig

@@ -8,6 +8,7 @@ when the run was killed.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import math
 from bisect import bisect_left
@@ -18,7 +19,7 @@ from types import NoneType, UnionType
 from typing import Any, BinaryIO, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from common.errors import ConfigError
-from common.files import regular
+from common.files import open_regular
 from common.strict_json import from_json, to_json
 
 LINE_BYTES = 1 << 26  # of a line at most
@@ -134,9 +135,9 @@ def from_plain(values: Any) -> Record:
     model = KINDS.get(kind) if isinstance(kind, str) else None
     if model is None:
         raise ConfigError(f"kind={str(kind)[:40]!r}: expected one of {', '.join(KINDS)}")
-    hints = _hints(model)
+    hints = hints_of(model)
     for name, hint in hints.items():
-        if name in values and not _is(values[name], hint):
+        if name in values and not fits(values[name], hint):
             raise ConfigError(f"{name}={str(values[name])[:40]!r} in a record of {model.kind}: of another type")
     try:
         record = model(**{name: values[name] for name in hints.keys() & values.keys()})
@@ -148,24 +149,25 @@ def from_plain(values: Any) -> Record:
 
 
 @functools.cache
-def _hints(model: type[Record]) -> dict[str, Any]:
+def hints_of(model: type[Any]) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
     hints = get_type_hints(model)
     return {field.name: hints[field.name] for field in fields(model)}
 
 
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is what a record's field may hold."""
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type that a record's field may have."""
     if isinstance(hint, UnionType):
-        return any(_is(value, one) for one in get_args(hint))
+        return any(fits(value, one) for one in get_args(hint))
     if hint is NoneType:
         return value is None
     if get_origin(hint) is Mapping:
-        return isinstance(value, dict) and all(_is(item, get_args(hint)[1]) for item in value.values())
-    if get_origin(hint) is Sequence:
+        return isinstance(value, dict) and all(fits(item, get_args(hint)[1]) for item in value.values())
+    if get_origin(hint) in (Sequence, list):
         item = get_args(hint)[0]
-        numbers = _is(0.0, item)  # of which there may be millions
+        numbers = fits(0.0, item)  # of which there may be millions
         return isinstance(value, list) and all(
-            (numbers and type(one) is float and math.isfinite(one)) or _is(one, item) for one in value
+            (numbers and type(one) is float and math.isfinite(one)) or fits(one, item) for one in value
         )
     if hint in (int, float):
         return (type(value) is int and abs(value) < MOST) or (type(value) is hint is float and math.isfinite(value))
@@ -198,10 +200,12 @@ def scan(path: Path) -> Lines:
     found: dict[int, tuple[dict[str, Any], Record]] = {}
     wrong: dict[int, str] = {}
     try:
-        with regular(path) as stream:
+        with open_regular(path) as stream:
             for number, line in _numbered(stream):
                 try:
                     values = from_json(line.decode()) if len(line) < LINE_BYTES else None
+                    if b"\\ud" in line.lower():  # half of a character cannot be printed
+                        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
                     found[number] = values, from_plain(values)
                 except ValueError as error:  # ConfigError, and what is no UTF-8 or JSON
                     if line.endswith(b"\n"):

@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from pretrain.checkpoints.folder import LATEST, damage, read_state, step_of
+from common.files import read_bounded
+from pretrain.checkpoints.contents import damage, read_state
+from pretrain.checkpoints.folder import LATEST, step_of
 from pretrain.config import RunConfig, check_data, check_layout
 from pretrain.records import Train, of_kind, scan
 from pretrain.run_folder import RunFolder
@@ -53,7 +55,10 @@ def check_files(run: RunFolder, ranks: Ranks) -> int:
             if wrong:
                 raise Differs(wrong)
     named = run.checkpoints_folder / LATEST
-    name = named.read_text().strip() if named.exists() else "missing"
+    try:
+        name = read_bounded(named, 1000).decode(errors="backslashreplace").strip()
+    except OSError as problem:
+        name = "missing" if isinstance(problem, FileNotFoundError) else str(problem.strerror)
     if name != published[-1].name:
         raise Differs(f"{named}: {name}, but the newest checkpoint is {published[-1].name}")
     return len(published)

@@ -84,7 +84,7 @@ class RunFolder:
         return checkpoints.checkpoints(self.checkpoints_folder)
 
     def checkpoint(self, path: Path | None = None, ranks: Ranks | None = None) -> Path:
-        """The newest whole checkpoint, or `path` if that is one. With `ranks`, all of them call it.
+        """The newest whole checkpoint, or `path` if that is one, to evaluate it. With `ranks`, all of them call it.
 
         Raises:
             ConfigError: there is none, or none is whole.
@@ -92,7 +92,7 @@ class RunFolder:
         from pretrain.checkpoints.resume import find
 
         asked = "auto" if path is None or path.resolve() == self.path.resolve() else str(path.resolve())
-        found = find(self.checkpoints_folder, asked, ranks)
+        found = find(self.checkpoints_folder, asked, ranks, moments=False)
         if found is None:
             raise ConfigError(f"{self.path}: there is no checkpoint in it yet; train it first")
         return found

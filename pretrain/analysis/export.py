@@ -13,6 +13,7 @@ from data.vocabulary import open_tokenizer
 from model.hf import folder as transformers_folder
 from pretrain.analysis.scoring import figure
 from pretrain.checkpoints import resume
+from pretrain.checkpoints.contents import read_state
 from pretrain.checkpoints.folder import total_j
 from pretrain.checkpoints.weights import new_folder, shapes, without_weights, write_weights
 from pretrain.config import RunConfig, dump
@@ -29,12 +30,13 @@ def export_weights(given: Path, out: Path, max_bytes: float) -> tuple[Path, int]
         given: a run folder (its newest whole checkpoint), or one checkpoint's folder.
         max_bytes: of one file's weights.
     Raises:
-        ConfigError: `given` has no checkpoint, or `out` exists or cannot be made.
+        ConfigError: `given` has no checkpoint, or one of another model; or `out` exists or cannot be made.
     """
     run = RunFolder.containing(given)
-    checkpoint = run.checkpoint(given)
+    cfg, checkpoint = run.settings(), run.checkpoint(given)
+    fitting_state(checkpoint, cfg, read_state(checkpoint)["identity"][resume.TOKENIZER])  # weights have no tokenizer
     with new_folder(out) as draft:
-        size = write_weights(checkpoint, shapes(*without_weights(run.settings())), draft, max_bytes)
+        size = write_weights(checkpoint, shapes(*without_weights(cfg)), draft, max_bytes)
         shutil.copy(run.config, draft)
     return checkpoint, size
 

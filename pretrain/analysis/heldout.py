@@ -18,7 +18,7 @@ from common.errors import ConfigError
 from data.manifest import TOKENIZER, read_manifest
 from data.shards import open_split
 from pretrain.checkpoints import resume
-from pretrain.checkpoints.folder import read_state
+from pretrain.checkpoints.contents import read_state
 from pretrain.config import RunConfig
 from pretrain.records import Eval
 from pretrain.run_folder import RunFolder

@@ -29,7 +29,8 @@ from model.distances import Distance
 from pretrain.analysis import geometry
 from pretrain.analysis.scoring import maskings
 from pretrain.analysis.words import RELATIONS, token_of, token_pairs
-from pretrain.checkpoints.folder import damage, read_state, step_of
+from pretrain.checkpoints.contents import damage, read_state
+from pretrain.checkpoints.folder import step_of
 from pretrain.checkpoints.resume import TOKENIZER as TOKENIZER_HASH
 from pretrain.checkpoints.weights import read_weights
 from pretrain.config import RunConfig, check_data
@@ -110,14 +111,14 @@ def measure(source: Source) -> Measured:
     points = {"prototypes": seen_prototypes, "embedding": embedding}
     figures = {
         "checkpoint": str(source.checkpoint),
-        "step": step_of(source.checkpoint),
+        "step": model.step,
         "distance": cfg.head.distance,
         "tied": cfg.model.tied,
         "held_out_tokens": len(hidden),
         "spectra": {
             name: None if rows is None else _spectrum(rows) for name, rows in {**points, "hidden": seen_hidden}.items()
         },
-        "norms": {str(step_of(checkpoint)): _norms(checkpoint, cfg) for checkpoint in _usable(source)},
+        "norms": {str(step_of(checkpoint)): _norms(checkpoint, cfg) for checkpoint in _usable(source, model.step)},
         "classes": _classes(seen_prototypes, seen_hidden, targets, distance),
         "parallelograms": {
             name: None if rows is None else _parallelograms(rows, source.tokenizer) for name, rows in points.items()
@@ -184,12 +185,14 @@ def _spectrum(rows: Tensor) -> dict[str, Any]:
     }
 
 
-def _usable(source: Source) -> list[Path]:
-    """The run's checkpoints up to the one that was found whole; those of them that are damaged are left out."""
+def _usable(source: Source, last: int) -> list[Path]:
+    """The run's checkpoints up to the step `last` of the one that was found whole; those of them that are damaged are
+    left out.
+    """
     kept = []
     for path in source.run.checkpoints():
-        if step_of(path) <= step_of(source.checkpoint):
-            wrong = None if path == source.checkpoint else damage(path)
+        if step_of(path) <= last:
+            wrong = None if path == source.checkpoint else damage(path, moments=False)
             if wrong:
                 log.warning("norms: %s is left out: %s", path.name, wrong)
             else:

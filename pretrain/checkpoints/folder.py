@@ -9,17 +9,14 @@ Random numbers and the order of samples are functions of (seed, step, rank): the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from common.files import discard, sha256_of
+from common.files import discard
 from pretrain.checkpoints.reading import unread
 
 log = logging.getLogger(__name__)
@@ -30,8 +27,9 @@ CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 LATEST = "latest"  # a file that names the newest checkpoint
 ABANDONED = "abandoned-"  # begins the name of one that was set aside
 MANIFEST, STATE = "manifest.json", "state.json"
-
-Check = Literal["full", "size"]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside the weights, `fp32`
+TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
+DATA = "the data's fingerprint"  # and theirs
 
 
 @dataclass(frozen=True)
@@ -96,45 +94,3 @@ def remove_drafts(folder: Path) -> None:
             discard(draft)
         except OSError as error:
             log.warning("%s stays: %s", draft, error)
-
-
-def damage(checkpoint: Path, check: Check = "full", share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint's files, or None.
-
-    Args:
-        check: "full" reads every file and compares its hash with the manifest's, "size" its size alone.
-        share: (k, n) looks at every n-th file from the k-th on.
-    """
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            return f"{checkpoint}: format {manifest['format']}, this version reads {FORMAT}"
-        listed = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{checkpoint / MANIFEST}: {error!r}"
-    if STATE not in listed:
-        return f"{checkpoint / MANIFEST}: it does not list {STATE}"
-    strange = sorted(path.name for path in checkpoint.glob("*.safetensors") if path.name not in listed)
-    if strange:  # the reader of tensors would take them too
-        return f"{checkpoint / strange[0]}: the manifest does not list it"
-
-    def problem(name: str) -> str | None:
-        path, (size, sha256) = checkpoint / name, listed[name]
-        try:
-            bytes_there = path.stat().st_size
-            if bytes_there != size:
-                return f"{path}: {bytes_there} bytes instead of {size}"
-            same = check == "size" or sha256_of(path) == sha256
-        except FileNotFoundError:
-            return f"{path}: missing"
-        except OSError as error:
-            return f"{path}: {error}"
-        return None if same else f"{path}: its SHA-256 is not the manifest's"
-
-    with ThreadPoolExecutor() as pool:
-        return next(filter(None, pool.map(problem, sorted(listed)[share[0] :: share[1]])), None)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint tells of its run: `Progress` as plain values, `identity`, `config`, `layout`, `versions`."""
-    return json.loads((checkpoint / STATE).read_text())

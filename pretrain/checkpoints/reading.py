@@ -108,6 +108,19 @@ def agreed(ranks: Ranks | None, work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+def looked_at(checkpoint: Path, damage: Callable[[], str | None]) -> str | None:
+    """What is wrong with a checkpoint, which is held while it is looked at. Raises Vanished."""
+    try:
+        with held(checkpoint):
+            return damage()
+    except Vanished:
+        if not os.path.lexists(checkpoint):
+            raise
+        if checkpoint.is_symlink() and not checkpoint.exists():
+            return f"{checkpoint}: a link to {os.readlink(checkpoint)}, which is not there"
+        return damage()
+
+
 def of_the_newest(work: Callable[[], Result]) -> Result:
     """Calls what reads the newest checkpoint again as long as that one vanishes. Raises Vanished if they all do."""
     for _ in range(TRIES - 1):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError
-from pretrain.checkpoints.folder import ABANDONED, CHECKPOINTS, LATEST, MANIFEST, Check, checkpoints, damage
+from pretrain.checkpoints.contents import Check, damage, read_state
+from pretrain.checkpoints.folder import CHECKPOINTS, DATA, MANIFEST, STATE, TOKENIZER, checkpoints
+from pretrain.checkpoints.reading import agreed, looked_at
+from pretrain.checkpoints.traces import check_place, traces
 from pretrain.config import RunConfig, from_tree
 from pretrain.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
-DATA = "the data's fingerprint"  # and theirs
 
 # What may differ between a checkpoint and the run that goes on from it: the layout, and what does not touch the
 # weights.
@@ -72,19 +74,24 @@ def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return out
 
 
-def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "full") -> Path | None:
+def find(
+    folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "full", *, moments: bool = True
+) -> Path | None:
     """The checkpoint to go on from: the newest whole one of the run for `auto`, that of a given path, None for a
     fresh start. With `ranks`, all of them call it and share the reading.
 
+    Args:
+        check, moments: as `pretrain.checkpoints.contents.damage` takes them.
     Raises:
         ConfigError: there are checkpoints but none is whole, or there were some; `never` in a folder that has some; a
         path that is no checkpoint.
     """
     path = Path(resume)
     if resume in ("auto", "never"):
+        agreed(ranks, lambda: check_place(folder))
         candidates = checkpoints(folder)
     else:
-        candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / CHECKPOINTS)
+        candidates = [path] if os.path.exists(path / MANIFEST) else checkpoints(path / CHECKPOINTS)
     candidates = _as_the_first_sees_them(candidates, ranks)
     if resume == "never":
         if candidates:
@@ -94,11 +101,11 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
             )
         return None
     if not candidates and resume == "auto":
-        traces = _as_the_first_sees_them([*folder.glob(LATEST), *sorted(folder.glob(f"{ABANDONED}*"))], ranks)
-        if not traces:
+        told_by = _as_the_first_sees_them(traces(folder), ranks)
+        if not told_by:
             return None
         raise ConfigError(
-            f"resume=auto: {folder} has no checkpoint, but there were some, as {traces[0]} tells. Put them back (one "
+            f"resume=auto: {folder} has no checkpoint, but there were some, as {told_by[0]} tells. Put them back (one "
             "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
             "another run folder (run=...). Nothing was changed."
         )
@@ -107,7 +114,7 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):
-        found = damage(path, check, share)
+        found = agreed(ranks, functools.partial(_wrong_with, path, check, share, moments))
         wrong = next(filter(None, ranks.gather(found) if ranks else [found]), None)
         if wrong is None:
             if path != candidates[-1]:
@@ -115,9 +122,13 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
             return path
         log.warning("not going on from %s: %s", path.name, wrong)
     raise ConfigError(
-        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore one, or "
-        "start afresh in another run folder (run=...). Nothing was changed."
+        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore "
+        "one, give another, or start afresh in another run folder (run=...). Nothing was changed."
     )
+
+
+def _wrong_with(path: Path, check: Check, share: tuple[int, int], moments: bool) -> str | None:
+    return looked_at(path, lambda: damage(path, check, share, moments=moments))
 
 
 def _as_the_first_sees_them(paths: list[Path], ranks: Ranks | None) -> list[Path]:
@@ -135,6 +146,18 @@ class Difference:
     was: Any
     now: Any
     verdict: str  # harmless, allowed, or refused
+
+
+def check(checkpoint: Path, now: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Says what differs between a checkpoint and the run that wants to go on from it, as a table; `now` and `allow` as
+    `audit` takes them. Raises ConfigError if a difference is refused, or the checkpoint's settings cannot be read.
+    """
+    state = read_state(checkpoint)
+    try:
+        differences = audit(state, now, allow)
+    except ConfigError as problem:
+        raise ConfigError(f"{checkpoint / STATE}: config: {problem}. Give another checkpoint (resume=...).") from None
+    check_audit(checkpoint, differences)
 
 
 def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]) -> list[Difference]:

@@ -20,7 +20,8 @@ from common.files import publish
 from common.strict_json import to_json
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.checkpoints.folder import DRAFT, step_of
+from pretrain.checkpoints.contents import read_state
+from pretrain.checkpoints.folder import DRAFT
 from pretrain.checkpoints.fragments import Fragment
 from pretrain.checkpoints.loading import load_alone
 from pretrain.config import RunConfig
@@ -99,7 +100,7 @@ def write_weights(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Pat
         )
         where.update(dict.fromkeys(names, file))
     total = sum(4 * shape.numel() for shape in sizes.values())
-    about = {"total_size": total, "step": step_of(checkpoint)}
+    about = {"total_size": total, "step": read_state(checkpoint)["step"]}
     (folder / INDEX).write_text(to_json({"metadata": about, "weight_map": where}, indent=1))
     for file in set(where.values()):  # safetensors lets only their owner read them
         shutil.copymode(folder / INDEX, folder / file)

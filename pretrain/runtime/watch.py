@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
+from common.files import SMALL_BYTES, read_bounded
 from common.strict_json import to_json
 from common.variables import LEASE_VARIABLE
 from pretrain.config import RunConfig
@@ -148,7 +149,7 @@ class Watch:
                 self.hold()
         if self._lease is not None:
             if self._lease.exists():
-                with suppress(OSError, IndexError):  # the sign tells of that
+                with suppress(OSError, ValueError, IndexError):  # the sign tells of that
                     self._read_lease()  # before any other start could replace it
                 self._lease_sign = _Sign("lease", self._read_lease)
                 self._lease_sign.start()
@@ -282,7 +283,7 @@ class Watch:
 
     def _read_lease(self) -> bool:
         assert self._lease is not None
-        before, self._lease_words = self._lease_words, self._lease.read_text().split()
+        before, self._lease_words = self._lease_words, read_bounded(self._lease, SMALL_BYTES).decode().split()
         self._owner = self._owner or self._lease_words[0]
         return self._lease_words != before
 

@@ -17,8 +17,8 @@ import torch
 
 from common.errors import ConfigError
 from common.exits import EXIT_NOT_SAVED
+from pretrain.checkpoints import contents, loading, resume, saver
 from pretrain.checkpoints import folder as checkpoint
-from pretrain.checkpoints import loading, resume, saver
 from pretrain.checkpoints.folder import Progress
 from pretrain.checkpoints.fragments import Fragment
 from pretrain.config import CheckpointConfig, RunConfig
@@ -74,7 +74,7 @@ def test_a_run_keeps_the_last_every_fourth_and_the_best(retained: Path) -> None:
     assert kept(retained) == sorted({4, 6, best})
     folder = retained / "run" / "checkpoints"
     assert (folder / checkpoint.LATEST).read_text() == "step-00000006\n"
-    state = checkpoint.read_state(folder / "step-00000006")
+    state = contents.read_state(folder / "step-00000006")
     assert (state["best_step"], state["layout"]["world"]) == (best, 2)
     assert set(state["versions"]) == {"python", "torch", "deepspeed", "revision"}
     assert state["config"]["optim"]["lr"] == 0.01
@@ -108,7 +108,7 @@ def test_a_full_disk_stops_the_run_as_configured(world: int, tmp_path: Path) -> 
         assert code == EXIT_NOT_SAVED and step in (4, 5)
     assert kept(tmp_path)[:2] == [1, 2] and 3 not in kept(tmp_path)
     folder = tmp_path / "run" / "checkpoints"
-    assert checkpoint.damage(folder / "step-00000002") is None
+    assert contents.damage(folder / "step-00000002") is None
     assert not list(folder.glob("draft-*")), "what was written before the disk was full"
 
 
@@ -175,7 +175,7 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: p
     for step, value in ((2, 1.0), (3, 1.0)):  # the first is gone: two are kept
         found = torch.empty(5)
         path = tmp_path / checkpoint.name_of(step)
-        loading.load(path, {"w": Fragment(found, 0, 5)})
+        loading.load_alone(path, {"w": Fragment(found, 0, 5)})
         assert (found == value).all()
     process.stop()
 
@@ -203,12 +203,12 @@ def test_no_pickle_is_ever_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run_ranks(check_loads, 1, tmp_path, base=tmp_path)
     assert not list(tmp_path.rglob("bombed"))
     (newest / "more.safetensors").write_bytes(b"x")
-    assert "more.safetensors: the manifest does not list it" in str(checkpoint.damage(newest))
+    assert "more.safetensors: the manifest does not list it" in str(contents.damage(newest))
     (newest / "more.safetensors").unlink()
     (newest.parent / f"{newest.name}-copy").mkdir()
     assert checkpoint.checkpoints(newest.parent)[-1] == newest, "a folder of the user's is none"
     (newest / "state.json").write_bytes(pickle.dumps(_Bomb()))
-    wrong = checkpoint.damage(newest)
+    wrong = contents.damage(newest)
     assert wrong is not None and "state.json" in wrong
 
 
