@@ -148,9 +148,9 @@ def flush(path: Path) -> None:
 
 
 def lock(file: IO[str] | int, *, shared: bool = False) -> bool:
-    """Takes the lock of an open file or folder, which the system frees when this process ends, however it ends; False: another
-    process has it. A shared one is refused only while another process has one that is not. A file system without locks
-    gives it to everybody.
+    """Takes the lock of an open file or folder, which the system frees when this process ends, however it ends; False:
+    another process has it. A shared one is refused only while another process has one that is not. A file system
+    without locks gives it to everybody.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)

@@ -19,7 +19,7 @@ from pretrain.checkpoints import resume
 from pretrain.checkpoints.contents import read_state
 from pretrain.checkpoints.folder import Progress, remove_drafts, total_j
 from pretrain.checkpoints.loading import load
-from pretrain.checkpoints.reading import agreed, held
+from pretrain.checkpoints.reading import agreed, held_by_all
 from pretrain.checkpoints.saver import Saver, versions
 from pretrain.checkpoints.traces import set_aside
 from pretrain.config import RunConfig, dump
@@ -68,18 +68,6 @@ def open_run(cfg: RunConfig, ranks: Ranks, pulse: Callable[[float | None], None]
     if start is not None and start.parent == folder.checkpoints_folder:
         run.saved_step = progress.step
     return run
-
-
-@contextmanager
-def held_by_all(start: Path | None, ranks: Ranks) -> Iterator[None]:
-    """Keeps a checkpoint, which may be of a run that trains, from being deleted in the block. Collective.
-
-    Raises:
-        ConfigError: it was already.
-    """
-    with ExitStack() as stack:
-        agreed(ranks, lambda: None if start is None else stack.enter_context(held(start)))
-        yield
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -149,10 +149,10 @@ def from_plain(values: Any) -> Record:
 
 
 @functools.cache
-def hints_of(model: type[Any]) -> dict[str, Any]:
+def hints_of(model: Callable[..., Any]) -> dict[str, Any]:
     """The types of a dataclass's fields."""
     hints = get_type_hints(model)
-    return {field.name: hints[field.name] for field in fields(model)}
+    return {field.name: hints[field.name] for field in fields(model)}  # type: ignore[arg-type]
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -203,10 +203,10 @@ def scan(path: Path) -> Lines:
         with open_regular(path) as stream:
             for number, line in _numbered(stream):
                 try:
-                    values = from_json(line.decode()) if len(line) < LINE_BYTES else None
+                    values: Any = from_json(line.decode()) if len(line) < LINE_BYTES else None
                     if b"\\ud" in line.lower():  # half of a character cannot be printed
                         json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
-                    found[number] = values, from_plain(values)
+                    found[number] = (values, from_plain(values))
                 except ValueError as error:  # ConfigError, and what is no UTF-8 or JSON
                     if line.endswith(b"\n"):
                         wrong[number] = str(error) if len(line) < LINE_BYTES else "it is too long"
@@ -216,8 +216,11 @@ def scan(path: Path) -> Lines:
         raise ConfigError(f"{path}: cannot be read ({error}); move it away, or put the run's own back") from None
     for number in _out_of_order({n: record.step for n, (_, record) in found.items() if isinstance(record, Train)}):
         wrong[number] = f"step {found.pop(number)[1].step} is out of order"
-    values, records = ([pair[k] for pair in found.values()] for k in (0, 1))
-    return Lines(values, records, [f"line {number}: {wrong[number]}" for number in sorted(wrong)])
+    return Lines(
+        [values for values, _ in found.values()],
+        [record for _, record in found.values()],
+        [f"line {number}: {wrong[number]}" for number in sorted(wrong)],
+    )
 
 
 def _numbered(stream: BinaryIO) -> Iterable[tuple[int, bytes]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -108,6 +108,16 @@ def agreed(ranks: Ranks | None, work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
+@contextmanager
+def held_by_all(checkpoint: Path | None, ranks: Ranks | None) -> Iterator[None]:
+    """As `held`, with all ranks, which raise together. Collective. None: there is nothing to hold."""
+    with ExitStack() as stack:
+        if checkpoint is not None:
+            agreed(ranks, lambda: stack.enter_context(held(checkpoint)))
+        yield
+        agreed(ranks, stack.close)
+
+
 def looked_at(checkpoint: Path, damage: Callable[[], str | None]) -> str | None:
     """What is wrong with a checkpoint, which is held while it is looked at. Raises Vanished."""
     try:
@@ -121,8 +131,8 @@ def looked_at(checkpoint: Path, damage: Callable[[], str | None]) -> str | None:
         return damage()
 
 
-def of_the_newest(work: Callable[[], Result]) -> Result:
-    """Calls what reads the newest checkpoint again as long as that one vanishes. Raises Vanished if they all do."""
+def again(work: Callable[[], Result]) -> Result:
+    """Calls what chooses a checkpoint and reads it again while the one that it chose vanishes. Raises Vanished."""
     for _ in range(TRIES - 1):
         try:
             return work()
