@@ -58,7 +58,7 @@ def replacing(file: Path) -> Iterator[Path]:
     """A draft beside a file, to be written in the block, which then takes the file's place at once and durably: the
     file has the old content or the new one at every moment.
     """
-    draft = file.with_name(f"draft-{file.name}-{os.urandom(4).hex()}")  # another process may be at the same file
+    draft = file.with_name(f"draft-{os.urandom(4).hex()}-{file.name}")  # another process may be at the same file
     try:
         yield draft
         flush(draft)

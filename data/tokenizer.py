@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import ConfigError
+from common.files import read_bounded
 
 UNK, BOS, EOS, PAD, MASK = range(5)
 
@@ -22,6 +23,7 @@ RESERVED = re.compile("[\0\u2581\u2585]")
 PIECE_CHARS = 16_000
 # To look a word up is many times faster than to ask the library for its ids, and most words come again.
 WORD = re.compile(" *[^ ]+| +")
+MOST = 1 << 30  # bytes of a model file
 KNOWN_CHARS = 1 << 23  # words with so many characters in all are remembered
 # What models of others are known to change: blanks, line ends, capitals, compatibility forms, rare characters.
 PROBES = (
@@ -131,7 +133,7 @@ class Tokenizer:
         import sentencepiece
 
         try:
-            model = Path(model_path).read_bytes()
+            model = read_bounded(Path(model_path), MOST)
         except OSError as error:
             raise ConfigError(
                 f"{model_path}: the tokenizer cannot be read ({error}); give a SentencePiece model file"

@@ -2,7 +2,7 @@
 
 `python -m launch.probe [RUN DATA TOKEN]` on a host prints its facts as one JSON object; with a run folder, a data
 folder and the name of a file that the asking host has made beside the run folder, all that a doctor wants to know. It
-needs Python's standard library and common/machine.py, which needs no more, so that it can tell what is missing.
+needs Python's standard library and two files of common/, which need no more, so that it can tell what is missing.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from common.errors import ConfigError
+from common.files import check_writable, read_bounded
 from common.machine import cores
 
 PACKAGES = ("torch", "deepspeed", "numpy", "safetensors", "nvidia-nccl-cu12", "nvidia-nccl-cu13")
+MANIFEST_BYTES = 1 << 28  # of prepared data at most: data.manifest.MOST
 INDEX_BYTES = 18  # of a document in a shard's index: data.shards.INDEX
 MARK = "overtone-facts:"  # before the facts, since a login shell may print more
 
@@ -69,6 +72,11 @@ def facts() -> dict[str, Any]:
 def more_facts(run: Path, data: Path, token: str) -> dict[str, Any]:
     """What a doctor asks for in addition."""
     above = nearest(run)
+    problem = None
+    try:
+        check_writable(run)
+    except ConfigError as error:
+        problem = str(error)
     return {
         "revision": _said("git", "rev-parse", "HEAD"),
         "changed": _changes(),
@@ -76,7 +84,8 @@ def more_facts(run: Path, data: Path, token: str) -> dict[str, Any]:
         "gpu_free_mib": [int(mib) for mib in _query("memory.free").split() if mib.isdecimal()],
         "data": data_state(data),
         "free_bytes": shutil.disk_usage(above).free,
-        "writable": os.access(above, os.W_OK),
+        "writable": problem is None,
+        "unwritable": problem,
         "shares_run": (above / token).exists(),
         "compiler": shutil.which("g++"),
         "ninja": shutil.which(
@@ -94,7 +103,7 @@ def _changes() -> str:
 
 def nearest(folder: Path) -> Path:
     """The folder itself, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.isdir(path))
 
 
 def data_state(folder: Path) -> dict[str, str | None]:
@@ -102,14 +111,16 @@ def data_state(folder: Path) -> dict[str, str | None]:
     missing or has another size.
     """
     try:
-        raw = (folder / "manifest.json").read_bytes()
+        raw = read_bounded(folder / "manifest.json", MANIFEST_BYTES)
         manifest = json.loads(raw)
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        if strange := [shard["file"] for shard in shards if Path(shard["file"]).name != shard["file"]]:
+            raise ValueError(f"it lists {strange[0]!r}")
         sizes = {shard["file"]: int(shard["size"]) for shard in shards}
         sizes |= {
             str(Path(shard["file"]).with_suffix(".idx")): INDEX_BYTES * int(shard["documents"]) for shard in shards
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         return {"sha256": None, "problem": f"{folder / 'manifest.json'}: {error.__class__.__name__}"}
     problem = None
     for name, size in sizes.items():

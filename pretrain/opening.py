@@ -94,7 +94,7 @@ def _begin(folder: RunFolder, cfg: RunConfig, stack: ExitStack) -> None:
                 stack.push(lambda kind, *_, made=made: _remove_empty(made) if kind else None)
         remove_drafts(folder.checkpoints_folder)
         for name in (CONFIG, METRICS):
-            for draft in folder.path.glob(f"draft-{name}*"):
+            for draft in folder.path.glob(f"draft-*-{name}"):
                 discard(draft)
         stack.enter_context(replacing(folder.config)).write_text(dump(cfg), encoding="utf-8")
 
