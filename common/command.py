@@ -18,6 +18,7 @@ from importlib import import_module
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 
+ALLOW_CODE = "--allow-different-code"
 WIDTH = 100  # characters of a line of help
 CODES = "0 done; 2 bad input; 130 interrupted"
 
@@ -60,9 +61,18 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=about)
 
 
-def add_local_rank(parser: argparse.ArgumentParser) -> None:
-    """What the deepspeed launcher adds to the words of a rank, which has it in its environment too."""
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what runs on many ranks: whether their code may differ; and what the deepspeed launcher adds to a
+    rank's words, which has it in its environment too.
+    """
+    add_allow_code(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_allow_code(parser: argparse.ArgumentParser) -> None:
+    """Whether hosts may run different code, as `allow_different_code`."""
+    about = "hosts may differ in the checkout's files and in versions of packages, which is an error else"
+    parser.add_argument(ALLOW_CODE, action="store_true", help=about)
 
 
 def count(text: str) -> int:

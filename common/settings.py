@@ -230,3 +230,12 @@ def _show(value: Any) -> str:
     except ValueError:  # it holds itself
         text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted paths."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{above}{key}"
+        found.update(flat(value, path + ".") if isinstance(value, Mapping) else {path: value})
+    return found

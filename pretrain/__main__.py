@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
         "a signal after a save, the same command goes on",
     )
     command.add_config(made)
-    command.add_local_rank(made)
+    command.add_rank_options(made)
     return made
 
 
@@ -74,13 +74,13 @@ def _start(args: argparse.Namespace) -> int:
             check_layout(cfg, place.world, place.local_world)
             check_data(cfg)
             with StopSignal() as stop:  # to the end: whoever stops a rank may say so again, and it would lose its code
-                return _train(cfg, watch, stop)
+                return _train(cfg, watch, stop, args.allow_different_code)
         except ConfigError as error:
             command.refuse(error, says=first_here)
             watch.fail(error, EXIT_BAD_INPUT)
 
 
-def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
+def _train(cfg: RunConfig, watch: Watch, stop: StopSignal, allow_code: bool) -> int:
     refused = None
     try:
         watch.hold()
@@ -90,11 +90,15 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
         refused = str(error)  # for the others to hear too
     with command.importing():
         from pretrain.runtime import ranks as process  # torch: after the input was checked
+        from pretrain.runtime.meeting import agree, check_shared, meet
 
-    ranks = process.start(cfg=cfg)
-    watch.job, refused = ranks.gather((watch.job, refused))[0]
+    meeting = meet()
+    watch.job, refused = meeting.decide("job", (watch.job, refused), lambda told: told[0])
     if refused:
         raise ConfigError(refused)
+    agree(meeting, cfg, allow_code)
+    check_shared(meeting, cfg.run)
+    ranks = process.start(cfg=cfg, meeting=meeting)
     watch.pulse(cfg.timeouts.first_step_s)
     with command.importing():
         from pretrain.opening import open_run  # DeepSpeed: after it was told the device

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from common.errors import ConfigError
 from common.files import open_regular, read_bounded, sha256_of
-from common.settings import validate
+from common.settings import flat, validate
 from common.strict_json import strict
 from model.config import DecoderConfig, HeadConfig
 from pretrain.checkpoints.folder import DATA, FORMAT, MANIFEST, MOMENTS, STATE, TOKENIZER, Progress
@@ -217,6 +217,10 @@ def _read_state(checkpoint: Path) -> tuple[_State, dict[str, Any]]:
     named = re.search(r"step-(\d{8,})", checkpoint.name)  # one that the user copied may be called anything
     if named and int(named[1]) != state.step:
         raise ConfigError(f"{checkpoint / STATE}: it is of step {state.step}, its folder of step {int(named[1])}")
+    settings = {**flat(tree["config"]), DATA: state.identity[DATA], TOKENIZER: state.identity[TOKENIZER]}
+    for key, value in state.identity.items():  # all of it was written from its config
+        if key not in settings or settings[key] != value:
+            raise ConfigError(f"{checkpoint / STATE}: identity: {key!r} is not what its config says")
     return state, tree
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError
+from common.settings import flat
 from pretrain.checkpoints.contents import Check, damage, read_state
 from pretrain.checkpoints.folder import CHECKPOINTS, DATA, MANIFEST, STATE, TOKENIZER, checkpoints
 from pretrain.checkpoints.reading import agreed, looked_at
@@ -51,7 +52,7 @@ FREE_SETTINGS = (
 
 def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str | None) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint."""
-    settings = _flat(cfg.model_dump(mode="json"))
+    settings = flat(cfg.model_dump(mode="json"))
     fixed = {k: v for k, v in settings.items() if not any(k == f or k.startswith(f + ".") for f in FREE_SETTINGS)}
     return {**fixed, DATA: data_fingerprint, TOKENIZER: tokenizer_sha256}
 
@@ -64,14 +65,6 @@ def state_of(cfg: RunConfig, ranks: Ranks, data_fingerprint: str, tokenizer_sha2
         "config": cfg.model_dump(mode="json"),
         "layout": layout,
     }
-
-
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{above}{key}"
-        out.update(_flat(value, path + ".") if isinstance(value, Mapping) else {path: value})
-    return out
 
 
 def find(
@@ -168,7 +161,7 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
     a section above it).
     """
     newer = now["identity"].keys() - state["identity"].keys()
-    newer |= _flat(now.get("config", {})).keys() - _flat(state.get("config", {})).keys()
+    newer |= flat(now.get("config", {})).keys() - flat(state.get("config", {})).keys()
     if newer:
         state = _as_read_today(state)
     differences = []
@@ -177,7 +170,7 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
         differences.append(Difference(key, was, is_now, "allowed" if allowed else "refused"))
     known = {difference.key for difference in differences}
     for part in ("config", "layout", "versions"):
-        for key, was, is_now in _differing(_flat(state.get(part, {})), _flat(now.get(part, {}))):
+        for key, was, is_now in _differing(flat(state.get(part, {})), flat(now.get(part, {}))):
             if key not in known:
                 differences.append(Difference(key if part == "config" else f"{part}: {key}", was, is_now, "harmless"))
     return sorted(differences, key=lambda difference: ["refused", "allowed", "harmless"].index(difference.verdict))

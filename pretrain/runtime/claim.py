@@ -93,12 +93,16 @@ def hold(run: Path, me: Holder, name: str = LOCK) -> Claim:
         Held: another job has it.
         ConfigError: it cannot be written.
     """
-    check_writable(run)
+    fresh = not os.path.exists(run)
+    if fresh:
+        check_writable(run)  # or a folder would be made in vain
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / name).open("a+", encoding="utf-8")  # what is in it stays until the lock is held
         try:
             if lock(file):
+                if not fresh:
+                    check_writable(run)
                 file.truncate(0)
                 file.write(to_json(asdict(me)) + "\n")
                 joined = False

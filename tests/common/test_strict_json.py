@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common import strict_json
 from common.errors import ConfigError
 from common.exits import EXIT_DIVERGED
 from common.strict_json import from_json, plain, to_json
@@ -44,6 +45,35 @@ def test_numbers_that_are_not_finite_are_null_wherever_they_are() -> None:
     expected = {"a": None, "b": [1.5, None, [2, None, {"c": None}]], "d": "NaN", "e": True}
     assert plain(tree) == strict(to_json(tree)) == strict(to_json(tree, indent=1)) == expected
     assert from_json('{"loss": NaN, "norms": [Infinity, -Infinity, 1.0]}') == {"loss": None, "norms": [None, None, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"a": 1', "not valid JSON"),
+        (b'{"a": 1} x', "not valid JSON"),
+        (b"\xff", "can't decode byte"),
+        (b"[" * 100_000, "nested more than 64 deep"),
+        (b"[" * 65 + b"]" * 65, "nested more than 64 deep"),
+        (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        (b"[NaN]", "NaN is no finite number"),
+        (b"[1e999]", "1e999 is no finite number"),
+        (b"9" * 5000, "is beyond 64 bits"),
+        (b"18446744073709551616", "is beyond 64 bits"),
+        (rb'["\ud800"]', "a text holds the character"),
+        (rb'{"a\u0000b": 1}', "a text holds the character"),
+    ],
+)
+def test_what_others_may_have_written_is_read_strictly(content: bytes, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        strict_json.strict(content)
+
+
+def test_what_may_be_read_is_what_was_written() -> None:
+    tree = {"a": [1, -2.5, None, True, "é🙂"], "b": {"c": 2**64 - 1}, "d": [[]] * 3}
+    assert strict_json.strict(json.dumps(tree)) == strict_json.strict(to_json(tree, indent=1).encode()) == tree
+    assert strict_json.strict(b"[" * 64 + b"]" * 64)
 
 
 def writers(source: str) -> list[int]:

@@ -20,7 +20,7 @@ from data.manifest import MANIFEST, check_tokenizer, fingerprint, read_manifest
 from data.reuse import resume
 from data.shards import INDEX, open_split, verify_folder
 from data.tokenizer import Tokenizer
-from launch.probe import data_state
+from launch.probe import data_problem
 from tests.support.shards import make_folder, some_documents
 
 
@@ -69,7 +69,7 @@ def test_a_consistent_manifest_of_another_form_is_refused(harm: str, folder: Pat
     change(folder, damage)
     with pytest.raises(ConfigError, match=f"{MANIFEST}: not a manifest of prepared data: .*{told}.*delete the folder"):
         read_manifest(folder)
-    assert isinstance(data_state(folder), dict)
+    assert isinstance(data_problem(folder), str | None)
 
 
 @pytest.mark.parametrize("content", ["[" * 200_000, "1" * 10_000, '{"format": 2, "splits": "\0"}', "\ufeff{}", ""])
@@ -77,7 +77,7 @@ def test_what_is_no_json_of_ours_is_refused(content: str, folder: Path) -> None:
     (folder / MANIFEST).write_text(content)
     with pytest.raises(ConfigError, match=MANIFEST):
         open_split(folder, "train")
-    assert data_state(folder)["problem"]
+    assert data_problem(folder)
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "tokenizer.model", "train-00000.bin", "train-00000.idx"])
@@ -99,7 +99,7 @@ def test_what_is_no_file_is_refused_and_not_waited_for(name: str, what: str, fol
         with pytest.raises(ConfigError, match="the tokenizer cannot be read"):
             Tokenizer(folder / name)
     else:
-        assert data_state(folder)["problem"]
+        assert data_problem(folder)
 
 
 @pytest.mark.parametrize("column, value", [("start", 3), ("start", -5), ("start", 10**9), ("source", 9)])
@@ -147,5 +147,5 @@ def test_any_value_anywhere_is_read_or_refused(data: st.DataObject, folder: Path
     except ConfigError as error:
         assert str(folder) in str(error)
     finally:
-        assert isinstance(data_state(folder), dict)
+        assert isinstance(data_problem(folder), str | None)
         (folder / MANIFEST).write_text(whole)

@@ -90,10 +90,11 @@ def check_failure(base: Path, policy: str) -> list[int]:
 
     write = saver.Saver._write
 
-    def full(self: saver.Saver, fragments: dict[str, Fragment], draft: Path) -> None:
-        write(self, fragments, draft)
+    def full(self: saver.Saver, fragments: dict[str, Fragment], draft: Path) -> list[str]:
+        names = write(self, fragments, draft)
         if draft.name.endswith("00000003") and get_rank() == get_world_size() - 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return names
 
     saver.Saver._write = full  # type: ignore[method-assign]
     cfg = config(base, checkpoint__on_failure=policy, checkpoint__keep=9)
@@ -145,15 +146,36 @@ def check_earlier(base: Path) -> None:
     run.trainer.engine.destroy()
 
 
+def check_apart(base: Path) -> str:
+    from pretrain.runtime import ranks as process
+
+    saver.SEEN_S = 0.3
+    ranks = process.start()
+    behind = saver.Saver(base / f"host{ranks.rank}", ranks, CheckpointConfig())
+    (base / f"host{ranks.rank}").mkdir(exist_ok=True)
+    behind.start({f"w{ranks.rank}": Fragment(torch.zeros(5), 0, 5)}, Progress(step=1), {})
+    with pytest.raises(saver.SaveError) as told:
+        behind.wait()
+    behind.close()
+    return str(told.value)
+
+
+def test_ranks_that_do_not_share_the_folder_publish_nothing(tmp_path: Path) -> None:
+    """As where each host has a run folder of its own: a manifest without every rank's part is never written."""
+    for told in run_ranks(check_apart, 2, tmp_path, base=tmp_path):
+        assert "shard-00002" in told and "all hosts share" in told
+    assert not list(tmp_path.glob("*/step-*")) and not list(tmp_path.rglob(checkpoint.MANIFEST))
+
+
 def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is what was there when the save began; buffers are reused."""
     from pretrain.runtime import ranks as process
 
     gate, write = threading.Event(), saver.Saver._write
 
-    def slow(self: saver.Saver, fragments: dict[str, Fragment], draft: Path) -> None:
+    def slow(self: saver.Saver, fragments: dict[str, Fragment], draft: Path) -> list[str]:
         gate.wait(20)
-        write(self, fragments, draft)
+        return write(self, fragments, draft)
 
     monkeypatch.setattr(saver.Saver, "_write", slow)
     ranks = process.start()
