@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.command import leaving_at_once
 from common.errors import ConfigError
 from common.files import read_bounded
 
@@ -60,27 +61,28 @@ def train(texts: Iterable[str], vocab_size: int, model_path: Path, nfkc: bool = 
 
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_pieces(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            unk_id=UNK,
-            bos_id=BOS,
-            eos_id=EOS,
-            pad_id=PAD,
-            control_symbols=["<mask>"],  # takes the next id, MASK; control symbols are never found in text
-            normalization_rule_name="nfkc" if nfkc else "identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            required_chars=BLANK,  # text with few blanks must not cost the blank its piece
-            max_sentence_length=4 * PIECE_CHARS,  # bytes
-            num_threads=1,  # is written into the model, so the machine must not choose it
-            minloglevel=2,
-        )
+        with leaving_at_once():  # the library makes its own error of what the texts raise
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_pieces(texts),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                unk_id=UNK,
+                bos_id=BOS,
+                eos_id=EOS,
+                pad_id=PAD,
+                control_symbols=["<mask>"],  # takes the next id, MASK; control symbols are never found in text
+                normalization_rule_name="nfkc" if nfkc else "identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                required_chars=BLANK,  # text with few blanks must not cost the blank its piece
+                max_sentence_length=4 * PIECE_CHARS,  # bytes
+                num_threads=1,  # is written into the model, so the machine must not choose it
+                minloglevel=2,
+            )
     except RuntimeError as error:
         raise ConfigError(_why_untrained(str(error), vocab_size)) from None
     model_path.write_bytes(model.getvalue())

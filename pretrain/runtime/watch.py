@@ -46,6 +46,7 @@ BEAT_S = 1.0  # between two signs of life, and two looks
 LOST_S = 3.0  # after which a store that refuses is gone, and rank 0 with it
 FIRST = 3  # times as long a silence is borne until the first step is done: libraries that are loaded hold Python's lock
 LEAVE_S = 5.0  # for the record to be written, on a file system that may be gone too
+SECOND_S = 2.5  # that who merely lost another ends after it: deepspeed looks every second, and tells one rank's code
 LINGER_S = 4.0  # that rank 0 keeps the store for the others to read in it why they end
 
 # Where a stack is, and the phase that it is in: the first line that fits any of its frames.
@@ -324,6 +325,8 @@ class Watch:
             thread.start()
             thread.join(LEAVE_S)
         sys.stdout.flush()
+        if kind == "collective":
+            time.sleep(SECOND_S)
         for child in multiprocessing.active_children():  # they would live on: Zeus has one for the CPU's counters
             child.terminate()
         os._exit(code)
