@@ -9,7 +9,10 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
+
+from common.files import SMALL_BYTES, read_bounded
 
 DEEPEST = 64  # levels of what `strict` reads
 CONTAINERS = (dict, list)
@@ -30,8 +33,18 @@ def to_json(tree: Any, indent: int | None = None) -> str:
 
 
 def from_json(text: str) -> Any:
-    """What `to_json` or Python's own writer wrote: the latter's NaN and Infinity are None too."""
-    return json.loads(text, parse_constant=lambda name: None)
+    """What `to_json` or Python's own writer wrote: the latter's NaN and Infinity are None too. Raises ValueError for
+    what is no JSON.
+    """
+    try:
+        return json.loads(text, parse_constant=lambda name: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(file: Path, most: int = SMALL_BYTES) -> Any:
+    """What a regular file of at most `most` bytes holds, as `from_json`. Raises OSError and ValueError."""
+    return from_json(read_bounded(file, most).decode())
 
 
 def strict(content: bytes | str) -> Any:

@@ -100,9 +100,11 @@ def examine(
     run, data = (cfg.run, cfg.data.path) if cfg else (Path(), Path())
     above = nearest(run)
     token = above / f".doctor-{uuid.uuid4().hex}"  # a host that sees it shares the run folder's disk
-    writable = os.access(above, os.W_OK)
-    if writable:
+    writable = True
+    try:
         token.touch()
+    except OSError:  # the host's own facts tell why
+        writable = False
     try:
         if placement.hostfile is None:
             here = {**facts(), **more_facts(run, data, token.name, config)}
@@ -210,7 +212,7 @@ def _own_problems(host: str, answer: Facts, with_config: bool) -> list[str]:
         if answer["data"]:
             problems.append(f"{host}: {answer['data']}; copy the prepared folder there, or prepare it there")
         if not answer["writable"]:
-            problems.append(f"{host}: the run folder cannot be written; change its owner, or set run=FOLDER")
+            problems.append(f"{host}: the run folder {answer['unwritable']}")
         elif not answer["shares_run"]:
             problems.append(f"{host}: its run folder is not this machine's; put it on storage that all hosts share")
         if answer["free_bytes"] < LEAST_FREE_BYTES:

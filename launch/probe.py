@@ -22,8 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from common.checkout import versions
+from common.errors import ConfigError
+from common.files import check_writable, read_bounded
 from common.machine import cores
 
+MANIFEST_BYTES = 1 << 28  # of prepared data at most: data.manifest.MOST
 INDEX_BYTES = 18  # of a document in a shard's index: data.shards.INDEX
 MARK = "overtone-facts:"  # before the facts, since a login shell may print more
 
@@ -79,13 +82,19 @@ def identity() -> str | None:
 def more_facts(run: Path, data: Path, token: str, config: Sequence[str] = ()) -> dict[str, Any]:
     """What a doctor asks for in addition; `config`: a config's path and settings."""
     above = nearest(run)
+    problem = None
+    try:
+        check_writable(run)
+    except ConfigError as error:
+        problem = str(error)
     return {
         "common": _in_common(config),
         "driver": _query("driver_version"),
         "gpu_free_mib": [int(mib) for mib in _query("memory.free").split() if mib.isdecimal()],
         "data": data_problem(data),
         "free_bytes": shutil.disk_usage(above).free,
-        "writable": os.access(above, os.W_OK),
+        "writable": problem is None,
+        "unwritable": problem,
         "shares_run": (above / token).exists(),
         "compiler": shutil.which("g++"),
         "ninja": shutil.which(
@@ -108,19 +117,21 @@ def _in_common(config: Sequence[str]) -> dict[str, Any]:
 
 def nearest(folder: Path) -> Path:
     """The folder itself, or the nearest one above it that exists."""
-    return next(path for path in (folder, *folder.resolve().parents) if path.is_dir())
+    return next(path for path in (folder, *folder.absolute().parents) if os.path.isdir(path))
 
 
 def data_problem(folder: Path) -> str | None:
     """The first file of prepared data that is missing or has another size than its manifest says; None: none is."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
+        manifest = json.loads(read_bounded(folder / "manifest.json", MANIFEST_BYTES))
         shards = [shard for split in manifest["splits"].values() for shard in split["shards"]]
+        if strange := [shard["file"] for shard in shards if Path(shard["file"]).name != shard["file"]]:
+            raise ValueError(f"it lists {strange[0]!r}")
         sizes = {shard["file"]: int(shard["size"]) for shard in shards}
         sizes |= {
             str(Path(shard["file"]).with_suffix(".idx")): INDEX_BYTES * int(shard["documents"]) for shard in shards
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         return f"{folder / 'manifest.json'}: {error.__class__.__name__}"
     for name, size in sizes.items():
         file = folder / name

@@ -23,6 +23,7 @@ from common import command
 from common.checkout import python_path
 from common.errors import ConfigError
 from common.exits import EXIT_PREEMPTED
+from common.files import replace_file, writing
 from launch.exports import exported
 from launch.hosts import CPU_RANKS, Placement
 from pretrain.runtime.claim import Holder, hold, new_job
@@ -125,8 +126,8 @@ def queue(asked: argparse.Namespace) -> None:
     words = [*asked.overrides, *([command.ALLOW_CODE] if asked.allow_different_code else [])]
     text = script(asked.config, words, cfg.run.absolute(), options, ranks)
     path = cfg.run / SCRIPT
-    with hold(cfg.run, Holder(new_job(), launcher=False)):
-        path.write_text(text, encoding="utf-8")
+    with hold(cfg.run, Holder(new_job(), launcher=False)), writing(cfg.run):
+        replace_file(path, text)
     where = "GPUs" if asked.gpus_per_node else "cores; --gpus-per-node asks for GPUs"
     lead = f"it is told to save {lead_s(cfg)} s before its time is over"
     print(f"{path}: {asked.nodes} nodes with {ranks} ranks on each (on its {where}); {lead}")

@@ -12,10 +12,12 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+
+from common.files import discard
+from pretrain.checkpoints.reading import unread
 
 log = logging.getLogger(__name__)
 
@@ -65,23 +67,30 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The published checkpoints of a `checkpoints/` folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name))
+    """What stands under a published checkpoint's name in a `checkpoints/` folder, oldest first: a folder, or a link to
+    one; or what `damage` finds to be none, as a link that leads nowhere.
+    """
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,18}", path.name))
 
 
 def remove(checkpoint: Path) -> None:
-    """Deletes a checkpoint. Renamed first, so that a deletion that is cut off leaves no half one under a good name."""
+    """Deletes a checkpoint, or the link that leads to one, unless it is being read: then a later call will.
+
+    Renamed first, so that a deletion that is cut off leaves no half one under a good name.
+    """
     doomed = checkpoint.with_name(f"{DRAFT}old-{checkpoint.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    discard(doomed)
+    with unread(checkpoint) as free:
+        if free:
+            os.replace(checkpoint, doomed)
+            discard(doomed)
 
 
 def remove_drafts(folder: Path) -> None:
-    """Removes what saves or deletions that were cut off have left."""
+    """Removes what saves or deletions that were cut off have left; what cannot be removed is told and left."""
     for draft in folder.glob(f"{DRAFT}*"):
         log.warning("removing %s: a save that never finished", draft)
-        if draft.is_dir():
-            shutil.rmtree(draft)
-        else:
-            draft.unlink()
+        try:
+            discard(draft)
+        except OSError as error:
+            log.warning("%s stays: %s", draft, error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
@@ -16,7 +17,9 @@ from rich.table import Table
 from common.errors import ConfigError
 from common.settings import flat
 from pretrain.checkpoints.contents import Check, damage, read_state
-from pretrain.checkpoints.folder import ABANDONED, CHECKPOINTS, DATA, LATEST, MANIFEST, STATE, TOKENIZER, checkpoints
+from pretrain.checkpoints.folder import CHECKPOINTS, DATA, MANIFEST, STATE, TOKENIZER, checkpoints
+from pretrain.checkpoints.reading import agreed, looked_at
+from pretrain.checkpoints.traces import check_place, traces
 from pretrain.config import RunConfig, from_tree
 from pretrain.runtime.ranks import Ranks
 
@@ -78,6 +81,7 @@ def find(
     """
     path = Path(resume)
     if resume in ("auto", "never"):
+        agreed(ranks, lambda: check_place(folder))
         candidates = checkpoints(folder)
     else:
         candidates = [path] if os.path.exists(path / MANIFEST) else checkpoints(path / CHECKPOINTS)
@@ -90,11 +94,11 @@ def find(
             )
         return None
     if not candidates and resume == "auto":
-        traces = _as_the_first_sees_them([*folder.glob(LATEST), *sorted(folder.glob(f"{ABANDONED}*"))], ranks)
-        if not traces:
+        told_by = _as_the_first_sees_them(traces(folder), ranks)
+        if not told_by:
             return None
         raise ConfigError(
-            f"resume=auto: {folder} has no checkpoint, but there were some, as {traces[0]} tells. Put them back (one "
+            f"resume=auto: {folder} has no checkpoint, but there were some, as {told_by[0]} tells. Put them back (one "
             "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
             "another run folder (run=...). Nothing was changed."
         )
@@ -103,7 +107,7 @@ def find(
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):
-        found = damage(path, check, share, moments=moments)
+        found = agreed(ranks, functools.partial(_wrong_with, path, check, share, moments))
         wrong = next(filter(None, ranks.gather(found) if ranks else [found]), None)
         if wrong is None:
             if path != candidates[-1]:
@@ -114,6 +118,10 @@ def find(
         f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore "
         "one, give another, or start afresh in another run folder (run=...). Nothing was changed."
     )
+
+
+def _wrong_with(path: Path, check: Check, share: tuple[int, int], moments: bool) -> str | None:
+    return looked_at(path, lambda: damage(path, check, share, moments=moments))
 
 
 def _as_the_first_sees_them(paths: list[Path], ranks: Ranks | None) -> list[Path]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import functools
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.storage import WriteResult
 
 from common import checkout
-from common.files import flush, publish, replace_file, sha256_of
+from common.files import discard, flush, publish, replace_file, sha256_of
 from common.strict_json import to_json
 from pretrain.checkpoints.folder import (
     ABANDONED,
@@ -104,8 +104,6 @@ class Saver:
 
     def __init__(self, folder: Path, ranks: Ranks, cfg: CheckpointConfig, timeout_s: float = 1800) -> None:
         self.folder, self.ranks, self.cfg = folder, ranks, cfg
-        if ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)  # only now: should it vanish later, a save fails and says so
         self.group: Any = None  # versions of torch differ in the type that new_group gives
         if ranks.world > 1:  # of its own: its collectives run beside those of training
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -148,7 +146,8 @@ class Saver:
             self._together(lambda: self._publish(draft, final, state, files, best))
         except SaveError:
             if self.ranks.first:
-                shutil.rmtree(draft, ignore_errors=True)  # if the disk is full, others need the room
+                with suppress(OSError):
+                    discard(draft)  # if the disk is full, others need the room
             raise
         size = sum(entry["size"] for part in files for entry in part.values())
         return Saved(final, state["step"], time.perf_counter() - began, size)
@@ -171,7 +170,7 @@ class Saver:
 
     def _make(self, draft: Path) -> None:
         if self.ranks.first:
-            shutil.rmtree(draft, ignore_errors=True)
+            discard(draft)
             draft.mkdir()
 
     def _write(self, fragments: dict[str, Fragment], draft: Path) -> list[str]:
@@ -235,7 +234,7 @@ def _told(problem: BaseException, rank: int) -> str:
 def abandon(later: Path) -> None:
     """Sets aside a checkpoint of steps that this run, resumed from before, trains anew: or `auto` would find it."""
     names = (f"{ABANDONED}{later.name}{end}" for end in ("", *(f"-{k}" for k in range(2, 1000))))
-    aside = next(later.with_name(name) for name in names if not later.with_name(name).exists())
+    aside = next(later.with_name(name) for name in names if not os.path.lexists(later.with_name(name)))
     log.warning("%s is of an earlier run beyond this one's resume: kept as %s", later.name, aside.name)
     os.replace(later, aside)
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch.distributed as dist
 
 from common.errors import ConfigError
+from common.files import unwritable
 from common.strict_json import to_json
 from pretrain.config import RunConfig
 from pretrain.runtime import agreement
-from pretrain.runtime.claim import unwritable
 from pretrain.runtime.environment import adopt, place_of
 
 log = logging.getLogger(__name__)

@@ -171,7 +171,8 @@ def test_a_study_counts_a_run_with_such_a_held_out_loss_as_diverged(tmp_path: Pa
 
 def test_records_of_an_older_program_become_json_when_a_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 1, "loss": NaN}\n{"kind": "train", "step": 2, "loss": Infinity}\n')
+    rows = [(1, "NaN"), (2, "Infinity")]
+    path.write_text("".join(f'{{"kind": "train", "step": {k}, "seconds": 1.0, "loss": {loss}}}\n' for k, loss in rows))
     recorder = Recorder(RunFolder(tmp_path), 2, 5, tensorboard=True)
     recorder.record(Train(step=2, seconds=1.0, loss=math.nan, lr=math.inf, losses=(math.nan,)))
     recorder.close()

@@ -204,7 +204,8 @@ def test_which_steps_are_trained_again(tmp_path: Path, monkeypatch: pytest.Monke
             (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
         records = [{"kind": "train", "step": step, "seconds": 1.0, "loss": 1.0} for step in logged]
         (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        found = verification.choose_replay(RunFolder(tmp_path / "run"), steps)
+        run = RunFolder(tmp_path / "run")
+        found = verification.choose_replay(run, run.checkpoints(), steps)
         return None if found is None else (found.start.name[-4:], [record.step for record in found.records])
 
     assert planned(1000, 2000, steps=2, logged=range(10, 2001, 10)) == ("1000", [1010, 1020])
