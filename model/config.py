@@ -105,6 +105,8 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}, or head_dim be given")
         if self.heads % self.key_heads():
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.attention_width() > 2**20:
+            raise ValueError(f"heads={self.heads} of {self.head_size()} are {self.attention_width()} wide, above 2^20")
         if isinstance(self.positions, Rope) and self.head_size() % 2:
             raise ValueError(f"rotary positions turn pairs: a head's width of {self.head_size()} must be even")
         return self

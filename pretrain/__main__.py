@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _start(args: argparse.Namespace) -> int:
     from pretrain.config import check_data, check_layout, load
+    from pretrain.run_folder import RunFolder
     from pretrain.runtime.claim import job_of
     from pretrain.runtime.environment import adopt, place_of
     from pretrain.runtime.signals import StopSignal
@@ -73,6 +74,8 @@ def _start(args: argparse.Namespace) -> int:
         try:
             check_layout(cfg, place.world, place.local_world)
             check_data(cfg)
+            if place.world == 1:  # of many, the first one tells what the disk holds
+                RunFolder(cfg.run).check_resume(cfg.resume)
             with StopSignal() as stop:  # to the end: whoever stops a rank may say so again, and it would lose its code
                 return _train(cfg, watch, stop)
         except ConfigError as error:

@@ -31,6 +31,7 @@ from common.settings import read_tree, validate
 from common.yaml_tree import to_yaml
 from data.config import DataConfig
 from model.config import DecoderConfig, HeadConfig
+from pretrain.deepspeed_settings import check_block
 
 DIRTIEST = 1e4  # gCO2e per kWh; burning coal in an old station gives 1,500
 
@@ -206,7 +207,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     timeouts: TimeoutConfig = TimeoutConfig()
     energy: EnergyConfig = EnergyConfig()
     logging: LoggingConfig = LoggingConfig()
-    deepspeed: dict[str, Any] = {}  # settings for DeepSpeed itself, but for OWNED_BY_US
+    deepspeed: dict[str, Any] = {}  # settings for DeepSpeed itself: pretrain/deepspeed_settings.py
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -220,6 +221,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
                 f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of "
                 f"model.seq_len={self.model.seq_len}"
             )
+        self.head.settings.check_width(self.model.dim)
         for key, ours in OWNED_BY_US.items():
             section: Any = self.deepspeed
             for part in key.split("."):
@@ -269,7 +271,9 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
     with suppress(KeyError, TypeError):  # the sections' own checks will say what is missing
         given = tree["data"]["tokenizer"]["vocab_size"]
         tree = {**tree, "model": {"vocab_size": given, **tree["model"]}}
-    return validate(RunConfig, tree)
+    cfg = validate(RunConfig, tree)
+    check_block(cfg.deepspeed, cfg.parallel.zero)
+    return cfg
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -75,6 +75,11 @@ class RunFolder:
         """How its last job ended; None if none did, or it did not tell."""
         return endings.read_exit(self.path)
 
+    def check_resume(self, resume: str) -> None:
+        """Raises ConfigError if the setting `resume` asks for what is not there, or forbids what is."""
+        folder = self.checkpoints_folder
+        checkpoints.check_resume(folder, resume, checkpoints.to_resume(folder, resume))
+
     def checkpoints(self) -> list[Path]:
         """Those that were published, oldest first, whole or not."""
         return checkpoints.checkpoints(self.checkpoints_folder)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from common.errors import ConfigError
 from common.files import sha256_of
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,27 @@ def step_of(checkpoint: Path) -> int:
 def checkpoints(folder: Path) -> list[Path]:
     """The published checkpoints of a `checkpoints/` folder, oldest first."""
     return sorted(path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def to_resume(folder: Path, resume: str) -> list[Path]:
+    """What a run whose checkpoints are in `folder` could go on from, oldest first, whole or not: those of the folder
+    for `auto` and `never`, else the checkpoint that `resume` is the path of, or those of that run.
+    """
+    if resume in ("auto", "never"):
+        return checkpoints(folder)
+    path = Path(resume)
+    return [path] if (path / MANIFEST).exists() else checkpoints(path / CHECKPOINTS)
+
+
+def check_resume(folder: Path, resume: str, candidates: list[Path]) -> None:
+    """Raises ConfigError if `resume` forbids the checkpoints that there are, or names none."""
+    if resume == "never" and candidates:
+        raise ConfigError(
+            f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest {candidates[-1].name}. "
+            "Use resume=auto to go on from it, or another run folder (run=...) to start afresh."
+        )
+    if not candidates and resume not in ("auto", "never"):
+        raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
 
 
 def remove(checkpoint: Path) -> None:

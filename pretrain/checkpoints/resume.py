@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError
-from pretrain.checkpoints.folder import ABANDONED, CHECKPOINTS, LATEST, MANIFEST, Check, checkpoints, damage
+from pretrain.checkpoints.folder import ABANDONED, LATEST, Check, check_resume, damage, to_resume
 from pretrain.config import RunConfig, from_tree
 from pretrain.runtime.ranks import Ranks
 
@@ -80,18 +80,9 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
         ConfigError: there are checkpoints but none is whole, or there were some; `never` in a folder that has some; a
         path that is no checkpoint.
     """
-    path = Path(resume)
-    if resume in ("auto", "never"):
-        candidates = checkpoints(folder)
-    else:
-        candidates = [path] if (path / MANIFEST).exists() else checkpoints(path / CHECKPOINTS)
-    candidates = _as_the_first_sees_them(candidates, ranks)
+    candidates = _as_the_first_sees_them(to_resume(folder, resume), ranks)
+    check_resume(folder, resume, candidates)
     if resume == "never":
-        if candidates:
-            raise ConfigError(
-                f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest {candidates[-1].name}. "
-                "Use resume=auto to go on from it, or another run folder (run=...) to start afresh."
-            )
         return None
     if not candidates and resume == "auto":
         traces = _as_the_first_sees_them([*folder.glob(LATEST), *sorted(folder.glob(f"{ABANDONED}*"))], ranks)
@@ -102,8 +93,6 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
             "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
             "another run folder (run=...). Nothing was changed."
         )
-    if not candidates:
-        raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):
