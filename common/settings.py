@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from common.errors import ConfigError
-from common.yaml_tree import DEEPEST, check_key, parse, quoted, read_text
+from common.yaml_tree import DEEPEST, SURROGATE, check_key, parse, quoted, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
 MOST_PROBLEMS = 20  # that are told at once
@@ -85,10 +85,12 @@ def validate(cls: type[Model], tree: Any, where: str = "") -> Model:
         raise ConfigError(
             f"{where or 'the top level'}: expected plain keys and values, without cycles: {error}"
         ) from None
-    for path, number in _numbers(tree, where):
-        if not math.isfinite(number):
+    for path, leaf in _leaves(tree, where):
+        if isinstance(leaf, str) and SURROGATE.search(leaf):
+            raise ConfigError(f"{quoted(path)}: given {_cut(ascii(leaf))}; expected text without halves of characters")
+        if isinstance(leaf, float) and not math.isfinite(leaf):
             raise ConfigError(
-                f"{path}: given {number}; expected a finite number (a setting that may be empty, null, has no bound "
+                f"{path}: given {leaf}; expected a finite number (a setting that may be empty, null, has no bound "
                 "so; put it in quotes if it is text)"
             )
     try:
@@ -104,15 +106,17 @@ def validate(cls: type[Model], tree: Any, where: str = "") -> Model:
         raise ConfigError("\n".join([*lines, *[f"and {more} more problems"] * (more > 0)])) from None
 
 
-def _numbers(tree: Any, path: str) -> Iterator[tuple[str, float]]:
-    """The fractions in plain values, with their dotted paths."""
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Keys and scalars of plain values, with their dotted paths."""
     if isinstance(tree, Mapping):
         for key, value in tree.items():
-            yield from _numbers(value, f"{path}.{key}" if path else str(key))
+            below = f"{path}.{key}" if path else str(key)
+            yield below, key
+            yield from _leaves(value, below)
     elif isinstance(tree, list | tuple):
         for place, value in enumerate(tree):
-            yield from _numbers(value, f"{path}.{place}")
-    elif isinstance(tree, float):
+            yield from _leaves(value, f"{path}.{place}")
+    else:
         yield path, tree
 
 
@@ -136,7 +140,8 @@ def _explain(path: str, said: list[tuple[Any, list[str]]]) -> str:
         given = _show(problem["ctx"]["tag"])
         return f"{name}.{_discriminator(problem)}: given {given}; expected one of {', '.join(choices)}"
     if kind == "value_error":
-        return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
+        told = _cut(str(problem["ctx"]["error"]), 1000)
+        return f"{path}: {told}" if path else told
     prefix = "Input should be "
     wanted = dict.fromkeys(p["msg"].removeprefix(prefix) for p, _ in said if p["msg"].startswith(prefix))
     if not wanted:
@@ -211,8 +216,8 @@ def _show(value: Any) -> str:
         text = json.dumps(value, default=str, ensure_ascii=False)
     except ValueError:  # it holds itself
         text = str(value)
-    return _cut(text)
+    return _cut("".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[:80]) + text[80:])
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= 80 else text[:77] + "..."
+def _cut(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -18,7 +18,7 @@ import yaml
 from common.errors import ConfigError
 
 MOST_BYTES = 256 * 2**10  # of a file
-MOST_VALUES = 20_000  # of a file or an override, keys included
+MOST_VALUES = 10_000  # of a file or an override, keys included
 DEEPEST = 20  # mappings and lists in one another
 LONGEST_KEY = 200  # characters
 

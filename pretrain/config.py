@@ -221,7 +221,10 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
                 f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of "
                 f"model.seq_len={self.model.seq_len}"
             )
-        self.head.settings.check_width(self.model.dim)
+        try:
+            self.head.settings.check_width(self.model.dim)
+        except ValueError as error:
+            raise ValueError(f"head.params: {error}") from None
         for key, ours in OWNED_BY_US.items():
             section: Any = self.deepspeed
             for part in key.split("."):
