@@ -6,53 +6,20 @@ so that a wrong setting stops the program with a path, what was given, what was 
 
 import difflib
 import json
-import re
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from common.errors import ConfigError
+from common.yaml_tree import DEEPEST, SURROGATE, check_key, parse, quoted, read_text
 
 Model = TypeVar("Model", bound=BaseModel)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 without two of its traps: `3e-4` is a number, and a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen and key.tag != "tag:yaml.org,2002:merge":
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} is given twice", problem_mark=key.start_mark)
-            if isinstance(key, yaml.ScalarNode):
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-# YAML 1.1 asks for a dot and a signed exponent in a float, so it reads 3e-4 and 1e3 as strings.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9_]+)[eE][-+]?[0-9]+\Z"),
-    list("-+.0123456789"),
-)
-
-
-def _parse(text: str, origin: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).replace("\n", " ")
-        raise ConfigError(f"{origin}{line}: not valid YAML: {problem}") from None
-    except RecursionError:
-        raise ConfigError(f"{origin}: not valid YAML: it is nested too deeply") from None
-    except (ValueError, AttributeError) as error:  # of a number or a date
-        raise ConfigError(f"{origin}: a value cannot be read ({error}); put it in quotes if it is text") from None
+MOST_PROBLEMS = 20  # that are told at once
 
 
 def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict:
@@ -66,19 +33,10 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict:
     Raises:
         ConfigError: the file is missing, unreadable, malformed or no mapping, or an override is malformed.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path}: there is no such file; give the path of a YAML file, such as one of configs/"
-        ) from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder; give the path of a YAML file, such as one of configs/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a UTF-8 text file: {error}") from None
-    tree = _parse(text, str(path))
+    shown = quoted(str(path))
+    tree = parse(read_text(path), shown)
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: the top level must be a mapping of keys to values, but it is {_show(tree)}")
+        raise ConfigError(f"{shown}: the top level must be a mapping of keys to values, but it is {_show(tree)}")
     for override in overrides:
         _override(tree, override)
     return tree
@@ -86,23 +44,27 @@ def read_tree(path: str | Path, overrides: Sequence[str] = ()) -> dict:
 
 def _override(tree: dict, override: str) -> None:
     dotted, equals, value = override.partition("=")
-    keys = dotted.split(".")
+    keys, origin = dotted.split("."), f"override {_cut(repr(override))}"
     if not equals or not all(keys) or dotted != dotted.strip():
-        raise ConfigError(
-            f"override {override!r}: expected key=value with a dotted path, such as data.val_fraction=0.01"
-        )
+        raise ConfigError(f"{origin}: expected key=value with a dotted path, such as data.val_fraction=0.01")
+    if len(keys) > DEEPEST:
+        raise ConfigError(f"{origin}: a path of {len(keys)} keys; expected {DEEPEST} at most")
     node = tree
-    for depth, key in enumerate(keys[:-1], start=1):
+    for depth, key in enumerate(keys, start=1):
+        try:
+            check_key(key)
+        except ValueError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+        if depth == len(keys):
+            break
         below = node.get(key)
         if below is None:
             below = node[key] = {}
         if not isinstance(below, dict):
             above = ".".join(keys[:depth])
-            raise ConfigError(
-                f"override {override!r}: {above} is {_show(below)}, not a mapping, so it has no keys to set"
-            )
+            raise ConfigError(f"{origin}: {above} is {_show(below)}, not a mapping, so it has no keys to set")
         node = below
-    node[keys[-1]] = _parse(value, f"override {override!r}")
+    node[keys[-1]] = parse(value, origin)
 
 
 def validate(cls: type[Model], tree: Any, where: str = "") -> Model:
@@ -119,10 +81,18 @@ def validate(cls: type[Model], tree: Any, where: str = "") -> Model:
     """
     try:
         plain = json.dumps(tree, default=str)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"{where or 'the top level'}: expected plain keys and values, without cycles: {error}"
         ) from None
+    for path, leaf in _leaves(tree, where):
+        if isinstance(leaf, str) and SURROGATE.search(leaf):
+            raise ConfigError(f"{quoted(path)}: given {_cut(ascii(leaf))}; expected text without halves of characters")
+        if isinstance(leaf, float) and not math.isfinite(leaf):
+            raise ConfigError(
+                f"{path}: given {leaf}; expected a finite number (a setting that may be empty, null, has no bound "
+                "so; put it in quotes if it is text)"
+            )
     try:
         # Strict JSON is what YAML needs: exact scalars, but strings for paths and lists for tuples.
         return cls.model_validate_json(plain, strict=True)
@@ -131,7 +101,23 @@ def validate(cls: type[Model], tree: Any, where: str = "") -> Model:
         for problem in error.errors(include_url=False):
             path, choices = _locate(cls, problem, where)
             problems.setdefault(path, []).append((problem, choices))
-        raise ConfigError("\n".join(_explain(path, said) for path, said in problems.items())) from None
+        lines = [_explain(path, said) for path, said in islice(problems.items(), MOST_PROBLEMS)]
+        more = len(problems) - len(lines)
+        raise ConfigError("\n".join([*lines, *[f"and {more} more problems"] * (more > 0)])) from None
+
+
+def _leaves(tree: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Keys and scalars of plain values, with their dotted paths."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            below = f"{path}.{key}" if path else str(key)
+            yield below, key
+            yield from _leaves(value, below)
+    elif isinstance(tree, list | tuple):
+        for place, value in enumerate(tree):
+            yield from _leaves(value, f"{path}.{place}")
+    else:
+        yield path, tree
 
 
 def _explain(path: str, said: list[tuple[Any, list[str]]]) -> str:
@@ -154,7 +140,8 @@ def _explain(path: str, said: list[tuple[Any, list[str]]]) -> str:
         given = _show(problem["ctx"]["tag"])
         return f"{name}.{_discriminator(problem)}: given {given}; expected one of {', '.join(choices)}"
     if kind == "value_error":
-        return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
+        told = _cut(str(problem["ctx"]["error"]), 1000)
+        return f"{path}: {told}" if path else told
     prefix = "Input should be "
     wanted = dict.fromkeys(p["msg"].removeprefix(prefix) for p, _ in said if p["msg"].startswith(prefix))
     if not wanted:
@@ -229,7 +216,11 @@ def _show(value: Any) -> str:
         text = json.dumps(value, default=str, ensure_ascii=False)
     except ValueError:  # it holds itself
         text = str(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+    return _cut("".join(one if one.isprintable() else ascii(one)[1:-1] for one in text[:80]) + text[80:])
+
+
+def _cut(text: str, most: int = 80) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:

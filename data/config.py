@@ -1,9 +1,13 @@
 """The `data:` section of a config: which text, which tokenizer, which shards."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, Field, model_validator
+
+from common.fields import FilePath, Name, PathText
+
+MOST_IDS = 2**24  # of a vocabulary
+MOST_TEXT = 10**15  # bytes or tokens
 
 
 class EmbeddedSource(BaseModel, extra="forbid", frozen=True):
@@ -16,8 +20,8 @@ class FilesSource(BaseModel, extra="forbid", frozen=True):
     """Local files: .txt and JSON lines (.jsonl, .ndjson, .json), as they are or as .gz or .zst; .parquet and .arrow."""
 
     kind: Literal["files"]
-    paths: Annotated[tuple[str, ...], Field(min_length=1)]  # files or globs, read in this order
-    text_field: str = "text"  # key of a JSON line or column of a parquet or arrow file
+    paths: Annotated[tuple[PathText, ...], Field(min_length=1)]  # files or globs, read in this order
+    text_field: Name = "text"  # key of a JSON line or column of a parquet or arrow file
     separator: Annotated[str, Field(min_length=1)] | None = None  # between the documents of a .txt; null: one document
 
 
@@ -29,11 +33,11 @@ class HubSource(BaseModel, extra="forbid", frozen=True):
     """
 
     kind: Literal["hub", "openwebtext"]
-    name: str = "Skylion007/openwebtext"
-    subset: str | None = None  # the dataset's configuration, where it has several
-    revision: str | None = None  # branch, tag or commit; null: the Hub's default
-    split: str = "train"
-    text_field: str = "text"
+    name: PathText = "Skylion007/openwebtext"
+    subset: Name | None = None  # the dataset's configuration, where it has several
+    revision: Name | None = None  # branch, tag or commit; null: the Hub's default
+    split: Name = "train"
+    text_field: Name = "text"
     partial: bool = False  # take files of `partial-...` folders, which hold only the first part of a split
 
 
@@ -49,7 +53,7 @@ PlainSource = Annotated[EmbeddedSource | FilesSource | HubSource, Field(discrimi
 class Weighted(BaseModel, extra="forbid", frozen=True):
     """A source of a mixture: its share of the tokens is its weight over the sum of all weights."""
 
-    weight: float = Field(gt=0, allow_inf_nan=False)
+    weight: float = Field(ge=1e-9, le=1e9)
     source: PlainSource
 
 
@@ -57,7 +61,7 @@ class MixtureSource(BaseModel, extra="forbid", frozen=True):
     """Several sources by name, with shares of the tokens as their weights. It ends with the first that runs out."""
 
     kind: Literal["mixture"]
-    sources: dict[str, Weighted] = Field(min_length=1, max_length=1 << 16)
+    sources: dict[Name, Weighted] = Field(min_length=1, max_length=1 << 16)
 
 
 Source = Annotated[
@@ -68,9 +72,9 @@ Source = Annotated[
 class TokenizerConfig(BaseModel, extra="forbid", frozen=True):
     """The tokenizer of the prepared data: a SentencePiece model that is given, or one trained on the train split."""
 
-    vocab_size: int = Field(gt=0)  # ids, with the 256 bytes and the specials
-    model: Path | None = None  # a trained SentencePiece model; null: train one on the corpus
-    train_bytes: int = Field(50_000_000, gt=0)  # most bytes of text that training sees
+    vocab_size: int = Field(gt=0, le=MOST_IDS)  # ids, with the 256 bytes and the specials
+    model: FilePath | None = None  # a trained SentencePiece model; null: train one on the corpus
+    train_bytes: int = Field(50_000_000, gt=0, le=MOST_TEXT)  # most bytes of text that training sees
     nfkc: bool = False  # brings text to Unicode's form NFKC before it is encoded, so that it does not come back exactly
 
     @model_validator(mode="after")
@@ -83,15 +87,15 @@ class TokenizerConfig(BaseModel, extra="forbid", frozen=True):
 class DataConfig(BaseModel, extra="forbid", frozen=True):
     """The `data:` section: what a prepared folder is made from, and where it is."""
 
-    path: Path  # folder of the prepared data
+    path: FilePath  # folder of the prepared data
     source: Source
     tokenizer: TokenizerConfig
     dtype: Literal["uint16", "uint32"] = "uint16"  # of the ids on the disk
-    shard_tokens: int = Field(100_000_000, gt=0)  # a shard is closed before the document that would pass this
+    shard_tokens: int = Field(100_000_000, gt=0, le=2**40)  # a shard is closed before the document that would pass this
     val_fraction: float = Field(0.01, gt=0, lt=1)  # of documents, chosen by their hash
-    limit_documents: int | None = Field(None, gt=0)  # of those with text in them; null: the whole source
+    limit_documents: int | None = Field(None, gt=0, le=MOST_TEXT)  # of those with text in them; null: the whole source
     deduplicate: bool = True  # a document whose very text came before is dropped
-    min_chars: int = Field(0, ge=0)  # shorter documents are dropped
+    min_chars: int = Field(0, ge=0, le=MOST_TEXT)  # shorter documents are dropped
     # A train document is dropped if at least this share of its runs of 13 words occurs in val; null: none is.
     val_overlap: float | None = Field(None, gt=0, le=1)
 

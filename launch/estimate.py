@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import ConfigError
 from common.gpus import GIB
+from common.numbers import divisors, listed
 from launch import footprint
 from launch.cluster import HOP_S, LINK_EFFICIENCY, USABLE, Cluster
-from launch.fit import altered, cheapest_changes, divisors, largest_micro_batch
+from launch.fit import altered, cheapest_changes, largest_micro_batch
 from launch.footprint import ZERO_DEFAULTS, Memory, Parameters, zero_stage
 from launch.traffic import Collective, collectives
 
@@ -163,7 +164,7 @@ def _check(cfg: RunConfig, cluster: Cluster) -> None:
         possible = [gpus for gpus in divisors(sequences) if cluster.could_be(gpus)]
         raise ConfigError(
             f"--gpus {cluster.gpus}: train.tokens_per_step={cfg.train.tokens_per_step} is {sequences} sequences, which "
-            f"{cluster.gpus} GPUs cannot share. Possible: {', '.join(map(str, possible))}."
+            f"{cluster.gpus} GPUs cannot share. Possible: {listed(possible, 'none')}."
         )
     check_layout(cfg, cluster.gpus, cluster.ranks_per_node)
     zero = cfg.deepspeed.get("zero_optimization", {})

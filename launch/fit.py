@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from common.numbers import divisors
 from launch.cluster import Cluster
 from launch.footprint import memory, vocab_ranks, zero_stage
 
@@ -18,11 +19,6 @@ def altered(cfg: RunConfig, **sections: dict[str, Any]) -> RunConfig:
     return cfg.model_copy(
         update={name: getattr(cfg, name).model_copy(update=values) for name, values in sections.items()}
     )
-
-
-def divisors(number: int) -> list[int]:
-    """All of them, from 1 to the number itself."""
-    return [k for k in range(1, number + 1) if number % k == 0]
 
 
 def fits(cfg: RunConfig, cluster: Cluster) -> bool:

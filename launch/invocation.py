@@ -30,6 +30,7 @@ from launch.probe import free_port as _free_port
 from launch.probe import gpus as _gpus
 from launch.reach import Facts, ssh_arguments
 from pretrain.config import RunConfig, check_data, check_layout
+from pretrain.run_folder import RunFolder
 from pretrain.runtime.claim import Claim
 
 SITE_HOSTFILE = Path("/job/hostfile")  # deepspeed takes this one unasked, where it exists
@@ -50,6 +51,7 @@ def check(cfg: RunConfig, placement: Placement) -> None:
         )
     check_layout(cfg, placement.world, max(placement.ranks.values()))
     check_data(cfg)
+    RunFolder(cfg.run).check_resume(cfg.resume)
 
 
 def command(

@@ -86,7 +86,6 @@ def _run(asked: argparse.Namespace) -> int:
     cfg = load(asked.config, asked.overrides)
     placement = placement_of(asked)
     invocation.check_launcher(placement, asked.launcher)
-    invocation.check(cfg, placement)
     if asked.max_restarts < 0:
         raise ConfigError(f"--max-restarts {asked.max_restarts}: expected 0 or more")
     if asked.max_restarts and cfg.resume != "auto":
@@ -102,6 +101,9 @@ def _run(asked: argparse.Namespace) -> int:
             f"--max-restarts: with --launcher {asked.launcher} each host has a launcher of its own, and none sees all "
             "hosts; whatever starts them restarts"
         )
+    if asked.master_port is not None and not 0 < asked.master_port < 2**16:
+        raise ConfigError(f"--master-port {asked.master_port}: expected a port from 1 to 65535")
+    invocation.check(cfg, placement)
     if not asked.dry_run:
         invocation.check_tools(placement, asked.launcher)
 

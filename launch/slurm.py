@@ -24,6 +24,7 @@ from common.checkout import python_path
 from common.errors import ConfigError
 from common.exits import EXIT_PREEMPTED
 from common.files import replace_file, writing
+from common.numbers import divisors, listed
 from launch.exports import exported
 from launch.hosts import CPU_RANKS, Placement
 from pretrain.runtime.claim import Holder, hold, new_job
@@ -203,11 +204,11 @@ def _check_size(cfg: RunConfig, nodes: int, ranks: int) -> None:
     try:
         check_layout(cfg, nodes * ranks, ranks)
     except ConfigError as error:
-        possible = [str(k) for k in range(1, cfg.sequences_per_step() // ranks + 1) if _fits(cfg, k, ranks)]
-        shown = possible if len(possible) <= 16 else [*possible[:15], "...", possible[-1]]
+        passes, left = divmod(cfg.sequences_per_step(), cfg.train.micro_batch * ranks)
+        possible = [] if left else [nodes for nodes in divisors(passes) if _fits(cfg, nodes, ranks)]
         raise ConfigError(
             f"--nodes {nodes} with {ranks} ranks on each: {error} With {ranks} ranks on each, --nodes can be "
-            f"{', '.join(shown) or 'no number'}."
+            f"{listed(possible, 'no number')}."
         ) from None
 
 

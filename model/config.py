@@ -12,16 +12,24 @@ from pydantic import BaseModel, Field, model_validator
 
 from .distance_settings import Settings, settings_of
 
+# Beyond what anybody trains, and small enough that no count of weights or bytes passes 63 bits.
+Positions = Annotated[int, Field(gt=0, le=2**24)]
+Width = Annotated[int, Field(gt=0, le=2**17)]
+MOST_STRETCH = 1e6  # of positions
+# A score is -n log d, and |log d| < 44.4 where float32 holds d^2: up to this n scores stay below 2^23, where float32
+# still tells half nats apart, and squared gradients far below its largest number.
+MOST_EXPONENT = 1e5
+
 
 class Llama3Scaling(BaseModel, extra="forbid", frozen=True):
     """Llama 3.1's stretched RoPE (as in Meta's llama-models): wavelengths beyond `original` / `low` positions become
     `factor` times longer, those below `original` / `high` stay, those between are blended.
     """
 
-    factor: float = Field(gt=1)
-    low: float = Field(default=1.0, gt=0)
-    high: float = Field(default=4.0, gt=0)
-    original: int = Field(default=8192, gt=0)  # positions that the model was first trained on
+    factor: float = Field(gt=1, le=MOST_STRETCH)
+    low: float = Field(default=1.0, gt=0, le=MOST_STRETCH)
+    high: float = Field(default=4.0, gt=0, le=MOST_STRETCH)
+    original: Positions = 8192  # positions that the model was first trained on
 
     @model_validator(mode="after")
     def _a_band(self) -> Llama3Scaling:
@@ -36,8 +44,8 @@ class Rope(BaseModel, extra="forbid", frozen=True):
     A number as `scaling` divides all positions by it (arXiv:2306.15595).
     """
 
-    theta: float = Field(default=10_000.0, gt=1)
-    scaling: Annotated[float, Field(ge=1)] | Llama3Scaling = 1.0
+    theta: float = Field(default=10_000.0, gt=1, le=1e12)
+    scaling: Annotated[float, Field(ge=1, le=MOST_STRETCH)] | Llama3Scaling = 1.0
 
 
 @dataclass(frozen=True)
@@ -65,26 +73,26 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
     Sizes are counted here and nowhere else: tests compare them with the built decoder.
     """
 
-    vocab_size: int = Field(gt=0)
-    seq_len: int = Field(gt=0)
-    layers: int = Field(gt=0)
-    heads: int = Field(gt=0)
-    dim: int = Field(gt=0)
-    kv_heads: int | None = Field(default=None, gt=0)  # heads of keys and values; None: `heads`
-    head_dim: int | None = Field(default=None, gt=0)  # None: dim / heads
-    mlp_dim: int | None = Field(default=None, gt=0)  # None: 4 dim
+    vocab_size: int = Field(gt=0, le=2**24)
+    seq_len: Positions
+    layers: int = Field(gt=0, le=1024)
+    heads: Width
+    dim: Width
+    kv_heads: Width | None = None  # heads of keys and values; None: `heads`
+    head_dim: Width | None = None  # None: dim / heads
+    mlp_dim: int | None = Field(default=None, gt=0, le=2**20)  # None: 4 dim
     positions: Literal["learned", "none"] | Rope = "learned"
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
-    norm_eps: float = Field(default=1e-5, gt=0)
+    norm_eps: float = Field(default=1e-5, ge=1e-30, le=1)
     post_norm: bool = False  # norms after each sum (BERT), and of the embeddings, instead of before each branch
     qk_norm: bool = False  # norms of each head's queries and keys
     mlp: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
     bias: bool = False  # of all linear layers and LayerNorms
     qkv_bias: bool | None = None  # None: `bias`
     objective: Literal["causal", "masked"] = "causal"  # the next token, seeing what is before; masked ones, seeing all
-    window: int | None = Field(default=None, gt=0)  # a token sees tokens fewer than this many places away; None: all
+    window: Positions | None = None  # a token sees tokens fewer than this many places away; None: all
     document_mask: bool = False  # a token sees its own document alone, and positions start anew in each
-    base_dim: int | None = Field(default=None, gt=0)  # width at which lr was chosen: see `width_scale`; None: this one
+    base_dim: Width | None = None  # width at which lr was chosen: see `width_scale`; None: this one
     attention: Literal["auto", "flash", "flex", "sdpa"] = "auto"  # the kernel, where it can serve; equal results
     dropout: float = Field(default=0.0, ge=0, lt=1)
     tied: bool = False  # the head's prototypes are the token embedding
@@ -97,6 +105,8 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
             raise ValueError(f"dim={self.dim} must be a multiple of heads={self.heads}, or head_dim be given")
         if self.heads % self.key_heads():
             raise ValueError(f"heads={self.heads} must be a multiple of kv_heads={self.kv_heads}")
+        if self.attention_width() > 2**20:
+            raise ValueError(f"heads={self.heads} of {self.head_size()} are {self.attention_width()} wide, above 2^20")
         if isinstance(self.positions, Rope) and self.head_size() % 2:
             raise ValueError(f"rotary positions turn pairs: a head's width of {self.head_size()} must be even")
         return self
@@ -280,9 +290,9 @@ def _each_weight(config: DecoderConfig) -> Iterator[Weight]:
 class ExponentRamp(BaseModel, extra="forbid", frozen=True):
     """An exponent that moves linearly from `first` to `last` over `steps` updates (None: over all), then stays."""
 
-    first: float = Field(gt=0)
-    last: float = Field(gt=0)
-    steps: int | None = Field(default=None, gt=1)
+    first: float = Field(gt=0, le=MOST_EXPONENT)
+    last: float = Field(gt=0, le=MOST_EXPONENT)
+    steps: int | None = Field(default=None, gt=1, le=10**9)
 
 
 class HeadConfig(BaseModel, extra="forbid", frozen=True):
@@ -291,8 +301,8 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
     distance: str = "euclidean"  # a name in model.distance_settings.SETTINGS, or in model.distances.DISTANCES
     params: dict[str, float | str] = {}  # the distance's own, such as p of minkowski: see model.head.HarmonicHead
     exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp = "sqrt_dim"
-    init_std: float | None = Field(default=None, gt=0)  # None: see model.distances.Distance.start
-    chunk_mib: int | None = Field(default=None, gt=0)  # budget of the head's working memory; None: by device
+    init_std: float | None = Field(default=None, ge=1e-15, le=1e15)  # None: see model.distances.Distance.start
+    chunk_mib: int | None = Field(default=None, gt=0, le=2**20)  # budget of the head's working memory; None: by device
     fused: bool | None = None  # the GPU's product and the passes over its scores in one; None: by device
 
     @model_validator(mode="after")
@@ -302,8 +312,9 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _positive_exponent(self) -> HeadConfig:
-        if isinstance(self.exponent, float) and not self.exponent > 0:
-            raise ValueError(f"exponent={self.exponent} must be positive: a number, sqrt_dim or learned")
+        if isinstance(self.exponent, float) and not 0 < self.exponent <= MOST_EXPONENT:
+            most = f"a number up to {MOST_EXPONENT:,.0f}"
+            raise ValueError(f"exponent={self.exponent} must be positive: {most}, sqrt_dim or learned")
         return self
 
     @property

@@ -5,6 +5,7 @@ Without torch, so that a config is checked and a plan is made without it; model/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -12,6 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 if TYPE_CHECKING:
     from .distance_base import Distance
 
+FLOAT32_MOST = (2 - 2**-23) * 2.0**127
+MOST_POWER = 1e4  # beyond it a power of two float32 numbers next to each other is all or nothing
+HOTTEST = 1e6  # and its inverse the coldest: in between, twice the temperature and entries over it are float32 numbers
 INTERNAL = {"set by": "the distance itself"}  # metadata of a field that no recipe sets
 
 
@@ -29,6 +33,9 @@ class Settings:
     def trained(self, dim: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the weights that a head trains for rows `dim` wide, by name. They start at 0."""
         return {}
+
+    def check_width(self, dim: int, most: float = FLOAT32_MOST) -> None:
+        """Raises ValueError if distances of rows `dim` wide may pass `most`, their dtype's largest number."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +55,19 @@ class MinkowskiSettings(Settings):
     p: float = 3.0
 
     def __post_init__(self) -> None:
-        if isinstance(self.p, str) or not 0 < self.p < float("inf"):
-            raise ValueError(f"p={self.p!r}: expected a positive number (for the limit of large p, use chebyshev)")
+        if isinstance(self.p, str) or not 0 < self.p <= MOST_POWER:
+            limit = f"up to {MOST_POWER:,.0f} (for the limit of large p, use chebyshev)"
+            raise ValueError(f"p={self.p!r}: expected a positive number {limit}")
+
+    def check_width(self, dim: int, most: float = FLOAT32_MOST) -> None:
+        """A distance is up to dim^(1/p) times the largest entry, for which half of the exponents are left."""
+        digits = math.log2(most) / 2
+        if math.log2(dim) > digits * self.p:
+            least = math.log2(dim) / digits
+            raise ValueError(
+                f"p={self.p}: distances of rows {dim} wide pass {most:.3g}, the dtype's largest number; expected "
+                f"{least:.3g} or more"
+            )
 
     @property
     def by_product(self) -> bool:
@@ -67,8 +85,10 @@ class HammingSettings(Settings):
     def __post_init__(self) -> None:
         if self.kind not in ("soft", "hard", "gumbel"):
             raise ValueError(f"kind={self.kind!r}: expected soft, hard or gumbel")
-        if isinstance(self.temperature, str) or not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature!r}: expected a positive number")
+        if isinstance(self.temperature, str) or not 1 / HOTTEST <= self.temperature <= HOTTEST:
+            raise ValueError(
+                f"temperature={self.temperature!r}: expected a positive number from {1 / HOTTEST:g} to {HOTTEST:g}"
+            )
 
     @property
     def by_product(self) -> bool:

@@ -12,7 +12,6 @@ Units and floors: model/distance_base.py. The specification: model/reference.py.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -128,12 +127,9 @@ class Minkowski(MinkowskiSettings, Distance):
     formula = "(sum |x - w|^p)^(1/p)"
 
     def check(self, dim: int, dtype: torch.dtype) -> None:
-        """A distance is up to dim^(1/p) times the largest entry, which must not pass the largest numbers."""
+        """And unless distances stay below the largest numbers."""
         super().check(dim, dtype)
-        most = math.log2(torch.finfo(dtype).max) / 2
-        if math.log2(dim) > most * self.p:
-            least = math.log2(dim) / most
-            raise ValueError(f"p={self.p}: distances of rows {dim} wide overflow {dtype}; expected {least:.3g} or more")
+        self.check_width(dim, torch.finfo(dtype).max)
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
         """(..., D), (..., D) -> (...) p-norms of x - w."""

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _start(stop: StopSignal, args: argparse.Namespace) -> int:
     from pretrain.config import check_data, check_layout, load
+    from pretrain.run_folder import RunFolder
     from pretrain.runtime.claim import job_of
     from pretrain.runtime.environment import adopt, place_of
     from pretrain.runtime.watch import Watch
@@ -80,6 +81,8 @@ def _start(stop: StopSignal, args: argparse.Namespace) -> int:
         try:
             check_layout(cfg, place.world, place.local_world)
             check_data(cfg)
+            if place.world == 1:  # of many, the first one tells what the disk holds
+                RunFolder(cfg.run).check_resume(cfg.resume)
             return _train(cfg, watch, stop, args.allow_different_code)
         except KeyboardInterrupt as error:
             print(error, file=sys.stderr)

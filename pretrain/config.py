@@ -6,19 +6,34 @@ Derived values (accumulation, group size, learning rate) are functions here, not
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, Field, model_validator
 
 from common.carbon_intensity import grid_intensity
 from common.errors import ConfigError
+from common.fields import (
+    MOST_STEPS,
+    MOST_TOKENS,
+    FilePath,
+    NotNegative,
+    PathText,
+    Positive,
+    Seconds,
+    Seed,
+    Steps,
+)
+from common.numbers import divisors, listed
 from common.settings import read_tree, validate
+from common.yaml_tree import to_yaml
 from data.config import DataConfig
 from model.config import DecoderConfig, HeadConfig
+from pretrain.deepspeed_settings import check_block
+
+DIRTIEST = 1e4  # gCO2e per kWh; burning coal in an old station gives 1,500
 
 # What the house sets in DeepSpeed's configuration, and where to set it instead.
 OWNED_BY_US = {
@@ -41,28 +56,28 @@ OWNED_BY_US = {
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
     """How long a run trains, on how much at a time, and in which precision."""
 
-    steps: int = Field(gt=0)
-    tokens_per_step: int = Field(gt=0)  # of the whole world, accumulation included
-    micro_batch: int = Field(gt=0)  # sequences per rank and pass
+    steps: Steps
+    tokens_per_step: int = Field(gt=0, le=MOST_TOKENS)  # of the whole world, accumulation included
+    micro_batch: int = Field(gt=0, le=MOST_TOKENS)  # sequences per rank and pass
     precision: Literal["bf16", "float32"] = "bf16"
-    seed: int = Field(default=1, ge=0)  # of weights, order of samples, masks, dropout
+    seed: Seed = 1  # of weights, order of samples, masks, dropout
     deterministic: bool = False  # bit for bit on GPUs too: see pretrain/runtime/deterministic.py
 
 
 class OptimConfig(BaseModel, extra="forbid", frozen=True):
     """AdamW, warm-up, then a cosine, a plateau with a linear end (wsd), or a constant rate."""
 
-    lr: float = Field(gt=0)  # the highest
-    min_lr: float = Field(default=0.0, ge=0)
-    warmup_steps: int = Field(default=0, ge=0)
+    lr: Positive  # the highest
+    min_lr: NotNegative = 0.0
+    warmup_steps: int = Field(default=0, ge=0, le=MOST_STEPS)
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
     decay_fraction: float = Field(default=0.2, gt=0, le=1)  # of the steps, for wsd
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.1, ge=0)  # of matrices; see also_decay
+    eps: Positive = 1e-8
+    weight_decay: NotNegative = 0.1  # of matrices; see also_decay
     also_decay: tuple[Literal["norms", "biases", "embeddings", "prototypes"], ...] = ()
-    clip: float | None = Field(default=1.0, gt=0)  # of the global norm, trunk and prototypes together
-    max_skipped: int = Field(default=10, gt=0)  # non-finite steps in a row that end the run
+    clip: Positive | None = 1.0  # of the global norm, trunk and prototypes together
+    max_skipped: Steps = 10  # non-finite steps in a row that end the run
 
     @model_validator(mode="after")
     def _rates_fit(self) -> OptimConfig:
@@ -85,10 +100,13 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+Share = Annotated[int, Field(le=10**6)]
+
+
 class ParallelConfig(BaseModel, extra="forbid", frozen=True):
     """How ranks share the prototypes (`vocab`) and the trunk (`zero`), and what they speak by."""
 
-    vocab: int | Literal["node", "world"] = "node"  # ranks that share one set of prototypes
+    vocab: Share | Literal["node", "world"] = "node"  # ranks that share one set of prototypes
     zero: Literal[0, 1, 2, 3] = 1  # ZeRO stage of the trunk
     backend: Literal["auto", "gloo"] = "auto"  # gloo, for tests: no NCCL, and ranks may share a GPU
 
@@ -102,7 +120,7 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
         """Ranks of a vocabulary group in a world of `world`."""
         ranks = self.vocab if isinstance(self.vocab, int) else {"world": world, "node": ranks_per_node}[self.vocab]
         if world % ranks:
-            possible = ", ".join(str(k) for k in range(1, world + 1) if world % k == 0)
+            possible = listed(divisors(world), "none")
             raise ConfigError(
                 f"parallel.vocab={self.vocab}: a vocabulary group of {ranks} ranks does not divide the world of "
                 f"{world}. Possible here: {possible}, or world."
@@ -113,9 +131,9 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
 class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
     """When the held-out split is scored, and what follows from it."""
 
-    every: int | None = Field(default=None, gt=0)  # steps; None: only at the end
-    micro_batch: int | None = Field(default=None, gt=0)  # None: train.micro_batch
-    patience: int | None = Field(default=None, gt=0)  # evaluations in a row without a new best that end the run
+    every: Steps | None = None  # None: only at the end
+    micro_batch: int | None = Field(default=None, gt=0, le=MOST_TOKENS)  # None: train.micro_batch
+    patience: Steps | None = None  # evaluations in a row without a new best that end the run
 
     @model_validator(mode="after")
     def _patience_has_evaluations(self) -> EvaluationConfig:
@@ -127,52 +145,56 @@ class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     """When checkpoints are written, which of them stay, and what follows if one cannot be written."""
 
-    every: int | None = Field(default=None, gt=0)  # steps; None: only at the end and when told to stop
-    keep: int = Field(default=2, gt=0)  # newest checkpoints that stay
-    keep_every: int | None = Field(default=None, gt=0)  # steps: these stay for ever
+    every: Steps | None = None  # None: only at the end and when told to stop
+    keep: Steps = 2  # newest checkpoints that stay
+    keep_every: Steps | None = None  # these stay for ever
     keep_best: bool = False  # the best on held-out data is saved, and stays
     on_failure: Literal["stop", "go on"] = "stop"  # when one cannot be written: exit 4, or train and try the next
-    grace_s: float = Field(default=30.0, gt=0)  # from a signal to the end of a preempted job
+    grace_s: Seconds = 30.0  # from a signal to the end of a preempted job
+
+
+Wait = Annotated[Seconds, Field(ge=1)]
+Beat = Annotated[Seconds, Field(ge=5)]
 
 
 class TimeoutConfig(BaseModel, extra="forbid", frozen=True):
     """Seconds after which a rank that waits ends itself, and the job with it."""
 
-    rendezvous_s: float = Field(default=300.0, gt=0)  # from a rank's start until all have met
-    first_step_s: float = Field(default=1800.0, gt=0)  # from there to the end of the first step: loading, compiling
-    collective_s: float = Field(default=300.0, gt=0)  # for a pass, with all its waiting for others
-    save_s: float = Field(default=1800.0, gt=0)  # for a checkpoint
-    heartbeat_s: float = Field(default=20.0, ge=5)  # without a sign of life of a rank, its host or the launcher
+    rendezvous_s: Wait = 300.0  # from a rank's start until all have met
+    first_step_s: Wait = 1800.0  # from there to the end of the first step: loading, compiling
+    collective_s: Wait = 300.0  # for a pass, with all its waiting for others
+    save_s: Wait = 1800.0  # for a checkpoint
+    heartbeat_s: Beat = 20.0  # without a sign of life of a rank, its host or the launcher
 
 
 class EnergyConfig(BaseModel, extra="forbid", frozen=True):
     """A budget, and what turns joules into emissions and cost (docs/energy.md). Nothing is ever looked up."""
 
-    stop_at_joules: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # measured, of all phases
-    target_loss: float | None = Field(default=None, gt=0, allow_inf_nan=False)  # nats per held-out token
-    grid: float | str | None = Field(default=None)  # gCO2e per kWh, or a name of common/carbon_intensity.py
-    price_per_kwh: float | None = Field(default=None, ge=0, allow_inf_nan=False)  # the cost is in its currency
-    pue: float = Field(default=1.0, ge=1, allow_inf_nan=False)  # energy of the site over that of its machines
+    stop_at_joules: Positive | None = None  # measured, of all phases
+    target_loss: Positive | None = None  # nats per held-out token
+    grid: float | str | None = None  # gCO2e per kWh, or a name of common/carbon_intensity.py
+    price_per_kwh: NotNegative | None = None  # the cost is in its currency
+    pue: float = Field(default=1.0, ge=1, le=100)  # energy of the site over that of its machines
 
     @model_validator(mode="after")
     def _grid_is_known(self) -> EnergyConfig:
-        if self.grid is not None and not 0 <= grid_intensity(self.grid) < math.inf:
-            raise ValueError(f"grid={self.grid} must be gCO2e per kWh: a finite number, 0 or more")
+        if self.grid is not None and not 0 <= grid_intensity(self.grid) <= DIRTIEST:
+            raise ValueError(f"grid={self.grid} must be gCO2e per kWh: a number from 0 to {DIRTIEST:g}")
         return self
 
 
 class LoggingConfig(BaseModel, extra="forbid", frozen=True):
     """How often a run records its training, and whether for TensorBoard too."""
 
-    every: int = Field(default=10, gt=0)  # steps
+    every: Steps = 10
     tensorboard: bool = True
 
 
 class RunConfig(BaseModel, extra="forbid", frozen=True):
     """The whole configuration of a run, as its run folder's config.yaml holds it, resolved."""
 
-    run: Path  # the run folder
-    resume: str = "auto"  # auto, never, or the path of a checkpoint or run folder
+    run: FilePath  # the run folder
+    resume: PathText = "auto"  # auto, never, or the path of a checkpoint or run folder
     resume_check: Literal["full", "size"] = "full"  # hash every file, or only compare sizes
     resume_allow: tuple[str, ...] = ()  # settings (or sections) that may differ from the checkpoint's
     data: DataConfig
@@ -186,7 +208,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     timeouts: TimeoutConfig = TimeoutConfig()
     energy: EnergyConfig = EnergyConfig()
     logging: LoggingConfig = LoggingConfig()
-    deepspeed: dict[str, Any] = {}  # settings for DeepSpeed itself, but for OWNED_BY_US
+    deepspeed: dict[str, Any] = {}  # settings for DeepSpeed itself: pretrain/deepspeed_settings.py
 
     @model_validator(mode="after")
     def _sections_agree(self) -> RunConfig:
@@ -200,6 +222,10 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
                 f"train.tokens_per_step={self.train.tokens_per_step} must be a multiple of "
                 f"model.seq_len={self.model.seq_len}"
             )
+        try:
+            self.head.settings.check_width(self.model.dim)
+        except ValueError as error:
+            raise ValueError(f"head.params: {error}") from None
         for key, ours in OWNED_BY_US.items():
             section: Any = self.deepspeed
             for part in key.split("."):
@@ -227,9 +253,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     def _worlds(self) -> str:
         """The possible numbers of ranks, in words; of many, the first and the last."""
         passes, left = divmod(self.sequences_per_step(), self.train.micro_batch)
-        possible = [] if left else [str(ranks) for ranks in range(1, passes + 1) if passes % ranks == 0]
-        shown = possible if len(possible) <= 16 else [*possible[:15], "...", possible[-1]]
-        return ", ".join(shown) or "no number of"
+        return listed([] if left else divisors(passes), "no number of")
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the update `step` (the first is 0)."""
@@ -243,33 +267,17 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
 def _divisors(sequences: int, world: int) -> str:
     if sequences % world:
         return f"nothing: {sequences} sequences cannot be shared by {world} ranks"
-    share = sequences // world
-    return ", ".join(str(k) for k in range(1, share + 1) if share % k == 0)
+    return listed(divisors(sequences // world), "nothing")
 
 
 def from_tree(tree: dict[str, Any]) -> RunConfig:
     """Checks plain values. `model.vocab_size` is the tokenizer's and may be left out. Raises ConfigError."""
-    for path, number in _numbers(tree):
-        if not math.isfinite(number):
-            raise ConfigError(
-                f"{path}: given {number}; expected a finite number (a setting that may be empty, null, has no bound so)"
-            )
     with suppress(KeyError, TypeError):  # the sections' own checks will say what is missing
         given = tree["data"]["tokenizer"]["vocab_size"]
         tree = {**tree, "model": {"vocab_size": given, **tree["model"]}}
-    return validate(RunConfig, tree)
-
-
-def _numbers(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """The fractions in plain values, with their dotted paths."""
-    if isinstance(tree, Mapping):
-        for key, value in tree.items():
-            yield from _numbers(value, f"{path}.{key}" if path else str(key))
-    elif isinstance(tree, list | tuple):
-        for place, value in enumerate(tree):
-            yield from _numbers(value, f"{path}.{place}")
-    elif isinstance(tree, float):
-        yield path, tree
+    cfg = validate(RunConfig, tree)
+    check_block(cfg.deepspeed, cfg.parallel.zero)
+    return cfg
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -279,7 +287,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def dump(cfg: RunConfig) -> str:
     """The resolved configuration as YAML; `load` gives the same configuration back."""
-    return yaml.safe_dump(cfg.model_dump(mode="json"), sort_keys=False)
+    return to_yaml(cfg.model_dump(mode="json"))
 
 
 def check_layout(cfg: RunConfig, world: int, ranks_per_node: int) -> None:

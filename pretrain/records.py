@@ -7,7 +7,6 @@ when the run was killed.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
@@ -122,8 +121,15 @@ class Counters(Record):
     missing: Mapping[str, str]
 
 
+def hints_of(model: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    hints = get_type_hints(model)
+    return {field.name: hints[field.name] for field in fields(model)}
+
+
 KINDS: dict[str, type[Record]] = {model.kind: model for model in (Train, Eval, Save, Counters)}
 PHASES = tuple(model.kind for model in (Train, Eval, Save))
+HINTS = {model: hints_of(model) for model in KINDS.values()}
 Kind = TypeVar("Kind", bound=Record)
 
 
@@ -135,7 +141,7 @@ def from_plain(values: Any) -> Record:
     model = KINDS.get(kind) if isinstance(kind, str) else None
     if model is None:
         raise ConfigError(f"kind={str(kind)[:40]!r}: expected one of {', '.join(KINDS)}")
-    hints = hints_of(model)
+    hints = HINTS[model]
     for name, hint in hints.items():
         if name in values and not fits(values[name], hint):
             raise ConfigError(f"{name}={str(values[name])[:40]!r} in a record of {model.kind}: of another type")
@@ -146,13 +152,6 @@ def from_plain(values: Any) -> Record:
     if record.step < 0:
         raise ConfigError(f"step={record.step}: expected 0 or more")
     return record
-
-
-@functools.cache
-def hints_of(model: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields."""
-    hints = get_type_hints(model)
-    return {field.name: hints[field.name] for field in fields(model)}
 
 
 def fits(value: Any, hint: Any) -> bool:

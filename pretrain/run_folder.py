@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 from common.errors import ConfigError
 from pretrain import records
 from pretrain.checkpoints import folder as checkpoints
+from pretrain.checkpoints import traces
 from pretrain.records import Kind, Lines
 from pretrain.runtime import endings
 
@@ -81,6 +82,13 @@ class RunFolder:
     def exit(self) -> endings.Exit | None:
         """How its last job ended; None if none did, or it did not tell."""
         return endings.read_exit(self.path)
+
+    def check_resume(self, resume: str) -> None:
+        """Raises ConfigError if the setting `resume` asks for what is not there, or forbids what is."""
+        folder = self.checkpoints_folder
+        if resume in ("auto", "never"):
+            traces.check_place(folder)
+        traces.check_resume(folder, resume, checkpoints.to_resume(folder, resume))
 
     def checkpoints(self) -> list[Path]:
         """Those that were published, oldest first, whole or not."""

@@ -27,8 +27,9 @@ ALLOWED_WITHIN = {  # folder -> folders of the house that it may import
     "cli": {"cli", "launch", "pretrain", "data", "common"},
 }
 PRETRAIN = (  # from the lowest room up: each imports what stands before it
-    *("records", "config", "runtime", "modules", "checkpoints", "energy", "optim", "batches", "engine", "inference"),
-    *("run_folder", "recorder", "analysis", "window", "decisions", "loop", "opening", "replay", "study"),
+    *("records", "deepspeed_settings", "config", "runtime", "modules", "checkpoints", "energy", "optim", "batches"),
+    *("engine", "inference", "run_folder", "recorder", "analysis", "window", "decisions", "loop", "opening"),
+    *("replay", "study"),
 )
 EXCEPTIONS: dict[str, set[str]] = {
     "model/__main__.py": {"model", "cli"},  # the console script; nothing imports it

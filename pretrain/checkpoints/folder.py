@@ -73,6 +73,16 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,18}", path.name))
 
 
+def to_resume(folder: Path, resume: str) -> list[Path]:
+    """What a run whose checkpoints are in `folder` could go on from, oldest first, whole or not: those of the folder
+    for `auto` and `never`, else the checkpoint that `resume` is the path of, or those of that run.
+    """
+    if resume in ("auto", "never"):
+        return checkpoints(folder)
+    path = Path(resume)
+    return [path] if os.path.exists(path / MANIFEST) else checkpoints(path / CHECKPOINTS)
+
+
 def remove(checkpoint: Path) -> None:
     """Deletes a checkpoint, or the link that leads to one, unless it is being read: then a later call will.
 

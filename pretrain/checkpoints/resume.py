@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,9 @@ from rich.table import Table
 from common.errors import ConfigError
 from common.settings import flat
 from pretrain.checkpoints.contents import Check, damage, read_state
-from pretrain.checkpoints.folder import CHECKPOINTS, DATA, MANIFEST, STATE, TOKENIZER, checkpoints
+from pretrain.checkpoints.folder import DATA, STATE, TOKENIZER, to_resume
 from pretrain.checkpoints.reading import agreed, looked_at
-from pretrain.checkpoints.traces import check_place, traces
+from pretrain.checkpoints.traces import check_place, check_resume
 from pretrain.config import RunConfig, from_tree
 from pretrain.runtime.ranks import Ranks
 
@@ -79,31 +78,12 @@ def find(
         ConfigError: there are checkpoints but none is whole, or there were some; `never` in a folder that has some; a
         path that is no checkpoint.
     """
-    path = Path(resume)
     if resume in ("auto", "never"):
         agreed(ranks, lambda: check_place(folder))
-        candidates = checkpoints(folder)
-    else:
-        candidates = [path] if os.path.exists(path / MANIFEST) else checkpoints(path / CHECKPOINTS)
-    candidates = _as_the_first_sees_them(candidates, ranks)
-    if resume == "never":
-        if candidates:
-            raise ConfigError(
-                f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest {candidates[-1].name}. "
-                "Use resume=auto to go on from it, or another run folder (run=...) to start afresh."
-            )
+    candidates = _as_the_first_sees_them(to_resume(folder, resume), ranks)
+    agreed(ranks, lambda: check_resume(folder, resume, candidates))
+    if resume == "never" or not candidates:
         return None
-    if not candidates and resume == "auto":
-        told_by = _as_the_first_sees_them(traces(folder), ranks)
-        if not told_by:
-            return None
-        raise ConfigError(
-            f"resume=auto: {folder} has no checkpoint, but there were some, as {told_by[0]} tells. Put them back (one "
-            "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
-            "another run folder (run=...). Nothing was changed."
-        )
-    if not candidates:
-        raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):

@@ -33,6 +33,28 @@ def check_place(folder: Path) -> None:
     )
 
 
+def check_resume(folder: Path, resume: str, candidates: list[Path]) -> None:
+    """Raises ConfigError if `resume` forbids the checkpoints that there are, names none, or there were some.
+
+    Args:
+        folder: of the run's checkpoints.
+        candidates: by `pretrain.checkpoints.folder.to_resume`.
+    """
+    if resume == "never" and candidates:
+        raise ConfigError(
+            f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest {candidates[-1].name}. "
+            "Use resume=auto to go on from it, or another run folder (run=...) to start afresh."
+        )
+    if not candidates and resume not in ("auto", "never"):
+        raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
+    if not candidates and resume == "auto" and (told_by := traces(folder)):
+        raise ConfigError(
+            f"resume=auto: {folder} has no checkpoint, but there were some, as {told_by[0]} tells. Put them back (one "
+            "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
+            "another run folder (run=...). Nothing was changed."
+        )
+
+
 def traces(folder: Path) -> list[Path]:
     """What tells that a run's `checkpoints/` folder has held some: files there, and the run's own records."""
     run = folder.parent

@@ -61,9 +61,10 @@ def _study(asked: argparse.Namespace) -> int:
 
     tree = read_tree(asked.config, asked.overrides)
     kinds = {"language": _language, "algorithmic": _algorithmic}
-    if tree.get("kind") not in kinds:
-        raise ConfigError(f"{asked.config}: kind={tree.get('kind')!r}: expected one of {', '.join(kinds)}")
-    return kinds[tree["kind"]](tree, asked.launch, asked.report)
+    kind = tree.get("kind")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ConfigError(f"{asked.config}: kind={str(kind)[:80]!r}: expected one of {', '.join(kinds)}")
+    return kinds[kind](tree, asked.launch, asked.report)
 
 
 def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
@@ -87,15 +88,16 @@ def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
 
 def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
     from common.settings import validate
+    from pretrain.study.algorithmic_config import AlgorithmicConfig
 
     with command.importing():
+        study = validate(AlgorithmicConfig, tree)  # brings torch last
+        if launch or report:
+            given = " ".join([*launch, *["--report"] * report])
+            raise ConfigError(f"{given}: an algorithmic study takes no such option")
         from pretrain.study import algorithmic, tables
-        from pretrain.study.algorithmic_config import AlgorithmicConfig
         from pretrain.study.page import algorithmic as pages
 
-    study = validate(AlgorithmicConfig, tree)
-    if launch or report:
-        raise ConfigError(f"{' '.join([*launch, *['--report'] * report])}: an algorithmic study takes no such option")
     with _alone(study.out):
         outcome = algorithmic.run(study, say)
         write(study.out, outcome, outcome["cells"], pages.page(outcome))

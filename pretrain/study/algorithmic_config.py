@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
+from common.fields import FilePath, Name, NotNegative, Positive, Seed, Steps
 from model.config import HeadConfig
-from pretrain.study.tasks import TASKS, training_examples
 
+MOST_CHOICES = 100  # of one kind in a study
 VERSION = 1  # of what a cell's settings mean: to be raised when the same settings would give other figures
 
 TaskName = Literal["modular_addition", "circle", "equivalence", "in_context", "permutation"]
@@ -22,15 +23,15 @@ class MlpConfig(BaseModel, extra="forbid", frozen=True):
     """Embeddings of the inputs side by side, two hidden layers with SiLU, D features."""
 
     kind: Literal["mlp"]
-    hidden: int = Field(default=100, gt=0)
+    hidden: int = Field(default=100, gt=0, le=2**16)
 
 
 class TransformerConfig(BaseModel, extra="forbid", frozen=True):
     """A `Decoder` with learned positions, whose last hidden state predicts."""
 
     kind: Literal["transformer"]
-    layers: int = Field(default=2, gt=0)
-    heads: int = Field(default=2, gt=0)
+    layers: int = Field(default=2, gt=0, le=1024)
+    heads: int = Field(default=2, gt=0, le=2**16)
 
 
 NetworkConfig = Annotated[MlpConfig | TransformerConfig, Field(discriminator="kind")]
@@ -39,9 +40,9 @@ NetworkConfig = Annotated[MlpConfig | TransformerConfig, Field(discriminator="ki
 class TaskConfig(BaseModel, extra="forbid", frozen=True):
     """How one task is trained, for all heads alike."""
 
-    fractions: tuple[float, ...] = Field(min_length=1)  # of all examples, to train on; ascending
-    epochs: int = Field(gt=0)  # updates: batches are full
-    evaluate_every: int = Field(default=5, gt=0)  # epochs; those to generalise are counted in these
+    fractions: tuple[float, ...] = Field(min_length=1, max_length=MOST_CHOICES)  # of all examples, to train on; rising
+    epochs: Steps  # updates: batches are full
+    evaluate_every: Steps = 5  # epochs; those to generalise are counted in these
 
     @model_validator(mode="after")
     def _rising_fractions(self) -> TaskConfig:
@@ -54,8 +55,8 @@ class TaskConfig(BaseModel, extra="forbid", frozen=True):
 class Candidate(BaseModel, extra="forbid", frozen=True):
     """A learning rate and a weight decay (AdamW's) that are tried together."""
 
-    lr: float = Field(gt=0, allow_inf_nan=False)
-    weight_decay: float = Field(ge=0, allow_inf_nan=False)
+    lr: Positive
+    weight_decay: NotNegative
 
 
 class ChoiceConfig(BaseModel, extra="forbid", frozen=True):
@@ -65,8 +66,8 @@ class ChoiceConfig(BaseModel, extra="forbid", frozen=True):
     those the first.
     """
 
-    candidates: tuple[Candidate, ...] = Field(min_length=1)
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    candidates: tuple[Candidate, ...] = Field(min_length=1, max_length=MOST_CHOICES)
+    seeds: tuple[Seed, ...] = Field(default=(), max_length=MOST_CHOICES)
 
     @model_validator(mode="after")
     def _a_choice_has_seeds(self) -> ChoiceConfig:
@@ -79,17 +80,17 @@ class AlgorithmicConfig(BaseModel, extra="forbid", frozen=True):
     """A study of kind `algorithmic`: every task, network, head, fraction and seed is a cell."""
 
     kind: Literal["algorithmic"]
-    title: str
-    out: Path
-    processes: int = Field(default=1, gt=0)  # cells at once, each on one thread
+    title: Name
+    out: FilePath
+    processes: int = Field(default=1, gt=0, le=1024)  # cells at once, each on one thread
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
-    networks: tuple[NetworkConfig, ...] = Field(min_length=1)
-    heads: dict[str, HeadConfig] = Field(min_length=1)
+    networks: tuple[NetworkConfig, ...] = Field(min_length=1, max_length=MOST_CHOICES)
+    heads: dict[Name, HeadConfig] = Field(min_length=1, max_length=MOST_CHOICES)
     baseline: str  # one of the heads, which the others are compared with
-    dim: int = Field(default=16, gt=1)  # of embeddings, features and prototypes
+    dim: int = Field(default=16, gt=1, le=2**16)  # of embeddings, features and prototypes
     betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
     choice: ChoiceConfig
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=1)
+    seeds: tuple[Seed, ...] = Field(min_length=1, max_length=MOST_CHOICES)
 
     @model_validator(mode="after")
     def _every_cell_once(self) -> AlgorithmicConfig:
@@ -116,6 +117,8 @@ class AlgorithmicConfig(BaseModel, extra="forbid", frozen=True):
 
     @model_validator(mode="after")
     def _there_are_examples(self) -> AlgorithmicConfig:
+        from pretrain.study.tasks import TASKS, training_examples  # torch: after all else was checked
+
         for name, settings in self.tasks.items():
             task = TASKS[name]()
             for fraction in settings.fractions:

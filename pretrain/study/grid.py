@@ -21,6 +21,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT, EXIT_DIVERGED
+from common.fields import FilePath, Name, Positive, Seed
 from common.files import replace_file
 from common.units import clock
 from data.prepare import prepare
@@ -35,6 +36,7 @@ from pretrain.records import Eval
 from pretrain.run_folder import RunFolder
 
 LAUNCH = [sys.executable, "-m", "launch", "run"]
+MOST_CELLS = 2000
 DONE, DIVERGED = "done", "diverged"
 NOT_ITS_OWN = {"run": "out", "head": "heads", "train.seed": "seeds", "optim.lr": "lrs"}
 
@@ -43,12 +45,12 @@ class LanguageConfig(BaseModel, extra="forbid", frozen=True):
     """A study. `base` is a run's configuration (see pretrain/config.py) but for what the grid sets."""
 
     kind: Literal["language"]
-    title: str
-    out: Path  # the study's folder
-    heads: dict[str, HeadConfig] = Field(min_length=1)
+    title: Name
+    out: FilePath  # the study's folder
+    heads: dict[Name, HeadConfig] = Field(min_length=1)
     baseline: str  # one of the heads, which the others are compared with
-    lrs: tuple[float, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    lrs: tuple[Positive, ...] = Field(min_length=1)
+    seeds: tuple[Seed, ...] = Field(min_length=1)
     lr_floor: float = Field(default=0.0, ge=0, le=1)  # the schedule ends at this share of the learning rate
     base: dict[str, Any]
 
@@ -66,9 +68,17 @@ class LanguageConfig(BaseModel, extra="forbid", frozen=True):
         for name in self.heads:
             if not name.replace("-", "").replace("_", "").isalnum():
                 raise ValueError(f"heads.{name}: a name names folders: letters, digits, - and _ alone")
+        names = len(self.heads) * len({f"{lr:g}" for lr in self.lrs}) * len(self.seeds)
+        if names < (cells := len(self.heads) * len(self.lrs) * len(self.seeds)):
+            raise ValueError(f"lrs={list(self.lrs)}: two have the same first six digits, which name their folders")
+        if cells > MOST_CELLS:
+            raise ValueError(f"{cells:,} combinations of heads, lrs and seeds; a study has at most {MOST_CELLS:,}")
         for key, ours in NOT_ITS_OWN.items():
             section, _, setting = key.rpartition(".")
-            if setting in (self.base.get(section) or {} if section else self.base):
+            given = (self.base.get(section) or {}) if section else self.base
+            if not isinstance(given, dict):
+                raise ValueError(f"base.{section} must be a mapping of keys to values; it has the settings of a run")
+            if setting in given:
                 raise ValueError(f"base.{key} is set by the study: use {ours}")
         return self
 

@@ -149,7 +149,7 @@ def test_large_powers_of_minkowski(p: float, dtype: torch.dtype, path: str) -> N
 
 def test_small_powers_whose_distances_overflow_are_refused() -> None:
     x, w, y = draw()
-    with pytest.raises(ValueError, match=r"p=0.05: distances of rows 32 wide overflow torch.float32; expected 0.078"):
+    with pytest.raises(ValueError, match=r"p=0.05: distances of rows 32 wide pass 3.4e\+38, .* expected 0.078"):
         harmonic_loss(x, w, y, distance="minkowski", p=0.05, exponent=2.0)
     assert harmonic_loss(x, w, y, distance="minkowski", p=0.08, exponent=2.0).isfinite()
 
