@@ -26,7 +26,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.chaos.mutations import mutate_checkpoint, mutate_run
+from benchmarks.chaos.mutations import NO_RECORD, mutate_checkpoint, mutate_run
 from benchmarks.measuring import parser, wide_console
 from common.exits import EXIT_PREEMPTED
 from common.files import sha256_of
@@ -93,7 +93,7 @@ class Damage:
             told += f"; before it {mutate_checkpoint(newest.with_name(name_of(OLDER)), rng)}"
         subject = newest if of_checkpoint and rng.random() < 0.3 else run
         for command, done in self._commands(run, subject):
-            outcome = self._judge(command, done, run, of_checkpoint)
+            outcome = self._judge(command, done, run, believed=not of_checkpoint and NO_RECORD not in told)
             self.outcomes[command][outcome] += 1
             if outcome in FAULTS:
                 lines = [] if done is None else (done.stderr or done.stdout).strip().splitlines()
@@ -125,9 +125,8 @@ class Damage:
             finally:
                 started.kill()
 
-    def _judge(
-        self, command: str, done: subprocess.CompletedProcess[str] | None, run: Path, of_checkpoint: bool
-    ) -> str:
+    def _judge(self, command: str, done: subprocess.CompletedProcess[str] | None, run: Path, believed: bool) -> str:
+        """`believed`: a config or records that say something else are taken at their word."""
         if done is None:
             return HANG
         if "Traceback (most recent call last)" in done.stderr:
@@ -141,8 +140,7 @@ class Damage:
         step = OLDER if f"not going on from {name_of(NEWER)}" in done.stderr else NEWER
         if result_of(command, done, run) == self.truths[command][step]:
             return RIGHT if step == NEWER else OLD
-        own = not of_checkpoint and command != "resume"  # a config or records that say something else are believed
-        return TAKEN if own else SILENT
+        return TAKEN if believed and command != "resume" else SILENT
 
 
 def result_of(command: str, done: subprocess.CompletedProcess[str], run: Path) -> Any:

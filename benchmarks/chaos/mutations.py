@@ -18,6 +18,7 @@ from pretrain.checkpoints.folder import LATEST, MANIFEST, MOMENTS, STATE
 from tests.support.checkpoints import as_json, entry_of, read_parts, seal, write_parts
 
 KINDS = ("a FIFO", "a folder", "a device", "a dangling link", "a link to itself", "empty", "all hole", "gone")
+NO_RECORD = "no record"  # of a line that no reader may leave out
 DEEP = 100_000
 HUGE = 2**29  # bytes of a file that is all hole
 HOSTILE: tuple[Any, ...] = (
@@ -275,7 +276,7 @@ def _line(file: Path, rng: random.Random) -> str:
         lines[at] = as_json(record)
     else:
         lines[at] = _hostile_text(lines[at], rng)
-        told = f"{lines[at][:24]!r}..."
+        told = f"{NO_RECORD if at < len(lines) - 1 else 'cut off'}, {lines[at][:24]!r}..."
     file.write_bytes(b"\n".join(lines) + b"\n")
     return f"line {at + 1}: {told}"
 

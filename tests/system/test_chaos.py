@@ -126,8 +126,8 @@ def test_what_a_mutated_copy_led_to_is_judged(tmp_path: Path) -> None:
         ("verify", ended(0, "PASS: 1"), damage.SILENT),
     ]
     for command, done, expected in cases:
-        assert judge._judge(command, done, tmp_path, of_checkpoint=True) == expected, done
-    assert judge._judge("sample", ended(0, "other"), tmp_path, of_checkpoint=False) == damage.TAKEN
+        assert judge._judge(command, done, tmp_path, believed=False) == expected, done
+    assert judge._judge("sample", ended(0, "other"), tmp_path, believed=True) == damage.TAKEN
 
 
 def test_everything_in_a_run_folder_can_be_mutated(tmp_path: Path) -> None:
