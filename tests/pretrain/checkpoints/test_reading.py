@@ -198,7 +198,7 @@ def save(run: RunFolder, source: Path, step: int) -> None:
     shutil.copytree(source, draft)
     state = json.loads((draft / "state.json").read_text())
     state |= {"step": step, "updates": step}
-    state["config"]["train"]["steps"] = 10**8
+    state["config"]["train"]["steps"] = state["identity"]["train.steps"] = 10**8
     (draft / "state.json").write_text(json.dumps(state))
     manifest = json.loads((draft / "manifest.json").read_text())
     size, sha256 = (draft / "state.json").stat().st_size, sha256_of(draft / "state.json")
