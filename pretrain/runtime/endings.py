@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from common.strict_json import to_json
+from common.variables import LEASE_VARIABLE
 
 EXIT_RECORD = "exit.json"
 FAILURES = "failures"
@@ -51,6 +53,21 @@ def read_exit(run: Path) -> Exit | None:
     except (OSError, ValueError, TypeError):
         return None
     return record if isinstance(record.code, int) else None
+
+
+def leave_failure(run: Path, failure: Failure) -> None:
+    """Writes a rank's record of its failure. Raises OSError."""
+    folder = run / FAILURES
+    folder.mkdir(exist_ok=True)
+    draft = folder / f"draft-{failure.rank}"
+    draft.write_text(to_json(asdict(failure), indent=1))
+    os.replace(draft, folder / f"rank-{failure.rank}.json")
+
+
+def launched_run(environment: Mapping[str, str]) -> Path | None:
+    """The run folder of the launcher that started this rank, which has its lease there; None if none of ours did."""
+    lease = environment.get(LEASE_VARIABLE)
+    return Path(lease).parent if lease else None
 
 
 def read_failures(run: Path, job: str) -> list[Failure]:
