@@ -29,7 +29,7 @@ from launch.hosts import Placement
 from launch.lease import Lease, lease_of
 from launch.reach import ask
 from pretrain.runtime.claim import Claim
-from pretrain.runtime.endings import FAILURES, Exit, read_exit, read_failures
+from pretrain.runtime.endings import CUT_OFF, FAILURES, Exit, read_exit, read_failures
 
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # ask to stop
 GRACE_S = 90.0  # for the ranks to save and leave after a signal: checkpoint.stop_s
@@ -173,13 +173,15 @@ def exit_code(child: int, record: Exit | None, remote: bool = False, told: Seque
         remote: whether the ranks are on hosts of a hostfile, reached by this launcher.
         told: the signals that told this launcher to stop; of several, the second had the job killed.
     """
-    killed = 256 - child if child > 256 - signal.NSIG else 0  # deepspeed passes a rank's negative code on, modulo 256
+    cut = remote and (child == SSH_FAILED or (record is not None and record.reason.startswith(CUT_OFF)))
+    # deepspeed passes a rank's negative code on, modulo 256
+    killed = 256 - child if child > 256 - signal.NSIG and not cut else 0
     if record is not None and record.code:
         reason = record.reason
         if record.step is not None:
             reason += f" (step {record.step})"
         if record.code == EXIT_PREEMPTED:
-            if not told and _is_lost(child) and not (remote and child == SSH_FAILED):
+            if not told and _is_lost(child) and not cut:
                 return 1, f"a launcher of deepspeed's was killed; the ranks saved and left: {reason}"
             reason += "; the same command goes on from there"
         elif killed:

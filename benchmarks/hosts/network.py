@@ -24,8 +24,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import pytest
-
 START_S = 60.0
 TOOLS = ("ip", "sshd", "ssh", "ssh-keygen", "pdsh", "unshare", "nsenter", "setpriv")
 SSHD = """
@@ -91,11 +89,13 @@ class Host:
         return subprocess.Popen(self.words(*words), env={**self.environment, **(environment or {})}, **options)
 
     def start(self, *words: str, **options: Any) -> subprocess.Popen:
+        """`popen` with the words one by one."""
         return self.popen(words, **options)
 
     def call(
         self, *words: str, environment: Mapping[str, str] | None = None, timeout: float = 240, **options: Any
     ) -> subprocess.CompletedProcess[str]:
+        """`subprocess.run` of a command on this host, and what it said."""
         return subprocess.run(
             self.words(*words),
             env={**self.environment, **(environment or {})},
@@ -156,6 +156,7 @@ class Hosts:
         return iter(self._hosts)
 
     def hostfile(self, slots: int = 1) -> Path:
+        """Of all hosts, with so many ranks on each."""
         path = self.folder / f"hostfile-{slots}"
         path.write_text("".join(f"{name} slots={slots}\n" for name in self.names))
         return path
@@ -239,6 +240,3 @@ class Hosts:
 
 def _ip(hub: int, *words: str) -> None:
     subprocess.run(["nsenter", "--target", str(hub), "--net", "ip", *words], check=True, env={"PATH": _path()})
-
-
-needs_hosts = pytest.mark.skipif(why_not() is not None, reason=why_not() or "")

@@ -13,6 +13,7 @@ from common.variables import LEASE_VARIABLE
 
 EXIT_RECORD = "exit.json"
 FAILURES = "failures"
+CUT_OFF = "the connection to"  # begins the reason of ranks that saved and left since nobody reads what they print
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,15 @@ from common.strict_json import to_json
 from common.variables import LEASE_VARIABLE
 from pretrain.config import RunConfig
 from pretrain.runtime.claim import STOP, Claim, Holder, hold, job_of, may_write, new_job
-from pretrain.runtime.endings import FAILURES, Failure, launched_run, leave_exit, leave_failure, set_aside_failures
+from pretrain.runtime.endings import (
+    CUT_OFF,
+    FAILURES,
+    Failure,
+    launched_run,
+    leave_exit,
+    leave_failure,
+    set_aside_failures,
+)
 from pretrain.runtime.guardian import Guardian
 from pretrain.runtime.meeting import why_apart
 
@@ -284,7 +292,7 @@ class Watch:
         elif self._parent is not None and os.getppid() != self._parent:
             self._stop(f"deepspeed's launcher on {self.host} was killed", code=1)
         elif is_abandoned():
-            self._stop(f"the connection to {self.host} ended: nobody reads what its ranks print")
+            self._stop(f"{CUT_OFF} {self.host} ended: nobody reads what its ranks print")
         if self.stopping is not None and time.monotonic() > self._stop_by:
             self._end("told", f"{self.stopping.reason}, and no save within {self.cfg.checkpoint.stop_s:.0f} s")
 
