@@ -97,7 +97,7 @@ def run(
         finally:
             kill(members_of(job.pid))
         child = job.wait()
-        if remote and child in (0, SSH_FAILED):  # ssh or pdsh may be what ended, and the ranks train on
+        if remote and _is_lost(child):  # ssh or pdsh may be what ended, and the ranks train on
             _await_record(claim, lease, received, grace_s)
     found = _record_of(claim, RECORD_S if (remote or bool(node)) and (child == 0 or received) else 0)
     code, reason = exit_code(child, found, remote, received)
