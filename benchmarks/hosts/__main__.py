@@ -7,6 +7,7 @@ and, for some, mpirun and Slurm.
 
 from __future__ import annotations
 
+import re
 import sys
 import tempfile
 import traceback
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         data = prepare(out)
         for number, name in enumerate(words.only):
             try:
-                rows.append(row(name, play(name, out / f"{number}-{name.replace(' ', '-')}", data)))
+                rows.append(row(name, play(name, out / f"{number}-{re.sub('[^a-zA-Z0-9]+', '-', name)}", data)))
                 print(" | ".join(rows[-1]), file=sys.stderr, flush=True)
             except Exception:  # the others can still be played
                 failed = True

@@ -225,6 +225,6 @@ SCENARIOS = {
     "openmpi log": open_mpi,
     "mpirun without MASTER_ADDR": mpirun_alone,
     "srun without a launcher": srun_twice,
-    "Slurm's time over in a long step": slurm_time,
-    "Slurm preempts in a long step": slurm_preempted,
+    "Slurm: time over in a long step": slurm_time,
+    "Slurm: preempted in a long step": slurm_preempted,
 }

@@ -396,8 +396,9 @@ def leave_refusal(environment: Mapping[str, str], rank: int, error: ConfigError)
     with suppress(ConfigError, OSError):
         job = job_of(environment)
         if run is not None and job is not None and may_write(run, job):
-            what = ("error", "start", str(error), "", EXIT_BAD_INPUT, [], job)
-            leave_failure(run, Failure(rank, socket.gethostname(), time.time(), *what))
+            now, host = time.time(), socket.gethostname()
+            failure = Failure(rank, host, now, "error", "start", str(error), "", EXIT_BAD_INPUT, [], job)
+            leave_failure(run, failure)
 
 
 def _did(failure: Failure) -> str:

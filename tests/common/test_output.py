@@ -28,8 +28,8 @@ sys.exit(7 if is_abandoned() else 8)
 
 @pytest.mark.parametrize("gone", [("stdout",), ("stderr",), ("stdout", "stderr"), ()])
 def test_what_is_printed_for_nobody_is_no_error(gone: tuple[str, ...]) -> None:
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", PRINTS], **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", PRINTS], stdin=pipe, stdout=pipe, stderr=pipe) as process:
         assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == b"heard\n"
         for name in gone:

@@ -36,8 +36,9 @@ guardian.dismiss()
     ("how", "code"), [("frozen", -signal.SIGKILL), ("told", -signal.SIGKILL), ("exits", 5), ("dismisses", 0)]
 )
 def test_a_frozen_rank_is_killed(how: str, code: int) -> None:
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, "-c", RANK, how], **pipes) as rank:
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", RANK, how], stdout=pipe, stderr=pipe, text=True) as rank:
+        assert rank.stdout is not None
         guardian = psutil.Process(int(rank.stdout.readline()))
         told = rank.communicate(timeout=60)[1]
         assert rank.returncode == code, told
