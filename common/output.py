@@ -8,18 +8,20 @@ import select
 import stat
 import sys
 from contextlib import suppress
+from typing import Any
 
 STREAMS = {"stdout": 1, "stderr": 2}
 
 
 class _Output(io.FileIO):
-    """A descriptor that takes what cannot be written: the reader of a pipe has gone, a disk is full."""
+    """A descriptor that takes what cannot be written: the reader of a pipe has gone, or is slow where nobody waits for
+    it, or a disk is full.
+    """
 
-    def write(self, data: bytes) -> int | None:  # type: ignore[override]
-        try:
-            return super().write(data)
-        except OSError:
-            return len(data)
+    def write(self, data: Any, /) -> int:
+        with suppress(OSError):
+            return super().write(data) or len(data)
+        return len(data)
 
 
 def bear_loss() -> None:
