@@ -1,4 +1,4 @@
-"""Scenarios of hosts that are not alike: what differs on the second one, and how soon and with which words it is found."""
+"""Scenarios of hosts that are not alike: what differs on the second one, how soon it is found, and in which words."""
 
 from __future__ import annotations
 

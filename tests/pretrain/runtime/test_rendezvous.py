@@ -31,7 +31,7 @@ def test_a_port_that_is_blocked_open_or_nobodys(monkeypatch: pytest.MonkeyPatch)
     def dropped(*_: object) -> None:
         raise TimeoutError("timed out")
 
-    monkeypatch.setattr(meeting.socket, "create_connection", dropped)
+    monkeypatch.setattr(rendezvous.socket, "create_connection", dropped)
     kind, why = why_apart(point("10.77.0.1", 29500), "node2", 20)
     assert kind == "error"
     for word in ("node2 cannot reach 10.77.0.1:29500", "20 s", "--master-port", "NCCL_SOCKET_IFNAME", "TCP ports"):
