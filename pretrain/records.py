@@ -7,12 +7,12 @@ when the run was killed.
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import math
+import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -148,11 +148,15 @@ def from_plain(values: Any) -> Record:
     return record
 
 
-@functools.cache
-def hints_of(model: Callable[..., Any]) -> dict[str, Any]:
+_hints: dict[Any, dict[str, Any]] = {}
+
+
+def hints_of(model: Any) -> dict[str, Any]:
     """The types of a dataclass's fields."""
-    hints = get_type_hints(model)
-    return {field.name: hints[field.name] for field in fields(model)}  # type: ignore[arg-type]
+    if model not in _hints:
+        hints = get_type_hints(model)
+        _hints[model] = {field.name: hints[field.name] for field in fields(model)}
+    return _hints[model]
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -210,9 +214,9 @@ def scan(path: Path) -> Lines:
                 except ValueError as error:  # ConfigError, and what is no UTF-8 or JSON
                     if line.endswith(b"\n"):
                         wrong[number] = str(error) if len(line) < LINE_BYTES else "it is too long"
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if not os.path.lexists(path):
+            raise
         raise ConfigError(f"{path}: cannot be read ({error}); move it away, or put the run's own back") from None
     for number in _out_of_order({n: record.step for n, (_, record) in found.items() if isinstance(record, Train)}):
         wrong[number] = f"step {found.pop(number)[1].step} is out of order"

@@ -92,10 +92,14 @@ class RunFolder:
         Raises:
             ConfigError: there is none, or none is whole.
         """
-        from pretrain.checkpoints.resume import find
+        from pretrain.checkpoints.resume import Lost, find
 
         asked = "auto" if self._is_own(path) else os.path.abspath(str(path))
-        found = find(self.checkpoints_folder, asked, ranks, moments=False)
+        try:
+            found = find(self.checkpoints_folder, asked, ranks, moments=False)
+        except Lost as lost:
+            told = f"but there were some, as {lost.told_by} tells; put them back"
+            raise ConfigError(f"{self.path}: there is no checkpoint in it, {told}") from None
         if found is None:
             raise ConfigError(f"{self.path}: there is no checkpoint in it yet; train it first")
         return found

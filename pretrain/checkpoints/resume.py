@@ -67,6 +67,14 @@ def state_of(cfg: RunConfig, ranks: Ranks, data_fingerprint: str, tokenizer_sha2
     }
 
 
+class Lost(ConfigError):
+    """A run has no checkpoint, but there were some, as `told_by` tells."""
+
+    def __init__(self, told_by: Path, message: str) -> None:
+        super().__init__(message)
+        self.told_by = told_by
+
+
 def find(
     folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "full", *, moments: bool = True
 ) -> Path | None:
@@ -97,10 +105,11 @@ def find(
         told_by = _as_the_first_sees_them(traces(folder), ranks)
         if not told_by:
             return None
-        raise ConfigError(
+        raise Lost(
+            told_by[0],
             f"resume=auto: {folder} has no checkpoint, but there were some, as {told_by[0]} tells. Put them back (one "
             "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
-            "another run folder (run=...). Nothing was changed."
+            "another run folder (run=...). Nothing was changed.",
         )
     if not candidates:
         raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
