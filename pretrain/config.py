@@ -153,7 +153,8 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     grace_s: Seconds = 30.0  # from a signal to the end of a preempted job
 
 
-Wait, Beat = Annotated[Seconds, Field(ge=1)], Annotated[Seconds, Field(ge=5)]
+Wait = Annotated[Seconds, Field(ge=1)]
+Beat = Annotated[Seconds, Field(ge=5)]
 
 
 class TimeoutConfig(BaseModel, extra="forbid", frozen=True):

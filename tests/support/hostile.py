@@ -31,7 +31,7 @@ true: 1 | 1: 1 | 1.5: 1 | ~: 1 | 2024-01-01: 1 | <<: 1 | <<: [1] | <<: {a: 1} | 
 "a\nb": 1 | "\0": 1 | "\ud800": 1 | "\e[31m": 1 | {{ a }}: 1 | [a]: 1 | run: {run: {run: 1}} | run.x: 1 | "": 1
 on: off
 """
-DOCUMENTS = [
+DOCUMENTS: list[str | bytes] = [
     *("", "\n", "---", "--- \n..."),
     *("---\n---\n", "a: 1\n---\nb: 2", "a: 1\n...\nb: 2", "%YAML 1.1\n---\na: 1", "%YAML 9.9\n--- 1"),
     *("%TAG ! tag:x,2000:\n---\n!a 1", "- 1", "text", "1", "null"),
@@ -151,6 +151,6 @@ def recipes() -> Iterator[str]:
 def corpus() -> list[bytes]:
     """All files, in an order that mixes neither kinds nor runs."""
     keys = [key.replace(", ", "\n", 1) for line in KEYS.strip().splitlines() for key in line.split(" | ")]
-    texts = [*DOCUMENTS, *bombs(), *keys, *(f"a: {word}" for word in words()), *recipes()]
+    texts: list[str | bytes] = [*DOCUMENTS, *bombs(), *keys, *(f"a: {word}" for word in words()), *recipes()]
     texts += [f"kind: {kind}\nbase: {word}" for word in words() for kind in ("language", word)][::2]
     return [text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass") for text in texts]
