@@ -138,7 +138,7 @@ class _Builder:
 
     def _value(self, event: Any, depth: int) -> Any:
         if isinstance(event, yaml.AliasEvent):
-            found = self._anchors.get(event.anchor)
+            found = self._anchors.get(str(event.anchor))
             if found is None:
                 why = "stands within what it names" if event.anchor in self._anchors else "names nothing before it"
                 raise _wrong(f"the alias *{event.anchor} {why}", event)
