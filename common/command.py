@@ -7,17 +7,23 @@ so that help and mistakes come at once.
 from __future__ import annotations
 
 import argparse
+import atexit
 import difflib
 import gc
+import os
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
+from typing import NoReturn
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 
+ALLOW_CODE = "--allow-different-code"
 WIDTH = 100  # characters of a line of help
 CODES = "0 done; 2 bad input; 130 interrupted"
 
@@ -60,9 +66,18 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help=about)
 
 
-def add_local_rank(parser: argparse.ArgumentParser) -> None:
-    """What the deepspeed launcher adds to the words of a rank, which has it in its environment too."""
+def add_rank_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what runs on many ranks: whether their code may differ; and what the deepspeed launcher adds to a
+    rank's words, which has it in its environment too.
+    """
+    add_allow_code(parser)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+
+
+def add_allow_code(parser: argparse.ArgumentParser) -> None:
+    """Whether hosts may run different code, as `allow_different_code`."""
+    about = "hosts may differ in the checkout's files and in versions of packages, which is an error else"
+    parser.add_argument(ALLOW_CODE, action="store_true", help=about)
 
 
 def count(text: str) -> int:
@@ -107,23 +122,91 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def run(work: Callable[[argparse.Namespace], int | None], asked: argparse.Namespace) -> int:
     """Does a command's work; its exit code. What is wrong with the input goes to standard error."""
     try:
-        return work(asked) or 0
+        with _interruptible():
+            return work(asked) or 0
     except ConfigError as error:
         return refuse(error)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return _interrupted()
+    finally:
+        atexit.unregister(_stop_listening)
+        atexit.register(_stop_listening)  # the last to be registered is the first that is called
+
+
+_at_once = False  # what Ctrl-C raises now may be swallowed, or printed
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C in the block raises KeyboardInterrupt, so that what is under way is left in order; in `leaving_at_once`,
+    and the second time, it ends the process.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    main = threading.current_thread() is threading.main_thread()
+    if not main or before not in (signal.default_int_handler, signal.SIG_DFL):
+        yield  # somebody else listens
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    if _at_once:
+        end_at_once()
+    signal.signal(signal.SIGINT, end_at_once)
+    raise KeyboardInterrupt
+
+
+def end_at_once(*_: object) -> NoReturn:
+    """Ends the process as interrupted, whatever it is at."""
+    with suppress(OSError, ValueError, RuntimeError):  # it may be printing right now
+        sys.stdout.flush()
+    os.write(2, b"interrupted\n")
+    os._exit(EXIT_INTERRUPTED)
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Around what would swallow an exception that Ctrl-C raises, and leaves nothing half done: it ends the process."""
+    global _at_once
+    before, _at_once = _at_once, True
+    try:
+        yield
+    finally:
+        _at_once = before
+
+
+def leaves_at_once() -> bool:
+    """Whether `leaving_at_once` is around what this process does now."""
+    return _at_once
+
+
+def _interrupted() -> int:
+    print("interrupted", file=sys.stderr)
+    return EXIT_INTERRUPTED
+
+
+def _stop_listening() -> None:
+    """At the end of the process: its code is known, and Python would print a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        with suppress(ValueError):  # not the main thread
+            signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager
 def importing() -> Iterator[None]:
     """Around imports of torch and DeepSpeed, which make hundreds of thousands of objects that stay: Python does not
-    look through them for garbage, neither meanwhile nor when DeepSpeed asks it to, which is often.
+    look through them for garbage, neither meanwhile nor when DeepSpeed asks it to, which is often. Ctrl-C ends the
+    process at once.
     """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with leaving_at_once():
+            yield
     finally:
         gc.freeze()
         if was_enabled:
@@ -154,5 +237,8 @@ def dispatch(argv: Sequence[str], modules: Mapping[str, str], about: str) -> int
     if name not in modules:
         near = did_you_mean(name, modules) or f"; expected one of {', '.join(modules)}"
         return refuse(ConfigError(f"{name}: unknown command{near}"))
-    code: int = import_module(modules[name]).main(words)
+    try:
+        code: int = import_module(modules[name]).main(words)
+    except KeyboardInterrupt:
+        return _interrupted()
     return code

@@ -221,3 +221,12 @@ def _show(value: Any) -> str:
 
 def _cut(text: str, most: int = 80) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    """The values of a tree by their dotted paths."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        path = f"{above}{key}"
+        found.update(flat(value, path + ".") if isinstance(value, Mapping) else {path: value})
+    return found

@@ -4,9 +4,18 @@ told not to: a number that is not finite becomes null.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from typing import Any
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.files import SMALL_BYTES, read_bounded
+
+DEEPEST = 64  # levels of what `strict` reads
+CONTAINERS = (dict, list)
 
 
 def plain(tree: Any) -> Any:
@@ -24,5 +33,68 @@ def to_json(tree: Any, indent: int | None = None) -> str:
 
 
 def from_json(text: str) -> Any:
-    """What `to_json` or Python's own writer wrote: the latter's NaN and Infinity are None too."""
-    return json.loads(text, parse_constant=lambda name: None)
+    """What `to_json` or Python's own writer wrote: the latter's NaN and Infinity are None too. Raises ValueError for
+    what is no JSON.
+    """
+    try:
+        return json.loads(text, parse_constant=lambda name: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_json(file: Path, most: int = SMALL_BYTES) -> Any:
+    """What a regular file of at most `most` bytes holds, as `from_json`. Raises OSError and ValueError."""
+    return from_json(read_bounded(file, most).decode())
+
+
+def strict(content: bytes | str) -> Any:
+    """What somebody else may have written: plain JSON in UTF-8, of finite numbers, with no key twice in an object and
+    no text that cannot be printed or name a file.
+
+    Raises:
+        ValueError: it is not that; the message says what is wrong, in words.
+    """
+    text = content if isinstance(content, str) else content.decode("utf-8")
+    try:
+        tree = json.loads(text, object_pairs_hook=_object, parse_float=_finite, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not valid JSON: {error}") from None
+    except RecursionError:
+        raise ValueError(f"nested more than {DEEPEST} deep") from None
+    escaped = "\\u" in text  # else no text in it can hold a zero or half of a character
+    level = [tree]
+    for _ in range(DEEPEST):
+        if escaped and (wrong := next(filter(None, map(_odd, level)), None)):
+            raise ValueError(f"a text holds the character {wrong!r}, which none may")
+        level = [child for node in level for child in _children(node) if escaped or isinstance(child, CONTAINERS)]
+        if not level:
+            return tree
+    raise ValueError(f"nested more than {DEEPEST} deep")
+
+
+def _odd(node: Any) -> str | None:
+    found = re.search("[\0\ud800-\udfff]", node) if isinstance(node, str) else None
+    return None if found is None else found[0]
+
+
+def _children(node: Any) -> Iterable[Any]:
+    if isinstance(node, dict):
+        return itertools.chain(node, node.values())
+    return node if isinstance(node, list) else ()
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return made
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _no_number(digits)
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no finite number")

@@ -4,9 +4,10 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from typing import Any, Generic, TypeVar
 
@@ -44,7 +45,8 @@ class Workers(Generic[Item, Result]):
             if self._pool is None:
                 spawn = multiprocessing.get_context("spawn")  # libraries have threads by now, which a fork would break
                 self._pool = ProcessPoolExecutor(self.count, spawn, initializer=_begin, initargs=(self._work,))
-            return self._pool.submit(_apply, item)
+            with _unheard():
+                return self._pool.submit(_apply, item)
         done: Future[Result] = Future()
         done.set_result(self._work(item))
         return done
@@ -60,6 +62,16 @@ class Workers(Generic[Item, Result]):
             ) from None
 
 
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """A process that is started in the block does not hear Ctrl-C, from its first moment on."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _here: Any = None  # the work of this worker process
 
 
@@ -67,6 +79,7 @@ def _begin(work: Callable[[Any], Any]) -> None:
     global _here
     _here = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process of the terminal; the parent handles it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -6,6 +6,7 @@ is taken back by the next run. It gets the name PATH when it is whole, so PATH i
 
 import errno
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from common.files import lock, publish, replace_file
-from data.manifest import MANIFEST
+from common.files import lock, publish, read_bounded, replace_file
+from common.strict_json import from_json
+from data.manifest import MANIFEST, MOST
 
 JOURNAL = "journal.json"
 SEEN = "seen.bin"  # hashes of the documents so far
@@ -41,20 +43,23 @@ class Draft:
     @property
     def whole(self) -> bool:
         """Whether the work in it is done, and it lacks its final name alone."""
-        return (self.path / MANIFEST).exists()
+        return os.path.lexists(self.path / MANIFEST)
 
     @property
     def started(self) -> bool:
         """Whether it holds work that is worth keeping."""
-        return (self.path / JOURNAL).exists() or self.whole
+        return os.path.lexists(self.path / JOURNAL) or self.whole
 
     def read(self) -> dict[str, Any] | None:
         """The journal that an earlier run left. Raises ConfigError if it cannot be read."""
         try:
-            return json.loads((self.path / JOURNAL).read_text())
+            journal = from_json(read_bounded(self.path / JOURNAL, MOST).decode())
+            if not isinstance(journal, dict):
+                raise ValueError("it is no object")
+            return journal
         except FileNotFoundError:
             return None
-        except (ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{self.path}/{JOURNAL}: damaged ({error}); delete {self.path} and start anew") from None
 
     def clear(self) -> None:

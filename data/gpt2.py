@@ -1,6 +1,5 @@
 """GPT-2's ids and its vocabulary file, which tells the byte string of each."""
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -8,8 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import ConfigError
+from common.files import read_bounded
+from common.strict_json import from_json
 
 VOCAB_SIZE, EOS = 50257, 50256
+MOST = 1 << 26  # bytes of its file
 
 
 class Gpt2Vocabulary:
@@ -21,10 +23,11 @@ class Gpt2Vocabulary:
 
     def __init__(self, path: Path) -> None:
         try:
-            ids = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
+            ids = from_json(read_bounded(path, MOST).decode())
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read ({error}); give GPT-2's vocab.json or encoder.json") from None
-        if not isinstance(ids, dict) or sorted(ids.values(), key=str) != sorted(range(VOCAB_SIZE), key=str):
+        whole = isinstance(ids, dict) and all(type(number) is int for number in ids.values())
+        if not whole or sorted(ids.values()) != list(range(VOCAB_SIZE)):
             raise ConfigError(f"{path}: not GPT-2's vocabulary, which maps {VOCAB_SIZE:,} pieces to the ids from 0 on")
         if ids.get("<|endoftext|>") != EOS:
             raise ConfigError(f"{path}: <|endoftext|> is {ids.get('<|endoftext|>')}, but GPT-2's is {EOS}")

@@ -88,7 +88,7 @@ def inspect(folder: Path, console: Console | None = None) -> None:
     for name in manifest["splits"]:
         split = open_split(folder, name)
         _show(split, statistics(split), vocabulary, console)
-    dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items())
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.get("dropped", {}).items())
     console.print(f"dropped: {dropped or 'not known'}; fingerprint {split.fingerprint[:12]}")
 
 

@@ -8,9 +8,13 @@ from typing import Any
 import numpy as np
 
 from common.errors import ConfigError
-from common.files import replace_file, sha256_of
+from common.files import read_bounded, replace_file, sha256_of
 from common.progress import Log
+from common.settings import validate
+from common.strict_json import from_json
+from data.form import Form
 
+MOST = 1 << 28  # bytes of a manifest
 FORMAT = 2  # of folders, manifests and shards
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
@@ -57,18 +61,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = from_json(read_bounded(path, MOST).decode())
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{folder}: no prepared data here ({MANIFEST} is missing); run `{PREPARE}`") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); {REMAKE}") from None
     form = manifest.get("format") if isinstance(manifest, dict) else None
     if form != FORMAT:
         raise ConfigError(f"{path}: format {form}, but this program reads format {FORMAT}; {REMAKE}")
     try:
         whole = manifest["fingerprint"] == fingerprint(manifest)
-    except KeyError:
-        whole = False
+        validate(Form, manifest)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        told = str(error).replace("\n", "; ") if isinstance(error, ConfigError) else repr(error)
+        raise ConfigError(f"{path}: not a manifest of prepared data: {told}; {REMAKE}") from None
     if not whole:
         raise ConfigError(f"{path}: its content does not match its fingerprint, so it was damaged or edited; {REMAKE}")
     return manifest
@@ -86,7 +92,10 @@ def check_tokenizer(folder: Path, manifest: dict[str, Any]) -> None:
 
 def check_hash(path: Path, expected: str) -> None:
     """Raises ConfigError unless a file has the SHA-256 that the manifest says."""
-    actual = sha256_of(path)
+    try:
+        actual = sha256_of(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); {REMAKE}") from None
     if actual != expected:
         raise ConfigError(f"{path}: SHA-256 {actual[:12]}..., but the manifest says {expected[:12]}...; {REMAKE}")
 
@@ -100,5 +109,5 @@ def log_splits(manifest: dict[str, Any], log: Log) -> None:
             size = f", {totals['text_bytes'] / 1e6:.2f} MB of text" if known else ""
             ratio = f", {totals['text_bytes'] / totals['tokens']:.3f} bytes/token" if known else ""
             log(f"{name}: {totals['documents']:,} documents{size}, {totals['tokens']:,} tokens{ratio}")
-    if manifest["dropped"]:
+    if manifest.get("dropped"):
         log("dropped: " + ", ".join(f"{count:,} {reason}" for reason, count in manifest["dropped"].items()))

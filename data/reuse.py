@@ -50,6 +50,13 @@ def resume(draft: Draft, log: Log) -> bool:
     if earlier is None:
         draft.clear()
         return False
+    try:
+        return _resume(draft, earlier, log)
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ConfigError(f"{draft.path}: its journal is damaged ({error!r}); delete it and start anew") from None
+
+
+def _resume(draft: Draft, earlier: dict[str, Any], log: Log) -> bool:
     done = earlier["progress"]
     job, now = earlier["job"], draft.job
     changes = [f"the program's format was {job['format']}"] if job["format"] != now["format"] else []
@@ -83,16 +90,19 @@ def reuse(cfg: DataConfig, log: Log) -> dict[str, Any]:
         ConfigError: it was made from other settings or from files of other sizes, or is not whole.
     """
     manifest = read_manifest(cfg.path)
-    changes = list(differences(manifest["settings"]["source"]["kind"], cfg.source.kind, "data.source.kind"))
+    made = manifest.get("settings", {})
+    source = made.get("source")
+    kind = source.get("kind") if isinstance(source, dict) else None
+    changes = list(differences(kind, cfg.source.kind, "data.source.kind"))
     if isinstance(cfg.source, PreparedSource):
         if manifest["vocab_size"] != cfg.tokenizer.vocab_size:
             changes.append(f"its vocabulary is {manifest['vocab_size']}: set data.tokenizer.vocab_size to that")
         if manifest["dtype"] != cfg.dtype:
             changes.append(f"its ids are {manifest['dtype']}: set data.dtype to that")
     else:
-        changes = list(differences(manifest["settings"], _settings(cfg)))
+        changes = list(differences(made, _settings(cfg)))
         for source, files in _local_inputs(cfg).items():
-            before = manifest["inputs"].get(source, [])
+            before = manifest.get("inputs", {}).get(source, [])
             if files != before:
                 changed = [name for name, size in files if [name, size] not in before]
                 changes.append(f"the source's files ({changed[0] if changed else 'one is gone'})")

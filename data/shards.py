@@ -18,6 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from common.errors import ConfigError
+from common.files import open_regular
 from data.manifest import DTYPES, FORMAT, REMAKE, check_hash, check_tokenizer, read_manifest
 
 MAGIC = b"OVERTONE"
@@ -97,7 +98,10 @@ class Split:
     @cached_property
     def _documents(self) -> dict[str, np.ndarray]:
         parts = [np.fromfile(index, dtype=INDEX) for index in self._indexes]
-        for part, ids, end in zip(parts, self._shards, self._ends, strict=True):
+        for file, part, ids, end in zip(self._indexes, parts, self._shards, self._ends, strict=True):
+            lengths = np.diff(part["start"], append=len(ids))
+            if (part["start"][:1] != 0).any() or (lengths < 1).any() or (part["source"] >= len(self.sources)).any():
+                raise ConfigError(f"{file}: it is no index of documents of this shard; {REMAKE}")
             part["start"] += end - len(ids)
         return {name: np.concatenate([part[name] for part in parts]) for name in INDEX.names or ()}
 
@@ -148,7 +152,7 @@ def check_sizes(path: Path, shard: dict[str, Any]) -> None:
 
 def _check_shard(path: Path, shard: dict[str, Any], dtype: str, *, hashes: bool) -> None:
     check_sizes(path, shard)
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         header = stream.read(HEADER.size)
     magic, version, itemsize, tokens, documents = HEADER.unpack(header.ljust(HEADER.size, b"\0"))
     if magic != MAGIC:

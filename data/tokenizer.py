@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
+from common.command import leaving_at_once
 from common.errors import ConfigError
+from common.files import read_bounded
 
 UNK, BOS, EOS, PAD, MASK = range(5)
 
@@ -22,6 +24,7 @@ RESERVED = re.compile("[\0\u2581\u2585]")
 PIECE_CHARS = 16_000
 # To look a word up is many times faster than to ask the library for its ids, and most words come again.
 WORD = re.compile(" *[^ ]+| +")
+MOST = 1 << 30  # bytes of a model file
 KNOWN_CHARS = 1 << 23  # words with so many characters in all are remembered
 # What models of others are known to change: blanks, line ends, capitals, compatibility forms, rare characters.
 PROBES = (
@@ -58,27 +61,28 @@ def train(texts: Iterable[str], vocab_size: int, model_path: Path, nfkc: bool = 
 
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_pieces(texts),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab_size,
-            byte_fallback=True,
-            unk_id=UNK,
-            bos_id=BOS,
-            eos_id=EOS,
-            pad_id=PAD,
-            control_symbols=["<mask>"],  # takes the next id, MASK; control symbols are never found in text
-            normalization_rule_name="nfkc" if nfkc else "identity",
-            add_dummy_prefix=False,
-            remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True,
-            split_digits=True,
-            required_chars=BLANK,  # text with few blanks must not cost the blank its piece
-            max_sentence_length=4 * PIECE_CHARS,  # bytes
-            num_threads=1,  # is written into the model, so the machine must not choose it
-            minloglevel=2,
-        )
+        with leaving_at_once():  # the library makes its own error of what the texts raise
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=_pieces(texts),
+                model_writer=model,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                byte_fallback=True,
+                unk_id=UNK,
+                bos_id=BOS,
+                eos_id=EOS,
+                pad_id=PAD,
+                control_symbols=["<mask>"],  # takes the next id, MASK; control symbols are never found in text
+                normalization_rule_name="nfkc" if nfkc else "identity",
+                add_dummy_prefix=False,
+                remove_extra_whitespaces=False,
+                allow_whitespace_only_pieces=True,
+                split_digits=True,
+                required_chars=BLANK,  # text with few blanks must not cost the blank its piece
+                max_sentence_length=4 * PIECE_CHARS,  # bytes
+                num_threads=1,  # is written into the model, so the machine must not choose it
+                minloglevel=2,
+            )
     except RuntimeError as error:
         raise ConfigError(_why_untrained(str(error), vocab_size)) from None
     model_path.write_bytes(model.getvalue())
@@ -131,7 +135,7 @@ class Tokenizer:
         import sentencepiece
 
         try:
-            model = Path(model_path).read_bytes()
+            model = read_bounded(Path(model_path), MOST)
         except OSError as error:
             raise ConfigError(
                 f"{model_path}: the tokenizer cannot be read ({error}); give a SentencePiece model file"

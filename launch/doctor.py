@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Any
 from common import command
 from common.errors import ConfigError
 from common.variables import LINK_MARK
-from launch.hosts import Placement
+from launch.hosts import Placement, unfit
 from launch.probe import facts, more_facts, nearest
 from launch.reach import Facts, ask
 from launch.run import add_hosts, placement_of
+from pretrain.runtime.agreement import REMEDIES, differences
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -61,22 +62,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _examine(asked: argparse.Namespace) -> int:
     from pretrain.config import load
 
-    cfg = None if asked.config is None else load(asked.config, asked.overrides)
-    return doctor(placement_of(asked), cfg)
+    words = [] if asked.config is None else [asked.config, *asked.overrides]
+    return doctor(placement_of(asked), load(words[0], words[1:]) if words else None, words)
 
 
-def doctor(placement: Placement, cfg: RunConfig | None) -> int:
+def doctor(placement: Placement, cfg: RunConfig | None, config: Sequence[str] = ()) -> int:
     """Examines the hosts of a placement, prints what it finds, and returns 0 if nothing is wrong, else 1.
 
     Args:
         cfg: for the checks of the data and of the run folder; None: they are left out.
+        config: its path and settings, which each host reads for itself.
     """
     from rich.console import Console
 
     console = Console(width=None if sys.stdout.isatty() else 160)
-    answers, skews, problems = examine(placement, cfg)
+    answers, skews, problems = examine(placement, cfg, config)
     console.print(_table(answers, skews, cfg is not None))
-    problems += skewed(skews) + compared(answers, cfg is not None)
+    problems += skewed(skews) + compared(placement, answers, cfg is not None)
     if not any(isinstance(answer, str) for answer in answers.values()):
         link = measure(placement, answers)
         problems += link.get("problems", [])
@@ -91,19 +93,23 @@ def doctor(placement: Placement, cfg: RunConfig | None) -> int:
     return 1 if problems else 0
 
 
-def examine(placement: Placement, cfg: RunConfig | None) -> tuple[dict[str, Facts | str], dict[str, float], list[str]]:
+def examine(
+    placement: Placement, cfg: RunConfig | None, config: Sequence[str] = ()
+) -> tuple[dict[str, Facts | str], dict[str, float], list[str]]:
     """What every host says of itself or why it says nothing, its clock's skew in seconds, and the problems so far."""
     run, data = (cfg.run, cfg.data.path) if cfg else (Path(), Path())
     above = nearest(run)
     token = above / f".doctor-{uuid.uuid4().hex}"  # a host that sees it shares the run folder's disk
-    writable = os.access(above, os.W_OK)
-    if writable:
+    writable = True
+    try:
         token.touch()
+    except OSError:  # the host's own facts tell why
+        writable = False
     try:
         if placement.hostfile is None:
-            here = {**facts(), **more_facts(run, data, token.name)}
+            here = {**facts(), **more_facts(run, data, token.name, config)}
             return {host: here for host in placement.ranks}, dict.fromkeys(placement.ranks, 0.0), []
-        words = ["-m", "launch.probe", str(run), str(data), token.name]
+        words = ["-m", "launch.probe", str(run), str(data), token.name, *config]
         with ThreadPoolExecutor(64) as pool:
             timed = dict(zip(placement.ranks, pool.map(lambda host: _timed(host, words), placement.ranks), strict=True))
     finally:
@@ -127,53 +133,62 @@ def _timed(host: str, words: Sequence[str]) -> tuple[Facts | str, float]:
 def _table(answers: Mapping[str, Facts | str], skews: Mapping[str, float], with_config: bool) -> Table:
     from rich.table import Table
 
-    columns = ["host", "python", "torch", "deepspeed", "NCCL", "driver", "GPUs", "free MiB", "cores", "checkout"]
+    columns = [
+        "host",
+        "python",
+        "torch",
+        "deepspeed",
+        "NCCL",
+        "driver",
+        "GPUs",
+        "free MiB",
+        "cores",
+        "revision",
+        "sources",
+    ]
     table = Table(*columns, "skew s", "energy", *(["data", "free GiB", "run folder"] if with_config else []))
     for host, answer in answers.items():
         if isinstance(answer, str):
             table.add_row(host, "no answer")
             continue
-        packages = answer["packages"]
-        nccl = next((version for name, version in packages.items() if "nccl" in name), None)
+        versions, common = answer["versions"], answer["common"]
+        nccl = next((version for name, version in versions.items() if "nccl" in name), None)
         memory = str(min(answer["gpu_free_mib"])) if answer["gpu_free_mib"] else None
-        revision = (answer["revision"] or "")[:9] + ("+" if answer["changed"] else "")
-        cells = [host, answer["python"], packages.get("torch"), packages.get("deepspeed"), nccl]
+        code = common.get("code", {})
+        cells = [host, versions["python"], versions.get("torch"), versions.get("deepspeed"), nccl]
         cells += [answer["driver"].splitlines()[0] if answer["driver"] else None, str(answer["gpus"]), memory]
-        cells += [str(answer["cores"]), revision, f"{skews[host]:.1f}", answer["energy"]]
+        cells += [str(answer["cores"]), (code.get("revision") or "")[:9], (code.get("sources") or "")[:9]]
+        cells += [f"{skews[host]:.1f}", answer["energy"]]
         if with_config:
-            data = answer["data"]
+            data = "bad" if answer["data"] else common.get("data", {}).get("fingerprint", "")[:9]
             shared = "shared" if answer["shares_run"] else "local"
-            cells += ["bad" if data["problem"] else data["sha256"][:9], f"{answer['free_bytes'] / 2**30:.0f}", shared]
+            cells += [data, f"{answer['free_bytes'] / 2**30:.0f}", shared]
         table.add_row(*(cell or "-" for cell in cells))
     return table
 
 
-def compared(answers: Mapping[str, Facts | str], with_config: bool) -> list[str]:
+def compared(placement: Placement, answers: Mapping[str, Facts | str], with_config: bool) -> list[str]:
     """The problems of the hosts that answered, each with its remedy."""
     hosts = {host: answer for host, answer in answers.items() if isinstance(answer, dict)}
-    problems = []
-    facets: list[tuple[str, dict[str, Any], str]] = [
-        ("Python", {h: t["python"] for h, t in hosts.items()}, "install the same on every host (`make setup`)"),
-        ("the checkout", {h: _revision(t) for h, t in hosts.items()}, "check out the same revision, without changes"),
-        ("the driver", {h: t["driver"].splitlines()[:1] for h, t in hosts.items()}, "install the same driver"),
-        ("the number of GPUs", {h: t["gpus"] for h, t in hosts.items()}, "look at `nvidia-smi -L` there"),
-    ]
-    names = sorted({name for answer in hosts.values() for name in answer["packages"]})
-    for name in names:
-        versions = {host: answer["packages"].get(name) for host, answer in hosts.items()}
-        facets.append((name, versions, "install the same on every host (`make setup`)"))
-    if with_config:
-        manifests = {host: answer["data"]["sha256"] for host, answer in hosts.items()}
-        facets.append(("the data's manifest", manifests, "copy the prepared folder, or prepare it again, on that host"))
-    for what, values, remedy in facets:
-        problems += _odd(what, values, remedy)
+    drivers = {host: answer["driver"].splitlines()[:1] for host, answer in hosts.items()}
+    problems = unfit(placement, hosts)
+    problems += _odd("the driver", drivers, "install the same driver")
+    gpus = {host: answer["gpus"] for host, answer in hosts.items()}
+    problems += _odd("the number of GPUs", gpus, "look at `nvidia-smi -L` there")
+    problems += _apart({host: answer["common"] for host, answer in hosts.items()})
     for host, answer in hosts.items():
         problems += _own_problems(host, answer, with_config)
     return problems
 
 
-def _revision(answer: Facts) -> str:
-    return f"{answer['revision']}, changed ({answer['changed']})" if answer["changed"] else str(answer["revision"])
+def _apart(common: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What hosts do not have in common with the most, as their ranks would find it."""
+    problems = [f"{host}: {facts['problem']}" for host, facts in common.items() if "problem" in facts]
+    told = {host: facts for host, facts in common.items() if "problem" not in facts}
+    counts = Counter(map(str, told.values()))
+    usual_first = sorted(told, key=lambda host: -counts[str(told[host])])
+    found = differences(usual_first, [told[host] for host in usual_first])
+    return problems + [f"{difference} as on {usual_first[0]}; {REMEDIES[difference.part]}" for difference in found]
 
 
 def _odd(what: str, values: Mapping[str, Any], remedy: str) -> list[str]:
@@ -194,10 +209,10 @@ def _own_problems(host: str, answer: Facts, with_config: bool) -> list[str]:
     if not answer["ninja"]:
         problems.append(f"{host}: there is no ninja beside {sys.executable}; run `make setup` there")
     if with_config:
-        if answer["data"]["problem"]:
-            problems.append(f"{host}: {answer['data']['problem']}; copy the prepared folder there, or prepare it there")
+        if answer["data"]:
+            problems.append(f"{host}: {answer['data']}; copy the prepared folder there, or prepare it there")
         if not answer["writable"]:
-            problems.append(f"{host}: the run folder cannot be written; change its owner, or set run=FOLDER")
+            problems.append(f"{host}: the run folder {answer['unwritable']}")
         elif not answer["shares_run"]:
             problems.append(f"{host}: its run folder is not this machine's; put it on storage that all hosts share")
         if answer["free_bytes"] < LEAST_FREE_BYTES:

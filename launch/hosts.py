@@ -5,6 +5,7 @@ import re
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from common.errors import ConfigError
 from common.machine import cores
@@ -27,6 +28,34 @@ class Placement:
     def world(self) -> int:
         """Ranks on all hosts."""
         return sum(self.ranks.values())
+
+    def slots(self, host: str) -> int:
+        """The slots that a host must have for those of its ranks to be there: GPUs, if it has any."""
+        chosen = {part.partition(":")[0]: part.partition(":")[2] for part in self.chosen.split("@")}
+        return max(map(int, chosen[host].split(","))) + 1 if host in chosen else self.ranks[host]
+
+
+def unfit(placement: Placement, facts: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Why hosts cannot run the ranks that are placed on them, each in words with the remedy.
+
+    Args:
+        facts: by host, as launch/probe.py tells them.
+    """
+    problems: list[str] = []
+    known: dict[str | None, str] = {}
+    for host, told in facts.items():
+        other = known.setdefault(told["identity"], host)
+        if other != host and told["identity"] is not None:
+            problems.append(f"{host}: it is the same host as {other}; name it once, with all its slots in that line")
+    most = max((told["gpus"] for told in facts.values()), default=0)
+    for host, told in facts.items():
+        gpus, slots = told["gpus"], placement.slots(host)
+        if most and gpus < slots:
+            remedy = f"lower its slots in {placement.hostfile}, or take fewer with --num-gpus"
+            if not gpus:
+                remedy = f"leave it out with --exclude {host}, or look at `nvidia-smi -L` there"
+            problems.append(f"{host}: {slots} slots are to be used, but {gpus} GPUs are found there; {remedy}")
+    return problems
 
 
 def read_hostfile(path: Path) -> dict[str, int]:

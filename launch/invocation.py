@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from common.checkout import python_path
 from common.errors import ConfigError
+from common.files import check_writable, replace_file, writing
 from common.machine import cores
 from common.variables import BIND_VARIABLE, JOB_VARIABLE, LEASE_VARIABLE
 from launch.exports import env_file, exported
@@ -41,8 +42,7 @@ ENV_FILE, HOSTFILE = "launch.env", "launch.hosts"  # what is written for deepspe
 
 def check(cfg: RunConfig, placement: Placement) -> None:
     """Raises ConfigError unless `cfg` can run on `placement` with the data that are prepared."""
-    if cfg.run.exists() and not cfg.run.is_dir():
-        raise ConfigError(f"run={cfg.run}: the run folder is a file; set another folder with run=FOLDER")
+    check_writable(cfg.run)
     if cfg.parallel.vocab == "node" and len(set(placement.ranks.values())) > 1:
         hosts = ", ".join(f"{host} {ranks}" for host, ranks in placement.ranks.items())
         raise ConfigError(
@@ -190,9 +190,10 @@ def write_files(placement: Placement, facts: Mapping[str, Facts], folder: Path, 
     """Writes into a folder what deepspeed reads: variables for other hosts, and the hostfile for OpenMPI."""
     text = env_file(_own(placement, facts) | _of_job(claim))
     # The path goes to each host's shell as it is, which puts its own PATH before ours.
-    (folder / ENV_FILE).write_text(text + f"PATH=$PATH:{_tools()}\n", encoding="utf-8")
     lines = (f"{host} slots={ranks}\n" for host, ranks in placement.ranks.items())
-    (folder / HOSTFILE).write_text("".join(lines), encoding="utf-8")
+    with writing(folder):
+        replace_file(folder / ENV_FILE, text + f"PATH=$PATH:{_tools()}\n")
+        replace_file(folder / HOSTFILE, "".join(lines))
 
 
 def one_line(words: Sequence[str], added: Mapping[str, str]) -> str:

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from common.errors import ConfigError
+from common.files import SMALL_BYTES, read_bounded, replace_file, writing
 from launch.hosts import Placement
 from pretrain.runtime.claim import LOCK, STOP, Claim, Held, Holder, hold, holder, new_job
 from pretrain.runtime.endings import set_aside_failures
@@ -36,14 +37,16 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, daemon=True)
 
     def __enter__(self) -> Lease:
-        self.path.write_text(f"{self._job} 0")
+        with writing(self.path.parent):
+            replace_file(self.path, f"{self._job} 0")
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
-        self.path.unlink(missing_ok=True)
+        with suppress(OSError):  # the folder is gone, and the lease with it
+            self.path.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Asks the ranks to save and leave."""
@@ -76,8 +79,8 @@ def _renewal(lease: Path) -> Callable[[], bool]:
 
 
 def _text_of(lease: Path) -> str:
-    with suppress(OSError):
-        return lease.read_text()
+    with suppress(OSError, ValueError):
+        return read_bounded(lease, SMALL_BYTES).decode()
     return ""
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.checkout import python_path
 from common.errors import ConfigError
-from launch.hosts import Placement
+from launch.hosts import Placement, unfit
 from launch.probe import MARK
 
 CONNECT_S = 8  # for a host to accept the connection
@@ -73,6 +73,8 @@ def answers(placement: Placement) -> dict[str, Facts]:
     """
     by_host = ask(list(placement.ranks))
     problems = [answer for answer in by_host.values() if isinstance(answer, str)]
+    answered = {host: facts for host, facts in by_host.items() if not isinstance(facts, str)}
+    problems += unfit(placement, answered)
     if problems:
         raise ConfigError(f"{placement.hostfile}: " + "; ".join(problems))
-    return {host: facts for host, facts in by_host.items() if not isinstance(facts, str)}
+    return answered

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     job.add_argument("--master-port", type=int, metavar="P", help="where the ranks meet (default: a free port)")
     job.add_argument("--max-restarts", type=int, default=0, metavar="N", help="start a failed job again, up to N times")
     job.add_argument("--elastic", action="store_true", help="restarts go without hosts that do not answer")
+    command.add_allow_code(job)
     job.add_argument("--dry-run", action="store_true", help="check everything, print the deepspeed command, and stop")
     return job
 
@@ -77,6 +79,7 @@ def placement_of(asked: argparse.Namespace) -> Placement:
 
 def _run(asked: argparse.Namespace) -> int:
     from launch import invocation
+    from launch.exports import left_here
     from launch.restart import keep_running
     from pretrain.config import load
 
@@ -104,6 +107,10 @@ def _run(asked: argparse.Namespace) -> int:
     if not asked.dry_run:
         invocation.check_tools(placement, asked.launcher)
 
+    if by_ssh and (stays := left_here(os.environ)):
+        told = f"launch: set here and not handed on to other hosts: {', '.join(stays)}"
+        print(f"{told}; what the ranks need, list in ~/.deepspeed_env, NAME=VALUE", file=sys.stderr, flush=True)
+
     def start(placement: Placement) -> End:
         return _start(asked, cfg, placement)
 
@@ -112,13 +119,15 @@ def _run(asked: argparse.Namespace) -> int:
 
 def _start(asked: argparse.Namespace, cfg: RunConfig, placement: Placement) -> End:
     """Runs the job once, or prints how, for a dry run."""
-    from launch import invocation, job
+    from launch import invocation, job, probe
+    from launch.hosts import unfit
     from launch.lease import take
     from launch.reach import answers
 
     launcher = asked.launcher if placement.hostfile is not None else None
+    ranks_words = [*asked.overrides, *([command.ALLOW_CODE] if asked.allow_different_code else [])]
     if launcher == "slurm":
-        words = invocation.srun(asked.config, asked.overrides, placement, port=asked.master_port)
+        words = invocation.srun(asked.config, ranks_words, placement, port=asked.master_port)
         print(invocation.one_line(words, python_path()), flush=True)
         if not asked.dry_run:
             os.execvp(words[0], words)  # it hands signals to the launchers on the hosts, and their exit codes back
@@ -131,6 +140,8 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, placement: Placement) -> E
             node = 0 if asked.dry_run else invocation.own_node(placement)
         if not 0 <= node < len(placement.ranks):
             raise ConfigError(f"--node-rank {node}: {placement.hostfile} has hosts 0 to {len(placement.ranks) - 1}")
+        if not asked.dry_run and (problems := unfit(placement, {list(placement.ranks)[node]: probe.facts()})):
+            raise ConfigError("; ".join(problems))
     address, port = invocation.meeting_point(placement, facts) if launcher else (None, None)
     port = asked.master_port or port or invocation.free_port()
 
@@ -141,7 +152,7 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, placement: Placement) -> E
             added |= {"MASTER_ADDR": str(address), "MASTER_PORT": str(port)}
         words = invocation.command(
             asked.config,
-            asked.overrides,
+            ranks_words,
             placement,
             launcher=launcher or "pdsh",
             address=address,

@@ -23,6 +23,7 @@ from common import command
 from common.checkout import python_path
 from common.errors import ConfigError
 from common.exits import EXIT_PREEMPTED
+from common.files import replace_file, writing
 from common.numbers import divisors, listed
 from launch.exports import exported
 from launch.hosts import CPU_RANKS, Placement
@@ -86,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="OPTION[=VALUE]",
         help="one more option for sbatch, without its dashes, such as qos=high; may be repeated",
     )
+    command.add_allow_code(made)
     made.add_argument("--submit", action="store_true", help="also submit the script")
     return made
 
@@ -122,10 +124,11 @@ def queue(asked: argparse.Namespace) -> None:
             "--submit: sbatch is not found on this machine; run this where jobs are submitted, or leave --submit out "
             "and give the script to sbatch there"
         )
-    text = script(asked.config, asked.overrides, cfg.run.absolute(), options, ranks)
+    words = [*asked.overrides, *([command.ALLOW_CODE] if asked.allow_different_code else [])]
+    text = script(asked.config, words, cfg.run.absolute(), options, ranks)
     path = cfg.run / SCRIPT
-    with hold(cfg.run, Holder(new_job(), launcher=False)):
-        path.write_text(text, encoding="utf-8")
+    with hold(cfg.run, Holder(new_job(), launcher=False)), writing(cfg.run):
+        replace_file(path, text)
     where = "GPUs" if asked.gpus_per_node else "cores; --gpus-per-node asks for GPUs"
     lead = f"it is told to save {lead_s(cfg)} s before its time is over"
     print(f"{path}: {asked.nodes} nodes with {ranks} ranks on each (on its {where}); {lead}")
@@ -227,7 +230,7 @@ def script(
 
     Args:
         config: path of the config.
-        overrides: `key=value` settings.
+        overrides: `key=value` settings and options of `overtone run`.
         run: the run folder, absolute.
         options: by `options_of`.
         ranks_per_node: how many ranks each node runs.

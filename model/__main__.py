@@ -25,9 +25,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(INSTALLED, file=sys.stderr)
         return 2
     sys.path.insert(0, str(checkout))
-    from cli.__main__ import main as run
+    try:
+        from cli.__main__ import main as run
 
-    return run(words)
+        return run(words)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

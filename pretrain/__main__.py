@@ -7,22 +7,29 @@ reason in the run folder's `exit.json`; see pretrain/runtime/watch.py for what a
 
 from __future__ import annotations
 
+if __name__ == "__main__":  # until the command listens, Ctrl-C ends the process without a word
+    import _signal
+
+    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
+        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+
 import argparse
 import logging
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from common import command
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
+from common.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
 from pretrain.runtime.endings import EXIT_RECORD, leave_exit
+from pretrain.runtime.signals import StopSignal
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
-    from pretrain.runtime.signals import StopSignal
     from pretrain.runtime.watch import Watch
 
 
@@ -37,24 +44,24 @@ def parser() -> argparse.ArgumentParser:
             "configs/quickstart.yaml head.distance=cosine run=runs/quickstart-cosine",
         ],
         "0 done; 2 bad input; 3 too many non-finite steps in a row; 4 a checkpoint could not be written; 75 stopped by "
-        "a signal after a save, the same command goes on",
+        "a signal after a save, the same command goes on; 130 interrupted by a second Ctrl-C, unsaved",
     )
     command.add_config(made)
-    command.add_local_rank(made)
+    command.add_rank_options(made)
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains on this rank; the exit codes are at the file's head."""
-    return command.run(_start, command.parse(parser(), argv))
+    with StopSignal() as stop:  # to the end: whoever stops a rank may say so again, and it would lose its code
+        return command.run(partial(_start, stop), command.parse(parser(), argv))
 
 
-def _start(args: argparse.Namespace) -> int:
+def _start(stop: StopSignal, args: argparse.Namespace) -> int:
     from pretrain.config import check_data, check_layout, load
     from pretrain.run_folder import RunFolder
     from pretrain.runtime.claim import job_of
     from pretrain.runtime.environment import adopt, place_of
-    from pretrain.runtime.signals import StopSignal
     from pretrain.runtime.watch import Watch
 
     adopt(os.environ)  # who is the first is not known yet: each rank says what is wrong with it
@@ -76,14 +83,16 @@ def _start(args: argparse.Namespace) -> int:
             check_data(cfg)
             if place.world == 1:  # of many, the first one tells what the disk holds
                 RunFolder(cfg.run).check_resume(cfg.resume)
-            with StopSignal() as stop:  # to the end: whoever stops a rank may say so again, and it would lose its code
-                return _train(cfg, watch, stop)
+            return _train(cfg, watch, stop, args.allow_different_code)
+        except KeyboardInterrupt as error:
+            print(error, file=sys.stderr)
+            watch.fail(error, EXIT_INTERRUPTED)
         except ConfigError as error:
             command.refuse(error, says=first_here)
             watch.fail(error, EXIT_BAD_INPUT)
 
 
-def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
+def _train(cfg: RunConfig, watch: Watch, stop: StopSignal, allow_code: bool) -> int:
     refused = None
     try:
         watch.hold()
@@ -93,11 +102,15 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal) -> int:
         refused = str(error)  # for the others to hear too
     with command.importing():
         from pretrain.runtime import ranks as process  # torch: after the input was checked
+        from pretrain.runtime.meeting import agree, check_shared, meet
 
-    ranks = process.start(cfg=cfg)
-    watch.job, refused = ranks.gather((watch.job, refused))[0]
+    meeting = meet()
+    watch.job, refused = meeting.decide("job", (watch.job, refused), lambda told: told[0])
     if refused:
         raise ConfigError(refused)
+    agree(meeting, cfg, allow_code)
+    check_shared(meeting, cfg.run)
+    ranks = process.start(cfg=cfg, meeting=meeting)
     watch.pulse(cfg.timeouts.first_step_s)
     with command.importing():
         from pretrain.opening import open_run  # DeepSpeed: after it was told the device

@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
                       help="tokens that a window scores, from seq_len - S or more (default: seq_len)")  # fmt: skip
     made.add_argument("--paired", action="store_true", help="compare two runs on the same documents")
     made.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    command.add_local_rank(made)
+    command.add_rank_options(made)
     return made
 
 
@@ -67,7 +67,12 @@ def _evaluate(asked: argparse.Namespace) -> int:
         from pretrain.runtime import ranks as process
 
     settings = [cfg for cfg in map(settings_if_any, asked.runs) if cfg is not None]
-    ranks = process.start_command(cfg=max(settings, key=lambda cfg: cfg.train.deterministic, default=None))
+    ranks = process.start_command(
+        cfg=max(settings, key=lambda cfg: cfg.train.deterministic, default=None),
+        allow_code=asked.allow_different_code,
+        data=asked.data,
+        texts=asked.text,
+    )
     try:
         tasks = [open_task(path, asked.split, asked.data, asked.text, asked.stride) for path in asked.runs]
         if asked.paired:

@@ -11,8 +11,9 @@ from torch import Tensor
 from common.errors import ConfigError
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.checkpoints.folder import read_state
+from pretrain.checkpoints.contents import read_state
 from pretrain.checkpoints.loading import load_weights
+from pretrain.checkpoints.reading import agreed, held
 from pretrain.checkpoints.resume import TOKENIZER, identity
 from pretrain.config import RunConfig
 from pretrain.modules import build_modules, compute_dtype, hidden_states, score_positions
@@ -64,9 +65,15 @@ def load_model(checkpoint: Path, cfg: RunConfig, tokenizer_sha256: str | None, e
     Raises:
         ConfigError: the checkpoint is of another model or tokenizer, or a weight in it is not finite.
     """
-    state = fitting_state(checkpoint, cfg, tokenizer_sha256)
-    decoder, head = build_modules(cfg, ranks)
-    load_weights(checkpoint, decoder, head)
+
+    def read() -> tuple[dict[str, Any], Decoder, HarmonicHead]:
+        with held(checkpoint):
+            state = fitting_state(checkpoint, cfg, tokenizer_sha256)
+            decoder, head = build_modules(cfg, ranks)
+            load_weights(checkpoint, decoder, head)
+            return state, decoder, head
+
+    state, decoder, head = agreed(ranks, read)
     parameters = [
         (f"{part}.{n}", p) for part, m in (("decoder", decoder), ("head", head)) for n, p in m.named_parameters()
     ]

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from common.files import replace_file
+from common.errors import ConfigError
+from common.files import free_name, replacing
 from common.gpus import PEAK_FLOPS
 from common.machine import cores, cpu_name
 from common.strict_json import plain, to_json
 from common.units import clock
-from pretrain.records import Record, Train, read_lines
+from pretrain.records import Lines, Record, Train, scan
 from pretrain.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -36,6 +39,33 @@ def machine() -> str:
     return f"{cores()} cores of {cpu_name()}"
 
 
+def trim(metrics: Path, step: int) -> None:
+    """Writes a metrics.jsonl, if there is one, anew without the records after `step` and without wrong lines. One with
+    wrong lines, or that is no file, is kept beside it.
+
+    Raises OSError.
+    """
+    if not os.path.lexists(metrics):
+        return
+    lines, odd = Lines(), metrics.is_symlink() and not metrics.exists()  # it leads nowhere
+    try:
+        lines = Lines() if odd else scan(metrics)
+    except ConfigError as error:
+        log.warning("%s", error)
+        odd = True
+    lines.warn(metrics)
+    with replacing(metrics) as draft:
+        kept = (line for line in lines.values if line["step"] <= step)
+        draft.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
+        if odd or lines.wrong:
+            aside = free_name(metrics.with_name(f"{metrics.name}.damaged"))
+            try:
+                os.link(metrics, aside, follow_symlinks=False)
+            except OSError:  # a folder, or a file system without links
+                os.replace(metrics, aside)
+            log.warning("%s as it was is kept as %s", metrics, aside.name)
+
+
 class Recorder:
     """Where a run's records go: `metrics.jsonl`, TensorBoard, the console. One that is opened at `first_step`, the
     updates so far, drops the records of later steps, which are from before a resume.
@@ -46,17 +76,15 @@ class Recorder:
     def __init__(
         self, run: RunFolder, first_step: int, steps: int, tensorboard: bool, console: Console | None = None
     ) -> None:
-        path = run.metrics
-        if path.exists():
-            kept = [line for line in read_lines(path) if line["step"] <= first_step]
-            replace_file(path, "".join(to_json(line) + "\n" for line in kept))
-        self._file = path.open("ab", buffering=0)  # so that a write tells what the disk took of it
+        trim(run.metrics, first_step)
+        self._file = run.metrics.open("ab", buffering=0)  # so that a write tells what the disk took of it
         self._pending = b""
         self._writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._writer = SummaryWriter(str(run.path), purge_step=first_step + 1)
+            with self._giving_up_events():
+                self._writer = SummaryWriter(str(run.path), purge_step=first_step + 1)
         self._steps = steps
         self._console = console or Console(highlight=False)
         self._live: Progress | None = None

@@ -1,20 +1,29 @@
 """The records of a run, `metrics.jsonl`: one model for each kind, by which it is written and read.
 
 A line is one JSON object with its `kind` and its `step`, the updates before it; what was not measured, or is not
-finite, is null.
+finite, is null. What is no such line is named and left out; half a line at the end is one that is being written, or was
+when the run was killed.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from types import NoneType, UnionType
+from typing import Any, BinaryIO, ClassVar, TypeVar, get_args, get_origin, get_type_hints
 
 from common.errors import ConfigError
+from common.files import open_regular
 from common.strict_json import from_json, to_json
+
+LINE_BYTES = 1 << 26  # of a line at most
+MOST = 2**63  # that a whole number can be
+TOLD = 3  # wrong lines that are told one by one
 
 log = logging.getLogger(__name__)
 
@@ -112,42 +121,148 @@ class Counters(Record):
     missing: Mapping[str, str]
 
 
+def hints_of(model: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields."""
+    hints = get_type_hints(model)
+    return {field.name: hints[field.name] for field in fields(model)}
+
+
 KINDS: dict[str, type[Record]] = {model.kind: model for model in (Train, Eval, Save, Counters)}
 PHASES = tuple(model.kind for model in (Train, Eval, Save))
+HINTS = {model: hints_of(model) for model in KINDS.values()}
 Kind = TypeVar("Kind", bound=Record)
 
 
-def from_plain(values: Mapping[str, Any]) -> Record:
+def from_plain(values: Any) -> Record:
     """The record that a line's values are; fields of another version are left out. Raises ConfigError."""
-    model = KINDS.get(values.get("kind", ""))
+    if not isinstance(values, dict):
+        raise ConfigError(f"{str(values)[:40]}: expected an object")
+    kind = values.get("kind")
+    model = KINDS.get(kind) if isinstance(kind, str) else None
     if model is None:
-        raise ConfigError(f"kind={values.get('kind')!r}: expected one of {', '.join(KINDS)}")
-    known = {field.name for field in fields(model)}
+        raise ConfigError(f"kind={str(kind)[:40]!r}: expected one of {', '.join(KINDS)}")
+    hints = HINTS[model]
+    for name, hint in hints.items():
+        if name in values and not fits(values[name], hint):
+            raise ConfigError(f"{name}={str(values[name])[:40]!r} in a record of {model.kind}: of another type")
     try:
-        return model(**{name: value for name, value in values.items() if name in known})
+        record = model(**{name: values[name] for name in hints.keys() & values.keys()})
     except TypeError as error:  # names what is missing
         raise ConfigError(f"{model.kind} record that is not whole: {error}") from None
+    if record.step < 0:
+        raise ConfigError(f"step={record.step}: expected 0 or more")
+    return record
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type that a record's field may have."""
+    if isinstance(hint, UnionType):
+        return any(fits(value, one) for one in get_args(hint))
+    if hint is NoneType:
+        return value is None
+    if get_origin(hint) is Mapping:
+        return isinstance(value, dict) and all(fits(item, get_args(hint)[1]) for item in value.values())
+    if get_origin(hint) in (Sequence, list):
+        item = get_args(hint)[0]
+        numbers = fits(0.0, item)  # of which there may be millions
+        return isinstance(value, list) and all(
+            (numbers and type(one) is float and math.isfinite(one)) or fits(one, item) for one in value
+        )
+    if hint in (int, float):
+        return (type(value) is int and abs(value) < MOST) or (type(value) is hint is float and math.isfinite(value))
+    return isinstance(value, hint)
+
+
+@dataclass(frozen=True)
+class Lines:
+    """What a metrics.jsonl holds."""
+
+    values: list[dict[str, Any]] = field(default_factory=list)  # the lines that are records, as they stand
+    records: list[Record] = field(default_factory=list)  # the same
+    wrong: list[str] = field(default_factory=list)  # the others: the number of each, and what is wrong with it
+
+    def warn(self, path: Path) -> None:
+        """Tells the wrong lines, if there are any."""
+        for told in self.wrong[:TOLD]:
+            log.warning("%s, %s; it is left out", path, told)
+        if len(self.wrong) > TOLD:
+            log.warning("%s: %d more lines are wrong, and left out", path, len(self.wrong) - TOLD)
+
+
+def scan(path: Path) -> Lines:
+    """Reads a metrics.jsonl; a NaN of an older one is None.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ConfigError: no file that can be read stands there.
+    """
+    found: dict[int, tuple[dict[str, Any], Record]] = {}
+    wrong: dict[int, str] = {}
+    try:
+        with open_regular(path) as stream:
+            for number, line in _numbered(stream):
+                try:
+                    values: Any = from_json(line.decode()) if len(line) < LINE_BYTES else None
+                    if b"\\ud" in line.lower():  # half of a character cannot be printed
+                        json.dumps(values, ensure_ascii=False, allow_nan=False).encode()
+                    found[number] = (values, from_plain(values))
+                except ValueError as error:  # ConfigError, and what is no UTF-8 or JSON
+                    if line.endswith(b"\n"):
+                        wrong[number] = str(error) if len(line) < LINE_BYTES else "it is too long"
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); move it away, or put the run's own back") from None
+    for number in _out_of_order({n: record.step for n, (_, record) in found.items() if isinstance(record, Train)}):
+        wrong[number] = f"step {found.pop(number)[1].step} is out of order"
+    return Lines(
+        [values for values, _ in found.values()],
+        [record for _, record in found.values()],
+        [f"line {number}: {wrong[number]}" for number in sorted(wrong)],
+    )
+
+
+def _numbered(stream: BinaryIO) -> Iterable[tuple[int, bytes]]:
+    """Lines by their numbers, from 1; of one that is too long the beginning, with the end of a line."""
+    number = 0
+    while line := stream.readline(LINE_BYTES):
+        number += 1
+        rest = line
+        while len(rest) == LINE_BYTES and not rest.endswith(b"\n"):
+            rest = stream.readline(LINE_BYTES)
+        yield number, line if rest is line else line[:-1] + b"\n"
+
+
+def _out_of_order(steps: Mapping[int, int]) -> set[int]:
+    """The numbers of the fewest lines without which steps ascend."""
+    ends: list[int] = []  # of ascending rows of each length, the least last step
+    places: dict[int, int] = {}  # of a line in the longest row that it can end
+    for number, step in steps.items():
+        places[number] = bisect_left(ends, step)
+        ends[places[number] : places[number] + 1] = [step]
+    wanted, stay, above = len(ends) - 1, set(), math.inf
+    for number in reversed(steps):
+        if places[number] == wanted and steps[number] < above:
+            stay.add(number)
+            wanted, above = wanted - 1, steps[number]
+    return set(steps) - stay
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a metrics.jsonl; a last line that was cut off is left out, a NaN of an older one is None."""
-    objects = []
-    for line in path.read_text().splitlines():
-        try:
-            objects.append(from_json(line))
-        except json.JSONDecodeError:
-            log.warning("%s: a line that was cut off is left out", path)
-    return objects
+    """The objects of a metrics.jsonl that are records; warns of what is none. Raises as `scan`."""
+    lines = scan(path)
+    lines.warn(path)
+    return lines.values
 
 
-def read(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl; none if there is no such file. Raises ConfigError for one of another format."""
+def read(path: Path) -> Lines:
+    """A metrics.jsonl, empty if there is no such file; warns of what is no record. Raises ConfigError as `scan`."""
     try:
-        return [from_plain(values) for values in read_lines(path)]
+        lines = scan(path)
     except FileNotFoundError:
-        return []
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}; this version did not write it") from None
+        return Lines()
+    lines.warn(path)
+    return lines
 
 
 def of_kind(records: Iterable[Record], model: type[Kind]) -> list[Kind]:

@@ -6,18 +6,26 @@ import contextlib
 import io
 import math
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from common.errors import ConfigError
-from pretrain.checkpoints.folder import LATEST, damage, read_state, step_of
+from common.files import read_bounded
+from pretrain.checkpoints.contents import damage, read_state
+from pretrain.checkpoints.folder import LATEST, step_of
+from pretrain.checkpoints.reading import Vanished, again, agreed, held, held_by_all, looked_at
 from pretrain.config import RunConfig, check_data, check_layout
-from pretrain.records import Train
+from pretrain.records import Train, of_kind, scan
 from pretrain.run_folder import RunFolder
 from pretrain.runtime import ranks as process
 from pretrain.runtime.ranks import Ranks
+
+SETTLED_S = 1.0  # from the publishing of a checkpoint to `latest` naming it
+Found = TypeVar("Found")
 
 TOLERANCE = {"float32": 2e-5, "bf16": 2e-2}  # nats of a loss, on another layout
 
@@ -39,48 +47,96 @@ class Replay:
     records: list[Train]
 
 
-def check_files(run: RunFolder, ranks: Ranks) -> int:
-    """Reads the files of all of a run's checkpoints, shared among the ranks; returns how many checkpoints there are.
+def check_files(run: RunFolder, ranks: Ranks) -> list[Path]:
+    """Reads the files of all of a run's checkpoints, shared among the ranks; returns those that are whole: all but what
+    a run that trains has deleted meanwhile.
 
     Raises:
         Differs: there is none, one is damaged, or `latest` does not name the newest.
+        Vanished: all were deleted.
     """
-    published = run.checkpoints()
-    if not published:
-        raise Differs(f"{run.checkpoints_folder}: there is no checkpoint")
-    for path in published:
-        for wrong in ranks.gather(damage(path, share=(ranks.rank, ranks.world))):
-            if wrong:
-                raise Differs(wrong)
-    named = run.checkpoints_folder / LATEST
-    name = named.read_text().strip() if named.exists() else "missing"
-    if name != published[-1].name:
-        raise Differs(f"{named}: {name}, but the newest checkpoint is {published[-1].name}")
-    return len(published)
+    whole: list[Path] = []
+    vanished: Vanished | None = None
+    for path in _first_finds(ranks, lambda: _published(run)):
+        try:
+            looked = partial(looked_at, path, partial(damage, path, share=(ranks.rank, ranks.world)))
+            found = ranks.gather(agreed(ranks, looked))
+        except Vanished as gone:
+            vanished = gone
+            continue
+        if wrong := next(filter(None, found), None):
+            raise Differs(wrong)
+        whole.append(path)
+    if vanished is not None and not whole:
+        raise vanished
+    return whole
 
 
-def choose_replay(run: RunFolder, steps: int, last: bool = False) -> Replay | None:
+def _published(run: RunFolder) -> list[Path]:
+    """A run's checkpoints. Raises Differs if there is none, or `latest` does not name the newest, nor will at once."""
+    deadline = time.monotonic() + SETTLED_S
+    while True:
+        published, named = run.checkpoints(), run.checkpoints_folder / LATEST
+        if not published:
+            raise Differs(f"{run.checkpoints_folder}: there is no checkpoint")
+        try:
+            name = read_bounded(named, 1000).decode(errors="backslashreplace").strip()
+        except OSError as problem:
+            name = "missing" if isinstance(problem, FileNotFoundError) else str(problem.strerror)
+        if name == published[-1].name:
+            return published
+        if time.monotonic() > deadline:
+            raise Differs(f"{named}: {name}, but the newest checkpoint is {published[-1].name}")
+        time.sleep(0.05)
+
+
+def _first_finds(ranks: Ranks, work: Callable[[], Found]) -> Found:
+    """What the first rank finds, for all: a run that trains would show each another state. Collective."""
+    found: Any = None
+    if ranks.first:
+        try:
+            found = work()
+        except (Differs, ConfigError) as problem:
+            found = problem
+    found = ranks.gather(found)[0]
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def choose_replay(run: RunFolder, published: Sequence[Path], steps: int, last: bool = False) -> Replay | None:
     """The first `steps` logged steps after the newest checkpoint that has so many, else after the one that has most.
 
     Args:
+        published: the run's checkpoints, oldest first.
         last: the last `steps` logged steps, and those before them up to a checkpoint.
     Returns:
         None if no step, or with `last` not so many, was logged after a checkpoint.
+    Raises:
+        Differs: metrics.jsonl holds a line that is no record.
     """
-    records = run.records(Train)
+    lines = scan(run.metrics)
+    if lines.wrong:
+        raise Differs(f"{run.metrics}, {lines.wrong[0]} ({len(lines.wrong)} such lines)")
+    records = of_kind(lines.records, Train)
 
     def after(path: Path) -> list[Train]:
         later = [record for record in records if record.step > step_of(path)]
         return later if last else later[:steps]
 
-    starts = published = run.checkpoints()
+    starts = list(published)
     if last:
         starts = [path for path in published if len(after(path)) >= steps][-1:]
     start = max(starts, key=lambda path: (len(after(path)), path.name), default=None)
     if start is None or not after(start):
         return None
     led_to = next((path for path in published if path > start), start)
-    return Replay(start, read_state(led_to), after(start))
+    with held(start):
+        try:
+            trained = read_state(led_to)
+        except ConfigError:  # a run that trains has deleted it
+            trained = read_state(start)
+    return Replay(start, trained, after(start))
 
 
 def replay(cfg: RunConfig, planned: Replay, ranks: Ranks, tolerance: float) -> float:
@@ -176,15 +232,21 @@ def verify(
     run = RunFolder.trained(folder)
     cfg = run.settings(overrides)
     check_layout(cfg, ranks.world, ranks.local_world)
-    count = check_files(run, ranks)
+    return again(lambda: _verified(run, cfg, steps, ranks, last=last, exact=exact))
+
+
+def _verified(run: RunFolder, cfg: RunConfig, steps: int, ranks: Ranks, *, last: bool, exact: bool) -> str:
+    published = check_files(run, ranks)
+    count = len(published)
     whole = f"{count} checkpoint{'s are' if count > 1 else ' is'} whole"
-    planned = choose_replay(run, steps, last)
+    planned = _first_finds(ranks, lambda: choose_replay(run, published, steps, last))
     if planned is None:
         fewer = f"fewer than {steps} steps were" if last else "no step was"
         return f"{whole}; {fewer} logged after one, so none was trained again"
     check_data(cfg)
     try:
-        largest = replay(cfg, planned, ranks, 0.0 if exact else TOLERANCE[cfg.train.precision])
+        with held_by_all(planned.start, ranks):
+            largest = replay(cfg, planned, ranks, 0.0 if exact else TOLERANCE[cfg.train.precision])
     except LossDiffers as wrong:
         raise LossDiffers(f"{wrong}{_unpromised(planned.trained, ranks) if exact else ''}") from None
     near = "bit for bit" if largest == 0 else f"to {largest:.1e} nats"

@@ -16,7 +16,7 @@ from typing import Any
 
 from common import command
 from common.errors import ConfigError
-from common.files import replace_file
+from common.files import replace_file, writing
 from common.strict_json import plain, to_json
 from pretrain.run_folder import INTERPRETED, RunFolder
 
@@ -39,7 +39,8 @@ def _write(run: Path, figures: dict[str, Any], cka: list[dict[str, Any]]) -> Pat
     """Writes a run's own figures and its comparisons to its folder, whole or not at all."""
     path = RunFolder(run).interpreted
     mine = [pair for pair in cka if str(run) in pair["runs"]]
-    replace_file(path, to_json({**figures, "cka": mine}, indent=1) + "\n")
+    with writing(run):
+        replace_file(path, to_json({**figures, "cka": mine}, indent=1) + "\n")
     return path
 
 

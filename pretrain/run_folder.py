@@ -6,21 +6,25 @@ help do without.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from common.errors import ConfigError
 from pretrain import records
 from pretrain.checkpoints import folder as checkpoints
-from pretrain.records import Kind
+from pretrain.checkpoints import traces
+from pretrain.records import Kind, Lines
 from pretrain.runtime import endings
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
     from pretrain.inference import Model
     from pretrain.runtime.ranks import Ranks
+
+Result = TypeVar("Result")
 
 CONFIG = "config.yaml"  # resolved
 METRICS = "metrics.jsonl"  # the records
@@ -47,17 +51,17 @@ class RunFolder:
     @classmethod
     def containing(cls, path: Path) -> RunFolder:
         """The run folder that `path` is, or that the checkpoint `path` is of. Raises ConfigError if it is neither."""
-        path = path.resolve()
-        run = cls(path.parent.parent if (path / checkpoints.MANIFEST).exists() else path)
-        if not run.config.exists():
-            raise ConfigError(f"{path}: neither a run folder nor a checkpoint of one (there is no {run.config})")
-        return run
+        for place in (Path(os.path.abspath(path)), path.resolve()):  # a link may stand in a run, or lead to one
+            run = cls(place.parent.parent if os.path.exists(place / checkpoints.MANIFEST) else place)
+            if os.path.exists(run.config):
+                return run
+        raise ConfigError(f"{place}: neither a run folder nor a checkpoint of one (there is no {run.config})")
 
     @classmethod
     def trained(cls, path: Path) -> RunFolder:
         """The folder of a run that has begun. Raises ConfigError."""
         run = cls(path)
-        if not run.config.exists() or not run.metrics.exists():
+        if not os.path.exists(run.config) or not os.path.lexists(run.metrics):
             raise ConfigError(f"{path}: not a run folder (no {CONFIG} and {METRICS} in it); give one that was trained")
         return run
 
@@ -69,7 +73,11 @@ class RunFolder:
 
     def records(self, model: type[Kind]) -> list[Kind]:
         """Those of a kind (`Record`: all) in their order; none if the run has left none. Raises ConfigError."""
-        return records.of_kind(records.read(self.metrics), model)
+        return records.of_kind(self.lines().records, model)
+
+    def lines(self) -> Lines:
+        """All that metrics.jsonl holds, and what is wrong with it, which is warned of. Raises ConfigError."""
+        return records.read(self.metrics)
 
     def exit(self) -> endings.Exit | None:
         """How its last job ended; None if none did, or it did not tell."""
@@ -78,25 +86,48 @@ class RunFolder:
     def check_resume(self, resume: str) -> None:
         """Raises ConfigError if the setting `resume` asks for what is not there, or forbids what is."""
         folder = self.checkpoints_folder
-        checkpoints.check_resume(folder, resume, checkpoints.to_resume(folder, resume))
+        if resume in ("auto", "never"):
+            traces.check_place(folder)
+        traces.check_resume(folder, resume, checkpoints.to_resume(folder, resume))
 
     def checkpoints(self) -> list[Path]:
         """Those that were published, oldest first, whole or not."""
         return checkpoints.checkpoints(self.checkpoints_folder)
 
     def checkpoint(self, path: Path | None = None, ranks: Ranks | None = None) -> Path:
-        """The newest whole checkpoint, or `path` if that is one. With `ranks`, all of them call it.
+        """The newest whole checkpoint, or `path` if that is one, to evaluate it. With `ranks`, all of them call it.
 
         Raises:
             ConfigError: there is none, or none is whole.
         """
         from pretrain.checkpoints.resume import find
 
-        asked = "auto" if path is None or path.resolve() == self.path.resolve() else str(path.resolve())
-        found = find(self.checkpoints_folder, asked, ranks)
+        asked = "auto" if self._is_own(path) else os.path.abspath(str(path))
+        found = find(self.checkpoints_folder, asked, ranks, moments=False)
         if found is None:
             raise ConfigError(f"{self.path}: there is no checkpoint in it yet; train it first")
         return found
+
+    def _is_own(self, path: Path | None) -> bool:
+        return path is None or path.resolve() == self.path.resolve()
+
+    def read(self, work: Callable[[Path], Result], path: Path | None = None, ranks: Ranks | None = None) -> Result:
+        """What `work` makes of the newest whole checkpoint, or of `path` if that is one. Collective.
+
+        The run may train meanwhile: it leaves the checkpoint alone until `work` is done. Where the file system has no
+        locks that tell it so, and the newest one vanishes, `work` is called again with the next.
+
+        Raises:
+            ConfigError: as `checkpoint`; Vanished: the one that was asked for was deleted while it was read.
+        """
+        from pretrain.checkpoints.reading import again, held_by_all
+
+        def once() -> Result:
+            checkpoint = self.checkpoint(path, ranks)
+            with held_by_all(checkpoint, ranks):
+                return work(checkpoint)
+
+        return again(once) if self._is_own(path) else once()
 
     def open_model(
         self,
@@ -128,8 +159,10 @@ class RunFolder:
             cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update={"compile": False})})
         if precision is not None:
             cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"precision": precision})})
-        checkpoint = checkpoint or self.checkpoint(ranks=ranks)
-        return load_model(checkpoint, cfg, manifest["tokenizer_sha256"], manifest["eos_id"], ranks)
+        layout, tokenizer, eos_id = ranks, manifest["tokenizer_sha256"], manifest["eos_id"]
+        if checkpoint is not None:
+            return load_model(checkpoint, cfg, tokenizer, eos_id, layout)
+        return self.read(lambda newest: load_model(newest, cfg, tokenizer, eos_id, layout), ranks=ranks)
 
 
 def settings_if_any(path: Path, overrides: Sequence[str] = ()) -> RunConfig | None:

@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--last", action="store_true", help="the last ones logged, and those before to a checkpoint")
     about = "losses must be the logged ones bit for bit: same machine, layout, OMP_NUM_THREADS"
     made.add_argument("--exact", action="store_true", help=about)
-    command.add_local_rank(made)
+    command.add_rank_options(made)
     return made
 
 
@@ -62,7 +62,8 @@ def _verify(asked: argparse.Namespace) -> int:
     for kind in (UserWarning, FutureWarning):  # as in training
         warnings.filterwarnings("ignore", category=kind, module="torch|deepspeed")
     run = Path(asked.run)
-    ranks = process.start_command(cfg=settings_if_any(run, asked.overrides))
+    settings = settings_if_any(run, asked.overrides)
+    ranks = process.start_command(cfg=settings, allow_code=asked.allow_different_code)
     try:
         code, told = 0, f"PASS: {verify(run, asked.overrides, asked.steps, ranks, last=asked.last, exact=asked.exact)}"
     except Differs as difference:

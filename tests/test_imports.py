@@ -22,7 +22,7 @@ ALLOWED_WITHIN = {  # folder -> folders of the house that it may import
     "pretrain": {"pretrain", "model", "data", "common"},
     "launch": {
         *("launch", "common", "pretrain.config", "pretrain.run_folder"),
-        *("pretrain.runtime.claim", "pretrain.runtime.endings"),
+        *("pretrain.runtime.agreement", "pretrain.runtime.claim", "pretrain.runtime.endings"),
     },
     "cli": {"cli", "launch", "pretrain", "data", "common"},
 }

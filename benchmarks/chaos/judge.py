@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors.numpy import load_file
 
 from pretrain.checkpoints import folder as checkpoint
+from pretrain.checkpoints.contents import damage
 from pretrain.checkpoints.folder import DRAFT, LATEST
 from tests.support.records import read_records
 
@@ -39,7 +40,7 @@ class Watchdog:
         for path in checkpoint.checkpoints(self.folder):
             if self._harmed.get(path.name) == path.stat().st_mtime_ns:
                 continue
-            if wrong := checkpoint.damage(path):
+            if wrong := damage(path):
                 raise Fault(f"a published checkpoint is not whole: {wrong}")
             whole.append(path)
         newest = checkpoint.step_of(whole[-1]) if whole else 0
@@ -81,7 +82,7 @@ def check_end(folder: Path, steps: int) -> None:
         raise Fault(f"no checkpoint of the last step {steps}: {[path.name for path in saved]}")
     if (named := (folder / LATEST).read_text().strip()) != saved[-1].name:
         raise Fault(f"`{LATEST}` names {named}, the newest is {saved[-1].name}")
-    if wrong := next(filter(None, map(checkpoint.damage, saved)), None):
+    if wrong := next(filter(None, map(damage, saved)), None):
         raise Fault(f"after the end a checkpoint is not whole: {wrong}")
 
 

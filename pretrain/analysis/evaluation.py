@@ -18,6 +18,7 @@ from data.vocabulary import open_tokenizer
 from pretrain.analysis.heldout import documents_of, tokens_of
 from pretrain.analysis.scoring import Evaluation, evaluate, scoring
 from pretrain.config import RunConfig
+from pretrain.inference import Model
 from pretrain.run_folder import RunFolder
 from pretrain.runtime.ranks import Ranks
 
@@ -59,8 +60,11 @@ def open_task(
 def run_task(task: Task, ranks: Ranks) -> tuple[Evaluation, Path]:
     """Scores a task in the layout that `ranks` describe; returns the checkpoint too. Collective. Raises ConfigError."""
     run = RunFolder.containing(task.path)
-    checkpoint = run.checkpoint(task.path, ranks)
-    model = run.open_model(checkpoint, data=task.folder, ranks=ranks)
+
+    def opened(checkpoint: Path) -> tuple[Model, Path]:
+        return run.open_model(checkpoint, data=task.folder, ranks=ranks), checkpoint
+
+    model, checkpoint = run.read(opened, task.path, ranks)
     micro_batch = task.cfg.evaluation.micro_batch or task.cfg.train.micro_batch
     score = scoring(model.score, task.cfg.model, task.folder)
     return evaluate(score, task.windows, micro_batch, ranks), checkpoint

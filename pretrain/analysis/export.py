@@ -13,6 +13,7 @@ from data.vocabulary import open_tokenizer
 from model.hf import folder as transformers_folder
 from pretrain.analysis.scoring import figure
 from pretrain.checkpoints import resume
+from pretrain.checkpoints.contents import read_state
 from pretrain.checkpoints.folder import total_j
 from pretrain.checkpoints.weights import new_folder, shapes, without_weights, write_weights
 from pretrain.config import RunConfig, dump
@@ -29,14 +30,21 @@ def export_weights(given: Path, out: Path, max_bytes: float) -> tuple[Path, int]
         given: a run folder (its newest whole checkpoint), or one checkpoint's folder.
         max_bytes: of one file's weights.
     Raises:
-        ConfigError: `given` has no checkpoint, or `out` exists or cannot be made.
+        ConfigError: `given` has no checkpoint, or one of another model; or `out` exists or cannot be made.
     """
     run = RunFolder.containing(given)
-    checkpoint = run.checkpoint(given)
-    with new_folder(out) as draft:
-        size = write_weights(checkpoint, shapes(*without_weights(run.settings())), draft, max_bytes)
-        shutil.copy(run.config, draft)
-    return checkpoint, size
+    cfg = run.settings()
+
+    def write(checkpoint: Path) -> tuple[Path, int]:
+        fitting_state(
+            checkpoint, cfg, read_state(checkpoint)["identity"][resume.TOKENIZER]
+        )  # weights have no tokenizer
+        with new_folder(out) as draft:
+            size = write_weights(checkpoint, shapes(*without_weights(cfg)), draft, max_bytes)
+            shutil.copy(run.config, draft)
+        return checkpoint, size
+
+    return run.read(write, given)
 
 
 def export_transformers(given: Path, out: Path, max_bytes: float) -> tuple[Path, int]:
@@ -51,16 +59,20 @@ def export_transformers(given: Path, out: Path, max_bytes: float) -> tuple[Path,
     run = RunFolder.containing(given)
     cfg = run.settings()
     tokenizer = open_tokenizer(cfg.data.path)
-    with new_folder(out) as folder:
-        checkpoint = run.checkpoint(given)
-        state = fitting_state(checkpoint, cfg, tokenizer.sha256)
-        decoder, head = without_weights(cfg)
-        head.progress = cfg.head_progress(state["step"] - 1)
-        size = write_weights(checkpoint, shapes(decoder, head), folder, max_bytes)
-        shutil.copyfile(cfg.data.path / TOKENIZER, folder / TOKENIZER)
-        card = transformers_folder.card(run.path.name, cfg.model, head, _facts(run, state, cfg, size // 4), dump(cfg))
-        transformers_folder.write(folder, decoder, head, tokenizer.eos_id, tokenizer.pad_id, card)
-    return checkpoint, size
+
+    def write(checkpoint: Path) -> tuple[Path, int]:
+        with new_folder(out) as folder:
+            state = fitting_state(checkpoint, cfg, tokenizer.sha256)
+            decoder, head = without_weights(cfg)
+            head.progress = cfg.head_progress(state["step"] - 1)
+            size = write_weights(checkpoint, shapes(decoder, head), folder, max_bytes)
+            shutil.copyfile(cfg.data.path / TOKENIZER, folder / TOKENIZER)
+            facts = _facts(run, state, cfg, size // 4)
+            card = transformers_folder.card(run.path.name, cfg.model, head, facts, dump(cfg))
+            transformers_folder.write(folder, decoder, head, tokenizer.eos_id, tokenizer.pad_id, card)
+        return checkpoint, size
+
+    return run.read(write, given)
 
 
 def _facts(run: RunFolder, state: Mapping[str, Any], cfg: RunConfig, parameters: int) -> dict[str, str]:

@@ -87,8 +87,8 @@ class Overtone(TemplateLM):
         self.text = open_tokenizer(Path(data) if data else cfg.data.path)
         if not cfg.model.causal:
             raise ConfigError(f"{run}: a masked model has no next token; lm-eval asks for a causal one")
-        checkpoint = folder.checkpoint(Path(run), ranks)
-        self.model = folder.open_model(checkpoint, data=Path(data) if data else None, ranks=ranks)
+        place = Path(data) if data else None
+        self.model = folder.read(lambda path: folder.open_model(path, data=place, ranks=ranks), Path(run), ranks)
         self.length = cfg.model.seq_len
         most = math.inf if max_batch_size is None else int(max_batch_size)
         self.batch = asked or int(min(cfg.evaluation.micro_batch or cfg.train.micro_batch, most))

@@ -18,7 +18,7 @@ from common.errors import ConfigError
 from data.manifest import TOKENIZER, read_manifest
 from data.shards import open_split
 from pretrain.checkpoints import resume
-from pretrain.checkpoints.folder import read_state
+from pretrain.checkpoints.contents import read_state
 from pretrain.config import RunConfig
 from pretrain.records import Eval
 from pretrain.run_folder import RunFolder
@@ -111,7 +111,7 @@ def _by_checkpoint(run: RunFolder, cfg: RunConfig) -> dict[str, Any]:
     try:
         identity = read_state(run.checkpoints()[-1])["identity"]
         trained_on = {"data_fingerprint": identity[resume.DATA], "tokenizer_sha256": identity[resume.TOKENIZER]}
-    except (IndexError, KeyError, ConfigError):
+    except (IndexError, KeyError, ConfigError):  # none, or one that was deleted meanwhile
         return {}
     try:
         there_now = identify(cfg)

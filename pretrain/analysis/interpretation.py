@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,9 @@ from model.distances import Distance
 from pretrain.analysis import geometry
 from pretrain.analysis.scoring import maskings
 from pretrain.analysis.words import RELATIONS, token_of, token_pairs
-from pretrain.checkpoints.folder import damage, read_state, step_of
+from pretrain.checkpoints.contents import damage, read_state
+from pretrain.checkpoints.folder import step_of
+from pretrain.checkpoints.reading import Vanished, held, looked_at
 from pretrain.checkpoints.resume import TOKENIZER as TOKENIZER_HASH
 from pretrain.checkpoints.weights import read_weights
 from pretrain.config import RunConfig, check_data
@@ -53,6 +56,7 @@ class Source:
     split: Split
     tokenizer: Tokenizer
     words: dict[str, int]
+    hold: ExitStack  # on the checkpoint, which a run that trains would delete
 
 
 def open_run(run: Path, words: Sequence[str], strict: bool) -> Source:
@@ -64,8 +68,8 @@ def open_run(run: Path, words: Sequence[str], strict: bool) -> Source:
     Raises:
         ConfigError: no whole checkpoint, no prepared data, data of another tokenizer than the run's, or such a word.
     """
-    folder = RunFolder.containing(run)
-    checkpoint, cfg = folder.checkpoint(run), folder.settings()
+    folder, hold = RunFolder.containing(run), ExitStack()
+    checkpoint, cfg = folder.read(lambda path: _kept(path, hold), run), folder.settings()
     check_data(cfg)
     split = open_split(cfg.data.path, "val")
     tokenizer = Tokenizer(Path(cfg.data.path) / TOKENIZER)
@@ -83,7 +87,13 @@ def open_run(run: Path, words: Sequence[str], strict: bool) -> Source:
             f"--words {' '.join(unknown)}: not single tokens of {folder.path}'s tokenizer (after a blank); give other "
             "words"
         )
-    return Source(folder, cfg, checkpoint, split, tokenizer, {w: t for w, t in tokens.items() if t is not None})
+    return Source(folder, cfg, checkpoint, split, tokenizer, {w: t for w, t in tokens.items() if t is not None}, hold)
+
+
+def _kept(checkpoint: Path, hold: ExitStack) -> Path:
+    """The checkpoint, which is held until `hold` is closed or forgotten."""
+    hold.enter_context(held(checkpoint))
+    return checkpoint
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +108,11 @@ class Measured:
 
 def measure(source: Source) -> Measured:
     """Raises ConfigError if weights or hidden states are not finite."""
+    with source.hold:
+        return _measured(source)
+
+
+def _measured(source: Source) -> Measured:
     cfg = source.cfg
     model = source.run.open_model(source.checkpoint, precision="float32")
     hidden, targets = hidden_states(model, source.split, None if cfg.model.causal else mask_id(cfg.data.path))
@@ -110,14 +125,14 @@ def measure(source: Source) -> Measured:
     points = {"prototypes": seen_prototypes, "embedding": embedding}
     figures = {
         "checkpoint": str(source.checkpoint),
-        "step": step_of(source.checkpoint),
+        "step": model.step,
         "distance": cfg.head.distance,
         "tied": cfg.model.tied,
         "held_out_tokens": len(hidden),
         "spectra": {
             name: None if rows is None else _spectrum(rows) for name, rows in {**points, "hidden": seen_hidden}.items()
         },
-        "norms": {str(step_of(checkpoint)): _norms(checkpoint, cfg) for checkpoint in _usable(source)},
+        "norms": {str(step_of(checkpoint)): _norms(checkpoint, cfg) for checkpoint in _usable(source, model.step)},
         "classes": _classes(seen_prototypes, seen_hidden, targets, distance),
         "parallelograms": {
             name: None if rows is None else _parallelograms(rows, source.tokenizer) for name, rows in points.items()
@@ -184,17 +199,30 @@ def _spectrum(rows: Tensor) -> dict[str, Any]:
     }
 
 
-def _usable(source: Source) -> list[Path]:
-    """The run's checkpoints up to the one that was found whole; those of them that are damaged are left out."""
+def _usable(source: Source, last: int) -> list[Path]:
+    """The run's checkpoints up to the step `last` of the one that was found whole; those of them that are damaged are
+    left out.
+    """
     kept = []
     for path in source.run.checkpoints():
-        if step_of(path) <= step_of(source.checkpoint):
-            wrong = None if path == source.checkpoint else damage(path)
+        if step_of(path) <= last:
+            try:
+                wrong = None if path == source.checkpoint else _kept_if_whole(path, source.hold)
+            except Vanished:
+                continue
             if wrong:
                 log.warning("norms: %s is left out: %s", path.name, wrong)
             else:
                 kept.append(path)
     return kept
+
+
+def _kept_if_whole(checkpoint: Path, hold: ExitStack) -> str | None:
+    """What is wrong with a checkpoint, or None: then it is held."""
+    wrong = looked_at(checkpoint, lambda: damage(checkpoint, moments=False))
+    if wrong is None:
+        _kept(checkpoint, hold)
+    return wrong
 
 
 def _norms(checkpoint: Path, cfg: RunConfig) -> dict[str, float]:

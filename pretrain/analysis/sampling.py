@@ -38,7 +38,7 @@ def continuation(
     folder = RunFolder.containing(run)
     cfg = folder.settings()
     tokenizer = open_tokenizer(cfg.data.path)
-    model = folder.open_model(folder.checkpoint(run))
+    model = folder.read(folder.open_model, run)
     device = model.head.prototypes.device
     given = [tokenizer.eos_id, *tokenizer.encode(prompt)]  # which opens a document
     draws = torch.Generator(device)

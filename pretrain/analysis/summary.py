@@ -21,7 +21,7 @@ from pretrain.energy.sustainability import (
     missing_parts,
     to_target,
 )
-from pretrain.records import JOULES, PHASES, Eval, Record, Train, of_kind
+from pretrain.records import JOULES, PHASES, Eval, Train, of_kind
 from pretrain.run_folder import RunFolder
 
 
@@ -31,7 +31,8 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
     """
     folder = RunFolder.trained(run)
     cfg = folder.settings([f"energy.{setting}" for setting in energy])
-    records = folder.records(Record)
+    lines = folder.lines()
+    records = lines.records
     train, held_out = of_kind(records, Train), of_kind(records, Eval)
     last = held_out[-1] if held_out else None
     seconds = sum(record.seconds for record in train)
@@ -59,6 +60,7 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
         "gpu_j_per_token": _per(joules["gpu_j"]["train"], tokens),
         "measured": measured_parts(records),
         "not_measured": missing_parts(records),
+        "lines_left_out": len(lines.wrong),
         "j_per_token": _per(train_j, tokens),
         "j_per_step": _per(train_j, train[-1].step if train else 0),
         "footprint": footprint(measured_joules(records), settings.pue, settings.grid, settings.price_per_kwh),

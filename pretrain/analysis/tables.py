@@ -132,8 +132,13 @@ def _stability_rows() -> dict[str, Callable[[dict[str, Any]], str]]:
 
 
 def notes_of(summaries: dict[str, dict[str, Any]]) -> list[str]:
-    """Why parts of runs were not measured."""
-    return [
+    """Why parts of runs were not measured, and which runs' records have lost some."""
+    lost = [
+        f"{run}: wrong lines of metrics.jsonl: {summary['lines_left_out']}; what they recorded is in no figure"
+        for run, summary in summaries.items()
+        if summary["lines_left_out"]
+    ]
+    return lost + [
         f"{run}: {part.upper()} energy was not measured: {why}"
         for run, summary in summaries.items()
         for part, why in summary["not_measured"].items()

@@ -9,19 +9,15 @@ Random numbers and the order of samples are functions of (seed, step, rank): the
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import shutil
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
 
-from common.errors import ConfigError
-from common.files import sha256_of
+from common.files import discard
+from pretrain.checkpoints.reading import unread
 
 log = logging.getLogger(__name__)
 
@@ -31,8 +27,9 @@ CHECKPOINTS = "checkpoints"  # the folder of a run that holds them
 LATEST = "latest"  # a file that names the newest checkpoint
 ABANDONED = "abandoned-"  # begins the name of one that was set aside
 MANIFEST, STATE = "manifest.json", "state.json"
-
-Check = Literal["full", "size"]
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam, beside the weights, `fp32`
+TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
+DATA = "the data's fingerprint"  # and theirs
 
 
 @dataclass(frozen=True)
@@ -70,8 +67,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The published checkpoints of a `checkpoints/` folder, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir() and re.fullmatch(r"step-\d{8,}", path.name))
+    """What stands under a published checkpoint's name in a `checkpoints/` folder, oldest first: a folder, or a link to
+    one; or what `damage` finds to be none, as a link that leads nowhere.
+    """
+    return sorted(path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,18}", path.name))
 
 
 def to_resume(folder: Path, resume: str) -> list[Path]:
@@ -81,75 +80,27 @@ def to_resume(folder: Path, resume: str) -> list[Path]:
     if resume in ("auto", "never"):
         return checkpoints(folder)
     path = Path(resume)
-    return [path] if (path / MANIFEST).exists() else checkpoints(path / CHECKPOINTS)
-
-
-def check_resume(folder: Path, resume: str, candidates: list[Path]) -> None:
-    """Raises ConfigError if `resume` forbids the checkpoints that there are, or names none."""
-    if resume == "never" and candidates:
-        raise ConfigError(
-            f"resume=never, but {folder} holds {len(candidates)} checkpoints, the newest {candidates[-1].name}. "
-            "Use resume=auto to go on from it, or another run folder (run=...) to start afresh."
-        )
-    if not candidates and resume not in ("auto", "never"):
-        raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
+    return [path] if os.path.exists(path / MANIFEST) else checkpoints(path / CHECKPOINTS)
 
 
 def remove(checkpoint: Path) -> None:
-    """Deletes a checkpoint. Renamed first, so that a deletion that is cut off leaves no half one under a good name."""
+    """Deletes a checkpoint, or the link that leads to one, unless it is being read: then a later call will.
+
+    Renamed first, so that a deletion that is cut off leaves no half one under a good name.
+    """
     doomed = checkpoint.with_name(f"{DRAFT}old-{checkpoint.name}")
-    shutil.rmtree(doomed, ignore_errors=True)
-    os.replace(checkpoint, doomed)
-    shutil.rmtree(doomed)
+    discard(doomed)
+    with unread(checkpoint) as free:
+        if free:
+            os.replace(checkpoint, doomed)
+            discard(doomed)
 
 
 def remove_drafts(folder: Path) -> None:
-    """Removes what saves or deletions that were cut off have left."""
+    """Removes what saves or deletions that were cut off have left; what cannot be removed is told and left."""
     for draft in folder.glob(f"{DRAFT}*"):
         log.warning("removing %s: a save that never finished", draft)
-        if draft.is_dir():
-            shutil.rmtree(draft)
-        else:
-            draft.unlink()
-
-
-def damage(checkpoint: Path, check: Check = "full", share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with a checkpoint's files, or None.
-
-    Args:
-        check: "full" reads every file and compares its hash with the manifest's, "size" its size alone.
-        share: (k, n) looks at every n-th file from the k-th on.
-    """
-    try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        if manifest["format"] != FORMAT:
-            return f"{checkpoint}: format {manifest['format']}, this version reads {FORMAT}"
-        listed = {str(name): (entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{checkpoint / MANIFEST}: {error!r}"
-    if STATE not in listed:
-        return f"{checkpoint / MANIFEST}: it does not list {STATE}"
-    strange = sorted(path.name for path in checkpoint.glob("*.safetensors") if path.name not in listed)
-    if strange:  # the reader of tensors would take them too
-        return f"{checkpoint / strange[0]}: the manifest does not list it"
-
-    def problem(name: str) -> str | None:
-        path, (size, sha256) = checkpoint / name, listed[name]
         try:
-            bytes_there = path.stat().st_size
-            if bytes_there != size:
-                return f"{path}: {bytes_there} bytes instead of {size}"
-            same = check == "size" or sha256_of(path) == sha256
-        except FileNotFoundError:
-            return f"{path}: missing"
+            discard(draft)
         except OSError as error:
-            return f"{path}: {error}"
-        return None if same else f"{path}: its SHA-256 is not the manifest's"
-
-    with ThreadPoolExecutor() as pool:
-        return next(filter(None, pool.map(problem, sorted(listed)[share[0] :: share[1]])), None)
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint tells of its run: `Progress` as plain values, `identity`, `config`, `layout`, `versions`."""
-    return json.loads((checkpoint / STATE).read_text())
+            log.warning("%s stays: %s", draft, error)

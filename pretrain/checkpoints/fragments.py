@@ -16,8 +16,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from model.head import HarmonicHead
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+from pretrain.checkpoints.folder import MOMENTS
 
 
 class Fragment(torch.Tensor):

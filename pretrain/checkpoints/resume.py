@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,15 @@ from rich.console import Console
 from rich.table import Table
 
 from common.errors import ConfigError
-from pretrain.checkpoints.folder import ABANDONED, LATEST, Check, check_resume, damage, to_resume
+from common.settings import flat
+from pretrain.checkpoints.contents import Check, damage, read_state
+from pretrain.checkpoints.folder import DATA, STATE, TOKENIZER, to_resume
+from pretrain.checkpoints.reading import agreed, looked_at
+from pretrain.checkpoints.traces import check_place, check_resume
 from pretrain.config import RunConfig, from_tree
 from pretrain.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
-
-TOKENIZER = "the tokenizer's hash"  # its name in a checkpoint's identity
-DATA = "the data's fingerprint"  # and theirs
 
 # What may differ between a checkpoint and the run that goes on from it: the layout, and what does not touch the
 # weights.
@@ -49,7 +51,7 @@ FREE_SETTINGS = (
 
 def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str | None) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint."""
-    settings = _flat(cfg.model_dump(mode="json"))
+    settings = flat(cfg.model_dump(mode="json"))
     fixed = {k: v for k, v in settings.items() if not any(k == f or k.startswith(f + ".") for f in FREE_SETTINGS)}
     return {**fixed, DATA: data_fingerprint, TOKENIZER: tokenizer_sha256}
 
@@ -64,39 +66,28 @@ def state_of(cfg: RunConfig, ranks: Ranks, data_fingerprint: str, tokenizer_sha2
     }
 
 
-def _flat(tree: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{above}{key}"
-        out.update(_flat(value, path + ".") if isinstance(value, Mapping) else {path: value})
-    return out
-
-
-def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "full") -> Path | None:
+def find(
+    folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "full", *, moments: bool = True
+) -> Path | None:
     """The checkpoint to go on from: the newest whole one of the run for `auto`, that of a given path, None for a
     fresh start. With `ranks`, all of them call it and share the reading.
 
+    Args:
+        check, moments: as `pretrain.checkpoints.contents.damage` takes them.
     Raises:
         ConfigError: there are checkpoints but none is whole, or there were some; `never` in a folder that has some; a
         path that is no checkpoint.
     """
+    if resume in ("auto", "never"):
+        agreed(ranks, lambda: check_place(folder))
     candidates = _as_the_first_sees_them(to_resume(folder, resume), ranks)
-    check_resume(folder, resume, candidates)
-    if resume == "never":
+    agreed(ranks, lambda: check_resume(folder, resume, candidates))
+    if resume == "never" or not candidates:
         return None
-    if not candidates and resume == "auto":
-        traces = _as_the_first_sees_them([*folder.glob(LATEST), *sorted(folder.glob(f"{ABANDONED}*"))], ranks)
-        if not traces:
-            return None
-        raise ConfigError(
-            f"resume=auto: {folder} has no checkpoint, but there were some, as {traces[0]} tells. Put them back (one "
-            "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
-            "another run folder (run=...). Nothing was changed."
-        )
     share = (ranks.rank, ranks.world) if ranks else (0, 1)
     wrong = None
     for path in reversed(candidates):
-        found = damage(path, check, share)
+        found = agreed(ranks, functools.partial(_wrong_with, path, check, share, moments))
         wrong = next(filter(None, ranks.gather(found) if ranks else [found]), None)
         if wrong is None:
             if path != candidates[-1]:
@@ -104,9 +95,13 @@ def find(folder: Path, resume: str, ranks: Ranks | None = None, check: Check = "
             return path
         log.warning("not going on from %s: %s", path.name, wrong)
     raise ConfigError(
-        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore one, or "
-        "start afresh in another run folder (run=...). Nothing was changed."
+        f"resume={resume}: none of the {len(candidates)} checkpoints can be used; the oldest: {wrong}. Restore "
+        "one, give another, or start afresh in another run folder (run=...). Nothing was changed."
     )
+
+
+def _wrong_with(path: Path, check: Check, share: tuple[int, int], moments: bool) -> str | None:
+    return looked_at(path, lambda: damage(path, check, share, moments=moments))
 
 
 def _as_the_first_sees_them(paths: list[Path], ranks: Ranks | None) -> list[Path]:
@@ -126,6 +121,18 @@ class Difference:
     verdict: str  # harmless, allowed, or refused
 
 
+def check(checkpoint: Path, now: Mapping[str, Any], allow: Sequence[str]) -> None:
+    """Says what differs between a checkpoint and the run that wants to go on from it, as a table; `now` and `allow` as
+    `audit` takes them. Raises ConfigError if a difference is refused, or the checkpoint's settings cannot be read.
+    """
+    state = read_state(checkpoint)
+    try:
+        differences = audit(state, now, allow)
+    except ConfigError as problem:
+        raise ConfigError(f"{checkpoint / STATE}: config: {problem}. Give another checkpoint (resume=...).") from None
+    check_audit(checkpoint, differences)
+
+
 def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]) -> list[Difference]:
     """What differs between a checkpoint's state and the run that wants to go on from it, refusals first.
 
@@ -134,7 +141,7 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
     a section above it).
     """
     newer = now["identity"].keys() - state["identity"].keys()
-    newer |= _flat(now.get("config", {})).keys() - _flat(state.get("config", {})).keys()
+    newer |= flat(now.get("config", {})).keys() - flat(state.get("config", {})).keys()
     if newer:
         state = _as_read_today(state)
     differences = []
@@ -143,7 +150,7 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
         differences.append(Difference(key, was, is_now, "allowed" if allowed else "refused"))
     known = {difference.key for difference in differences}
     for part in ("config", "layout", "versions"):
-        for key, was, is_now in _differing(_flat(state.get(part, {})), _flat(now.get(part, {}))):
+        for key, was, is_now in _differing(flat(state.get(part, {})), flat(now.get(part, {}))):
             if key not in known:
                 differences.append(Difference(key if part == "config" else f"{part}: {key}", was, is_now, "harmless"))
     return sorted(differences, key=lambda difference: ["refused", "allowed", "harmless"].index(difference.verdict))

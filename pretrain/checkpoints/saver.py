@@ -7,18 +7,16 @@ One save at a time; a failure is told to the loop and leaves older checkpoints a
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import logging
 import os
-import platform
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import torch
@@ -27,8 +25,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.storage import WriteResult
 
-from common.files import flush, publish, replace_file, sha256_of
+from common import checkout
+from common.files import discard, flush, publish, replace_file, sha256_of
 from common.strict_json import to_json
 from pretrain.checkpoints.folder import (
     ABANDONED,
@@ -45,6 +45,7 @@ from pretrain.checkpoints.folder import (
 )
 from pretrain.checkpoints.fragments import Fragment
 from pretrain.config import CheckpointConfig
+from pretrain.runtime.agreement import SEEN_S
 from pretrain.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,16 @@ class Saved:
     step: int
     seconds: float  # from the start to the published folder
     size: int  # bytes, of all ranks
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Tells which files all ranks wrote, on the first of them: no folder's listing is trusted to be whole."""
+
+    files: list[str] = []
+
+    def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
+        self.files = sorted({result.storage_data.relative_path for rank in results for result in rank})
+        super().finish(metadata, results)
 
 
 class Snapshot:
@@ -93,8 +104,6 @@ class Saver:
 
     def __init__(self, folder: Path, ranks: Ranks, cfg: CheckpointConfig, timeout_s: float = 1800) -> None:
         self.folder, self.ranks, self.cfg = folder, ranks, cfg
-        if ranks.first:
-            folder.mkdir(parents=True, exist_ok=True)  # only now: should it vanish later, a save fails and says so
         self.group: Any = None  # versions of torch differ in the type that new_group gives
         if ranks.world > 1:  # of its own: its collectives run beside those of training
             self.group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
@@ -132,12 +141,13 @@ class Saver:
         draft = self.folder / f"{DRAFT}{final.name}"
         try:
             self._together(lambda: self._make(draft))
-            self._together(lambda: self._write(fragments, draft))
-            files = self._together(lambda: self._hashed(draft))
+            names = self._together(lambda: self._write(fragments, draft))[0]
+            files = self._together(lambda: self._hashed(draft, names))
             self._together(lambda: self._publish(draft, final, state, files, best))
         except SaveError:
             if self.ranks.first:
-                shutil.rmtree(draft, ignore_errors=True)  # if the disk is full, others need the room
+                with suppress(OSError):
+                    discard(draft)  # if the disk is full, others need the room
             raise
         size = sum(entry["size"] for part in files for entry in part.values())
         return Saved(final, state["step"], time.perf_counter() - began, size)
@@ -160,16 +170,18 @@ class Saver:
 
     def _make(self, draft: Path) -> None:
         if self.ranks.first:
-            shutil.rmtree(draft, ignore_errors=True)
+            discard(draft)
             draft.mkdir()
 
-    def _write(self, fragments: dict[str, Fragment], draft: Path) -> None:
-        writer = HuggingFaceStorageWriter(str(draft), save_distributed=True)
+    def _write(self, fragments: dict[str, Fragment], draft: Path) -> list[str]:
+        """Writes this rank's part; the names of all ranks' files, on the first rank."""
+        writer = _Writer(str(draft), save_distributed=True)
         dcp.save(dict(fragments), storage_writer=writer, process_group=self.group, no_dist=self.group is None)
+        return writer.files
 
-    def _hashed(self, draft: Path) -> dict[str, dict[str, Any]]:
+    def _hashed(self, draft: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         """This rank's share of the files, flushed, with sizes and hashes."""
-        files = sorted(draft.iterdir())[self.ranks.rank :: self.ranks.world]
+        files = [draft / name for name in names[self.ranks.rank :: self.ranks.world]]
         for file in files:
             flush(file)
         return {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
@@ -179,8 +191,14 @@ class Saver:
     ) -> None:
         if not self.ranks.first:
             return
-        (draft / STATE).write_text(to_json(state, indent=1))
         listed = {name: entry for part in files for name, entry in part.items()}
+        apart = [name for name, entry in listed.items() if not _seen(draft / name, entry["size"])]
+        if apart:
+            raise FileNotFoundError(
+                f"{draft}: of {len(listed)} parts, {', '.join(apart)} cannot be seen on {gethostname()}: the ranks do "
+                "not write into one folder. The run folder must be on storage that all hosts share"
+            )
+        (draft / STATE).write_text(to_json(state, indent=1))
         listed[STATE] = {"size": (draft / STATE).stat().st_size, "sha256": sha256_of(draft / STATE)}
         (draft / MANIFEST).write_text(to_json({"format": FORMAT, "files": listed}, indent=1))
         for later in checkpoints(self.folder):
@@ -195,6 +213,16 @@ class Saver:
             log.warning("%s is saved, but putting the folder in order failed: %r", final, problem)
 
 
+def _seen(file: Path, size: int) -> bool:
+    """Whether a file of this size is seen here, now or within some seconds."""
+    deadline = time.monotonic() + SEEN_S
+    while not (file.is_file() and file.stat().st_size == size):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
 def _told(problem: BaseException, rank: int) -> str:
     """A problem of this rank, or those of the ranks that torch has collected."""
     failures = {rank: problem}
@@ -206,7 +234,7 @@ def _told(problem: BaseException, rank: int) -> str:
 def abandon(later: Path) -> None:
     """Sets aside a checkpoint of steps that this run, resumed from before, trains anew: or `auto` would find it."""
     names = (f"{ABANDONED}{later.name}{end}" for end in ("", *(f"-{k}" for k in range(2, 1000))))
-    aside = next(later.with_name(name) for name in names if not later.with_name(name).exists())
+    aside = next(later.with_name(name) for name in names if not os.path.lexists(later.with_name(name)))
     log.warning("%s is of an earlier run beyond this one's resume: kept as %s", later.name, aside.name)
     os.replace(later, aside)
 
@@ -224,10 +252,5 @@ def superfluous(published: list[Path], cfg: CheckpointConfig, best: int | None) 
 @functools.cache
 def versions() -> dict[str, str | None]:
     """What writes this checkpoint; the revision of this checkout is None outside git."""
-    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        revision = None
-    packages = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}
-    return {"python": platform.python_version(), **packages, "revision": revision}
+    installed = checkout.versions()
+    return {**{name: installed[name] for name in ("python", "torch", "deepspeed")}, "revision": checkout.revision()}

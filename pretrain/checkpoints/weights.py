@@ -6,21 +6,24 @@ step, which an exponent's ramp needs). One file's tensors are in memory at a tim
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from common.errors import ConfigError
-from common.files import publish
+from common.files import discard, publish
 from common.strict_json import to_json
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.checkpoints.folder import DRAFT, step_of
+from pretrain.checkpoints.contents import read_state
+from pretrain.checkpoints.folder import DRAFT
 from pretrain.checkpoints.fragments import Fragment
 from pretrain.checkpoints.loading import load_alone
 from pretrain.config import RunConfig
@@ -70,20 +73,28 @@ def new_folder(out: Path) -> Iterator[Path]:
     Raises:
         ConfigError: `out` exists or cannot be made.
     """
-    if out.exists():
+    if os.path.lexists(out):
         raise ConfigError(f"--out {out}: exists already; give a new folder")
     draft = out.with_name(f"{DRAFT}{out.name}")
-    shutil.rmtree(draft, ignore_errors=True)
     try:
+        discard(draft)
         draft.mkdir(parents=True)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise ConfigError(f"--out {out}: cannot be made: {error}") from None
     try:
         yield draft
         publish(draft, out)
+    except (OSError, SafetensorError) as error:
+        _give_up(draft)
+        raise ConfigError(f"--out {out}: cannot be written ({error}); make room, or give another folder") from None
     except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
+        _give_up(draft)
         raise
+
+
+def _give_up(draft: Path) -> None:
+    with suppress(OSError):
+        discard(draft)
 
 
 def write_weights(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Path, max_bytes: float) -> int:
@@ -99,7 +110,7 @@ def write_weights(checkpoint: Path, sizes: Mapping[str, torch.Size], folder: Pat
         )
         where.update(dict.fromkeys(names, file))
     total = sum(4 * shape.numel() for shape in sizes.values())
-    about = {"total_size": total, "step": step_of(checkpoint)}
+    about = {"total_size": total, "step": read_state(checkpoint)["step"]}
     (folder / INDEX).write_text(to_json({"metadata": about, "weight_map": where}, indent=1))
     for file in set(where.values()):  # safetensors lets only their owner read them
         shutil.copymode(folder / INDEX, folder / file)

@@ -8,7 +8,6 @@ another's.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shlex
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import TextIO
 
 from common.errors import ConfigError
-from common.files import lock
-from common.strict_json import to_json
+from common.files import SMALL_BYTES, check_writable, lock, read_bounded, unwritable
+from common.strict_json import from_json, to_json
 from common.variables import JOB_VARIABLE
 
 LOCK = "lock"  # in the run folder; its first line is the `Holder`, the second the first rank of a launcher's job
@@ -94,11 +93,16 @@ def hold(run: Path, me: Holder, name: str = LOCK) -> Claim:
         Held: another job has it.
         ConfigError: it cannot be written.
     """
+    fresh = not os.path.exists(run)
+    if fresh:
+        check_writable(run)  # or a folder would be made in vain
     try:
         run.mkdir(parents=True, exist_ok=True)
         file = (run / name).open("a+", encoding="utf-8")  # what is in it stays until the lock is held
         try:
             if lock(file):
+                if not fresh:
+                    check_writable(run)
                 file.truncate(0)
                 file.write(to_json(asdict(me)) + "\n")
                 joined = False
@@ -114,16 +118,14 @@ def hold(run: Path, me: Holder, name: str = LOCK) -> Claim:
             file.close()
             raise
     except OSError as error:
-        raise ConfigError(
-            f"{run}: cannot be written ({error}); make room, or give a folder you may write (run=...)"
-        ) from None
+        raise unwritable(run, error) from None
     return Claim(run, me.job, file, joined)
 
 
 def _awaits(file: TextIO, job: str) -> bool:
     """Whether the launcher that has the lock has it for this job, whose first rank did not come yet."""
     file.seek(0)
-    lines = file.read().splitlines()
+    lines = file.read(SMALL_BYTES).splitlines()
     first = _read(lines[0]) if len(lines) == 1 else None
     return first is not None and first.launcher and first.job == job
 
@@ -131,14 +133,14 @@ def _awaits(file: TextIO, job: str) -> bool:
 def holder(run: Path, name: str = LOCK) -> Holder | None:
     """Who took a run folder last; None if nobody did, or did not say."""
     try:
-        return _read((run / name).read_text(encoding="utf-8").partition("\n")[0])
+        return _read(read_bounded(run / name, SMALL_BYTES).decode().partition("\n")[0])
     except (OSError, ValueError):
         return None
 
 
 def _read(line: str) -> Holder | None:
     try:
-        values = json.loads(line)
+        values = from_json(line)
         return Holder(**{**values, "hosts": tuple(values["hosts"])})
     except (ValueError, TypeError, KeyError):
         return None

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
-from common.strict_json import to_json
+from common.files import free_name, replace_file, writing
+from common.strict_json import read_json, to_json
+from pretrain.records import fits, hints_of
+
+MOST = 1 << 24  # bytes of a record
+Record = TypeVar("Record")
 
 EXIT_RECORD = "exit.json"
 FAILURES = "failures"
@@ -41,32 +46,35 @@ class Failure:
 
 def leave_exit(run: Path, job: str, code: int, reason: str, step: int | None) -> None:
     """Writes `exit.json`, on the first rank. Raises OSError. `step`: the updates that the run has; None: it failed."""
-    (run / EXIT_RECORD).write_text(to_json(asdict(Exit(code, reason, step, job))))
+    replace_file(run / EXIT_RECORD, to_json(asdict(Exit(code, reason, step, job))))
 
 
 def read_exit(run: Path) -> Exit | None:
     """None if no job has ended in the folder, or what is there is no record: it does not tell how."""
+    return _read(run / EXIT_RECORD, Exit)
+
+
+def _read(path: Path, model: type[Record]) -> Record | None:
+    """A record that a job left; None if it is not there, or is none: half of a write, or of another program."""
     try:
-        record = Exit(**json.loads((run / EXIT_RECORD).read_text(encoding="utf-8")))
+        values = read_json(path, MOST)
+        record = model(**values)
     except (OSError, ValueError, TypeError):
         return None
-    return record if isinstance(record.code, int) else None
+    hints = hints_of(model)
+    right = all(fits(value, hints[name]) for name, value in values.items())
+    return record if right else None
 
 
 def read_failures(run: Path, job: str) -> list[Failure]:
     """Of a job's own ranks, earliest first."""
-    failures = []
-    for path in (run / FAILURES).glob("rank-*.json"):
-        try:
-            failures.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
-        except (OSError, ValueError, TypeError):
-            continue  # half of a write on a file system that went away
-    return sorted((failure for failure in failures if failure.job == job), key=lambda failure: failure.time)
+    read = (_read(path, Failure) for path in (run / FAILURES).glob("rank-*.json"))
+    return sorted((failure for failure in read if failure and failure.job == job), key=lambda failure: failure.time)
 
 
 def set_aside_failures(run: Path) -> None:
-    """Keeps the failures of an earlier job under a name of their own."""
+    """Keeps the failures of an earlier job under a name of their own. Raises ConfigError."""
     folder = run / FAILURES
-    if folder.is_dir():
-        number = next(k for k in range(1, 10**6) if not (run / f"{FAILURES}-{k}").exists())
-        os.replace(folder, run / f"{FAILURES}-{number}")
+    if os.path.lexists(folder):
+        with writing(run):
+            os.replace(folder, free_name(folder))

@@ -7,9 +7,11 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,6 +26,7 @@ from model.vocab_parallel import VocabShard, group_members, shard_of
 from pretrain.config import RunConfig
 from pretrain.runtime.deterministic import set_deterministic
 from pretrain.runtime.environment import adopt, binds_cores, place_of
+from pretrain.runtime.meeting import Meeting, agree, meet
 
 log = logging.getLogger(__name__)
 
@@ -86,11 +89,12 @@ def alone() -> Ranks:
     return Ranks(0, 1, 0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def start(timeout_s: float = 1800, cfg: RunConfig | None = None) -> Ranks:
+def start(timeout_s: float = 1800, cfg: RunConfig | None = None, meeting: Meeting | None = None) -> Ranks:
     """Joins the process group that the launcher described in the environment, or makes one of a single process.
 
     Args:
         cfg: says what the process is to be for (`train.deterministic`, `parallel.backend`); None: nothing.
+        meeting: where the ranks have met; None: they meet here.
 
     Raises:
         ConfigError: the environment is at odds with itself or with this machine.
@@ -121,8 +125,8 @@ def start(timeout_s: float = 1800, cfg: RunConfig | None = None) -> Ranks:
     if world > 1:
         _choose_interface(os.environ["MASTER_ADDR"], world > local_world)
     if not dist.is_initialized():
-        # one rank needs no port
-        met: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if world == 1 else {}
+        store = dist.HashStore() if world == 1 else (meeting or meet(timeout_s)).store  # one rank needs no port
+        met: dict[str, Any] = {"store": store, "rank": rank, "world_size": world}
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), **met)
     ranks = Ranks(rank, world, local_rank, local_world, device)
     if device.type == "cpu":
@@ -163,12 +167,31 @@ def _shared_gpu(ranks: Ranks) -> str | None:
     return None
 
 
-def start_command(timeout_s: float = 1800, cfg: RunConfig | None = None) -> Ranks:
-    """`start` for a command, which ends with the code of bad input and a message if the environment is not right."""
+def start_command(
+    timeout_s: float = 1800,
+    cfg: RunConfig | None = None,
+    *,
+    allow_code: bool = False,
+    data: Path | None = None,
+    texts: Sequence[Path] = (),
+) -> Ranks:
+    """`start` for a command, which ends with the code of bad input and a message if the environment is not right, or
+    the hosts have not the same of what the command reads.
+
+    Args:
+        allow_code: their code may differ.
+        data: the prepared folder that it reads; None: that of `cfg`.
+        texts: the files of text that it reads.
+    """
     try:
-        return start(timeout_s, cfg)
+        meeting = meet(timeout_s)
     except ConfigError as error:
         raise SystemExit(refuse(error)) from None
+    try:
+        agree(meeting, cfg, allow_code, data, texts)
+        return start(timeout_s, cfg, meeting)
+    except ConfigError as error:
+        raise SystemExit(refuse(error, says=meeting.rank == 0)) from None
 
 
 def _describe_alone() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+from common.command import end_at_once, leaves_at_once
+
 
 class StopSignal:
     """Remembers a SIGTERM, SIGINT or SIGUSR1; a second SIGINT interrupts at once."""
@@ -24,5 +26,7 @@ class StopSignal:
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if self.received == "SIGINT" and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            if leaves_at_once():
+                end_at_once()
+            raise KeyboardInterrupt("interrupted twice: not saved")
         self.received = signal.Signals(number).name

@@ -35,6 +35,7 @@ from typing import Any, NoReturn
 
 from common.errors import ConfigError
 from common.exits import EXIT_BAD_INPUT
+from common.files import SMALL_BYTES, read_bounded
 from common.strict_json import to_json
 from common.variables import LEASE_VARIABLE
 from pretrain.config import RunConfig
@@ -45,6 +46,7 @@ BEAT_S = 1.0  # between two signs of life, and two looks
 LOST_S = 3.0  # after which a store that refuses is gone, and rank 0 with it
 FIRST = 3  # times as long a silence is borne until the first step is done: libraries that are loaded hold Python's lock
 LEAVE_S = 5.0  # for the record to be written, on a file system that may be gone too
+SECOND_S = 2.5  # that who merely lost another ends after it: deepspeed looks every second, and tells one rank's code
 LINGER_S = 4.0  # that rank 0 keeps the store for the others to read in it why they end
 
 # Where a stack is, and the phase that it is in: the first line that fits any of its frames.
@@ -148,7 +150,7 @@ class Watch:
                 self.hold()
         if self._lease is not None:
             if self._lease.exists():
-                with suppress(OSError, IndexError):  # the sign tells of that
+                with suppress(OSError, ValueError, IndexError):  # the sign tells of that
                     self._read_lease()  # before any other start could replace it
                 self._lease_sign = _Sign("lease", self._read_lease)
                 self._lease_sign.start()
@@ -282,7 +284,7 @@ class Watch:
 
     def _read_lease(self) -> bool:
         assert self._lease is not None
-        before, self._lease_words = self._lease_words, self._lease.read_text().split()
+        before, self._lease_words = self._lease_words, read_bounded(self._lease, SMALL_BYTES).decode().split()
         self._owner = self._owner or self._lease_words[0]
         return self._lease_words != before
 
@@ -323,6 +325,8 @@ class Watch:
             thread.start()
             thread.join(LEAVE_S)
         sys.stdout.flush()
+        if kind == "collective":
+            time.sleep(SECOND_S)
         for child in multiprocessing.active_children():  # they would live on: Zeus has one for the CPU's counters
             child.terminate()
         os._exit(code)

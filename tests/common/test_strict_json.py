@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from common import strict_json
 from common.errors import ConfigError
 from common.exits import EXIT_DIVERGED
 from common.strict_json import from_json, plain, to_json
@@ -44,6 +45,34 @@ def test_numbers_that_are_not_finite_are_null_wherever_they_are() -> None:
     expected = {"a": None, "b": [1.5, None, [2, None, {"c": None}]], "d": "NaN", "e": True}
     assert plain(tree) == strict(to_json(tree)) == strict(to_json(tree, indent=1)) == expected
     assert from_json('{"loss": NaN, "norms": [Infinity, -Infinity, 1.0]}') == {"loss": None, "norms": [None, None, 1.0]}
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "not valid JSON"),
+        (b'{"a": 1', "not valid JSON"),
+        (b'{"a": 1} x', "not valid JSON"),
+        (b"\xff", "can't decode byte"),
+        (b"[" * 100_000, "nested more than 64 deep"),
+        (b"[" * 65 + b"]" * 65, "nested more than 64 deep"),
+        (b'{"a": 1, "a": 2}', "the key 'a' is there twice"),
+        (b"[NaN]", "NaN is no finite number"),
+        (b"[1e999]", "1e999 is no finite number"),
+        (b"9" * 5000, "Exceeds the limit"),
+        (rb'["\ud800"]', "a text holds the character"),
+        (rb'{"a\u0000b": 1}', "a text holds the character"),
+    ],
+)
+def test_what_others_may_have_written_is_read_strictly(content: bytes, told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        strict_json.strict(content)
+
+
+def test_what_may_be_read_is_what_was_written() -> None:
+    tree: dict[str, Any] = {"a": [1, -2.5, None, True, "é🙂"], "b": {"c": 2**64 - 1}, "d": [[]] * 3}
+    assert strict_json.strict(json.dumps(tree)) == strict_json.strict(to_json(tree, indent=1).encode()) == tree
+    assert strict_json.strict(b"[" * 64 + b"]" * 64)
 
 
 def writers(source: str) -> list[int]:
@@ -142,7 +171,8 @@ def test_a_study_counts_a_run_with_such_a_held_out_loss_as_diverged(tmp_path: Pa
 
 def test_records_of_an_older_program_become_json_when_a_run_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 1, "loss": NaN}\n{"kind": "train", "step": 2, "loss": Infinity}\n')
+    rows = [(1, "NaN"), (2, "Infinity")]
+    path.write_text("".join(f'{{"kind": "train", "step": {k}, "seconds": 1.0, "loss": {loss}}}\n' for k, loss in rows))
     recorder = Recorder(RunFolder(tmp_path), 2, 5, tensorboard=True)
     recorder.record(Train(step=2, seconds=1.0, loss=math.nan, lr=math.inf, losses=(math.nan,)))
     recorder.close()

@@ -118,7 +118,7 @@ def test_a_damaged_or_foreign_manifest(folder):
         (whole[:-10], "cannot be read"),
         (whole.replace('"eos_id": 2', '"eos_id": 3'), "does not match its fingerprint"),
         (whole.replace(f'"format": {FORMAT}', '"format": 9'), "format 9"),
-        (f'{{"format": {FORMAT}}}', "does not match its fingerprint"),
+        (f'{{"format": {FORMAT}}}', "not a manifest of prepared data"),
         ("[]", "format None"),
     ]:
         path.write_text(content)

@@ -2,74 +2,90 @@
 
 from __future__ import annotations
 
-import subprocess
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-import pytest
-
-from common.files import sha256_of
 from launch.doctor import compared, skewed
-from launch.probe import data_state, facts, more_facts
+from launch.hosts import Placement, unfit
+from launch.probe import data_problem, facts, more_facts
 from launch.reach import Facts
+from pretrain.runtime.agreement import facts_here
 from tests.support.tiny import make_data
 
 
 def host(tmp_path: Any, **changes: Any) -> Facts:
-    fine = {**facts(), **more_facts(tmp_path / "run", tmp_path / "data", "token"), "shares_run": True, "changed": ""}
-    data = {"sha256": "a" * 64, "problem": None}
-    return {**fine, "data": data, "free_bytes": 2**40, "compiler": "g++", "ninja": "ninja", **changes}
+    fine = {**facts(), **more_facts(tmp_path / "run", tmp_path / "data", "token"), "shares_run": True, "identity": None}
+    return {**fine, "data": None, "free_bytes": 2**40, "compiler": "g++", "ninja": "ninja", **changes}
+
+
+def problems(answers: Mapping[str, Facts], with_config: bool = True) -> list[str]:
+    return compared(Placement(dict.fromkeys(answers, 1), Path("hosts")), answers, with_config)
+
+
+def common(**changes: dict[str, Any]) -> dict[str, Any]:
+    """What `agreement.facts_here` tells, with some of it changed."""
+    told = {part: dict(facts) for part, facts in facts_here().items()}
+    return {part: {**told.get(part, {}), **changes.get(part, {})} for part in {**told, **changes}}
 
 
 def test_hosts_that_are_alike_have_no_problem(tmp_path: Any) -> None:
-    assert compared({"a": host(tmp_path), "b": host(tmp_path)}, with_config=True) == []
+    assert problems({"a": host(tmp_path), "b": host(tmp_path)}) == []
 
 
 def test_a_host_that_differs_from_the_most_is_named(tmp_path: Any) -> None:
-    others = {name: host(tmp_path, revision="1") for name in "acd"}
-    (told,) = compared({**others, "b": host(tmp_path, revision="2")}, with_config=True)
-    assert told.startswith("b: the checkout is 2, but 1 on most hosts; check out the same revision")
+    odd = common(code={"sources": "0" * 64}, versions={"torch": "1.0"}, data={"fingerprint": "other"})
+    usual = {name: host(tmp_path, common=common(data={"fingerprint": "one"})) for name in "acd"}
+    told = problems({"b": host(tmp_path, common=odd), **usual})
+    assert [text.partition(":")[0] for text in told] == ["b", "b", "b"]
+    assert "b: code sources is 000000000000..., not " in told[0] and "check out the same revision" in told[0]
+    assert told[1].startswith("b: torch is 1.0, not ") and told[2].startswith("b: data fingerprint is other, not one")
 
 
-def test_checkouts_with_other_changes_differ(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in "ab":
-        (tmp_path / name).mkdir()
-        monkeypatch.chdir(tmp_path / name)
-        for words in (["init", "-q"], ["add", "file"], ["-c", "user.name=a", "-c", "user.email=b", "commit", "-qmc"]):
-            (tmp_path / name / "file").write_text("one\n")
-            subprocess.run(["git", *words], check=True)
-        assert more_facts(tmp_path / "run", tmp_path / "data", "token")["changed"] == ""
-        (tmp_path / name / "file").write_text(f"{name}\n")
-    hosts = {}
-    for name in "ab":
-        monkeypatch.chdir(tmp_path / name)
-        changed = more_facts(tmp_path / "run", tmp_path / "data", "token")["changed"]
-        hosts[name] = host(tmp_path, revision="1", changed=changed)
-    (told,) = compared(hosts, with_config=False)
-    assert "the checkout is 1, changed (" in told
-    assert compared({"a": hosts["a"], "c": hosts["a"]}, with_config=False) == []
+def test_a_host_that_cannot_tell_says_why(tmp_path: Any) -> None:
+    told = problems({"a": host(tmp_path), "b": host(tmp_path, common={"problem": "ImportError: no yaml"})})
+    assert told == ["b: ImportError: no yaml"]
+    asked = more_facts(tmp_path / "run", tmp_path / "data", "token", [str(tmp_path / "none.yaml")])
+    assert "none.yaml: there is no such file" in asked["common"]["problem"]
+
+
+def test_a_host_under_two_names_and_slots_without_gpus_are_found(tmp_path: Any) -> None:
+    same = host(tmp_path, identity="x", gpus=4)
+    assert problems({"a": same, "b": same}) == [
+        "b: it is the same host as a; name it once, with all its slots in that line"
+    ]
+    hosts = {"a": host(tmp_path, gpus=8), "b": host(tmp_path, gpus=4), "c": host(tmp_path, gpus=0)}
+    eight = Placement({"a": 8, "b": 8, "c": 8}, Path("hosts"))
+    assert [text.partition(";")[0] for text in unfit(eight, hosts)] == [
+        "b: 8 slots are to be used, but 4 GPUs are found there",
+        "c: 8 slots are to be used, but 0 GPUs are found there",
+    ]
+    chosen = Placement({"a": 2, "b": 1}, Path("hosts"), chosen="a:0,7@b:5")
+    assert [text[:1] for text in unfit(chosen, {name: hosts[name] for name in "ab"})] == ["b"], "slot 5 of four"
+    on_cores = {name: host(tmp_path, gpus=0) for name in "abc"}
+    assert unfit(eight, on_cores) == []
 
 
 def test_a_hosts_own_problems(tmp_path: Any) -> None:
     sick = host(tmp_path, compiler=None, ninja=None, shares_run=False, free_bytes=2**30)
-    told = compared({"a": sick}, with_config=True)
+    told = problems({"a": sick})
     assert [text.split(";")[0] for text in told] == [
         "a: there is no g++, with which DeepSpeed and Overtone build",
         told[1].split(";")[0],
         "a: its run folder is not this machine's",
         "a: 1.0 GiB are free in the run folder",
     ]
-    assert compared({"a": {**sick, "compiler": "g++", "ninja": "n"}}, with_config=False) == []
+    assert problems({"a": {**sick, "compiler": "g++", "ninja": "n"}}, with_config=False) == []
 
 
 def test_prepared_data_are_whole_or_name_what_is_not(tmp_path: Any) -> None:
     folder = make_data(tmp_path / "data")
-    found = data_state(folder)
-    assert found["sha256"] == sha256_of(folder / "manifest.json") and found["problem"] is None
+    assert data_problem(folder) is None
     index = folder / "val-00000.idx"
     index.write_bytes(index.read_bytes()[:-1])
-    assert data_state(folder)["problem"].startswith(f"{index}: ")
+    assert str(data_problem(folder)).startswith(f"{index}: ")
     (folder / "train-00000.bin").unlink()
-    assert data_state(folder)["problem"] == f"{folder}/train-00000.bin: missing"
+    assert data_problem(folder) == f"{folder}/train-00000.bin: missing"
 
 
 def test_a_skew_of_a_second_is_a_problem() -> None:

@@ -11,9 +11,10 @@ from deepspeed.launcher.multinode_runner import MultiNodeRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from common.checkout import ROOT
 from common.errors import ConfigError
 from launch import exports
-from launch.exports import env_file, exported
+from launch.exports import env_file, exported, left_here
 
 
 class Runner(MultiNodeRunner):
@@ -60,9 +61,21 @@ def test_a_value_arrives_as_it_was(value: str) -> None:
 
 
 def test_what_goes_and_what_stays() -> None:
-    goes = {"HF_HOME": "x", "TORCH_LOGS": "x", "NCCL_DEBUG": "x", "OMP_NUM_THREADS": "1", "CUDA_LAUNCH_BLOCKING": "1"}
-    stays = ["http_proxy", "HTTPS_PROXY", "HF_TOKEN", "HF_HUB_PROXY", "CUDA_VISIBLE_DEVICES", "HOME", "DS_ENV_FILE"]
-    assert exported({**goes, **dict.fromkeys(stays, "x")}) == goes
+    goes = ["HF_HOME", "TORCH_LOGS", "NCCL_DEBUG", "OMP_NUM_THREADS", "CUDA_LAUNCH_BLOCKING", "FI_PROVIDER"]
+    goes += ["FI_EFA_USE_DEVICE_RDMA", "LD_LIBRARY_PATH", "SHARP_COLL_LOG_LEVEL", "WANDB_MODE", "PYTORCH_ALLOC_CONF"]
+    secret = ["HTTPS_PROXY", "HF_TOKEN", "HF_HUB_PROXY", "WANDB_API_KEY", "CUDA_VISIBLE_DEVICES", "DS_ENV_FILE"]
+    own = ["HOME", "PATH", "http_proxy", "PYTHONPATH", "LANG", "LC_ALL", "SSH_CONNECTION", "XDG_RUNTIME_DIR"]
+    environment = dict.fromkeys([*goes, *secret, *own, "MY_SETTING"], "x")
+    assert sorted(exported(environment)) == sorted(goes)
+    assert left_here(environment) == sorted([*secret, "MY_SETTING"]), "told, secrets by name alone"
+
+
+def test_the_documented_table_is_the_one_that_is_used() -> None:
+    text = (ROOT / "docs" / "launching.md").read_text()
+    table = text[text.index("| names | why |") : text.index("Proxies never go")]
+    named = set(re.findall(r"^\| ([^|]+) \|", table, re.MULTILINE)) - {"names", "---"}
+    listed = {name.strip("`").removesuffix("*") for cell in named for name in cell.split(", ")}
+    assert listed == set(exports.EXPORTED)
 
 
 def test_a_line_break_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def answering(monkeypatch) -> dict:
     told: dict = {}
 
     def ask(hosts, words=()):
-        fine = {"address": "10.0.0.1", "port": 23456, "cores": 4, "gpus": 0}
+        fine = {"address": "10.0.0.1", "port": 23456, "cores": 4, "gpus": 0, "identity": None}
         return {host: told.get(host, fine) for host in hosts}
 
     monkeypatch.setattr(reach, "ask", ask)

@@ -194,18 +194,18 @@ def test_exact_losses_can_be_asked_for(base: Path, tmp_path: Path, capsys) -> No
     assert "FAIL: step 6: the loss" in capsys.readouterr().out
 
 
-def test_which_steps_are_trained_again(tmp_path: Path) -> None:
+def test_which_steps_are_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first ones after the newest checkpoint that has enough: not all thousand that may follow it."""
+    monkeypatch.setattr(verification, "read_state", lambda checkpoint: {})
 
     def planned(*checkpoints: int, steps: int, logged: range) -> tuple[str, list[int]] | None:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         for step in checkpoints:
-            folder = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
-            folder.mkdir(parents=True)
-            (folder / "state.json").write_text("{}")
+            (tmp_path / "run" / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
         records = [{"kind": "train", "step": step, "seconds": 1.0, "loss": 1.0} for step in logged]
         (tmp_path / "run" / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        found = verification.choose_replay(RunFolder(tmp_path / "run"), steps)
+        run = RunFolder(tmp_path / "run")
+        found = verification.choose_replay(run, run.checkpoints(), steps)
         return None if found is None else (found.start.name[-4:], [record.step for record in found.records])
 
     assert planned(1000, 2000, steps=2, logged=range(10, 2001, 10)) == ("1000", [1010, 1020])

@@ -122,9 +122,9 @@ def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "parameters": parameters}
 
 
-def make_data(folder: Path, train_tokens: int = 2000, val_tokens: int = 137) -> Path:
+def make_data(folder: Path, train_tokens: int = 2000, val_tokens: int = 137, seed: int = 5) -> Path:
     """A prepared folder of random documents for `tiny_config(data__path=...)`."""
-    stream = np.random.default_rng(5)
+    stream = np.random.default_rng(seed)
 
     def documents(tokens: int) -> list[np.ndarray]:
         return [stream.integers(5, V, size=min(40, tokens - first)) for first in range(0, tokens, 40)]

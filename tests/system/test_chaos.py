@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.chaos import damage
 from benchmarks.chaos.__main__ import chaos
 from benchmarks.chaos.judge import Fault, Watchdog, check_end, compare
-from common.files import sha256_of
-from pretrain.checkpoints.folder import FORMAT, LATEST, MANIFEST, STATE, name_of
+from benchmarks.chaos.mutations import mutate_run
+from pretrain.checkpoints.folder import LATEST, STATE, name_of
+from tests.support.checkpoints import write_checkpoint
+from tests.support.tiny import tiny_config
 
 
 def test_a_killed_run_ends_as_if_undisturbed(tmp_path: Path) -> None:
@@ -26,14 +30,7 @@ def test_a_killed_run_ends_as_if_undisturbed(tmp_path: Path) -> None:
 
 
 def save(folder: Path, step: int) -> Path:
-    """Two files and a manifest."""
-    path = folder / name_of(step)
-    path.mkdir(parents=True)
-    for name in (STATE, "part.safetensors"):
-        (path / name).write_text(f"{name} of step {step}")
-    listed = {file.name: {"size": file.stat().st_size, "sha256": sha256_of(file)} for file in path.iterdir()}
-    (path / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": listed}))
-    return path
+    return write_checkpoint(folder, tiny_config(model__layers=1, model__dim=8), step)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -106,3 +103,40 @@ def test_comparison_names_the_first_difference(
         compare(whole, near, 3, tolerance=0.0)
     with pytest.raises(Fault, match=told):
         compare(whole, run_of(tmp_path / "other", losses, **first), 3, tolerance=2e-5)
+
+
+def ended(code: int, out: str = "", error: str = "") -> subprocess.CompletedProcess[str]:
+    return subprocess.CompletedProcess(["x"], code, out, error)
+
+
+def test_what_a_mutated_copy_led_to_is_judged(tmp_path: Path) -> None:
+    judge = damage.Damage.__new__(damage.Damage)
+    judge.truths = {"sample": {damage.NEWER: "new", damage.OLDER: "old"}, "verify": {damage.NEWER: "PASS: 2"}}
+    warned = f"not going on from {name_of(damage.NEWER)}: why"
+    cases = [
+        ("sample", ended(0, "new"), damage.RIGHT),
+        ("sample", ended(0, "old", warned), damage.OLD),
+        ("sample", ended(0, "old"), damage.SILENT),
+        ("sample", ended(2, error="error: why"), damage.REFUSED),
+        ("sample", ended(2), damage.TRACEBACK),
+        ("sample", ended(1, error="Traceback (most recent call last):\n..."), damage.TRACEBACK),
+        ("sample", ended(-11), damage.TRACEBACK),
+        ("sample", None, damage.HANG),
+        ("verify", ended(1, "FAIL: why"), damage.REFUSED),
+        ("verify", ended(0, "PASS: 1"), damage.SILENT),
+    ]
+    for command, done, expected in cases:
+        assert judge._judge(command, done, tmp_path, believed=False) == expected, done
+    assert judge._judge("sample", ended(0, "other"), tmp_path, believed=True) == damage.TAKEN
+
+
+def test_everything_in_a_run_folder_can_be_mutated(tmp_path: Path) -> None:
+    save(tmp_path / "run" / "checkpoints", 2)
+    (tmp_path / "run" / "checkpoints" / LATEST).write_text(name_of(2))
+    (tmp_path / "run" / "config.yaml").write_text("run: run\n")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "losses": [1.0]}\n' * 3)
+    told = set()
+    for seed in range(120):
+        run = shutil.copytree(tmp_path / "run", tmp_path / str(seed))
+        told.add(mutate_run(run, random.Random(seed)).split()[1].rstrip(":"))
+    assert told == {"config.yaml", "metrics.jsonl", "exit.json", "checkpoints", f"checkpoints/{LATEST}"}

@@ -49,7 +49,7 @@ def test_what_is_wrong_on_a_host_is_found(tmp_path: Path) -> None:
         found = hosts[0].call(*asked)
         assert found.returncode == 1, found.stderr
         for problem in (
-            "node2: torch is 1.0, but ",
+            "node2: torch is 1.0, not ",
             f"node2: {tmp_path}/data/train-00000.bin: missing; copy the prepared folder there",
             "node2: its clock is -",
             "node2: its run folder is not this machine's; put it on storage that all hosts share",

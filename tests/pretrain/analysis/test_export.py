@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from data.nanogpt import EOS, VOCAB_SIZE, import_nanogpt
 from data.vocabulary import open_tokenizer
 from pretrain.analysis.export import _facts
-from pretrain.checkpoints.folder import read_state
+from pretrain.checkpoints.contents import read_state
 from pretrain.config import dump, load
 from pretrain.export import main
 from pretrain.run_folder import RunFolder

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from common.exits import EXIT_NOT_SAVED
+from pretrain.checkpoints import contents, saver
 from pretrain.checkpoints import folder as checkpoint
-from pretrain.checkpoints import saver
 from pretrain.recorder import Recorder
 from pretrain.records import Train
 from pretrain.run_folder import RunFolder
@@ -54,7 +54,7 @@ def check_full(base: Path, policy: str) -> None:
     folder = base / "run" / "checkpoints"
     found = checkpoint.checkpoints(folder)
     assert 1 <= len(found) <= 4 and not list(folder.glob("draft-*"))
-    assert all(checkpoint.damage(path) is None for path in found)
+    assert all(contents.damage(path) is None for path in found)
     assert (folder / "latest").read_text().strip() == found[-1].name
     (base / "ballast").unlink()
     assert outcome_of(cfg).code == 0

@@ -15,8 +15,8 @@ import torch
 from safetensors.numpy import load_file
 
 from common.errors import ConfigError
+from pretrain.checkpoints import contents, loading, resume
 from pretrain.checkpoints import folder as checkpoint
-from pretrain.checkpoints import loading, resume
 from pretrain.config import RunConfig
 from tests.support.checks import flip
 from tests.support.ranks import run_ranks
@@ -204,14 +204,14 @@ def test_what_resume_names_is_found_or_refused(finished: Path) -> None:
 
 def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) -> None:
     path = finished / "run" / "checkpoints" / f"step-{STEPS:08d}"
-    saved = checkpoint.read_state(path)["identity"]
+    saved = contents.read_state(path)["identity"]
     fingerprint, tokenizer = saved["the data's fingerprint"], saved["the tokenizer's hash"]
 
     def who(**changes: Any) -> dict[str, Any]:
         return resume.identity(config(finished, "run", **changes), fingerprint, tokenizer)
 
     def check(identity: dict[str, Any], *allow: str) -> list[resume.Difference]:
-        found = resume.audit(checkpoint.read_state(path), {"identity": identity}, allow)
+        found = resume.audit(contents.read_state(path), {"identity": identity}, allow)
         resume.check_audit(path, found)
         return found
 
@@ -234,17 +234,17 @@ def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) ->
             check(who(**changes))
     with pytest.raises(ConfigError, match="the data's fingerprint was"):
         check(resume.identity(config(finished, "run"), "other", tokenizer))
-    younger = resume.audit(without_newer_settings(checkpoint.read_state(path)), now(), [])
+    younger = resume.audit(without_newer_settings(contents.read_state(path)), now(), [])
     assert younger == [], "settings that came after the checkpoint are at their defaults"
-    state = checkpoint.read_state(path)
+    state = contents.read_state(path)
     del state["config"]["train"]["deterministic"], state["config"]["parallel"]["backend"]
     assert resume.audit({part: state[part] for part in ("identity", "config")}, now(), []) == []
-    changed = resume.audit(checkpoint.read_state(path), now(train__deterministic=True, parallel__backend="gloo"), [])
+    changed = resume.audit(contents.read_state(path), now(train__deterministic=True, parallel__backend="gloo"), [])
     verdicts = {one.key: one.verdict for one in changed}
     assert verdicts["train.deterministic"] == verdicts["parallel.backend"] == "harmless"
     assert "refused" not in verdicts.values()
     with pytest.raises(ConfigError, match="model.norm was 'layernorm' and is 'rmsnorm'"):
-        state = without_newer_settings(checkpoint.read_state(path))
+        state = without_newer_settings(contents.read_state(path))
         resume.check_audit(path, resume.audit(state, now(model__norm="rmsnorm"), []))
     allowed = check(who(optim__lr=0.5, optim__clip=None), "optim")
     assert {(one.key, one.verdict) for one in allowed} >= {("optim.lr", "allowed"), ("optim.clip", "allowed")}

@@ -17,11 +17,12 @@ import torch
 
 from common.errors import ConfigError
 from common.exits import EXIT_NOT_SAVED
+from pretrain.checkpoints import contents, loading, resume, saver
 from pretrain.checkpoints import folder as checkpoint
-from pretrain.checkpoints import loading, resume, saver
 from pretrain.checkpoints.folder import Progress
 from pretrain.checkpoints.fragments import Fragment
 from pretrain.config import CheckpointConfig, RunConfig
+from tests.support.checkpoints import seal
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
 from tests.support.tiny import make_data, outcome_of, tiny_config
@@ -74,7 +75,7 @@ def test_a_run_keeps_the_last_every_fourth_and_the_best(retained: Path) -> None:
     assert kept(retained) == sorted({4, 6, best})
     folder = retained / "run" / "checkpoints"
     assert (folder / checkpoint.LATEST).read_text() == "step-00000006\n"
-    state = checkpoint.read_state(folder / "step-00000006")
+    state = contents.read_state(folder / "step-00000006")
     assert (state["best_step"], state["layout"]["world"]) == (best, 2)
     assert set(state["versions"]) == {"python", "torch", "deepspeed", "revision"}
     assert state["config"]["optim"]["lr"] == 0.01
@@ -90,10 +91,11 @@ def check_failure(base: Path, policy: str) -> list[int]:
 
     write = saver.Saver._write
 
-    def full(self: saver.Saver, fragments: dict[str, Fragment], draft: Path) -> None:
-        write(self, fragments, draft)
+    def full(self: saver.Saver, fragments: dict[str, Fragment], draft: Path) -> list[str]:
+        names = write(self, fragments, draft)
         if draft.name.endswith("00000003") and get_rank() == get_world_size() - 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return names
 
     saver.Saver._write = full  # type: ignore[method-assign]
     cfg = config(base, checkpoint__on_failure=policy, checkpoint__keep=9)
@@ -108,7 +110,7 @@ def test_a_full_disk_stops_the_run_as_configured(world: int, tmp_path: Path) -> 
         assert code == EXIT_NOT_SAVED and step in (4, 5)
     assert kept(tmp_path)[:2] == [1, 2] and 3 not in kept(tmp_path)
     folder = tmp_path / "run" / "checkpoints"
-    assert checkpoint.damage(folder / "step-00000002") is None
+    assert contents.damage(folder / "step-00000002") is None
     assert not list(folder.glob("draft-*")), "what was written before the disk was full"
 
 
@@ -145,15 +147,36 @@ def check_earlier(base: Path) -> None:
     run.trainer.engine.destroy()
 
 
+def check_apart(base: Path) -> str:
+    from pretrain.runtime import ranks as process
+
+    saver.SEEN_S = 0.3
+    ranks = process.start()
+    behind = saver.Saver(base / f"host{ranks.rank}", ranks, CheckpointConfig())
+    (base / f"host{ranks.rank}").mkdir(exist_ok=True)
+    behind.start({f"w{ranks.rank}": Fragment(torch.zeros(5), 0, 5)}, Progress(step=1), {})
+    with pytest.raises(saver.SaveError) as told:
+        behind.wait()
+    behind.close()
+    return str(told.value)
+
+
+def test_ranks_that_do_not_share_the_folder_publish_nothing(tmp_path: Path) -> None:
+    """As where each host has a run folder of its own: a manifest without every rank's part is never written."""
+    for told in run_ranks(check_apart, 2, tmp_path, base=tmp_path):
+        assert "shard-00002" in told and "all hosts share" in told
+    assert not list(tmp_path.glob("*/step-*")) and not list(tmp_path.rglob(checkpoint.MANIFEST))
+
+
 def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written is what was there when the save began; buffers are reused."""
     from pretrain.runtime import ranks as process
 
     gate, write = threading.Event(), saver.Saver._write
 
-    def slow(self: saver.Saver, fragments: dict[str, Fragment], draft: Path) -> None:
+    def slow(self: saver.Saver, fragments: dict[str, Fragment], draft: Path) -> list[str]:
         gate.wait(20)
-        write(self, fragments, draft)
+        return write(self, fragments, draft)
 
     monkeypatch.setattr(saver.Saver, "_write", slow)
     ranks = process.start()
@@ -175,7 +198,7 @@ def test_training_goes_on_while_a_save_is_written(tmp_path: Path, monkeypatch: p
     for step, value in ((2, 1.0), (3, 1.0)):  # the first is gone: two are kept
         found = torch.empty(5)
         path = tmp_path / checkpoint.name_of(step)
-        loading.load(path, {"w": Fragment(found, 0, 5)})
+        loading.load_alone(path, {"w": Fragment(found, 0, 5)})
         assert (found == value).all()
     process.stop()
 
@@ -203,12 +226,12 @@ def test_no_pickle_is_ever_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     run_ranks(check_loads, 1, tmp_path, base=tmp_path)
     assert not list(tmp_path.rglob("bombed"))
     (newest / "more.safetensors").write_bytes(b"x")
-    assert "more.safetensors: the manifest does not list it" in str(checkpoint.damage(newest))
+    assert "more.safetensors: the manifest does not list it" in str(contents.damage(newest))
     (newest / "more.safetensors").unlink()
     (newest.parent / f"{newest.name}-copy").mkdir()
     assert checkpoint.checkpoints(newest.parent)[-1] == newest, "a folder of the user's is none"
     (newest / "state.json").write_bytes(pickle.dumps(_Bomb()))
-    wrong = checkpoint.damage(newest)
+    wrong = contents.damage(newest)
     assert wrong is not None and "state.json" in wrong
 
 
@@ -233,7 +256,11 @@ def test_ranks_share_the_verification_and_agree(retained: Path, tmp_path: Path) 
         assert run_ranks(check_find, 2, tmp_path, folder=folder, how="size") == [newest.name] * 2, "sizes alone"
         victim.write_bytes(content[:-1])
         assert run_ranks(check_find, 2, tmp_path, folder=folder, how="size") == [before.name] * 2
+        victim.unlink()
+        seal(newest)  # one host's part alone, and the manifest agrees
+        assert run_ranks(check_find, 2, tmp_path, folder=folder, how="size") == [before.name] * 2
         victim.write_bytes(content)
+        seal(newest)
     for path in checkpoint.checkpoints(folder):
         (path / "manifest.json").write_text(json.dumps({"format": 1, "files": {}}))
     told = run_ranks(check_find, 2, tmp_path, folder=folder, how="full")

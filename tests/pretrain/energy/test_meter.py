@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from common.errors import ConfigError
 from pretrain.analysis.summary import summarise
+from pretrain.checkpoints import contents
 from pretrain.checkpoints import folder as checkpoint
 from pretrain.config import RunConfig
 from pretrain.energy import meter as energy
@@ -286,7 +287,7 @@ def check_a_run(base: Path) -> None:
     ]  # fmt: skip
     assert records[0]["kind"] == "counters" and records[0]["measured"] == ["gpu"]
     assert all(len(r["grad_norms"]) == len(r["losses"]) == 2 for r in records if r["kind"] == "train")
-    assert checkpoint.read_state(checkpoint.checkpoints(cfg.run / "checkpoints")[-1])["joules"] == {"gpu": 3700.0}
+    assert contents.read_state(checkpoint.checkpoints(cfg.run / "checkpoints")[-1])["joules"] == {"gpu": 3700.0}
 
 
 def test_a_run_with_a_counter_from_its_readings_to_the_report(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -345,7 +346,7 @@ def check_lost_part(base: Path) -> None:
         return Replay([{"gpu": [x], "cpu": [2 * x]} for x in readings], missing={"dram": "no DRAM"})
 
     def joules() -> Any:
-        return checkpoint.read_state(checkpoint.checkpoints(base / "run" / "checkpoints")[-1])["joules"]
+        return contents.read_state(checkpoint.checkpoints(base / "run" / "checkpoints")[-1])["joules"]
 
     assert measured(config(base, energy__stop_at_joules=25), both(0, 10)).step == 2
     assert joules() == {"gpu": 10.0, "cpu": 20.0}
