@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
+from common.exits import EXIT_BAD_INPUT
 from launch.hosts import Placement
 from pretrain.runtime.endings import Failure
 
@@ -28,7 +29,8 @@ class Verdict:
 def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = frozenset()) -> Verdict | None:
     """The first of the failures; None if there is none.
 
-    In this order: a rank's own exception, the earliest; a rank that left no record, so that it was killed or frozen, or
+    In this order: a rank that refused what it was given; a rank's own exception, the earliest; a rank that left no
+    record, so that it was killed or frozen, or
     its host is gone; a rank that others missed, on a host that cannot be reached; a rank that got stuck outside of a
     collective, where the others waited for it; who reported first.
 
@@ -40,8 +42,9 @@ def first(failures: Sequence[Failure], placement: Placement, gone: Set[str] = fr
     hosts = [host for host, ranks in placement.ranks.items() for _ in range(ranks)]
     by_rank = {failure.rank: failure for failure in failures}
     errors = [failure for failure in failures if failure.kind == "error"]
+    refused = [failure for failure in errors if failure.code == EXIT_BAD_INPUT]
     if errors:
-        return _of(errors[0], hosts)
+        return _of((refused or errors)[0], hosts)
     missed = [rank for failure in failures if failure.kind == "lost" for rank in failure.suspects]
     silent = [rank for rank in range(len(hosts)) if rank not in by_rank]
     if silent:

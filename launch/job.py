@@ -3,7 +3,8 @@
 Why it is watched: `deepspeed` exits with 0 when its inner launcher was killed, and dies of SIGTERM alone; both times
 the ranks train on. So the job is a session of its own, the ranks are told to stop by a signal of ours (or by the lease,
 a file in the run folder that they read, where they are on other hosts), and what the job's own ranks leave in the run
-folder decides together with deepspeed's exit code.
+folder decides together with deepspeed's exit code. deepspeed's launchers never hear a signal that asks to stop: theirs
+to it is to kill each rank that has not left within 30 s, however long a step takes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass
 import psutil
 
 from common.exits import EXIT_BAD_INPUT, EXIT_PREEMPTED
+from common.output import is_abandoned
 from common.processes import kill, running_module
 from common.processes import members as members_of
 from launch import failures
@@ -27,11 +29,13 @@ from launch.hosts import Placement
 from launch.lease import Lease, lease_of
 from launch.reach import ask
 from pretrain.runtime.claim import Claim
-from pretrain.runtime.endings import FAILURES, Exit, read_exit, read_failures
+from pretrain.runtime.endings import CUT_OFF, FAILURES, Exit, read_exit, read_failures
 
-GRACE_S = 60.0  # for the ranks to save and leave after a signal; longer if checkpoint.grace_s is
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)  # ask to stop
+GRACE_S = 90.0  # for the ranks to save and leave after a signal: checkpoint.stop_s
 STRAGGLER_S = 3.0  # for what is left when there is nothing to save
 FAILED_S = 20.0  # from the first rank's failure to the end of all: those that can end themselves need 15
+REFUSED_S = 5.0  # where that rank refused what it was given: those that it did not meet wait for it
 UNKILLABLE_S = 10.0  # after which a process that survives SIGKILL is reported
 RECORD_S = 10.0  # for rank 0's record to show up in a run folder that another host writes
 POLL_S = 0.1
@@ -45,6 +49,7 @@ class End:
     code: int
     reason: str
     told: bool  # this launcher was told to stop
+    cut_off: bool = False  # stopped after a save though nobody asked: the way to the ranks was lost
 
 
 DONE = End(0, "done", told=False)
@@ -78,21 +83,24 @@ def run(
         grace_s: seconds between the signal and the end of what is left.
     Returns:
         The code is rank 0's record's unless that is 0; else deepspeed's, 128 + signal for a killed rank; 1 if deepspeed
-        says 0 but rank 0 left no record, or a rank failed; 2 if the first rank that failed says so; else 0.
+        says 0 but rank 0 left no record, or a rank failed; 2 if the first rank that failed says so; 1 if a launcher of
+        deepspeed's was killed, though the ranks saved; else 0.
     """
     remote = placement.hostfile is not None and node is None
     with _signals() as received, Lease(lease_of(claim.run, node), claim.job) as lease:
-        job = subprocess.Popen(words, env={**os.environ, **added}, stdin=subprocess.DEVNULL, start_new_session=True)
+        with _blocked():
+            job = subprocess.Popen(words, env={**os.environ, **added}, stdin=subprocess.DEVNULL, start_new_session=True)
         left: list[int] = []
         try:
             if _wait(job, received, claim):
                 left = _end(job, received, lease, module, remote, grace_s)
         finally:
             kill(members_of(job.pid))
-    child = job.wait()
-    other_writes = remote or bool(node)
-    found = _record_of(claim, RECORD_S if other_writes and (child == 0 or received) else 0)
-    code, reason = exit_code(child, found, remote)
+        child = job.wait()
+        if remote and _is_lost(child):  # ssh or pdsh may be what ended, and the ranks train on
+            _await_record(claim, lease, received, grace_s)
+    found = _record_of(claim, RECORD_S if (remote or bool(node)) and (child == 0 or received) else 0)
+    code, reason = exit_code(child, found, remote, received)
     if code not in (0, EXIT_PREEMPTED) or (code == 0 and read_failures(claim.run, claim.job)):
         gone = _reap(placement, claim.job) if remote else frozenset()
         code, reason = _explained(code, reason, claim, placement, gone)
@@ -100,20 +108,38 @@ def run(
         code, reason = code or 1, f"{reason}; processes that cannot be killed: {left}"
     if code:
         print(f"launch: exit code {code}: {reason}", file=sys.stderr, flush=True)
-    return End(code, reason, bool(received))
+    cut_off = not received and found is not None and found.code == EXIT_PREEMPTED and _is_lost(child)
+    return End(code, reason, bool(received), cut_off)
+
+
+@contextmanager
+def _blocked() -> Iterator[None]:
+    """What is started here never gets a signal that asks to stop, unless it unblocks them, as ranks do."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _wait(job: subprocess.Popen[bytes], received: list[int], claim: Claim) -> bool:
-    """Waits until deepspeed ends or a signal comes; False if a rank failed and the rest did not end in time."""
+    """Waits until deepspeed ends or a signal comes; False if a rank failed and the rest did not end in time.
+
+    A reader of this launcher's output that has gone asks to stop, as SIGPIPE would.
+    """
     failed = looked = None
+    limit_s = FAILED_S
     while job.poll() is None and not received:
         now = time.monotonic()
         if looked is None or now - looked > 1:
             looked = now
-            if failed is None and read_failures(claim.run, claim.job):
-                failed = now
-        if failed is not None and now - failed > FAILED_S:
-            print(f"launch: {FAILED_S:.0f} s after a rank failed, killing the others", file=sys.stderr, flush=True)
+            failures = read_failures(claim.run, claim.job) if failed is None else []
+            if failures:
+                failed, limit_s = now, REFUSED_S if failures[0].code == EXIT_BAD_INPUT else FAILED_S
+            if is_abandoned():
+                received.append(signal.SIGPIPE)
+        if failed is not None and now - failed > limit_s:
+            print(f"launch: {limit_s:.0f} s after a rank failed, killing the others", file=sys.stderr, flush=True)
             return False
         time.sleep(POLL_S)
     return True
@@ -139,25 +165,32 @@ def _explained(code: int, reason: str, claim: Claim, placement: Placement, gone:
     return code or 1, str(verdict) if code in (0, 1) else f"{reason}; {verdict}"
 
 
-def exit_code(child: int, record: Exit | None, remote: bool = False) -> tuple[int, str]:
+def exit_code(child: int, record: Exit | None, remote: bool = False, told: Sequence[int] = ()) -> tuple[int, str]:
     """The job's exit code and why, from deepspeed's (negative: the signal that killed it) and rank 0's record.
 
     Args:
         record: None: rank 0 left none of this job.
         remote: whether the ranks are on hosts of a hostfile, reached by this launcher.
+        told: the signals that told this launcher to stop; of several, the second had the job killed.
     """
-    killed = 256 - child if child > 256 - signal.NSIG else 0  # deepspeed passes a rank's negative code on, modulo 256
+    cut = remote and (child == SSH_FAILED or (record is not None and record.reason.startswith(CUT_OFF)))
+    # deepspeed passes a rank's negative code on, modulo 256
+    killed = 256 - child if child > 256 - signal.NSIG and not cut else 0
     if record is not None and record.code:
         reason = record.reason
         if record.step is not None:
             reason += f" (step {record.step})"
         if record.code == EXIT_PREEMPTED:
+            if not told and _is_lost(child) and not cut:
+                return 1, f"a launcher of deepspeed's was killed; the ranks saved and left: {reason}"
             reason += "; the same command goes on from there"
         elif killed:
             reason = f"a rank was killed by {_name(killed)}; rank 0: {reason}"
         return record.code, reason
     if remote and child == SSH_FAILED:
         return 1, "the connection to a host failed, or ended"
+    if child == -signal.SIGKILL and len(told) == 1:
+        return 128 + told[0], f"stopped by {_name(told[0])}, and killed before there was anything saved"
     if child < 0:
         return 128 - child, f"deepspeed was killed by {_name(-child)}"
     if killed:
@@ -170,6 +203,21 @@ def exit_code(child: int, record: Exit | None, remote: bool = False) -> tuple[in
             reason += "; the run folder must be one that this machine shares with the first host"
         return 1, reason
     return 0, "done"
+
+
+def _is_lost(child: int) -> bool:
+    """Whether deepspeed's exit code is not that of ranks which saved: it, or ssh, was killed or ended before them."""
+    return child <= 0 or child in (SSH_FAILED, 128 + signal.SIGKILL)
+
+
+def _await_record(claim: Claim, lease: Lease, received: list[int], patience_s: float) -> None:
+    """Tells ranks that may train on to save and leave, and waits for the record of the first; a signal ends that."""
+    if _read(claim) is None and not read_failures(claim.run, claim.job):
+        print("launch: the way to the ranks is lost; telling them to save and stop", file=sys.stderr, flush=True)
+        lease.stop()
+        deadline, told = time.monotonic() + patience_s, len(received)
+        while _read(claim) is None and len(received) == told and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
 
 def _name(number: int) -> str:
@@ -197,7 +245,7 @@ def _signals() -> Iterator[list[int]]:
     """Collects the signals that ask to stop, but for those that are ignored, as under nohup."""
     received: list[int] = []
     before = {}
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+    for number in STOPS:
         if signal.getsignal(number) != signal.SIG_IGN:
             before[number] = signal.signal(number, lambda number, frame: received.append(number))
     try:
@@ -219,9 +267,9 @@ def _end(
             return []
         if deadline is None:
             ranks = _tell(job, members, lease, module, remote)
-            patient = ranks or (remote and not ended)
+            patient = ranks or remote
             deadline = time.monotonic() + (grace_s if patient else STRAGGLER_S)
-        elif ended and not set(ranks) & set(members):  # helpers, whose ranks have left
+        elif ended and not remote and not set(ranks) & set(members):  # helpers, whose ranks have left
             deadline = min(deadline, time.monotonic() + STRAGGLER_S)
         late = time.monotonic() - deadline
         if len(received) > 1 or late > 0:
@@ -235,15 +283,14 @@ def _tell(
     job: subprocess.Popen[bytes], members: list[psutil.Process], lease: Lease, module: str, remote: bool
 ) -> list[psutil.Process]:
     """Tells the job to stop; returns the ranks on this machine that were told."""
-    if remote and job.poll() is None:
-        print("launch: telling the hosts to save and stop; a second signal kills", file=sys.stderr, flush=True)
+    ranks = [] if remote else running_module(members, module)
+    if ranks or remote:
+        why = "" if job.poll() is None else "deepspeed ended without its ranks; "
+        whom = "the hosts" if remote else f"{len(ranks)} ranks"
+        print(f"launch: {why}telling {whom} to save and stop; a second signal kills", file=sys.stderr, flush=True)
+    if remote:
         lease.stop()
         return []
-    ranks = running_module(members, module)
-    if ranks:
-        why = "" if job.poll() is None else "deepspeed ended without its ranks; "
-        line = f"launch: {why}telling {len(ranks)} ranks to save and stop; a second signal kills"
-        print(line, file=sys.stderr, flush=True)
     for process in ranks or members:
         with suppress(psutil.Error):
             process.terminate()

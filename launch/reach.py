@@ -19,8 +19,8 @@ from launch.probe import MARK
 CONNECT_S = 8  # for a host to accept the connection
 ANSWER_S = 60.0  # for Python to start there
 # ssh takes the first value that it is given for an option: the user's, in PDSH_SSH_ARGS_APPEND, go before these. Ours
-# never ask for a password, and notice within 15 s that the other end is gone.
-SSH_OPTIONS = ("BatchMode=yes", f"ConnectTimeout={CONNECT_S}", "ServerAliveInterval=5", "ServerAliveCountMax=3")
+# never ask for a password, and bear a minute of silence: a host that is gone is noticed sooner by the other ranks.
+SSH_OPTIONS = ("BatchMode=yes", f"ConnectTimeout={CONNECT_S}", "ServerAliveInterval=5", "ServerAliveCountMax=12")
 Facts = dict[str, Any]
 
 

@@ -43,7 +43,7 @@ def keep_running(
     in_vain, newest = 0, newest_checkpoint(cfg.run)
     end = start(placement)
     for number in range(1, restarts + 1):
-        if end.told or end.code in FINAL:
+        if end.told or (end.code in FINAL and not end.cut_off):
             break
         reached = newest_checkpoint(cfg.run)
         in_vain, newest = (in_vain + 1 if reached == newest else 0), reached

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from common import command
 from common.checkout import python_path
 from common.errors import ConfigError
+from common.output import bear_loss
 from common.variables import JOB_VARIABLE
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the job to its end; its exit code, as `--help` lists them."""
+    bear_loss()
     return command.run(_run, command.parse(parser(), argv))
 
 
@@ -167,7 +169,7 @@ def _start(asked: argparse.Namespace, cfg: RunConfig, placement: Placement) -> E
         for number, host in enumerate(placement.ranks) if node is not None else [(None, "")]:
             print((f"{host}: " if host else "") + invocation.one_line(*command_for(number)), flush=True)
         return job.DONE
-    grace_s = max(job.GRACE_S, cfg.checkpoint.grace_s)
+    grace_s = cfg.checkpoint.stop_s
     patience_s = cfg.timeouts.rendezvous_s if node else cfg.timeouts.heartbeat_s + grace_s
     with take(cfg.run, placement, node, patience_s) as claim:
         words, added = command_for(node, claim)

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from pretrain.config import RunConfig
 
 SCRIPT = "slurm.sh"  # in the run folder
-MARGIN_S = 60  # from Slurm's signal to the end of its time, beside checkpoint.grace_s: the step under way, the end
 LATEST_SIGNAL_S = 65535  # before the end of the time, by Slurm's documentation
 TIME = re.compile(r"[0-9]+(:[0-9]+){0,2}|[0-9]+-[0-9]+(:[0-9]+){0,2}")
 OWN_OPTIONS = {  # sbatch's options that are not to be given by --sbatch, and what to use instead
@@ -150,12 +149,12 @@ def options_of(asked: argparse.Namespace, cfg: RunConfig) -> dict[str, str | Non
             raise ConfigError(f"--{name.replace('_', '-')} {least}: expected 1 or more{remedy}")
     lead = lead_s(cfg)
     if lead > LATEST_SIGNAL_S:
-        most = LATEST_SIGNAL_S - MARGIN_S
+        most = LATEST_SIGNAL_S - (lead - math.ceil(cfg.checkpoint.grace_s))
         raise ConfigError(f"checkpoint.grace_s={cfg.checkpoint.grace_s}: Slurm can tell a job {most} s before at most")
     if asked.time is not None and seconds_of(asked.time) <= lead:
         raise ConfigError(
             f"--time {asked.time}: the job is told to save {lead} s before its time is over (checkpoint.grace_s="
-            f"{cfg.checkpoint.grace_s:g}, and {MARGIN_S} s); ask for more time"
+            f"{cfg.checkpoint.grace_s:g}, and {cfg.checkpoint.stop_s - cfg.checkpoint.grace_s:g} s); ask for more time"
         )
     run = str(cfg.run.absolute()).replace("%", "%%")  # % begins a pattern there
     options: dict[str, str | None] = {"job-name": cfg.run.absolute().name, "nodes": str(asked.nodes)}
@@ -181,7 +180,7 @@ def _option(text: str) -> tuple[str, str | None]:
 
 def lead_s(cfg: RunConfig) -> int:
     """Seconds before the end of its time at which a job is told to save."""
-    return math.ceil(cfg.checkpoint.grace_s) + MARGIN_S
+    return math.ceil(cfg.checkpoint.stop_s)
 
 
 def seconds_of(limit: str) -> int:

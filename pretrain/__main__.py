@@ -1,8 +1,9 @@
 """`overtone train CONFIG [key=value ...]` on one process; `deepspeed --module pretrain CONFIG [key=value ...]` on many.
 
-Exit codes: 0 done; 1 this rank failed, or ended because another did; 2 bad input; 3 too many non-finite steps in a
-row; 4 a checkpoint could not be written; 75 stopped by a signal after a save. Rank 0 leaves them, but for 2, with the
-reason in the run folder's `exit.json`; see pretrain/runtime/watch.py for what a rank that fails leaves.
+Exit codes: 0 done; 1 this rank failed, or ended because another did, or saved because deepspeed's launcher was killed;
+2 bad input; 3 too many non-finite steps in a row; 4 a checkpoint could not be written; 75 stopped by a signal after a
+save. Rank 0 leaves them, but for 2, with the reason in the run folder's `exit.json`; see pretrain/runtime/watch.py for
+what a rank that fails leaves.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from common import command
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED
+from common.exits import EXIT_BAD_INPUT, EXIT_INTERRUPTED, EXIT_PREEMPTED
+from common.output import bear_loss
 from pretrain.runtime.endings import EXIT_RECORD, leave_exit
 from pretrain.runtime.signals import StopSignal
 
@@ -53,6 +56,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains on this rank; the exit codes are at the file's head."""
+    bear_loss()
     with StopSignal() as stop:  # to the end: whoever stops a rank may say so again, and it would lose its code
         return command.run(partial(_start, stop), command.parse(parser(), argv))
 
@@ -62,7 +66,7 @@ def _start(stop: StopSignal, args: argparse.Namespace) -> int:
     from pretrain.run_folder import RunFolder
     from pretrain.runtime.claim import job_of
     from pretrain.runtime.environment import adopt, place_of
-    from pretrain.runtime.watch import Watch
+    from pretrain.runtime.watch import Watch, leave_refusal
 
     adopt(os.environ)  # who is the first is not known yet: each rank says what is wrong with it
     place = place_of(os.environ)
@@ -76,6 +80,7 @@ def _start(stop: StopSignal, args: argparse.Namespace) -> int:
         cfg = load(args.config, args.overrides)
         job_of(os.environ)
     except ConfigError as error:
+        leave_refusal(os.environ, place.rank, error)
         return command.refuse(error, says=first_here)
     with Watch(cfg, os.environ) as watch:
         try:
@@ -120,6 +125,9 @@ def _train(cfg: RunConfig, watch: Watch, stop: StopSignal, allow_code: bool) -> 
     run = open_run(cfg, ranks, watch.pulse)
     outcome = run.train(stop)
     run.close()
+    stops = [stop for stop in ranks.gather(watch.stopping) if stop is not None]
+    if stops and outcome.code == EXIT_PREEMPTED:  # nobody sent a signal
+        outcome = replace(outcome, code=stops[0].code, reason=stops[0].reason)
     watch.leave()
     process.stop()
     if ranks.first:

@@ -142,6 +142,9 @@ class EvaluationConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+STEP_S = 60.0  # that a job which is told to stop has for the step under way, beside checkpoint.grace_s
+
+
 class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     """When checkpoints are written, which of them stay, and what follows if one cannot be written."""
 
@@ -150,7 +153,12 @@ class CheckpointConfig(BaseModel, extra="forbid", frozen=True):
     keep_every: Steps | None = None  # these stay for ever
     keep_best: bool = False  # the best on held-out data is saved, and stays
     on_failure: Literal["stop", "go on"] = "stop"  # when one cannot be written: exit 4, or train and try the next
-    grace_s: Seconds = 30.0  # from a signal to the end of a preempted job
+    grace_s: Seconds = 30.0  # for the save, once told to stop; a long step needs more of it
+
+    @property
+    def stop_s(self) -> float:
+        """Seconds from the signal that asks a job to stop to the end of what has not saved."""
+        return self.grace_s + STEP_S
 
 
 Wait = Annotated[Seconds, Field(ge=1)]

@@ -23,7 +23,7 @@ from pretrain.analysis.scoring import evaluate, figure, scoring
 from pretrain.batches import Batches
 from pretrain.checkpoints.folder import Progress
 from pretrain.checkpoints.saver import SaveError, Saver
-from pretrain.config import RunConfig
+from pretrain.config import STEP_S, RunConfig
 from pretrain.decisions import Next, Outcome, Seen, decide, ends_early, must_stop_unsaved, outcome
 from pretrain.energy.meter import Meter, Spent
 from pretrain.engine import Step, Trainer
@@ -55,6 +55,7 @@ class Run:
     saved_step: int | None = None  # of the newest checkpoint
     save_failed: str | None = None  # why the last one could not be written
     skipped_in_a_row: int = 0
+    _longest_s: float = 0.0  # of a step, on the first rank
     _stall: Spent = field(default_factory=lambda: Spent(0.0))  # while training waited for the save under way to begin
     _counters: dict[str, str] | None = None  # the missing parts of the machine that were recorded last
 
@@ -149,7 +150,14 @@ class Run:
         step, head = self.progress.step, self.trainer.head
         record = window.record(self.cfg, self.ranks, head, spent, step, self.progress.tokens)
         self.recorder.record(record)
-        self.recorder.progress(record, (self.cfg.train.steps - step) * spent.seconds / len(window.losses))
+        per_step_s = spent.seconds / len(window.losses)
+        self.recorder.progress(record, (self.cfg.train.steps - step) * per_step_s)
+        self._longest_s, before_s = max(self._longest_s, per_step_s), self._longest_s
+        if per_step_s > self.cfg.checkpoint.stop_s >= before_s:
+            log.warning(
+                f"a step takes {per_step_s:.0f} s, but a preempted job has {self.cfg.checkpoint.stop_s:.0f} s for one "
+                f"and the save (checkpoint.grace_s, and {STEP_S:.0f} s): it may be cut off"
+            )
 
     def _evaluated(self) -> bool:
         """Whether this rank, the first, knows of an evaluation of the present step."""

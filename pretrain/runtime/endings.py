@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from common.files import free_name, replace_file, writing
 from common.strict_json import read_json, to_json
+from common.variables import LEASE_VARIABLE
 from pretrain.records import fits, hints_of
 
 MOST = 1 << 24  # bytes of a record
@@ -16,6 +18,7 @@ Record = TypeVar("Record")
 
 EXIT_RECORD = "exit.json"
 FAILURES = "failures"
+CUT_OFF = "the connection to"  # begins the reason of ranks that saved and left since nobody reads what they print
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,21 @@ def _read(path: Path, model: type[Record]) -> Record | None:
     hints = hints_of(model)
     right = all(fits(value, hints[name]) for name, value in values.items())
     return record if right else None
+
+
+def leave_failure(run: Path, failure: Failure) -> None:
+    """Writes a rank's record of its failure. Raises OSError."""
+    folder = run / FAILURES
+    folder.mkdir(exist_ok=True)
+    draft = folder / f"draft-{failure.rank}"
+    draft.write_text(to_json(asdict(failure), indent=1))
+    os.replace(draft, folder / f"rank-{failure.rank}.json")
+
+
+def launched_run(environment: Mapping[str, str]) -> Path | None:
+    """The run folder of the launcher that started this rank, which has its lease there; None if none of ours did."""
+    lease = environment.get(LEASE_VARIABLE)
+    return Path(lease).parent if lease else None
 
 
 def read_failures(run: Path, job: str) -> list[Failure]:

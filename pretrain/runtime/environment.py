@@ -44,7 +44,7 @@ class Place:
 
 def adopt(environment: MutableMapping[str, str]) -> None:
     """Takes out what is empty, and adds the variables that deepspeed's launcher sets where it left them to Open MPI,
-    which has names of its own.
+    which has names of its own, and shows every rank a terminal, whatever its own output goes to.
     """
     names = (*OPEN_MPI, *OPEN_MPI.values(), *RANKS_HERE, *MEETING)
     for name in {name for name in names if not environment.get(name, "-").strip()}:
@@ -53,6 +53,8 @@ def adopt(environment: MutableMapping[str, str]) -> None:
         for ours, theirs in OPEN_MPI.items():
             if theirs in environment:
                 environment[ours] = environment[theirs]
+    if OPEN_MPI["RANK"] in environment:
+        environment.setdefault("TTY_COMPATIBLE", "0")  # read by rich: no bars and colours in a log
 
 
 def place_of(environment: Mapping[str, str], meeting: bool = True) -> Place:

@@ -1,4 +1,8 @@
-"""A signal that asks a rank to stop is remembered until the ranks agree on it; without torch."""
+"""A signal that asks a rank to stop is remembered until the ranks agree on it; without torch.
+
+A launcher starts its job with these signals blocked (`launch/job.py`): whoever sends them to every process of a job, as
+Slurm does, then reaches the ranks alone, and not deepspeed's launchers, which would kill the ranks within 30 s.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +22,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*self.SIGNALS, signal.SIGHUP})
         return self
 
     def __exit__(self, *_: object) -> None:

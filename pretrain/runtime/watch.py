@@ -6,12 +6,13 @@ A thread looks every second for what says that the job is over:
 - rank 0, its host or the network to it is gone;
 - this rank's main thread did not get on in the time that it was given (`timeouts` in the config);
 - the launcher asks to stop, has ended the job, or is gone, which its lease tells: a file in the run folder that it
-  rewrites every second and removes at the end. deepspeed's launcher on this host is gone: the parent is another.
+  rewrites every second and removes at the end. deepspeed's launcher on this host is gone: the parent is another. Nobody
+  reads what this rank prints: the connection to its host has ended.
 
 A launcher that is gone is no failure of training: the rank tells itself to save and stop, as after SIGTERM. All else
 ends the process with code 1. What it knows is then in `failures/rank-N.json` (a `Failure`) and, unless the failure is
 its own exception, `failures/rank-N.stacks`; the launcher reads who failed first from them. A rank whose job does not
-have the run folder leaves nothing there.
+have the run folder leaves nothing there. If not even the thread gets on, another process ends this one (`guardian.py`).
 """
 
 from __future__ import annotations
@@ -28,19 +29,30 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT
+from common.exits import EXIT_BAD_INPUT, EXIT_PREEMPTED
 from common.files import SMALL_BYTES, read_bounded
+from common.output import is_abandoned
 from common.strict_json import to_json
 from common.variables import LEASE_VARIABLE
 from pretrain.config import RunConfig
 from pretrain.runtime.claim import STOP, Claim, Holder, hold, job_of, may_write, new_job
-from pretrain.runtime.endings import FAILURES, Failure, leave_exit, set_aside_failures
+from pretrain.runtime.endings import (
+    CUT_OFF,
+    FAILURES,
+    Failure,
+    launched_run,
+    leave_exit,
+    leave_failure,
+    set_aside_failures,
+)
+from pretrain.runtime.guardian import Guardian
+from pretrain.runtime.rendezvous import why_apart
 
 BEAT_S = 1.0  # between two signs of life, and two looks
 LOST_S = 3.0  # after which a store that refuses is gone, and rank 0 with it
@@ -51,6 +63,7 @@ LINGER_S = 4.0  # that rank 0 keeps the store for the others to read in it why t
 
 # Where a stack is, and the phase that it is in: the first line that fits any of its frames.
 PHASES: tuple[tuple[str, str | None, str], ...] = (
+    ("pretrain/runtime/meeting.py", None, "rendezvous"),
     ("pretrain/runtime/ranks.py", "start", "rendezvous"),
     ("pretrain/runtime/ranks.py", "with_groups", "rendezvous"),
     ("pretrain/checkpoints/saver.py", None, "save"),
@@ -68,7 +81,10 @@ PHASES: tuple[tuple[str, str | None, str], ...] = (
     ("pretrain/engine.py", "train_step", "forward"),
     ("pretrain/loop.py", "train", "loop"),
 )
-COLLECTIVE_ERRORS = ("gloo/transport", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
+COLLECTIVE_ERRORS = (
+    *("gloo/transport", "Gloo", "NCCL", "ProcessGroup", "TCPStore"),
+    *("Connection closed by peer", "Connection reset by peer", "recvValue failed"),
+)
 
 
 def phase_of(stack: Iterable[tuple[str, str]]) -> str:
@@ -82,7 +98,16 @@ def phase_of(stack: Iterable[tuple[str, str]]) -> str:
 
 def _is_collective(error: BaseException, phase: str) -> bool:
     """Whether an exception says that another rank is gone, rather than that this one failed."""
-    return phase == "collective" or any(word in str(error) for word in COLLECTIVE_ERRORS)
+    of_torch = type(error).__module__ == "torch.distributed"  # DistStoreError and its like
+    return of_torch or phase == "collective" or any(word in str(error) for word in COLLECTIVE_ERRORS)
+
+
+@dataclass(frozen=True)
+class Stopping:
+    """A stop that a watch asked its rank for: nobody sent a signal."""
+
+    reason: str
+    code: int  # that the run ends with once it has saved
 
 
 class _Sign(threading.Thread):
@@ -137,8 +162,12 @@ class Watch:
         self._heard: dict[int, tuple[bytes, float]] = {}  # on rank 0: the last sign of each other rank, and when
         self._mark, self._limit_s = time.monotonic(), cfg.timeouts.rendezvous_s
         self._leaving = False
+        self._have_met = False  # until the first pulse that sets a limit
         self._starting = True  # until the first pulse after the ranks have joined that sets a limit
-        self._stopping: tuple[float, str] | None = None  # deadline and reason of a stop that this watch asked for
+        self.stopping: Stopping | None = None  # what this watch asked its rank for
+        self._stop_by = float("inf")
+        self._meeting = {name: environment.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT")}
+        self._guardian: Guardian | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._ending = threading.Lock()
@@ -156,6 +185,8 @@ class Watch:
                 self._lease_sign.start()
             else:
                 print(f"{self.host}: no {self._lease} here: the launcher's end will not be seen", file=sys.stderr)
+        if self.world > 1:
+            self._guardian = Guardian(f"rank {self.rank} on {self.host}")
         self._thread.start()
         return self
 
@@ -168,6 +199,8 @@ class Watch:
                 thread.leave()
         self._thread.join(BEAT_S)
         faulthandler.cancel_dump_traceback_later()
+        if self._guardian is not None:
+            self._guardian.dismiss()
         if self._claim is not None:
             self._claim.release()
 
@@ -205,7 +238,7 @@ class Watch:
         self._mark = time.monotonic()
         if limit_s is not None:
             self._limit_s = limit_s
-            self._starting = False
+            self._starting, self._have_met = False, True
 
     def _silence_s(self) -> float:
         """For how long another rank, or this one's threads, may show no sign of life."""
@@ -221,7 +254,7 @@ class Watch:
         frames = [(frame.filename, frame.name) for frame in traceback.extract_tb(error.__traceback__)]
         phase = phase_of(frames)
         text = "".join(traceback.format_exception(error))
-        kind = "collective" if _is_collective(error, phase) else "error"
+        kind = "collective" if code == 1 and _is_collective(error, phase) else "error"
         if kind == "collective" and phase not in ("rendezvous", "save"):
             phase = "collective"
         what = str(error) if code != 1 else "".join(traceback.format_exception_only(error)).strip()
@@ -233,6 +266,9 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(BEAT_S):
+            if self._guardian is not None:
+                before_s = 0.0 if self._beat is not None else self.cfg.timeouts.rendezvous_s
+                self._guardian.hear(max(before_s, self._silence_s() + 2 * LEAVE_S))
             if self._beat is not None:  # if not even this thread gets on, nothing in Python can end the process
                 faulthandler.dump_traceback_later(self._silence_s() + LEAVE_S, exit=True)
             self._look_up()
@@ -242,7 +278,8 @@ class Watch:
             self._look_around()
             late_s = time.monotonic() - self._mark
             if self.world > 1 and late_s > self._limit_s:
-                self._end("stuck", f"did not get on for {late_s:.0f} s")
+                late = "stuck", f"did not get on for {late_s:.0f} s"
+                self._end(*(late if self._have_met else why_apart(self._meeting, self.host, late_s)))
 
     def _look_up(self) -> None:
         """At the launchers: asks this rank to stop if one is gone, and ends it if it does not."""
@@ -250,15 +287,17 @@ class Watch:
         if self._lease_sign is not None and isinstance(self._lease_sign.error, FileNotFoundError):
             self._end("told", "the launcher ended the job")
         if self._lease_words[:1] not in ([], [self._owner]):
-            self._stop("the launcher is gone, and another one has begun", self.cfg.checkpoint.grace_s)
+            self._stop("the launcher is gone, and another one has begun")
         elif self._lease_words[1:] == [STOP]:
-            self._stop("the launcher asked to stop", None)
+            self._stop("the launcher asked to stop", patient=True)  # which ends the job when it has waited enough
         elif silent_s > self.cfg.timeouts.heartbeat_s:
-            self._stop(f"no sign of life from the launcher for {silent_s:.0f} s", self.cfg.checkpoint.grace_s)
+            self._stop(f"no sign of life from the launcher for {silent_s:.0f} s")
         elif self._parent is not None and os.getppid() != self._parent:
-            self._stop("deepspeed's launcher on this host is gone", self.cfg.checkpoint.grace_s)
-        if self._stopping is not None and time.monotonic() > self._stopping[0]:
-            self._end("told", f"{self._stopping[1]}, and no save within {self.cfg.checkpoint.grace_s:.0f} s")
+            self._stop(f"deepspeed's launcher on {self.host} was killed", code=1)
+        elif is_abandoned():
+            self._stop(f"{CUT_OFF} {self.host} ended: nobody reads what its ranks print")
+        if self.stopping is not None and time.monotonic() > self._stop_by:
+            self._end("told", f"{self.stopping.reason}, and no save within {self.cfg.checkpoint.stop_s:.0f} s")
 
     def _look_around(self) -> None:
         """At the other ranks."""
@@ -275,10 +314,10 @@ class Watch:
             names = ", ".join(map(str, quiet))
             self._end("lost", f"no sign of life from rank {names} for {limit_s:.0f} s", quiet)
 
-    def _stop(self, reason: str, grace_s: float | None) -> None:
-        if self._stopping is None:
-            deadline = float("inf") if grace_s is None else time.monotonic() + grace_s
-            self._stopping = (deadline, reason)
+    def _stop(self, reason: str, code: int = EXIT_PREEMPTED, patient: bool = False) -> None:
+        if self.stopping is None:
+            self.stopping = Stopping(reason, code)
+            self._stop_by = float("inf") if patient else time.monotonic() + self.cfg.checkpoint.stop_s
             print(f"rank {self.rank} on {self.host}: {reason}; saving and stopping", file=sys.stderr, flush=True)
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -335,13 +374,11 @@ class Watch:
         folder = self.cfg.run / FAILURES
         if failure.job is None or not may_write(self.cfg.run, failure.job):
             return
-        folder.mkdir(exist_ok=True)
         if failure.kind not in ("error", "collective"):
+            folder.mkdir(exist_ok=True)
             with (folder / f"rank-{self.rank}.stacks").open("w") as file:
                 faulthandler.dump_traceback(file)
-        draft = folder / f"draft-{self.rank}"
-        draft.write_text(to_json(asdict(failure), indent=1))
-        os.replace(draft, folder / f"rank-{self.rank}.json")
+        leave_failure(self.cfg.run, failure)
         if self.rank == 0 and failure.code != EXIT_BAD_INPUT:  # a job that was refused is no end of the run
             leave_exit(self.cfg.run, failure.job, failure.code, failure.error, None)
 
@@ -356,6 +393,17 @@ class Watch:
             while self.rank == 0 and ended < self.world and time.monotonic() < deadline:
                 time.sleep(0.1)
                 ended = self._store.add("watch/ended", 0)
+
+
+def leave_refusal(environment: Mapping[str, str], rank: int, error: ConfigError) -> None:
+    """Records that a rank refused its config, in the run folder of its launcher: its own cannot be known."""
+    run = launched_run(environment)
+    with suppress(ConfigError, OSError):
+        job = job_of(environment)
+        if run is not None and job is not None and may_write(run, job):
+            now, host = time.time(), socket.gethostname()
+            failure = Failure(rank, host, now, "error", "start", str(error), "", EXIT_BAD_INPUT, [], job)
+            leave_failure(run, failure)
 
 
 def _did(failure: Failure) -> str:

@@ -36,6 +36,13 @@ def failure(rank: int, kind: str, time: float = 0.0, phase: str = "collective", 
         # its own exception comes before the errors that it causes, whatever the clocks say
         ([failure(0, "collective", 1), failure(1, "collective", 2), failure(2, "error", 3, "data")], (), 2, "in data"),
         ([failure(2, "error", 5, "data"), failure(0, "error", 4, "save")], (), 0, "in save: error of 0"),
+        # a rank that refused what it was given comes before all, whoever wrote first
+        (
+            [failure(0, "error", 1, "rendezvous"), failure(2, "error", 9, "start", code=2), failure(1, "collective")],
+            (),
+            2,
+            "in start",
+        ),
         # killed: no word of it
         ([failure(0, "collective", 1), failure(2, "collective", 2)], (), 1, "no word, .* rank 0 on a, in collective"),
         ([failure(0, "lost", 1, suspects=[2])], (), 2, "it left no word"),

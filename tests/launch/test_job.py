@@ -44,7 +44,10 @@ pytestmark = pytest.mark.slow
         (247, None, 137, "a rank was killed by SIGKILL"),
         (250, {"code": 0}, 134, "SIGABRT"),
         (-15, None, 143, "deepspeed was killed by SIGTERM"),
-        (-15, {"code": 75, "reason": "r", "step": 0}, 75, "r (step 0)"),
+        (-9, {"code": 75, "reason": "r", "step": 0}, 1, "was killed; the ranks saved and left: r (step 0)"),
+        (0, {"code": 75, "reason": "r", "step": 0}, 1, "was killed"),
+        (137, {"code": 75, "reason": "r", "step": 0}, 1, "was killed"),
+        (1, {"code": 75, "reason": "r", "step": 0}, 75, "goes on"),
         (1, {"code": 1, "reason": "r", "step": None}, 1, "r"),
     ],
 )
@@ -61,7 +64,9 @@ from pathlib import Path
 
 plan, here = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[1]).parent
 rank, told = int(os.environ["RANK"]), []
-signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, lambda *_: told.append(1))
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM, signal.SIGUSR1])  # as a launcher starts its job
 
 
 def leave(name, text):
@@ -180,6 +185,37 @@ def test_the_record_of_a_stopped_job_is_waited_for(tmp_path):
         ended = run([sys.executable, "-c", word], {}, claim, placement, node=1)
     saved.join()
     assert ended.code == 75 and ended.told
+
+
+def test_ranks_that_a_lost_connection_left_behind_are_told_to_save(tmp_path):
+    """ssh ends with its own code at once; rank 0, on another host, reads the lease, saves and leaves its record."""
+    record = {"job": "j", "code": 75, "reason": "the launcher asked to stop", "step": 5}
+
+    def rank() -> None:
+        while STOP not in (tmp_path / "lease-0").read_text():
+            time.sleep(0.05)
+        (tmp_path / "exit.json").write_text(json.dumps(record))
+
+    placement = Placement({"a": 1, "b": 1}, tmp_path / "hosts")
+    with hold(tmp_path, Holder("j", launcher=True)) as claim, Lease(tmp_path / "lease-0", "j"):
+        thread = threading.Thread(target=rank)
+        thread.start()
+        ended = run([sys.executable, "-c", "import sys; sys.exit(255)"], {}, claim, placement, grace_s=30)
+        thread.join()
+    assert (ended.code, ended.told, ended.cut_off) == (75, False, True)
+
+
+def test_what_is_sent_to_all_processes_reaches_the_ranks_alone(start):
+    """As Slurm does; deepspeed's launchers would end at once, and the ranks within 30 s."""
+    job = start(code=75, record=75, trains=True, saves=True)
+    job.ranks()
+    launcher = psutil.Process(job.process.pid)
+    below = launcher.children(recursive=True)
+    assert len([process for process in below if "deepspeed" in str(process.cmdline())]) == 2
+    for process in below:
+        process.send_signal(signal.SIGUSR1)
+    code, output = job.ended()
+    assert code == 75 and "deepspeed ended without its ranks" not in output, output
 
 
 def test_a_killed_rank(start):

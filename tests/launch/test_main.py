@@ -93,7 +93,7 @@ def test_a_run_is_handed_on_with_its_record(config, spawned, capsys):
     assert words[-3:] == ["--module", "pretrain", str(config)]
     assert added[LEASE_VARIABLE] == str(config.parent / "run" / "lease-0")
     assert added[JOB_VARIABLE] == claim.job and claim.run == config.parent / "run"
-    assert placement.world == 2 and options == {"node": None, "grace_s": 60.0}
+    assert placement.world == 2 and options == {"node": None, "grace_s": 90.0}
     assert words[0] in capsys.readouterr().out
 
 
@@ -188,7 +188,7 @@ def test_without_a_launcher_every_host_has_its_command(config, spawned, capsys):
     with take(config.parent / "run", begun, 0) as claim, Lease(lease_of(claim.run), claim.job):
         assert main([*asked, "--node-rank", "1"]) == 75
     assert spawned[0][1][JOB_VARIABLE] == claim.job and spawned[0][1][LEASE_VARIABLE].endswith("/lease-1")
-    assert spawned[0][4] == {"node": 1, "grace_s": 60.0}
+    assert spawned[0][4] == {"node": 1, "grace_s": 90.0}
 
 
 @pytest.mark.parametrize("arguments", [["--numgpus", "2"], ["word"], ["--dry"]])

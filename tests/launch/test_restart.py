@@ -58,6 +58,11 @@ def test_what_is_no_failure_or_would_end_so_again_is_final(cfg: RunConfig, code:
     assert keep_running(start, cfg, ONE, restarts=9, back_off_s=0) == code and len(made) == 1
 
 
+def test_a_connection_that_ended_is_no_wish_to_stop(cfg: RunConfig) -> None:
+    ends = [End(75, "cut off", told=False, cut_off=True), End(0, "done", told=False)]
+    assert keep_running(lambda _: ends.pop(0), cfg, ONE, restarts=9, back_off_s=0) == 0 and not ends
+
+
 def test_a_launcher_that_was_told_to_stop_stops(cfg: RunConfig) -> None:
     assert keep_running(lambda _: End(143, "killed", told=True), cfg, ONE, restarts=9, back_off_s=0) == 143
 

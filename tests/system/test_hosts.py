@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.support.hosts import Hosts, needs_hosts
+from benchmarks.hosts.network import Hosts
+from tests.support.hosts import needs_hosts
 
 pytestmark = [needs_hosts, pytest.mark.hosts]
 

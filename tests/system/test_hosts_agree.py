@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.hosts import Hosts, needs_hosts
+from benchmarks.hosts.network import Hosts
+from tests.support.hosts import needs_hosts
 from tests.support.tiny import make_data
 from tests.system.test_hosts_job import LAUNCH, config
 

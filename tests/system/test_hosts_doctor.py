@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.hosts import Hosts, needs_hosts
+from benchmarks.hosts.network import Hosts
+from tests.support.hosts import needs_hosts
 from tests.support.tiny import make_data, tiny_tree
 
 pytestmark = [needs_hosts, pytest.mark.hosts, pytest.mark.timeout(600)]

@@ -17,9 +17,10 @@ from typing import Any
 import pytest
 import yaml
 
+from benchmarks.hosts.network import Host, Hosts
 from benchmarks.processes import Job, until
 from pretrain.config import load
-from tests.support.hosts import Host, Hosts, needs_hosts
+from tests.support.hosts import needs_hosts
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
 from tests.support.tiny import make_data, run_to_end, tiny_tree

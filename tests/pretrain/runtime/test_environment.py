@@ -40,7 +40,7 @@ def test_open_mpis_names_are_taken_where_deepspeeds_are_missing() -> None:
     assert [found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_SIZE")] == ["3", "4", "1", "2"]
     ours = {**OPEN_MPI, "RANK": "0"}
     adopt(ours)
-    assert ours == {**OPEN_MPI, "RANK": "0"}
+    assert ours == {**OPEN_MPI, "RANK": "0", "TTY_COMPATIBLE": "0"}, "its terminals are none"
 
 
 def test_deepspeeds_word_on_the_ranks_here_is_before_an_inherited_one() -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from common.exits import EXIT_INTERRUPTED, EXIT_PREEMPTED
 from pretrain.config import dump
+from pretrain.runtime.signals import StopSignal
 from tests.support.commands import call
 from tests.support.tiny import make_data, tiny_config
 
@@ -65,6 +68,17 @@ def test_ctrl_c_twice_leaves_at_once(tmp_path: Path, when: str) -> None:
     ended = call("-c", program, prepared(tmp_path), words)
     assert ended.returncode == EXIT_INTERRUPTED and "Traceback" not in ended.stderr, ended.stderr
     assert "interrupted" in ended.stderr and not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_a_signal_that_came_while_it_was_blocked_is_heard() -> None:
+    """A launcher starts its ranks so."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopSignal.SIGNALS)
+    try:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        with StopSignal() as stop:
+            assert stop.received == "SIGUSR1"
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @pytest.mark.parametrize(

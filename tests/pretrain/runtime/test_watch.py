@@ -133,6 +133,8 @@ def test_a_rank_that_is_gone_is_missed(
     ranks.processes[victim].send_signal(how)
     assert ranks.processes[other].wait(60) == 1
     assert ranks.left(other)["kind"] == "lost" and ranks.left(other)["suspects"] == [victim]
+    if victim == 1:
+        assert ranks.processes[victim].wait(60) == -signal.SIGKILL, "by its guardian"
 
 
 @pytest.mark.slow
