@@ -7,15 +7,14 @@ for; and what YAML 1.1 makes of a word is taken only where nobody is surprised: 
 from __future__ import annotations
 
 import copy
-import os
 import re
-import stat
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from common.errors import ConfigError
+from common.files import read_bounded
 
 MOST_BYTES = 256 * 2**10  # of a file
 MOST_VALUES = 10_000  # of a file or an override, keys included
@@ -36,23 +35,15 @@ TEMPLATE = 'text with braces, such as a template, needs quotes: "{{ name }}"'
 
 def read_text(path: str | Path) -> str:
     """The text of a file of settings. Raises ConfigError: it is missing, no regular file, too large or not UTF-8."""
-    shown, example = quoted(str(path)), "a YAML file, such as one of configs/"
+    shown, example = quoted(str(path)), "give the path of a YAML file, such as one of configs/"
     try:
-        mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):  # a pipe would be waited for, and the ranks read the file again
-            what = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device, not a file"
-            raise ConfigError(f"{shown}: is {what}; give the path of {example}")
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
-            content = file.read(MOST_BYTES + 1)
+        if Path(path).is_dir():
+            raise ConfigError(f"{shown}: is a folder; {example}")
+        content = read_bounded(Path(path), MOST_BYTES)  # a pipe would be waited for, and the ranks read it again
     except FileNotFoundError:
-        raise ConfigError(f"{shown}: there is no such file; give the path of {example}") from None
-    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
-        if isinstance(error, ConfigError):
-            raise
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(f"{shown}: cannot be read ({reason}); give the path of {example}") from None
-    if len(content) > MOST_BYTES:
-        raise ConfigError(f"{shown}: more than {MOST_BYTES // 2**10} KiB, which no settings are; is it the right file?")
+        raise ConfigError(f"{shown}: there is no such file; {example}") from None
+    except OSError as error:
+        raise ConfigError(f"{shown}: cannot be read ({error.strerror or error}); {example}") from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

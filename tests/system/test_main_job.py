@@ -146,7 +146,7 @@ def test_too_many_bad_steps_end_the_run(base: Path) -> None:
     """A learning rate that is not a rate: weights overflow, steps are skipped, and the run says so with its own
     code.
     """
-    more = ["train.steps=60", "optim.lr=1.0e38", "optim.min_lr=0", "optim.max_skipped=3", f"run={base / 'diverged'}"]
+    more = ["train.steps=60", "optim.lr=1.0e30", "optim.min_lr=0", "optim.max_skipped=3", f"run={base / 'diverged'}"]
     ended = call("-m", "pretrain", "configs/quickstart.yaml", *settings(base, *more, "train.precision=float32"))
     assert ended.returncode == 3, ended.stderr[-2000:]
     assert "steps in a row were not finite" in ended.stderr
