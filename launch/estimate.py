@@ -17,7 +17,7 @@ from common.gpus import GIB
 from launch import footprint
 from launch.cluster import HOP_S, LINK_EFFICIENCY, USABLE, Cluster
 from launch.fit import altered, cheapest_changes, divisors, largest_micro_batch
-from launch.footprint import ZERO_DEFAULTS, Memory, Parameters, zero_stage
+from launch.footprint import ZERO_DEFAULTS, Memory, Parameters
 from launch.traffic import Collective, collectives
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -
     return Plan(
         cluster=cluster,
         parameters=footprint.parameters(cfg),
-        zero=zero_stage(cfg),
+        zero=cfg.zero_stage(),
         vocab_ranks=footprint.vocab_ranks(cfg, cluster),
         accumulation=cfg.accumulation(cluster.gpus),
         memory=footprint.memory(cfg, cluster),
@@ -191,7 +191,7 @@ def step_time(cfg: RunConfig, cluster: Cluster) -> StepTime:
     for collective in collectives(cfg, cluster):
         exposed[collective.behind] += collective.seconds(gpu)
     elements = footprint.parameters(cfg).trunk
-    own = elements if zero_stage(cfg) == 0 else -(-elements // cluster.gpus)
+    own = elements if cfg.zero_stage() == 0 else -(-elements // cluster.gpus)
     return StepTime(
         compute_s=sum(work.values()),
         exposed_s=sum(max(0.0, seconds) for seconds in exposed.values()),
@@ -219,7 +219,7 @@ def assumptions(cluster: Cluster) -> list[str]:
 
 def _notes(cfg: RunConfig, cluster: Cluster) -> Iterator[str]:
     """What the reader of this plan in particular should know."""
-    if zero_stage(cfg) != cfg.parallel.zero:
+    if cfg.zero_stage() != cfg.parallel.zero:
         yield "bf16 at ZeRO stage 0 runs as stage 1"
     if not cfg.head.settings.by_product:
         yield f"head.distance={cfg.head.distance} goes entry by entry: the time is a lower bound"

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from launch.cluster import Cluster
-from launch.footprint import memory, vocab_ranks, zero_stage
+from launch.footprint import memory, vocab_ranks
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -70,7 +70,7 @@ def _checkpointed(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
 
 
 def _higher_stage(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
-    for stage in range(zero_stage(cfg) + 1, 4):
+    for stage in range(cfg.zero_stage() + 1, 4):
         yield f"parallel.zero={stage}", altered(cfg, parallel={"zero": stage}), cluster
 
 

@@ -115,11 +115,6 @@ def vocab_ranks(cfg: RunConfig, cluster: Cluster) -> int:
     return cfg.parallel.vocab_ranks(cluster.gpus, cluster.ranks_per_node)
 
 
-def zero_stage(cfg: RunConfig) -> int:
-    """As pretrain.engine.zero_stage, which brings DeepSpeed: a test compares them."""
-    return max(cfg.parallel.zero, 1) if cfg.train.precision == "bf16" else cfg.parallel.zero
-
-
 def width(cfg: RunConfig) -> int:
     """Bytes of the compute dtype."""
     return 2 if cfg.train.precision == "bf16" else 4
@@ -199,7 +194,7 @@ class _TrunkMemory:
 
 def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
     """As DeepSpeed 0.19's optimiser classes hold the trunk; which class runs is pretrain.engine's doing."""
-    total, b, stage = parameters(cfg).trunk, width(cfg), zero_stage(cfg)
+    total, b, stage = parameters(cfg).trunk, width(cfg), cfg.zero_stage()
     share, bucket = -(-total // world), int(zero_settings(cfg)["reduce_bucket_size"])
     groups = optimizer_groups(cfg)
     largest = max(map(sum, groups))

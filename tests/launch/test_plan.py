@@ -33,7 +33,6 @@ from launch.footprint import (
     parameters,
     replicated_head,
     stage3_gathers,
-    zero_stage,
 )
 from launch.traffic import Collective, collectives
 from tests.support.decoders import decoder_settings
@@ -148,7 +147,7 @@ def test_deepspeed_is_as_the_plan_takes_it(precision: str) -> None:
 
     for zero in range(4):
         cfg = tiny_config(parallel__zero=zero, train__precision=precision)
-        assert zero_stage(cfg) == engine.zero_stage(cfg)
+        assert cfg.zero_stage() == engine.deepspeed_config(cfg, 1)["zero_optimization"]["stage"]
     fields = DeepSpeedZeroConfig.model_fields
     theirs = {field.alias or name: field.default for name, field in fields.items()}
     assert {name: theirs[name] for name in ZERO_DEFAULTS} == ZERO_DEFAULTS
