@@ -9,7 +9,6 @@ compared: a CPU says nothing of a GPU's.
 from __future__ import annotations
 
 import tempfile
-import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,13 +22,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measuring import parser, wide_console
 from launch.cluster import Cluster
-from launch.footprint import activations, memory
+from launch.footprint import memory, traced
 from launch.traffic import collectives
+from pretrain.activations import Alive
 from pretrain.config import RunConfig, from_tree
 from tests.support.ranks import run_ranks
 
@@ -114,7 +113,7 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
         "trunk masters and moments": standing["trunk masters"] + standing["trunk moments"],
         "trunk gradients": gradients + standing["reduction buffers"],
         "head": standing["head masters"] + standing["head moments"] + standing["head gradients"],
-        "activations": activations(cfg),
+        "activations": traced(cfg).kept,
         "peak": planned.peak,
     }
     sent: Counter[str] = Counter()
@@ -149,39 +148,22 @@ def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
     return steps
 
 
-class Watch(TorchDispatchMode):
+class Watch(Alive):
     """Counts the bytes of storages that are alive, and those that collectives are called with."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: set[int] = set()
-        self.now = self.most = 0
         self.sent: Counter[tuple[str, int]] = Counter()
 
     def add(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage from here until it is freed, once; meta tensors have none."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.alive or tensor.device.type == "meta":
-            return
-        self.alive.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
+        """As Alive.add; meta tensors have no storage here."""
+        if tensor.device.type != "meta":
+            super().add(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self._count(func, args)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self.add(tensor)
-        return out
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _count(self, func: Any, args: Any) -> None:
         name = func._schema.name.removeprefix("c10d::")

@@ -142,8 +142,8 @@ def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -
             stage: footprint.memory(altered(cfg, parallel={"zero": stage}), cluster) for stage in range(4)
         },
         activation_bytes={
-            "kept": footprint.activations(altered(cfg, model={"activation_checkpointing": False})),
-            "recomputed": footprint.activations(altered(cfg, model={"activation_checkpointing": True})),
+            "kept": footprint.traced(altered(cfg, model={"activation_checkpointing": False})).kept,
+            "recomputed": footprint.traced(altered(cfg, model={"activation_checkpointing": True})).kept,
         },
         collectives=tuple(collectives(cfg, cluster)),
         time=step_time(cfg, cluster),

@@ -1,5 +1,5 @@
 """What a run keeps in a GPU's memory, from its configuration alone: the trunk as DeepSpeed 0.19's ZeRO holds it, the
-prototypes beside it, activations, and the head's working memory. The model's sizes are model/config.py's.
+prototypes beside it, and the head's working memory; the model's sizes are model/config.py's. Activations are traced.
 
 `python -m benchmarks.plan` compares this with what is really allocated.
 
@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.command import importing
 from common.gpus import GIB
 from launch.cluster import Cluster
 
 if TYPE_CHECKING:
+    from pretrain.activations import Traced
     from pretrain.config import RunConfig
 
 # Those of model.harmonic on a GPU; a test compares them, as plans are made without torch's modules.
@@ -130,9 +132,11 @@ def pass_tokens(cfg: RunConfig) -> int:
     return cfg.train.micro_batch * cfg.model.seq_len
 
 
-def activations(cfg: RunConfig) -> int:
-    """Bytes that the trunk's forward pass keeps for the backward pass."""
-    return cfg.model.activations(cfg.train.micro_batch, width(cfg))
+def traced(cfg: RunConfig) -> Traced:
+    """What the trunk's passes keep and need, traced through its modules: brings torch."""
+    with importing():
+        from pretrain.activations import traced
+    return traced(cfg.model, cfg.train.micro_batch, width(cfg))
 
 
 def head_chunks(cfg: RunConfig, vocab_ranks: int, gpu_memory: int) -> tuple[int, int]:
@@ -162,17 +166,17 @@ def memory(cfg: RunConfig, cluster: Cluster) -> Memory:
     trunk = _trunk_memory(cfg, world)
     head_standing = {"head masters": 4 * rows, "head moments": 8 * rows, "head gradients": 4 * rows}
     _, workspace = head_chunks(cfg, k, cluster.hardware.memory)
-    kept, hidden = activations(cfg), n * d * b
+    passes, hidden = traced(cfg), n * d * b
     head = {
-        "activations": kept,
+        "activations": passes.kept,
         "head workspace": workspace,
         "prototypes in the compute dtype": rows * b,
         "gradient of this pass's prototypes": 4 * rows if several else 0,
         "gradient of hidden states": hidden,
     }
     backward = {
-        "activations": kept - cfg.model.final_activations(cfg.train.micro_batch, b),
-        "gradients of activations, recomputed ones": n * cfg.model.gradient_work(b),
+        "activations": min(passes.kept, passes.fullest),
+        "gradients of activations, recomputed ones": max(0, passes.fullest - passes.kept),
     }
     phases = {"head": {**head, **trunk.turn}, "backward": {**backward, **trunk.backward}, "update": trunk.update}
     if cfg.model.tied:

@@ -21,7 +21,7 @@ ALLOWED_WITHIN = {  # folder -> folders of the house that it may import
     "model": {"model"},
     "pretrain": {"pretrain", "model", "data", "common"},
     "launch": {
-        *("launch", "common", "pretrain.config", "pretrain.run_folder"),
+        *("launch", "common", "pretrain.config", "pretrain.run_folder", "pretrain.activations"),
         *("pretrain.runtime.claim", "pretrain.runtime.endings"),
     },
     "cli": {"cli", "launch", "pretrain", "data", "common"},
