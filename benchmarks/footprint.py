@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,8 +132,8 @@ def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
     steps = []
     for cfg in configs:
         own = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-        trainer = Trainer(cfg, own)
-        shape = (cfg.train.micro_batch, cfg.model.seq_len + 1)
+        trainer = Trainer(cfg, own, eos_id=0)
+        shape = (cfg.train.micro_batch, cfg.model.seq_len + 1 if cfg.model.causal else 2 * cfg.model.seq_len)
         batches = [torch.randint(cfg.model.vocab_size, shape) for _ in range(cfg.accumulation(ranks.world))]
         for _ in range(2):  # moments are made in the first, ZeRO 3 learns the order of modules
             trainer.train_step(batches, 1e-4)
@@ -281,43 +281,42 @@ class Compared:
 
 def compare(world: int, configs: list[RunConfig], folder: Path) -> list[Compared]:
     """Runs the configurations on `world` ranks; every kind that is planned or was seen."""
-    measured_by_config = run_ranks(measured, world, folder, configs=configs)[0]
-    compared = []
-    for cfg, seen in zip(configs, measured_by_config, strict=True):
-        planned = predicted(cfg, world)
-        for kind in {**planned, **seen}:
-            pair = planned.get(kind, 0), seen.get(kind, 0)
-            if max(pair) > SMALL:
-                compared.append(Compared(name_of(cfg, world), kind, *pair))
-    return compared
+    seen = run_ranks(measured, world, folder, configs=configs)[0]
+    return [
+        one for cfg, counts in zip(configs, seen, strict=True) for one in pairs(name_of(cfg, world), cfg, counts, world)
+    ]
 
 
-def validate(console: Console, worlds: list[int]) -> None:
-    """Prints a row for each case and kind, of all numbers of ranks, and how many agree."""
+def pairs(case: str, cfg: RunConfig, seen: dict[str, float], world: int) -> Iterator[Compared]:
+    """Every kind that is planned for a case or was seen."""
+    planned = predicted(cfg, world)
+    for kind in {**planned, **seen}:
+        pair = planned.get(kind, 0), seen.get(kind, 0)
+        if max(pair) > SMALL:
+            yield Compared(case, kind, *pair)
+
+
+def show(console: Console, compared: Iterable[Compared]) -> None:
+    """Prints a row for each case and kind, and how many agree."""
     table = Table("case", "bytes of", "planned, kB", "measured, kB", "planned / measured")
-    compared = []
-    with tempfile.TemporaryDirectory() as place:
-        for world in worlds:
-            compared += compare(world, cases(world), Path(place))
-    last = ""
+    last, off, count = "", 0, 0
     for one in compared:
         table.add_row(
             one.case if one.case != last else "", one.kind, f"{one.predicted / 1e3:,.0f}", f"{one.measured / 1e3:,.0f}",
             f"{one.ratio:.3f}" + ("" if one.agrees else " *"),
         )  # fmt: skip
-        last = one.case
+        last, off, count = one.case, off + (not one.agrees), count + 1
     console.print(table)
-    off = [one for one in compared if not one.agrees]
-    console.print(
-        f"{len(compared) - len(off)} of {len(compared)} within {TOLERANCE:.0%}" + "; * marks the others" * bool(off)
-    )
+    console.print(f"{count - off} of {count} within {TOLERANCE:.0%}" + "; * marks the others" * bool(off))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     command = parser("plan", __doc__)
     command.add_argument("--worlds", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default 2 4)")
-    validate(wide_console(120), command.parse_args(argv).worlds)
+    with tempfile.TemporaryDirectory() as place:
+        worlds = command.parse_args(argv).worlds
+        show(wide_console(120), [one for world in worlds for one in compare(world, cases(world), Path(place))])
 
 
 if __name__ == "__main__":

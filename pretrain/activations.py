@@ -58,19 +58,26 @@ class Alive(TorchDispatchMode):
         return out
 
 
+# The stand-ins below make tensors of the right sizes, and finite numbers of no meaning.
+
+
+def _made(x: Tensor) -> Tensor:
+    """A tensor like another one, without gaps."""
+    return torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+
+
 class _Attention(torch.autograd.Function):
     """As flash kernels: q, k, v, what is mixed, and the log-sum-exp of each head (B, H, T) in float32."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mixed = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-        b, t, h, _ = q.shape
-        ctx.save_for_backward(q, k, v, mixed, torch.empty(b, h, t, device=q.device))
+        mixed = q.clone(memory_format=torch.contiguous_format)
+        ctx.save_for_backward(q, k, v, mixed, _made(q[..., 0].float()))
         return mixed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in ctx.saved_tensors[:3])
+        return tuple(_made(x) for x in ctx.saved_tensors[:3])
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -78,13 +85,12 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight, torch.empty(x.shape[:-1], device=x.device))
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        ctx.save_for_backward(x, weight, _made(x[..., 0].float()))
+        return x.clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight)
+        return grad.clone(memory_format=torch.contiguous_format), _made(ctx.saved_tensors[1])
 
 
 class _Dropout(torch.autograd.Function):
@@ -92,12 +98,12 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(torch.empty(x.shape, dtype=torch.bool, device=x.device))
-        return torch.empty_like(x)
+        ctx.save_for_backward(torch.zeros(x.shape, dtype=torch.bool, device=x.device))
+        return x.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return torch.empty_like(grad)
+        return grad.clone()
 
 
 class _Head(torch.autograd.Function):
@@ -114,7 +120,9 @@ class _Head(torch.autograd.Function):
 
 
 @contextmanager
-def _kernels_of_a_gpu() -> Iterator[None]:
+def kernels_of_a_gpu() -> Iterator[None]:
+    """Decoders keep, wherever they are, what they would keep on a GPU; what they compute has no meaning."""
+
     def pattern(config: DecoderConfig, x: Tensor, positions: Tensor | None, *_: Any) -> attention.Pattern:
         turns = None
         if not isinstance(config.positions, str):
@@ -169,7 +177,7 @@ def _trace(kind: DecoderConfig, layers: int, sequences: int, width: int) -> Trac
         module = decoder.Decoder(kind.model_copy(update={"layers": layers}), hidden_length=1.0).to(dtype).train()
     for parameter in module.parameters():
         parameter.register_post_accumulate_grad_hook(lambda own: setattr(own, "grad", None))
-    with _kernels_of_a_gpu(), Alive() as alive:
+    with kernels_of_a_gpu(), Alive() as alive:
         embedded = torch.empty(sequences, kind.seq_len, kind.dim, dtype=dtype, device="meta")
         # the lookup's result, whose own gradient is the table's
         embedded = _Head.apply(torch.empty((), device="meta", requires_grad=True)).to(dtype) + embedded
