@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measuring import parser, wide_console
+from launch import host
 from launch.cluster import Cluster
 from launch.footprint import memory, traced
 from launch.traffic import collectives
@@ -105,16 +106,21 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
     """Bytes by kind, as `measured` names them."""
     cluster = Cluster(gpus=world)
     planned = memory(cfg, cluster)
-    standing = Counter(planned.standing)
+    standing: Counter[str] = Counter(planned.standing)
     gradients = standing["trunk gradients in float32"] + standing["trunk gradients"]
     gradients += planned.phases["update"].get("trunk gradients", 0)  # where they come and go
+    on_host = {what: size / cluster.ranks_per_node for what, size in host.memory(cfg, cluster).items()}
+    offloaded = sum(size for what, size in on_host.items() if what.startswith("offloaded"))
+    standing["trunk masters"] += on_host.get("offloaded masters and moments", 0)  # a CPU has one memory for both
+    standing["trunk weights"] += on_host.get("offloaded weights", 0)
+    gradients += on_host.get("offloaded gradients and buffers", 0)
     kept = {
         "trunk weights": standing["trunk weights"],
         "trunk masters and moments": standing["trunk masters"] + standing["trunk moments"],
         "trunk gradients": gradients + standing["reduction buffers"],
         "head": standing["head masters"] + standing["head moments"] + standing["head gradients"],
         "activations": traced(cfg).kept,
-        "peak": planned.peak,
+        "peak": planned.peak + offloaded,
     }
     sent: Counter[str] = Counter()
     for call in collectives(cfg, cluster):

@@ -29,6 +29,7 @@ BUCKETS = {
     "stage3_max_live_parameters": 600_000,
     "stage3_max_reuse_distance": 100_000,
 }
+OFFLOADED = ("gpt2-124m-untied+optimizer", "qwen2-0.5b+optimizer", "llama3-8b+optimizer", "llama3-8b+optimizer+param")
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -65,8 +66,11 @@ def compared(names: list[str]) -> Iterator[Compared]:
     here = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": WORLD, "LOCAL_WORLD_SIZE": WORLD, "MASTER_PORT": 1}
     os.environ.update({name: str(value) for name, value in here.items()}, MASTER_ADDR="127.0.0.1")
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=WORLD)
-    for name in names:
-        cfg = small(load(CONFIGS / f"{name}.yaml"))
+    for name in names:  # of a recipe, and of what is offloaded
+        recipe, *offloaded = name.split("+")
+        cfg = small(load(CONFIGS / f"{recipe}.yaml"))
+        sections = {f"offload_{what}": {"device": "cpu"} for what in offloaded}
+        cfg = cfg.model_copy(update={"deepspeed": {"zero_optimization": {**BUCKETS, **sections}}})
         with kernels_of_a_gpu():
             seen = measured([cfg])[0]
         yield from pairs(name, cfg, seen, WORLD)
@@ -75,8 +79,10 @@ def compared(names: list[str]) -> Iterator[Compared]:
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     command = parser("recipes", __doc__)
-    command.add_argument("names", nargs="*", metavar="NAME", help="of recipes (default: all)")
-    show(wide_console(120), compared(command.parse_args(argv).names or recipes()))
+    command.add_argument(
+        "names", nargs="*", metavar="NAME", help="of recipes, such as llama3-8b+optimizer (default: all)"
+    )
+    show(wide_console(120), compared(command.parse_args(argv).names or [*recipes(), *OFFLOADED]))
 
 
 if __name__ == "__main__":

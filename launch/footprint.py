@@ -216,8 +216,10 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
     if stage == 0:
         standing = {"trunk weights": 4 * total, "trunk moments": 8 * total}
         return made(standing, 4 * total, {"gradients in one piece": 4 * min(total, FLAT_BUCKET)})
-    standing = {"trunk weights": b * total, "trunk masters": 4 * share, "trunk moments": 8 * share}
-    if stage == 1 and b == 2:  # BF16_Optimizer: every rank adds all gradients up in float32
+    offloads = cfg.offloads("optimizer")
+    own = {} if offloads else {"trunk masters": 4 * share, "trunk moments": 8 * share}
+    standing = {"trunk weights": b * total, **own}
+    if stage == 1 and b == 2 and not offloads:  # BF16_Optimizer: every rank adds all gradients up in float32
         reduced = {"gradients to be reduced": 2 * largest if sum(groups[0]) > FLAT_BUCKET else 6 * total}
         return made({**standing, "trunk gradients in float32": 4 * total}, 2 * total, reduced)
     if stage < 3:  # DeepSpeedZeroOptimizer: float32 gradients stay views of whole parameters
@@ -225,12 +227,16 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
         whole = {"gradients before they are reduced": 4 * total} if stage == 1 and several else {}
         buckets = 2 if zero_settings(cfg)["overlap_comm"] else 1  # and a copy while one is reduced
         buffers = {"reduction buffers": b * (buckets * bucket + min(bucket, total))}
-        flat = {"gradients in one piece": 4 * -(-largest // world)}
+        flat = {} if offloads else {"gradients in one piece": 4 * -(-largest // world)}
+        if offloads:  # a parameter's gradient on its way
+            standing["reduction buffers"] = b * max(max(group) for group in groups)
         return made(standing, 4 * own, flat, turn=whole, backward={**buffers, **whole})
-    standing = {**standing, "trunk weights": b * share, "trunk gradients in float32": 4 * share}
+    standing = {"trunk weights": 0 if cfg.offloads("param") else b * share, **own}
+    if not offloads:
+        standing["trunk gradients in float32"] = 4 * share
     _, live, _ = stage3_gathers(cfg)
     gathered = {"gathered weights": b * live}
-    update = {"gradients in one piece": 4 * share}
+    update = {} if offloads else {"gradients in one piece": 4 * share}
     return _TrunkMemory({**standing, "reduction buffers": b * bucket}, gathered, gathered, update)
 
 
