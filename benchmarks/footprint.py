@@ -109,7 +109,7 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
     standing: Counter[str] = Counter(planned.standing)
     gradients = standing["trunk gradients in float32"] + standing["trunk gradients"]
     gradients += planned.phases["update"].get("trunk gradients", 0)  # where they come and go
-    on_host = {what: size / cluster.ranks_per_node for what, size in host.memory(cfg, cluster).items()}
+    on_host = {what: size // cluster.ranks_per_node for what, size in host.memory(cfg, cluster).items()}
     offloaded = sum(size for what, size in on_host.items() if what.startswith("offloaded"))
     standing["trunk masters"] += on_host.get("offloaded masters and moments", 0)  # a CPU has one memory for both
     standing["trunk weights"] += on_host.get("offloaded weights", 0)

@@ -170,7 +170,8 @@ INTRODUCTION = """\
 
 Made by `python -m benchmarks.scaling > docs/scaling.md`. **Everything here is a plan, not a measurement**: what
 `overtone plan` computes for H100s, 8 in a node, at a fixed batch. Memory and traffic were compared with what
-small runs on a CPU allocate and send (`python -m benchmarks.footprint`); time was compared with nothing.
+small runs on a CPU allocate and send (`python -m benchmarks.footprint`, and `python -m benchmarks.recipes` for every
+recipe); time was compared with nothing. A plan of your own run names the faster layouts among these as key=value.
 
 A row is the fastest plan that fits for its number of GPUs and its vocabulary group: 1 (every GPU holds all prototypes),
 node or world. The layout is the ZeRO stage of the trunk, the micro-batch, and whether blocks are recomputed. Waiting is

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from launch import host
 from launch.cluster import Cluster
@@ -135,7 +135,8 @@ def _more_gpus(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
 
 def _offloaded(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
     zero, words = dict(cfg.deepspeed.get("zero_optimization", {})), []
-    for what in ("optimizer", *(["param"] if cfg.zero_stage() == 3 else [])):
+    parts: tuple[Literal["optimizer", "param"], ...] = ("optimizer", "param")
+    for what in parts[: 1 + (cfg.zero_stage() == 3)]:
         if cfg.zero_stage() and not cfg.offloads(what):
             zero[f"offload_{what}"] = {"device": "cpu"}
             words.append(f"deepspeed.zero_optimization.offload_{what}.device=cpu")

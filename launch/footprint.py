@@ -217,8 +217,8 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
         standing = {"trunk weights": 4 * total, "trunk moments": 8 * total}
         return made(standing, 4 * total, {"gradients in one piece": 4 * min(total, FLAT_BUCKET)})
     offloads = cfg.offloads("optimizer")
-    own = {} if offloads else {"trunk masters": 4 * share, "trunk moments": 8 * share}
-    standing = {"trunk weights": b * total, **own}
+    stepped = {} if offloads else {"trunk masters": 4 * share, "trunk moments": 8 * share}
+    standing = {"trunk weights": b * total, **stepped}
     if stage == 1 and b == 2 and not offloads:  # BF16_Optimizer: every rank adds all gradients up in float32
         reduced = {"gradients to be reduced": 2 * largest if sum(groups[0]) > FLAT_BUCKET else 6 * total}
         return made({**standing, "trunk gradients in float32": 4 * total}, 2 * total, reduced)
@@ -231,7 +231,7 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
         if offloads:  # a parameter's gradient on its way
             standing["reduction buffers"] = b * max(max(group) for group in groups)
         return made(standing, 4 * own, flat, turn=whole, backward={**buffers, **whole})
-    standing = {"trunk weights": 0 if cfg.offloads("param") else b * share, **own}
+    standing = {"trunk weights": 0 if cfg.offloads("param") else b * share, **stepped}
     if not offloads:
         standing["trunk gradients in float32"] = 4 * share
     _, live, _ = stage3_gathers(cfg)
