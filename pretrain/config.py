@@ -105,7 +105,7 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
         return self.min_lr + (self.lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-Share = Annotated[int, Field(le=10**6)]
+Share = Annotated[int, Field(gt=0, le=10**6)]
 
 
 class ParallelConfig(BaseModel, extra="forbid", frozen=True):
@@ -114,12 +114,6 @@ class ParallelConfig(BaseModel, extra="forbid", frozen=True):
     vocab: Share | Literal["node", "world"] = "node"  # ranks that share one set of prototypes
     zero: Literal[0, 1, 2, 3] = 1  # ZeRO stage of the trunk
     backend: Literal["auto", "gloo"] = "auto"  # gloo, for tests: no NCCL, and ranks may share a GPU
-
-    @model_validator(mode="after")
-    def _some_ranks(self) -> ParallelConfig:
-        if isinstance(self.vocab, int) and self.vocab < 1:
-            raise ValueError(f"vocab={self.vocab} must be 1 or more ranks, node or world")
-        return self
 
     def vocab_ranks(self, world: int, ranks_per_node: int) -> int:
         """Ranks of a vocabulary group in a world of `world`."""

@@ -32,6 +32,7 @@ from common.settings import read_tree, validate
 from common.yaml_tree import parse, to_yaml
 from data.config import DataConfig
 from pretrain.config import RunConfig, dump, from_tree, load
+from pretrain.deepspeed_settings import DeepSpeedSettings
 from pretrain.run_folder import RunFolder
 from pretrain.study.algorithmic_config import AlgorithmicConfig
 from pretrain.study.grid import LanguageConfig
@@ -355,3 +356,26 @@ def test_an_alias_is_a_copy_and_a_merge_gives_way(tmp_path) -> None:
 )
 def test_words_are_read_as_they_look(text, value) -> None:
     assert parse(text, "it") == value and type(parse(text, "it")) is type(value)
+
+
+CHECKED_BY_A_FUNCTION = {"exponent", "params", "grid", "betas", "fractions"}
+ENDS = ({"minimum", "exclusiveMinimum"}, {"maximum", "exclusiveMaximum"})
+
+
+def open_ended(node: Any, path: tuple[str, ...] = ()) -> Iterator[str]:
+    """The dotted paths of a schema's numbers that have no least or no greatest value."""
+    if isinstance(node, list):
+        for value in node:
+            yield from open_ended(value, path)
+    if not isinstance(node, dict) or CHECKED_BY_A_FUNCTION & set(path):
+        return
+    number = node.get("type") in ("integer", "number") and not {"enum", "const"} & set(node)
+    if number and not all(end & set(node) for end in ENDS):
+        yield ".".join(path)
+    for key, value in node.items():
+        yield from open_ended(value, (*path, key))
+
+
+@pytest.mark.parametrize("model", [RunConfig, LanguageConfig, AlgorithmicConfig, DeepSpeedSettings])
+def test_every_number_has_a_range(model) -> None:
+    assert set(open_ended(model.model_json_schema())) == set()

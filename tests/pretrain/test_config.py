@@ -43,7 +43,7 @@ from tests.support.tiny import make_data, tiny_config, tiny_tree
         ({"optim__min_lr": 1.0}, "min_lr=1.0 must not be above lr=0.01"),
         ({"optim__betas": [0.9, 1.5]}, "must lie in"),
         ({"parallel__zero": 4}, "parallel.zero: given 4"),
-        ({"parallel__vocab": 0}, "vocab=0 must be 1 or more"),
+        ({"parallel__vocab": 0}, "parallel.vocab: given 0; expected greater than 0 or 'node' or 'world'"),
         ({"data__tokenizer__vocab_size": 70_000}, "does not fit dtype uint16"),
         ({"deepspeed": {"train_batch_size": 8}}, "train_batch_size is set by Overtone itself: use train.tokens"),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, "deepspeed.zero_optimization.stage .* use parallel.zero"),
