@@ -25,7 +25,8 @@ from launch.traffic import Collective, collectives
 if TYPE_CHECKING:
     from pretrain.config import EnergyConfig, RunConfig
 
-WORTH = 0.02  # of a step's time: settings that gain less are not told
+WORTH = 0.05  # of a step that another layout must save to be named: the arithmetic is no better
+ALIKE = 0.01  # of a step: layouts that differ by less are as fast
 
 
 @dataclass(frozen=True)
@@ -197,13 +198,17 @@ def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -
 
 
 def _fastest(cfg: RunConfig, cluster: Cluster) -> RunConfig:
-    """The fastest layout that fits, or this one where it gains less than WORTH, or does not fit itself."""
+    """The fastest layout that fits, or this one where it gains less than WORTH, or does not fit itself; of those that
+    are ALIKE the nearest to this one, with the largest micro-batch.
+    """
     if not fits(cfg, cluster):
         return cfg
     limit = step_time(cfg, cluster).total_s / (1 + WORTH)
     quicker = ((step_time(layout, cluster).total_s, layout) for layout in layouts(cfg, cluster))
     by_time = sorted((pair for pair in quicker if pair[0] < limit), key=lambda pair: pair[0])
-    return next((layout for _, layout in by_time if fits(layout, cluster)), cfg)
+    best = next((time for time, layout in by_time if fits(layout, cluster)), 0.0)
+    alike = (layout for time, layout in by_time if best <= time <= best * (1 + ALIKE) and fits(layout, cluster))
+    return min(alike, key=lambda layout: (len(settings_between(cfg, layout)), -layout.train.micro_batch), default=cfg)
 
 
 def _check(cfg: RunConfig, cluster: Cluster) -> None:
