@@ -9,9 +9,8 @@ compared: a CPU says nothing of a GPU's.
 from __future__ import annotations
 
 import tempfile
-import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +22,14 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.measuring import parser, wide_console
+from launch import host
 from launch.cluster import Cluster
-from launch.footprint import activations, memory
+from launch.footprint import memory, traced
 from launch.traffic import collectives
+from pretrain.activations import Alive
 from pretrain.config import RunConfig, from_tree
 from tests.support.ranks import run_ranks
 
@@ -106,16 +106,21 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
     """Bytes by kind, as `measured` names them."""
     cluster = Cluster(gpus=world)
     planned = memory(cfg, cluster)
-    standing = Counter(planned.standing)
+    standing: Counter[str] = Counter(planned.standing)
     gradients = standing["trunk gradients in float32"] + standing["trunk gradients"]
     gradients += planned.phases["update"].get("trunk gradients", 0)  # where they come and go
+    on_host = {what: size // cluster.ranks_per_node for what, size in host.memory(cfg, cluster).items()}
+    offloaded = sum(size for what, size in on_host.items() if what.startswith("offloaded"))
+    standing["trunk masters"] += on_host.get("offloaded masters and moments", 0)  # a CPU has one memory for both
+    standing["trunk weights"] += on_host.get("offloaded weights", 0)
+    gradients += on_host.get("offloaded gradients and buffers", 0)
     kept = {
         "trunk weights": standing["trunk weights"],
         "trunk masters and moments": standing["trunk masters"] + standing["trunk moments"],
         "trunk gradients": gradients + standing["reduction buffers"],
         "head": standing["head masters"] + standing["head moments"] + standing["head gradients"],
-        "activations": activations(cfg),
-        "peak": planned.peak,
+        "activations": traced(cfg).kept,
+        "peak": planned.peak + offloaded,
     }
     sent: Counter[str] = Counter()
     for call in collectives(cfg, cluster):
@@ -133,8 +138,8 @@ def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
     steps = []
     for cfg in configs:
         own = process.with_groups(ranks, cfg.parallel.vocab_ranks(ranks.world, ranks.local_world))
-        trainer = Trainer(cfg, own)
-        shape = (cfg.train.micro_batch, cfg.model.seq_len + 1)
+        trainer = Trainer(cfg, own, eos_id=0)
+        shape = (cfg.train.micro_batch, cfg.model.seq_len + 1 if cfg.model.causal else 2 * cfg.model.seq_len)
         batches = [torch.randint(cfg.model.vocab_size, shape) for _ in range(cfg.accumulation(ranks.world))]
         for _ in range(2):  # moments are made in the first, ZeRO 3 learns the order of modules
             trainer.train_step(batches, 1e-4)
@@ -149,39 +154,22 @@ def measured(configs: list[RunConfig]) -> list[dict[str, float]]:
     return steps
 
 
-class Watch(TorchDispatchMode):
+class Watch(Alive):
     """Counts the bytes of storages that are alive, and those that collectives are called with."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.alive: set[int] = set()
-        self.now = self.most = 0
         self.sent: Counter[tuple[str, int]] = Counter()
 
     def add(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage from here until it is freed, once; meta tensors have none."""
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self.alive or tensor.device.type == "meta":
-            return
-        self.alive.add(key)
-        self.now += size
-        self.most = max(self.most, self.now)
-        weakref.finalize(storage, self._gone, key, size)
-
-    def _gone(self, key: int, size: int) -> None:
-        self.alive.discard(key)
-        self.now -= size
+        """As Alive.add; meta tensors have no storage here."""
+        if tensor.device.type != "meta":
+            super().add(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
             self._count(func, args)
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in given:
-                self.add(tensor)
-        return out
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     def _count(self, func: Any, args: Any) -> None:
         name = func._schema.name.removeprefix("c10d::")
@@ -299,43 +287,42 @@ class Compared:
 
 def compare(world: int, configs: list[RunConfig], folder: Path) -> list[Compared]:
     """Runs the configurations on `world` ranks; every kind that is planned or was seen."""
-    measured_by_config = run_ranks(measured, world, folder, configs=configs)[0]
-    compared = []
-    for cfg, seen in zip(configs, measured_by_config, strict=True):
-        planned = predicted(cfg, world)
-        for kind in {**planned, **seen}:
-            pair = planned.get(kind, 0), seen.get(kind, 0)
-            if max(pair) > SMALL:
-                compared.append(Compared(name_of(cfg, world), kind, *pair))
-    return compared
+    seen = run_ranks(measured, world, folder, configs=configs)[0]
+    return [
+        one for cfg, counts in zip(configs, seen, strict=True) for one in pairs(name_of(cfg, world), cfg, counts, world)
+    ]
 
 
-def validate(console: Console, worlds: list[int]) -> None:
-    """Prints a row for each case and kind, of all numbers of ranks, and how many agree."""
+def pairs(case: str, cfg: RunConfig, seen: dict[str, float], world: int) -> Iterator[Compared]:
+    """Every kind that is planned for a case or was seen."""
+    planned = predicted(cfg, world)
+    for kind in {**planned, **seen}:
+        pair = planned.get(kind, 0), seen.get(kind, 0)
+        if max(pair) > SMALL:
+            yield Compared(case, kind, *pair)
+
+
+def show(console: Console, compared: Iterable[Compared]) -> None:
+    """Prints a row for each case and kind, and how many agree."""
     table = Table("case", "bytes of", "planned, kB", "measured, kB", "planned / measured")
-    compared = []
-    with tempfile.TemporaryDirectory() as place:
-        for world in worlds:
-            compared += compare(world, cases(world), Path(place))
-    last = ""
+    last, off, count = "", 0, 0
     for one in compared:
         table.add_row(
             one.case if one.case != last else "", one.kind, f"{one.predicted / 1e3:,.0f}", f"{one.measured / 1e3:,.0f}",
             f"{one.ratio:.3f}" + ("" if one.agrees else " *"),
         )  # fmt: skip
-        last = one.case
+        last, off, count = one.case, off + (not one.agrees), count + 1
     console.print(table)
-    off = [one for one in compared if not one.agrees]
-    console.print(
-        f"{len(compared) - len(off)} of {len(compared)} within {TOLERANCE:.0%}" + "; * marks the others" * bool(off)
-    )
+    console.print(f"{count - off} of {count} within {TOLERANCE:.0%}" + "; * marks the others" * bool(off))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command."""
     command = parser("plan", __doc__)
     command.add_argument("--worlds", type=int, nargs="+", default=[2, 4], help="numbers of ranks (default 2 4)")
-    validate(wide_console(120), command.parse_args(argv).worlds)
+    with tempfile.TemporaryDirectory() as place:
+        worlds = command.parse_args(argv).worlds
+        show(wide_console(120), [one for world in worlds for one in compare(world, cases(world), Path(place))])
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ kept activations, and micro-batches.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 from common.gpus import GIB, GPUS
 from launch.cluster import Cluster
 from launch.estimate import StepTime, assumptions, step_time
-from launch.fit import altered
+from launch.fit import layouts
 from launch.footprint import Memory, memory, parameters, prototype_elements
 from launch.traffic import collectives
 from pretrain.config import RunConfig, from_tree
@@ -89,19 +88,11 @@ class Point:
 
 def candidates(base: RunConfig, cluster: Cluster, group: int | str) -> Iterator[Point]:
     """The plans for a kind of group that fit the GPUs' memory."""
-    share = base.sequences_per_step() // cluster.gpus
-    for zero, again, size in itertools.product((1, 2, 3), (False, True), MICRO_BATCHES):
-        if share % size:
-            continue
-        cfg = altered(
-            base,
-            parallel={"zero": zero, "vocab": group},
-            model={"activation_checkpointing": again},
-            train={"micro_batch": size},
-        )
-        point = Point(cfg, cluster, step_time(cfg, cluster), memory(cfg, cluster))
-        if point.memory.peak <= cluster.usable_bytes:
-            yield point
+    for cfg in layouts(base, cluster, (group,)):
+        if cfg.train.micro_batch in MICRO_BATCHES:
+            point = Point(cfg, cluster, step_time(cfg, cluster), memory(cfg, cluster))
+            if point.memory.peak <= cluster.usable_bytes:
+                yield point
 
 
 def curve(base: RunConfig) -> dict[int, dict[str, Point]]:
@@ -179,7 +170,8 @@ INTRODUCTION = """\
 
 Made by `python -m benchmarks.scaling > docs/scaling.md`. **Everything here is a plan, not a measurement**: what
 `overtone plan` computes for H100s, 8 in a node, at a fixed batch. Memory and traffic were compared with what
-small runs on a CPU allocate and send (`python -m benchmarks.footprint`); time was compared with nothing.
+small runs on a CPU allocate and send (`python -m benchmarks.footprint`, and `python -m benchmarks.recipes` for every
+recipe); time was compared with nothing. A plan of your own run names the faster layouts among these as key=value.
 
 A row is the fastest plan that fits for its number of GPUs and its vocabulary group: 1 (every GPU holds all prototypes),
 node or world. The layout is the ZeRO stage of the trunk, the micro-batch, and whether blocks are recomputed. Waiting is

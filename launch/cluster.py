@@ -29,6 +29,8 @@ class Cluster:
     network_bytes_s: float | None = None  # between nodes, per GPU and direction
     mfu: float = MFU  # share of the peak FLOP/s that matrix products reach
     watts: float | None = None  # drawn by each GPU
+    node_bytes_s: float | None = None  # inside a node, per GPU and direction
+    host_bytes: float | None = None  # memory of each host
 
     def __post_init__(self) -> None:
         if self.gpu not in GPUS:
@@ -43,7 +45,11 @@ class Cluster:
             )
         if not 0 < self.mfu <= 1:
             raise ConfigError(f"--mfu {self.mfu}: expected a fraction of the peak, above 0 and at most 1")
-        for name, value in (("--link", self.network_bytes_s), ("--watts", self.watts)):
+        given = {
+            "--link": self.network_bytes_s, "--node-link": self.node_bytes_s, "--watts": self.watts,
+            "--host-memory": self.host_bytes,
+        }  # fmt: skip
+        for name, value in given.items():
             if value is not None and not 0 < value < math.inf:
                 raise ConfigError(f"{name}: expected a number above 0")
 
@@ -51,8 +57,12 @@ class Cluster:
     def hardware(self) -> Gpu:
         """The GPU's data sheet, with what was given instead of its figures."""
         sheet = GPUS[self.gpu]
-        network, watts = self.network_bytes_s or sheet.network_bytes_s, self.watts or sheet.watts
-        return replace(sheet, network_bytes_s=network, watts=watts)
+        return replace(
+            sheet,
+            link_bytes_s=self.node_bytes_s or sheet.link_bytes_s,
+            network_bytes_s=self.network_bytes_s or sheet.network_bytes_s,
+            watts=self.watts or sheet.watts,
+        )
 
     def could_be(self, gpus: int) -> bool:
         """Whether so many GPUs are a part of one node or whole nodes."""
@@ -67,3 +77,8 @@ class Cluster:
     def usable_bytes(self) -> int:
         """Bytes of one GPU's memory that a run may fill: USABLE of it."""
         return int(self.hardware.memory * USABLE)
+
+    @property
+    def usable_host_bytes(self) -> int:
+        """Bytes of one host's memory that a run may fill: USABLE of it."""
+        return int((self.host_bytes or self.per_node * self.hardware.host_bytes) * USABLE)

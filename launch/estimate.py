@@ -12,17 +12,20 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.carbon_intensity import grid_intensity
 from common.errors import ConfigError
 from common.gpus import GIB
 from common.numbers import divisors, listed
-from launch import footprint
+from launch import footprint, host
 from launch.cluster import HOP_S, LINK_EFFICIENCY, USABLE, Cluster
-from launch.fit import altered, cheapest_changes, largest_micro_batch
-from launch.footprint import ZERO_DEFAULTS, Memory, Parameters, zero_stage
+from launch.fit import altered, cheapest_changes, fits, largest_micro_batch, layouts, settings_between
+from launch.footprint import ZERO_DEFAULTS, Memory, Parameters
 from launch.traffic import Collective, collectives
 
 if TYPE_CHECKING:
-    from pretrain.config import RunConfig
+    from pretrain.config import EnergyConfig, RunConfig
+
+WORTH = 0.02  # of a step's time: settings that gain less are not told
 
 
 @dataclass(frozen=True)
@@ -58,12 +61,18 @@ class Plan:
     budget_tokens: int
     largest_micro_batch: int | None  # that fits; None: not even one sequence
     changes: tuple[str, ...] | None  # the cheapest that make it fit; None: none was found
+    faster: tuple[str, ...]  # settings of the fastest layout that fits; none: this one is as fast, or it does not fit
+    faster_s: float  # seconds of its step
+    host: Mapping[str, int]  # bytes of the fullest host's memory
+    checkpoint_bytes: int
+    disk_bytes: int  # of all checkpoints that stay, and a draft
+    energy: EnergyConfig
     notes: tuple[str, ...]
 
     @property
     def fits(self) -> bool:
-        """Whether a GPU has room for the fullest phase."""
-        return self.memory.peak <= self.usable_bytes
+        """Whether a GPU has room for the fullest phase, and a host for what is its."""
+        return self.memory.peak <= self.usable_bytes and sum(self.host.values()) <= self.cluster.usable_host_bytes
 
     @property
     def tokens_per_s(self) -> float:
@@ -79,6 +88,21 @@ class Plan:
     def gpu_j(self) -> float:
         """Joules that all GPUs take in the whole run's training."""
         return self.seconds * self.cluster.gpus * self.cluster.hardware.watts
+
+    @property
+    def site_kwh(self) -> float:
+        """Kilowatt hours at the site's meter: `energy.pue` times the GPUs'."""
+        return self.gpu_j / 3.6e6 * self.energy.pue
+
+    @property
+    def gco2e(self) -> float | None:
+        """Grams that making the electricity emits; None: no `energy.grid` is given."""
+        return None if self.energy.grid is None else self.site_kwh * grid_intensity(self.energy.grid)
+
+    @property
+    def cost(self) -> float | None:
+        """In the currency of `energy.price_per_kwh`; None: none is given."""
+        return None if self.energy.price_per_kwh is None else self.site_kwh * self.energy.price_per_kwh
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, derived ones included, in the units of their names."""
@@ -108,8 +132,17 @@ class Plan:
             "seconds": self.seconds,
             "days": self.seconds / 86400,
             "gpu_kwh": self.gpu_j / 3.6e6,
+            "site_kwh": self.site_kwh,
+            "gco2e": self.gco2e,
+            "cost": self.cost,
+            "host": dict(self.host),
+            "usable_host_bytes": self.cluster.usable_host_bytes,
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "disk_bytes": self.disk_bytes,
             "largest_micro_batch": self.largest_micro_batch,
             "changes": self.changes,
+            "faster": self.faster,
+            "faster_s": self.faster_s,
             "assumed": assumptions(self.cluster),
             "notes": self.notes,
         }
@@ -131,10 +164,11 @@ def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -
     _check(cfg, cluster)
     if budget_tokens is not None and not 1 <= budget_tokens < math.inf:
         raise ConfigError(f"--budget-tokens {budget_tokens}: expected 1 or more")
+    fastest = _fastest(cfg, cluster)
     return Plan(
         cluster=cluster,
         parameters=footprint.parameters(cfg),
-        zero=zero_stage(cfg),
+        zero=cfg.zero_stage(),
         vocab_ranks=footprint.vocab_ranks(cfg, cluster),
         accumulation=cfg.accumulation(cluster.gpus),
         memory=footprint.memory(cfg, cluster),
@@ -143,8 +177,8 @@ def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -
             stage: footprint.memory(altered(cfg, parallel={"zero": stage}), cluster) for stage in range(4)
         },
         activation_bytes={
-            "kept": footprint.activations(altered(cfg, model={"activation_checkpointing": False})),
-            "recomputed": footprint.activations(altered(cfg, model={"activation_checkpointing": True})),
+            "kept": footprint.traced(altered(cfg, model={"activation_checkpointing": False})).kept,
+            "recomputed": footprint.traced(altered(cfg, model={"activation_checkpointing": True})).kept,
         },
         collectives=tuple(collectives(cfg, cluster)),
         time=step_time(cfg, cluster),
@@ -153,7 +187,23 @@ def plan(cfg: RunConfig, cluster: Cluster, budget_tokens: float | None = None) -
         largest_micro_batch=largest_micro_batch(cfg, cluster),
         changes=cheapest_changes(cfg, cluster),
         notes=tuple(_notes(cfg, cluster)),
+        faster=settings_between(cfg, fastest),
+        faster_s=step_time(fastest, cluster).total_s,
+        host=host.memory(cfg, cluster),
+        checkpoint_bytes=host.checkpoint_bytes(cfg),
+        disk_bytes=host.disk_bytes(cfg),
+        energy=cfg.energy,
     )
+
+
+def _fastest(cfg: RunConfig, cluster: Cluster) -> RunConfig:
+    """The fastest layout that fits, or this one where it gains less than WORTH, or does not fit itself."""
+    if not fits(cfg, cluster):
+        return cfg
+    limit = step_time(cfg, cluster).total_s / (1 + WORTH)
+    quicker = ((step_time(layout, cluster).total_s, layout) for layout in layouts(cfg, cluster))
+    by_time = sorted((pair for pair in quicker if pair[0] < limit), key=lambda pair: pair[0])
+    return next((layout for _, layout in by_time if fits(layout, cluster)), cfg)
 
 
 def _check(cfg: RunConfig, cluster: Cluster) -> None:
@@ -164,7 +214,9 @@ def _check(cfg: RunConfig, cluster: Cluster) -> None:
         possible = [gpus for gpus in divisors(sequences) if cluster.could_be(gpus)]
         raise ConfigError(
             f"--gpus {cluster.gpus}: train.tokens_per_step={cfg.train.tokens_per_step} is {sequences} sequences, which "
-            f"{cluster.gpus} GPUs cannot share. Possible: {listed(possible, 'none')}."
+            f"{cluster.gpus} GPUs cannot share. Possible: {listed(possible, 'none')}; or another batch, such as "
+            f"train.tokens_per_step={-(-sequences // cluster.gpus) * cluster.gpus * cfg.model.seq_len} "
+            "train.micro_batch=1."
         )
     check_layout(cfg, cluster.gpus, cluster.ranks_per_node)
     zero = cfg.deepspeed.get("zero_optimization", {})
@@ -191,12 +243,10 @@ def step_time(cfg: RunConfig, cluster: Cluster) -> StepTime:
     exposed = {name: -room for name, room in hidden.items()}  # below 0: computing still hides communication
     for collective in collectives(cfg, cluster):
         exposed[collective.behind] += collective.seconds(gpu)
-    elements = footprint.parameters(cfg).trunk
-    own = elements if zero_stage(cfg) == 0 else -(-elements // cluster.gpus)
     return StepTime(
         compute_s=sum(work.values()),
-        exposed_s=sum(max(0.0, seconds) for seconds in exposed.values()),
-        update_s=28 * (own + footprint.prototype_elements(cfg, cluster)) / gpu.memory_bytes_s,
+        exposed_s=sum(max(0.0, seconds) for seconds in exposed.values()) + host.moving_s(cfg, cluster),
+        update_s=host.update_s(cfg, cluster),
     )
 
 
@@ -214,13 +264,16 @@ def assumptions(cluster: Cluster) -> list[str]:
         "overlap_comm); the head's maxima, sums and scattered gradients hide behind its own, gathered hidden states "
         "do not; nor do prototype gradients",
         f"every GPU draws {gpu.watts:.0f} W" + ("" if cluster.watts else ", the most that its board takes"),
-        "hosts, network and cooling take no energy",
+        "hosts and network take no energy; cooling and losses are energy.pue times the GPUs', 1 unless it is given",
+        f"a GPU's share of its host is {gpu.host_link_bytes_s / 1e9:.0f} GB/s each way and "
+        f"{gpu.host_memory_bytes_s / 1e9:.0f} GB/s of memory, of which {cluster.usable_host_bytes / GIB:,.0f} GiB of a "
+        "host can be used; nothing hides what is offloaded",
     ]
 
 
 def _notes(cfg: RunConfig, cluster: Cluster) -> Iterator[str]:
     """What the reader of this plan in particular should know."""
-    if zero_stage(cfg) != cfg.parallel.zero:
+    if cfg.zero_stage() != cfg.parallel.zero:
         yield "bf16 at ZeRO stage 0 runs as stage 1"
     if not cfg.head.settings.by_product:
         yield f"head.distance={cfg.head.distance} goes entry by entry: the time is a lower bound"
@@ -228,7 +281,7 @@ def _notes(cfg: RunConfig, cluster: Cluster) -> Iterator[str]:
         yield f"{cluster.gpu} has no bf16 units: its peak is that of float16, which bf16 will not reach"
     if cfg.model.compile:
         yield "model.compile: compiled blocks may keep less for the backward pass than is planned"
-    known = {f"zero_optimization.{name}" for name in ZERO_DEFAULTS}
+    known = {f"zero_optimization.{name}" for name in (*ZERO_DEFAULTS, "offload_optimizer", "offload_param")}
     given = {
         f"{name}.{inner}" if isinstance(value, dict) else name
         for name, value in cfg.deepspeed.items()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from common.numbers import divisors
+from launch import host
 from launch.cluster import Cluster
-from launch.footprint import memory, vocab_ranks, zero_stage
+from launch.footprint import memory, vocab_ranks
 
 if TYPE_CHECKING:
     from pretrain.config import RunConfig
@@ -22,8 +24,9 @@ def altered(cfg: RunConfig, **sections: dict[str, Any]) -> RunConfig:
 
 
 def fits(cfg: RunConfig, cluster: Cluster) -> bool:
-    """Whether the run's memory has room on each of these GPUs."""
-    return memory(cfg, cluster).peak <= cluster.usable_bytes
+    """Whether the run's memory has room on each of these GPUs, and on their hosts."""
+    on_host = sum(host.memory(cfg, cluster).values())
+    return on_host <= cluster.usable_host_bytes and memory(cfg, cluster).peak <= cluster.usable_bytes
 
 
 def largest_micro_batch(cfg: RunConfig, cluster: Cluster) -> int | None:
@@ -34,15 +37,22 @@ def largest_micro_batch(cfg: RunConfig, cluster: Cluster) -> int | None:
 
 def cheapest_changes(cfg: RunConfig, cluster: Cluster) -> tuple[str, ...] | None:
     """What makes a run fit that does not: the first of activation checkpointing, a higher ZeRO stage, a larger
-    vocabulary group, a smaller micro-batch and more GPUs that is enough alone; else they are added up in this order.
-    Empty: it fits. None: nothing helps.
+    vocabulary group, a smaller micro-batch and more GPUs that is enough alone; else they are added up in this order;
+    last, all but more GPUs with offload to the hosts' memory. Empty: it fits. None: nothing helps.
     """
     if fits(cfg, cluster):
         return ()
-    rungs = (_checkpointed, _higher_stage, _larger_group, _smaller_batch, _more_gpus)
-    alone = (change for rung in rungs for change, changed, where in rung(cfg, cluster) if fits(changed, where))
+    rungs = (_checkpointed, _higher_stage, _larger_group, _smaller_batch)
+    alone = (
+        change for rung in (*rungs, _more_gpus) for change, changed, where in rung(cfg, cluster) if fits(changed, where)
+    )
     if (enough := next(alone, None)) is not None:
         return (enough,)
+    return _added_up(cfg, cluster, (*rungs, _more_gpus)) or _added_up(cfg, cluster, (*rungs, _offloaded))
+
+
+def _added_up(cfg: RunConfig, cluster: Cluster, rungs: tuple[Rung, ...]) -> tuple[str, ...] | None:
+    """Change upon change, until it fits; None: it does not."""
     done: tuple[str, ...] = ()
     for rung in rungs:
         last = None
@@ -56,6 +66,34 @@ def cheapest_changes(cfg: RunConfig, cluster: Cluster) -> tuple[str, ...] | None
     return None
 
 
+def layouts(
+    cfg: RunConfig, cluster: Cluster, groups: Sequence[int | str] = (1, "node", "world")
+) -> Iterator[RunConfig]:
+    """The same training in every ZeRO stage, vocabulary group and micro-batch, blocks recomputed or kept."""
+    stages = range(0 if cfg.train.precision == "float32" else 1, 4)
+    sizes = divisors(cfg.sequences_per_step() // cluster.gpus)
+    for zero, group, again, size in itertools.product(stages, groups, (False, True), sizes):
+        yield altered(
+            cfg,
+            parallel={"zero": zero, "vocab": group},
+            model={"activation_checkpointing": again},
+            train={"micro_batch": size},
+        )
+
+
+def settings_between(cfg: RunConfig, other: RunConfig) -> tuple[str, ...]:
+    """What makes one of `layouts` of the other, as key=value."""
+    keys = (
+        ("parallel", "zero"),
+        ("parallel", "vocab"),
+        ("model", "activation_checkpointing"),
+        ("train", "micro_batch"),
+    )
+    pairs = ((f"{a}.{b}", getattr(getattr(cfg, a), b), getattr(getattr(other, a), b)) for a, b in keys)
+    return tuple(f"{key}={str(now).lower()}" for key, was, now in pairs if was != now)
+
+
+Rung = Callable[["RunConfig", Cluster], Iterator["Change"]]
 Change = tuple[str, "RunConfig", Cluster]  # what is changed, and the run and its GPUs with it
 
 
@@ -66,7 +104,7 @@ def _checkpointed(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
 
 
 def _higher_stage(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
-    for stage in range(zero_stage(cfg) + 1, 4):
+    for stage in range(cfg.zero_stage() + 1, 4):
         yield f"parallel.zero={stage}", altered(cfg, parallel={"zero": stage}), cluster
 
 
@@ -89,3 +127,14 @@ def _more_gpus(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
             size = max(k for k in divisors(sequences // gpus) if k <= cfg.train.micro_batch)
             change = f"--gpus {gpus}" + (f" train.micro_batch={size}" if size != cfg.train.micro_batch else "")
             yield change, altered(cfg, train={"micro_batch": size}), replace(cluster, gpus=gpus)
+
+
+def _offloaded(cfg: RunConfig, cluster: Cluster) -> Iterator[Change]:
+    zero, words = dict(cfg.deepspeed.get("zero_optimization", {})), []
+    parts: tuple[Literal["optimizer", "param"], ...] = ("optimizer", "param")
+    for what in parts[: 1 + (cfg.zero_stage() == 3)]:
+        if cfg.zero_stage() and not cfg.offloads(what):
+            zero[f"offload_{what}"] = {"device": "cpu"}
+            words.append(f"deepspeed.zero_optimization.offload_{what}.device=cpu")
+            changed = cfg.model_copy(update={"deepspeed": {**cfg.deepspeed, "zero_optimization": dict(zero)}})
+            yield " ".join(words), changed, cluster

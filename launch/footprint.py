@@ -1,5 +1,5 @@
 """What a run keeps in a GPU's memory, from its configuration alone: the trunk as DeepSpeed 0.19's ZeRO holds it, the
-prototypes beside it, activations, and the head's working memory. The model's sizes are model/config.py's.
+prototypes beside it, and the head's working memory; the model's sizes are model/config.py's. Activations are traced.
 
 `python -m benchmarks.plan` compares this with what is really allocated.
 
@@ -14,10 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from common.command import importing
 from common.gpus import GIB
 from launch.cluster import Cluster
 
 if TYPE_CHECKING:
+    from pretrain.activations import Traced
     from pretrain.config import RunConfig
 
 # Those of model.harmonic on a GPU; a test compares them, as plans are made without torch's modules.
@@ -115,11 +117,6 @@ def vocab_ranks(cfg: RunConfig, cluster: Cluster) -> int:
     return cfg.parallel.vocab_ranks(cluster.gpus, cluster.ranks_per_node)
 
 
-def zero_stage(cfg: RunConfig) -> int:
-    """As pretrain.engine.zero_stage, which brings DeepSpeed: a test compares them."""
-    return max(cfg.parallel.zero, 1) if cfg.train.precision == "bf16" else cfg.parallel.zero
-
-
 def width(cfg: RunConfig) -> int:
     """Bytes of the compute dtype."""
     return 2 if cfg.train.precision == "bf16" else 4
@@ -135,9 +132,11 @@ def pass_tokens(cfg: RunConfig) -> int:
     return cfg.train.micro_batch * cfg.model.seq_len
 
 
-def activations(cfg: RunConfig) -> int:
-    """Bytes that the trunk's forward pass keeps for the backward pass."""
-    return cfg.model.activations(cfg.train.micro_batch, width(cfg))
+def traced(cfg: RunConfig) -> Traced:
+    """What the trunk's passes keep and need, traced through its modules: brings torch."""
+    with importing():
+        from pretrain.activations import traced
+    return traced(cfg.model, cfg.train.micro_batch, width(cfg))
 
 
 def head_chunks(cfg: RunConfig, vocab_ranks: int, gpu_memory: int) -> tuple[int, int]:
@@ -167,17 +166,17 @@ def memory(cfg: RunConfig, cluster: Cluster) -> Memory:
     trunk = _trunk_memory(cfg, world)
     head_standing = {"head masters": 4 * rows, "head moments": 8 * rows, "head gradients": 4 * rows}
     _, workspace = head_chunks(cfg, k, cluster.hardware.memory)
-    kept, hidden = activations(cfg), n * d * b
+    passes, hidden = traced(cfg), n * d * b
     head = {
-        "activations": kept,
+        "activations": passes.kept,
         "head workspace": workspace,
         "prototypes in the compute dtype": rows * b,
         "gradient of this pass's prototypes": 4 * rows if several else 0,
         "gradient of hidden states": hidden,
     }
     backward = {
-        "activations": kept - cfg.model.final_activations(cfg.train.micro_batch, b),
-        "gradients of activations, recomputed ones": n * cfg.model.gradient_work(b),
+        "activations": min(passes.kept, passes.fullest),
+        "gradients of activations, recomputed ones": max(0, passes.fullest - passes.kept),
     }
     phases = {"head": {**head, **trunk.turn}, "backward": {**backward, **trunk.backward}, "update": trunk.update}
     if cfg.model.tied:
@@ -199,7 +198,7 @@ class _TrunkMemory:
 
 def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
     """As DeepSpeed 0.19's optimiser classes hold the trunk; which class runs is pretrain.engine's doing."""
-    total, b, stage = parameters(cfg).trunk, width(cfg), zero_stage(cfg)
+    total, b, stage = parameters(cfg).trunk, width(cfg), cfg.zero_stage()
     share, bucket = -(-total // world), int(zero_settings(cfg)["reduce_bucket_size"])
     groups = optimizer_groups(cfg)
     largest = max(map(sum, groups))
@@ -217,8 +216,10 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
     if stage == 0:
         standing = {"trunk weights": 4 * total, "trunk moments": 8 * total}
         return made(standing, 4 * total, {"gradients in one piece": 4 * min(total, FLAT_BUCKET)})
-    standing = {"trunk weights": b * total, "trunk masters": 4 * share, "trunk moments": 8 * share}
-    if stage == 1 and b == 2:  # BF16_Optimizer: every rank adds all gradients up in float32
+    offloads = cfg.offloads("optimizer")
+    stepped = {} if offloads else {"trunk masters": 4 * share, "trunk moments": 8 * share}
+    standing = {"trunk weights": b * total, **stepped}
+    if stage == 1 and b == 2 and not offloads:  # BF16_Optimizer: every rank adds all gradients up in float32
         reduced = {"gradients to be reduced": 2 * largest if sum(groups[0]) > FLAT_BUCKET else 6 * total}
         return made({**standing, "trunk gradients in float32": 4 * total}, 2 * total, reduced)
     if stage < 3:  # DeepSpeedZeroOptimizer: float32 gradients stay views of whole parameters
@@ -226,12 +227,16 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
         whole = {"gradients before they are reduced": 4 * total} if stage == 1 and several else {}
         buckets = 2 if zero_settings(cfg)["overlap_comm"] else 1  # and a copy while one is reduced
         buffers = {"reduction buffers": b * (buckets * bucket + min(bucket, total))}
-        flat = {"gradients in one piece": 4 * -(-largest // world)}
+        flat = {} if offloads else {"gradients in one piece": 4 * -(-largest // world)}
+        if offloads:  # a parameter's gradient on its way
+            standing["reduction buffers"] = b * max(max(group) for group in groups)
         return made(standing, 4 * own, flat, turn=whole, backward={**buffers, **whole})
-    standing = {**standing, "trunk weights": b * share, "trunk gradients in float32": 4 * share}
+    standing = {"trunk weights": 0 if cfg.offloads("param") else b * share, **stepped}
+    if not offloads:
+        standing["trunk gradients in float32"] = 4 * share
     _, live, _ = stage3_gathers(cfg)
     gathered = {"gathered weights": b * live}
-    update = {"gradients in one piece": 4 * share}
+    update = {} if offloads else {"gradients in one piece": 4 * share}
     return _TrunkMemory({**standing, "reduction buffers": b * bucket}, gathered, gathered, update)
 
 

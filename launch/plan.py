@@ -35,6 +35,11 @@ def parser() -> argparse.ArgumentParser:
         "--link", type=float, metavar="GB/S", help="between nodes, per GPU and direction (default: reference system's)"
     )
     made.add_argument(
+        "--node-link", type=float, metavar="GB/S", help="inside a node, per GPU and direction, such as 64 for PCIe 5.0 "
+        "(default: the GPU's, mostly NVLink)",
+    )  # fmt: skip
+    made.add_argument("--host-memory", type=float, metavar="GIB", help="of each host (default: reference system's)")
+    made.add_argument(
         "--mfu", type=float, metavar="F", default=default.mfu, help="fraction of the peak that is reached (%(default)s)"
     )
     made.add_argument("--watts", type=float, metavar="W", help="drawn by a GPU (default: the most that it takes)")
@@ -58,6 +63,8 @@ def tell(asked: argparse.Namespace) -> None:
         gpus=asked.gpus,
         per_node=asked.gpus_per_node,
         network_bytes_s=None if asked.link is None else asked.link * 1e9,
+        node_bytes_s=None if asked.node_link is None else asked.node_link * 1e9,
+        host_bytes=None if asked.host_memory is None else asked.host_memory * GIB,
         mfu=asked.mfu,
         watts=asked.watts,
     )
@@ -94,8 +101,14 @@ def _print(planned: Plan) -> None:
         console.print(f"activations {name}: {_gib(size)} GiB")
     verdict = "fits" if planned.fits else "does not fit"
     console.print(f"{verdict}: {_gib(most.peak)} of {_gib(planned.usable_bytes)} GiB, in the phase `{most.fullest}`")
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in planned.host.items())
+    of = _gib(cluster.usable_host_bytes)
+    console.print(f"memory of a host: {_gib(sum(planned.host.values()))} of {of} GiB: {parts}")
+    console.print(f"a checkpoint: {_gib(planned.checkpoint_bytes)} GiB; all that stay: {_gib(planned.disk_bytes)} GiB")
     if planned.changes is None:
-        console.print("no change of checkpointing, ZeRO stage, vocabulary group, micro-batch or GPUs makes it fit")
+        console.print(
+            "no change of checkpointing, ZeRO stage, vocabulary group, micro-batch, GPUs or offload makes it fit"
+        )
     elif planned.changes:
         console.print(f"it would with {' '.join(planned.changes)}")
     console.print(f"largest micro-batch that fits: {planned.largest_micro_batch or 'none'}")
@@ -114,7 +127,16 @@ def _print(planned: Plan) -> None:
         f"a step takes {duration(time.total_s)}: {duration(time.compute_s)} computing, {duration(time.exposed_s)} "
         f"waiting for communication, {duration(time.update_s)} updating; {planned.tokens_per_s:,.0f} tokens/s"
     )
+    if planned.faster:
+        gain = planned.time.total_s / planned.faster_s
+        words = " ".join(planned.faster)
+        console.print(f"faster: {words}: {duration(planned.faster_s)} a step, {gain:.2f} times as fast")
     console.print(f"{planned.budget_tokens:,} tokens take {duration(planned.seconds)} and {energy(planned.gpu_j)}")
+    site = [energy(planned.site_kwh * 3.6e6)] if planned.energy.pue != 1 else []
+    site += [] if planned.gco2e is None else [f"{planned.gco2e / 1e3:,.4g} kgCO2e"]
+    site += [] if planned.cost is None else [f"{planned.cost:,.2f} in the currency of energy.price_per_kwh"]
+    if site:
+        console.print(f"of the site: {', '.join(site)}")
     for note in planned.notes:
         console.print(f"note: {note}")
     console.print("assumed:")

@@ -67,7 +67,7 @@ def collectives(cfg: RunConfig, cluster: Cluster) -> list[Collective]:
 def _of_trunk(cfg: RunConfig, cluster: Cluster) -> Iterator[Collective]:
     """ZeRO's, as DeepSpeed 0.19 makes them: at stage 2 whole gradients are reduced, in every pass."""
     total, b = footprint.parameters(cfg).trunk, footprint.width(cfg)
-    stage, zero = footprint.zero_stage(cfg), footprint.zero_settings(cfg)
+    stage, zero = cfg.zero_stage(), footprint.zero_settings(cfg)
     passes, bucket = cfg.accumulation(cluster.gpus), int(zero["reduce_bucket_size"])
     world = cluster.gpus, cluster.ranks_per_node
     overlaps = zero["overlap_comm"] if zero["overlap_comm"] is not None else stage == 3

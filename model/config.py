@@ -198,54 +198,6 @@ class DecoderConfig(BaseModel, extra="forbid", frozen=True):
         attention = 12 * self.layers * self.attention_width() * self.span()
         return 6 * self.block_matmul_parameters() + attention + self.head_flops_per_token()
 
-    def block_activations(self, width: int) -> int:
-        """Bytes per token that a block's forward pass keeps for its backward pass.
-
-        Args:
-            width: bytes of the compute dtype.
-
-        Of the residual stream, as wide as the model: two inputs of norms and the two that they give. Of attention: the
-        product that holds q, k and v, what it mixes, and q and k once more where they are normalised or turned. Of the
-        MLP: its inside before and after GELU; with SwiGLU gates and values, silu of the gates, and the product. In
-        float32: the deviation of every norm and, for LayerNorm, the mean; attention's log-sum-exp of each head. A byte
-        for each entry where there is dropout.
-        """
-        again = self.head_size() * (self.heads + self.key_heads())
-        changed = self.qk_norm or isinstance(self.positions, Rope)
-        attention = self.qkv_width() + self.attention_width() + (again if changed else 0)
-        mlp = self.up_width() + self.mlp_width() * (2 if self.mlp == "swiglu" else 1)
-        norms = 2 + (self.heads + self.key_heads() if self.qk_norm else 0)
-        statistics = norms * (2 if self.norm == "layernorm" else 1) + self.heads
-        masks = 2 * self.dim if self.dropout else 0
-        return (4 * self.dim + attention + mlp) * width + 4 * statistics + masks
-
-    def activations(self, sequences: int, width: int) -> int:
-        """Bytes that a forward pass over whole sequences keeps for the backward pass, hidden states included;
-        `block_activations` of each block, or its input alone where blocks are recomputed.
-        """
-        tokens = sequences * self.seq_len
-        block = self.dim * width if self.activation_checkpointing else self.block_activations(width)
-        mask = self.dim if self.dropout else 0  # of the embeddings
-        turned = tokens if self.document_mask else self.seq_len  # cosines and sines in float32
-        turns = 4 * turned * self.head_size() if isinstance(self.positions, Rope) else 0
-        ends = 2 * self.dim * width  # the hidden states, and the input of the norm outside of the blocks
-        return tokens * (self.layers * block + mask + ends) + turns
-
-    def final_activations(self, sequences: int, width: int) -> int:
-        """Of `activations`, the bytes that are gone when the blocks' gradients are taken: the hidden states and the
-        last norm's input; of a decoder with norms after its sums that one is the embeddings', and stays.
-        """
-        return (1 if self.post_norm else 2) * sequences * self.seq_len * self.dim * width
-
-    def gradient_work(self, width: int) -> int:
-        """Bytes per token on top of the activations where a block's backward pass takes most: at the gradient of the
-        MLP's inside, beside that of the residual stream, when the inside after it is no longer needed; and the block
-        itself where it is recomputed.
-        """
-        inside = self.mlp_width() * (2 if self.mlp == "swiglu" else 1)
-        again = self.block_activations(width) if self.activation_checkpointing else 0
-        return (self.dim + inside) * width + again
-
     def span(self) -> int:
         """Keys per query: the sequence's, or a window's."""
         if self.window is None:

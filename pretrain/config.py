@@ -31,7 +31,7 @@ from common.settings import read_tree, validate
 from common.yaml_tree import to_yaml
 from data.config import DataConfig
 from model.config import DecoderConfig, HeadConfig
-from pretrain.deepspeed_settings import check_block
+from pretrain.deepspeed_settings import DeepSpeedSettings
 
 DIRTIEST = 1e4  # gCO2e per kWh; burning coal in an old station gives 1,500
 
@@ -49,8 +49,13 @@ OWNED_BY_US = {
     "zero_optimization.stage": "parallel.zero",
     "zero_optimization.round_robin_gradients": "nothing: it must stay off",
     "zero_optimization.memory_efficient_linear": "nothing: it must stay off",
+    "zero_optimization.cpu_offload": "deepspeed.zero_optimization.offload_optimizer.device",
+    "zero_optimization.cpu_offload_param": "deepspeed.zero_optimization.offload_param.device",
+    "zero_optimization.cpu_offload_use_pin_memory": "deepspeed.zero_optimization.offload_optimizer.pin_memory",
     "managed_gradient_accumulation": "nothing: the engine counts",
 }
+
+OFFLOADS = {"optimizer": 1, "param": 3}  # what ZeRO can keep in host memory, and the least stage that shares it
 
 
 class TrainConfig(BaseModel, extra="forbid", frozen=True):
@@ -236,6 +241,36 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
                 raise ValueError(f"deepspeed.{key} is set by Overtone itself: use {ours}")
         return self
 
+    @model_validator(mode="after")
+    def _offload_can_be_served(self) -> RunConfig:
+        zero = self.deepspeed.get("zero_optimization")
+        for what, least in OFFLOADS.items():
+            given = zero.get(f"offload_{what}") if isinstance(zero, dict) else None
+            key, section = f"deepspeed.zero_optimization.offload_{what}", given if isinstance(given, dict) else {}
+            device = section.get("device", "none")
+            if device == "nvme":
+                raise ValueError(
+                    f"{key}.device=nvme: checkpoints read weights and moments from memory, and DeepSpeed keeps them in "
+                    "files of its own there. Use device: cpu, more GPUs, or a higher parallel.zero."
+                )
+            if device == "cpu" and self.zero_stage() < least:
+                raise ValueError(
+                    f"{key}.device=cpu needs parallel.zero={' or '.join(map(str, range(least, 4)))}, and it is "
+                    f"{self.parallel.zero}: below, every rank needs all of that on its own device"
+                )
+        return self
+
+    def zero_stage(self) -> int:
+        """As it runs: bf16 at stage 0 runs as stage 1, as DeepSpeed 0.19's bf16 stage 0 begins with a phantom Adam
+        step.
+        """
+        return max(self.parallel.zero, 1) if self.train.precision == "bf16" else self.parallel.zero
+
+    def offloads(self, what: Literal["optimizer", "param"]) -> bool:
+        """Whether ZeRO keeps the trunk's masters and moments (optimizer), or its weights (param), in host memory."""
+        given = self.deepspeed.get("zero_optimization", {}).get(f"offload_{what}") or {}
+        return bool(given.get("device") == "cpu")
+
     def sequences_per_step(self) -> int:
         """Sequences of one update, of the whole world."""
         return self.train.tokens_per_step // self.model.seq_len
@@ -278,7 +313,7 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
         given = tree["data"]["tokenizer"]["vocab_size"]
         tree = {**tree, "model": {"vocab_size": given, **tree["model"]}}
     cfg = validate(RunConfig, tree)
-    check_block(cfg.deepspeed, cfg.parallel.zero)
+    validate(DeepSpeedSettings, cfg.deepspeed, "deepspeed")
     return cfg
 
 

@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -27,7 +28,7 @@ from pretrain.batches import inputs_and_targets
 from pretrain.checkpoints.fragments import Fragment, finish_load, head_fragments, trunk_fragments
 from pretrain.config import RunConfig
 from pretrain.modules import build_modules, hidden_states, score_positions
-from pretrain.optim import adamw
+from pretrain.optim import FUSED, adamw
 from pretrain.runtime.environment import OPEN_MPI
 from pretrain.runtime.ranks import Ranks
 
@@ -48,11 +49,6 @@ finally:
 NEVER_CLIP = 1e30  # DeepSpeed takes no norm without a limit, and the norm is what guards the step
 
 
-def zero_stage(cfg: RunConfig) -> int:
-    """bf16 at stage 0 runs as stage 1: DeepSpeed 0.19's bf16 stage 0 begins with a phantom Adam step."""
-    return max(cfg.parallel.zero, 1) if cfg.train.precision == "bf16" else cfg.parallel.zero
-
-
 def deepspeed_config(cfg: RunConfig, world: int) -> dict[str, Any]:
     """The configuration that DeepSpeed is given: ours, with the user's `deepspeed:` block merged in."""
     ours: dict[str, Any] = {
@@ -63,7 +59,7 @@ def deepspeed_config(cfg: RunConfig, world: int) -> dict[str, Any]:
         "steps_per_print": 2**31,
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": {
-            "stage": zero_stage(cfg),
+            "stage": cfg.zero_stage(),
             "memory_efficient_linear": False,  # would replace F.linear everywhere at stage 3, and change bf16 rounding
             "round_robin_gradients": False,
         },
@@ -98,20 +94,28 @@ def _name_device(ranks: Ranks) -> None:
             os.environ[name] = str(ranks.device.index)
 
 
+def _in_host_memory(ranks: Ranks) -> Callable[..., Any]:
+    """For `adamw`: masters and moments are stepped where ZeRO's offload keeps them."""
+    from pretrain.cpu_adam import host_adamw  # compiles C++: only where it is asked for
+
+    return partial(host_adamw, local_world=ranks.local_world)
+
+
 class Trainer:
     """Decoder, head and both optimisers of one rank."""
 
     def __init__(self, cfg: RunConfig, ranks: Ranks, eos_id: int | None = None) -> None:
         self.cfg, self.ranks, self.eos_id = cfg, ranks, eos_id
-        if zero_stage(cfg) != cfg.parallel.zero:
+        if cfg.zero_stage() != cfg.parallel.zero:
             log.info("bf16 at ZeRO stage 0 runs as stage 1: DeepSpeed's own bf16 stage 0 is not exact")
         decoder, self.head = build_modules(cfg, ranks)
         self.head_optimizer = adamw(self.head, cfg.optim)
+        optimizer = adamw(decoder, cfg.optim, _in_host_memory(ranks) if cfg.offloads("optimizer") else FUSED)
         _name_device(ranks)
         deepspeed_logger.setLevel(logging.WARNING)
         with contextlib.redirect_stdout(io.StringIO()) as chatter:  # DeepSpeed prints memory tables
             self.engine, *_ = deepspeed.initialize(
-                model=decoder, optimizer=adamw(decoder, cfg.optim), config=deepspeed_config(cfg, ranks.world)
+                model=decoder, optimizer=optimizer, config=deepspeed_config(cfg, ranks.world)
             )
         log.debug("%s", chatter.getvalue())
         _join_norms(self.engine, self._head_norm_squared)
@@ -209,9 +213,10 @@ def _join_norms(engine: Any, head_squared: Callable[[], Tensor]) -> None:
     optimizer = engine.optimizer
     name = type(optimizer).__name__
 
-    def joined(trunk: Any) -> Tensor:
+    def joined(trunk: Tensor) -> Tensor:
         head = head_squared()
-        return (torch.as_tensor(trunk, dtype=torch.float32, device=head.device).square() + head).sqrt()
+        norm = (torch.as_tensor(trunk, dtype=torch.float32, device=head.device).square() + head).sqrt()
+        return norm.to(trunk.device)  # the host with offload: gradients are scaled there
 
     if name == "DeepSpeedZeroOptimizer":
         optimizer.check_grad_overflow = True
@@ -219,7 +224,12 @@ def _join_norms(engine: Any, head_squared: Callable[[], Tensor]) -> None:
         optimizer.scaled_global_norm = lambda norm_type=2: joined(inner_norm(norm_type))
     elif name == "DeepSpeedZeroOptimizer_Stage3":
         inner_groups = optimizer._get_norm_groups
-        optimizer._get_norm_groups = lambda: [*inner_groups(), head_squared().sqrt()]
+
+        def norm_groups() -> list[Tensor]:
+            groups: list[Tensor] = inner_groups()
+            return [*groups, head_squared().sqrt().to(groups[0].device)]
+
+        optimizer._get_norm_groups = norm_groups
     elif name == "BF16_Optimizer":
         inner_grads = optimizer.get_grads_for_norm
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from model.head import HarmonicHead
 from pretrain.config import OptimConfig
 
 Group = dict[str, object]
+FUSED = partial(torch.optim.AdamW, fused=True)
 
 
 def kind_of(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
@@ -49,9 +52,9 @@ def parameter_groups(modules: Iterable[nn.Module], cfg: OptimConfig) -> list[Gro
     ]
 
 
-def adamw(module: Decoder | HarmonicHead, cfg: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over one module, in one fused pass per group."""
+def adamw(module: Decoder | HarmonicHead, cfg: OptimConfig, make: Callable[..., Any] = FUSED) -> Any:
+    """AdamW over one module; `make` gives the optimiser of its groups, by default torch's in one pass per group."""
     groups = parameter_groups([module], cfg)
     for group in groups:
         del group["names"]  # DeepSpeed and torch keep their own books
-    return torch.optim.AdamW(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, fused=True)
+    return make(groups, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps)

@@ -47,9 +47,9 @@ def trim(metrics: Path, step: int) -> None:
     """
     if not os.path.lexists(metrics):
         return
-    lines, odd = Lines(), metrics.is_symlink() and not metrics.exists()  # it leads nowhere
+    lines, odd = Lines(), False
     try:
-        lines = Lines() if odd else scan(metrics)
+        lines = scan(metrics)
     except ConfigError as error:
         log.warning("%s", error)
         odd = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -209,9 +210,9 @@ def scan(path: Path) -> Lines:
                 except ValueError as error:  # ConfigError, and what is no UTF-8 or JSON
                     if line.endswith(b"\n"):
                         wrong[number] = str(error) if len(line) < LINE_BYTES else "it is too long"
-    except FileNotFoundError:
-        raise
     except OSError as error:
+        if not os.path.lexists(path):
+            raise
         raise ConfigError(f"{path}: cannot be read ({error}); move it away, or put the run's own back") from None
     for number in _out_of_order({n: record.step for n, (_, record) in found.items() if isinstance(record, Train)}):
         wrong[number] = f"step {found.pop(number)[1].step} is out of order"

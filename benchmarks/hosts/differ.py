@@ -36,15 +36,15 @@ def _edited(stage: Stage, path: Path, change: Callable[[str], str]) -> None:
     stage.hosts[1].hide(path, other)
 
 
-def other_rate(stage: Stage) -> Ended:
-    """the second host's YAML has another weight decay"""
+def other_settings(stage: Stage) -> Ended:
+    """the second host's YAML has another optim.eps"""
     _edited(stage, stage.config, lambda text: text.replace("eps: 0.0001", "eps: 0.0002"))
     return _refused(stage)
 
 
-def other_steps(stage: Stage) -> Ended:
-    """the second host's YAML has other training steps, which the command does not set"""
-    _edited(stage, stage.config, lambda text: text.replace("tokens_per_step: ", "tokens_per_step: 2"))
+def other_passes(stage: Stage) -> Ended:
+    """the second host's YAML asks for smaller passes"""
+    _edited(stage, stage.config, lambda text: text.replace("micro_batch: 4", "micro_batch: 2"))
     return _refused(stage)
 
 
@@ -101,8 +101,8 @@ def too_many_slots(stage: Stage) -> Ended:
 
 
 SCENARIOS = {
-    "other settings": other_rate,
-    "other tokens per step": other_steps,
+    "other settings": other_settings,
+    "other passes": other_passes,
     "other code": other_code,
     "other code, allowed": other_code_allowed,
     "other data": other_data,

@@ -81,7 +81,7 @@ def _load() -> str | None:
     """Builds and loads the kernels, once; returns what stood in the way, and the remedy."""
     folder = build_folder()
     try:
-        with _alone(folder), _ninja_found():
+        with building(folder):
             if (folder / BUILT).exists():  # ninja would build anew for another checkout: its commands hold paths
                 torch.ops.load_library(folder / f"{folder.name}.so")
                 return None
@@ -102,6 +102,13 @@ def _load() -> str | None:
         remedy = "install g++ 12 or newer and ninja, and let TORCH_EXTENSIONS_DIR name a folder that can be written"
         return f"the kernels could not be built ({reason}); {remedy}"
     return None
+
+
+@contextmanager
+def building(folder: Path) -> Iterator[None]:
+    """One process at a time compiles C++ into `folder`, and finds ninja."""
+    with _alone(folder), _ninja_found():
+        yield
 
 
 @contextmanager

@@ -71,7 +71,7 @@ class Fragment(torch.Tensor):
 
 def head_fragments(head: HarmonicHead, optimizer: torch.optim.Optimizer, writes: bool) -> dict[str, Fragment]:
     """The head's real rows, and its exponent and factor if it trains them; `writes` on one replica of each shard."""
-    _make_adam_state(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
+    make_adam_state(optimizer, [p for group in optimizer.param_groups for p in group["params"]])
     fragments = {}
     for name, parameter in head.named_parameters():
         once = writes and (name == "prototypes" or head.shard.rank == 0)
@@ -96,7 +96,7 @@ def trunk_fragments(engine: Any, part: tuple[int, int] | None = None) -> dict[st
     Of what every rank has whole, `part` = (rank, world) takes this rank's share, to write it; None: all, to read it.
     """
     inner, masters = _stepped(engine)
-    _make_adam_state(inner, masters)
+    make_adam_state(inner, masters)
     optimizer = engine.optimizer
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False  # else groups after the second stay unlinked (DeepSpeed 0.19)
@@ -153,7 +153,8 @@ def _stepped(engine: Any) -> tuple[torch.optim.Optimizer, list[Tensor]]:
     return optimizer, [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def _make_adam_state(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+def make_adam_state(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> None:
+    """What Adam makes at a parameter's first update, where it is not there yet."""
     for parameter in parameters:
         state = optimizer.state[parameter]
         if "exp_avg" not in state:

@@ -49,9 +49,9 @@ def check_resume(folder: Path, resume: str, candidates: list[Path]) -> None:
         raise ConfigError(f"resume={resume}: neither a checkpoint nor a run folder with checkpoints, auto or never")
     if not candidates and resume == "auto" and (told_by := traces(folder)):
         raise ConfigError(
-            f"resume=auto: {folder} has no checkpoint, but there were some, as {told_by[0]} tells. Put them back (one "
-            "that was set aside is whole: give its path as resume=...), or start afresh with resume=never or in "
-            "another run folder (run=...). Nothing was changed."
+            f"{folder}: there is no checkpoint, but there were some, as {told_by[0]} tells. Put them back (one that "
+            "was set aside is whole: give its path as resume=...), or train afresh with resume=never or in another run "
+            "folder (run=...). Nothing was changed."
         )
 
 

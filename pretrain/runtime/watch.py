@@ -187,6 +187,7 @@ class Watch:
                 print(f"{self.host}: no {self._lease} here: the launcher's end will not be seen", file=sys.stderr)
         if self.world > 1:
             self._guardian = Guardian(f"rank {self.rank} on {self.host}")
+            self._reassure()
         self._thread.start()
         return self
 
@@ -239,10 +240,17 @@ class Watch:
         if limit_s is not None:
             self._limit_s = limit_s
             self._starting, self._have_met = False, True
+            self._reassure()
 
     def _silence_s(self) -> float:
         """For how long another rank, or this one's threads, may show no sign of life."""
         return self.cfg.timeouts.heartbeat_s * (FIRST if self._starting else 1)
+
+    def _reassure(self) -> None:
+        """Tells the guardian that this rank lives, and how long it may be silent."""
+        if self._guardian is not None:
+            before_s = 0.0 if self._beat is not None else self.cfg.timeouts.rendezvous_s
+            self._guardian.hear(max(before_s, self._silence_s() + LEAVE_S + LOST_S))
 
     def leave(self) -> None:
         """The work is done: from here on, ranks that go are no loss. What is left to do has the time of a pass."""
@@ -266,9 +274,7 @@ class Watch:
 
     def _look(self) -> None:
         while not self._over.wait(BEAT_S):
-            if self._guardian is not None:
-                before_s = 0.0 if self._beat is not None else self.cfg.timeouts.rendezvous_s
-                self._guardian.hear(max(before_s, self._silence_s() + 2 * LEAVE_S))
+            self._reassure()
             if self._beat is not None:  # if not even this thread gets on, nothing in Python can end the process
                 faulthandler.dump_traceback_later(self._silence_s() + LEAVE_S, exit=True)
             self._look_up()

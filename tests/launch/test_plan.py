@@ -20,11 +20,11 @@ from benchmarks import scaling
 from benchmarks.footprint import compare, config
 from common.errors import ConfigError
 from common.gpus import GPUS
-from launch import footprint
+from launch import footprint, host
 from launch.__main__ import main
 from launch.cluster import Cluster
 from launch.estimate import plan, step_time
-from launch.fit import altered
+from launch.fit import altered, cheapest_changes
 from launch.footprint import (
     ZERO_DEFAULTS,
     head_chunks,
@@ -33,7 +33,6 @@ from launch.footprint import (
     parameters,
     replicated_head,
     stage3_gathers,
-    zero_stage,
 )
 from launch.traffic import Collective, collectives
 from tests.support.decoders import decoder_settings
@@ -148,7 +147,7 @@ def test_deepspeed_is_as_the_plan_takes_it(precision: str) -> None:
 
     for zero in range(4):
         cfg = tiny_config(parallel__zero=zero, train__precision=precision)
-        assert zero_stage(cfg) == engine.zero_stage(cfg)
+        assert cfg.zero_stage() == engine.deepspeed_config(cfg, 1)["zero_optimization"]["stage"]
     fields = DeepSpeedZeroConfig.model_fields
     theirs = {field.alias or name: field.default for name, field in fields.items()}
     assert {name: theirs[name] for name in ZERO_DEFAULTS} == ZERO_DEFAULTS
@@ -259,12 +258,13 @@ def test_times_and_energies_are_told_in_units_that_fit(
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["--gpu", "h1000"], "--gpu h1000: expected one of h100-80gb, h200-141gb, a100-80gb"),
+        (["--gpu", "h1000"], "--gpu h1000: expected one of h100-80gb, h200-141gb, b200-180gb, mi300x-192gb"),
         (["--gpus", "24"], "1024 sequences, which 24 GPUs cannot share. Possible: 1, 2, 4, 8, 16, 32, 64, 128"),
         (["--gpus", "12"], "whole nodes of 8, such as 8 or 16"),
         (["--gpus", "8", "parallel.vocab=3"], "a vocabulary group of 3 ranks does not divide the world of 8"),
         (["--gpus", "0"], "expected 1 or more"),
         (["--gpus", "1024"], "micro_batch can be 1"),
+        (["--gpus", "2048"], "1024; or another batch, such as train.tokens_per_step=2097152 train.micro_batch=1"),
         (["--mfu", "40"], "--mfu 40.0: expected a fraction of the peak"),
         (["--link", "nan"], "--link: expected a number above 0"),
         (["--budget-tokens", "inf"], "--budget-tokens inf: expected 1 or more"),
@@ -281,10 +281,10 @@ def test_bad_input_is_told_in_a_line(words: list[str], expected: str, capsys: py
 
 def test_what_a_plan_does_not_count_is_told() -> None:
     cfg = tiny_config(
-        head__distance="manhattan", train__precision="bf16", deepspeed={"zero_optimization": {"offload_optimizer": {}}}
+        head__distance="manhattan", train__precision="bf16", deepspeed={"zero_optimization": {"sub_group_size": 10}}
     )
     told = " ".join(plan(cfg, Cluster(gpu="v100-32gb", gpus=1)).notes)
-    for words in ("runs as stage 1", "lower bound", "no bf16 units", "deepspeed.zero_optimization.offload_optimizer"):
+    for words in ("runs as stage 1", "lower bound", "no bf16 units", "deepspeed.zero_optimization.sub_group_size"):
         assert words in told
 
 
@@ -315,3 +315,50 @@ def test_planning_needs_no_torch() -> None:
 def test_the_page_on_scaling_is_what_its_command_prints() -> None:
     made = "\n".join(scaling.document()) + "\n"
     assert Path("docs/scaling.md").read_text() == made, "python -m benchmarks.scaling > docs/scaling.md"
+
+
+def test_a_faster_layout_is_told_with_its_gain(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "configs/gpt2-1.5b-untied.yaml", "--gpus", "1024", "train.micro_batch=1"]
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "parallel.zero=1" in found["faster"] and found["faster_s"] < found["time"]["total_s"] / 3
+    assert main([*words, *found["faster"], "--json"]) == 0
+    fastest = json.loads(capsys.readouterr().out)
+    assert fastest["fits"] and fastest["faster"] == [] and fastest["time"]["total_s"] == found["faster_s"]
+
+
+def test_offload_is_proposed_where_nothing_else_fits_and_is_counted() -> None:
+    cfg = tiny_config(parallel__zero=3, train__precision="bf16", model__dim=1024, model__heads=16, model__layers=24)
+    whole = Cluster(gpu="v100-32gb", gpus=1)
+    own = memory(cfg, whole)
+    sections = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+    moved = cfg.model_copy(update={"deepspeed": {"zero_optimization": sections}})
+    trunk = parameters(cfg).trunk
+    assert own.standing["trunk masters"] + own.standing["trunk moments"] == 12 * trunk
+    assert memory(moved, whole).peak < own.peak - 12 * trunk
+    on_host = host.memory(moved, whole)
+    assert on_host["offloaded masters and moments"] == 12 * trunk and on_host["offloaded weights"] == 2 * trunk
+    assert on_host["copies that a save writes from"] == host.checkpoint_bytes(cfg)
+    assert step_time(moved, whole).total_s > step_time(cfg, whole).total_s
+    deep = altered(cfg, model={"layers": 31, "dim": 8192}, train={"micro_batch": 1})  # 25 G parameters, 8 sequences
+    changes = cheapest_changes(deep, Cluster(gpu="a100-40gb", gpus=8))
+    assert changes and changes[-1].startswith("deepspeed.zero_optimization.offload_optimizer.device=cpu")
+    assert cheapest_changes(deep, Cluster(gpu="a100-40gb", gpus=8, host_bytes=2**30)) is None
+
+
+def test_a_site_s_energy_emissions_and_cost_and_its_disks_are_told() -> None:
+    cfg = tiny_config(energy__pue=1.5, energy__grid=100.0, energy__price_per_kwh=0.5, checkpoint__keep=3)
+    found = plan(cfg, Cluster(gpus=1))
+    assert found.site_kwh == pytest.approx(1.5 * found.gpu_j / 3.6e6)
+    assert found.gco2e == pytest.approx(100 * found.site_kwh) and found.cost == pytest.approx(0.5 * found.site_kwh)
+    assert found.checkpoint_bytes == 12 * found.parameters.total and found.disk_bytes == 4 * found.checkpoint_bytes
+    assert plan(tiny_config(), Cluster(gpus=1)).gco2e is None
+
+
+def test_links_inside_nodes_are_the_gpu_s_or_given() -> None:
+    cfg = tiny_config(train__precision="bf16")
+    for gpu in ("b200-180gb", "mi300x-192gb", "h100-80gb"):
+        slow = Cluster(gpu=gpu, gpus=2, node_bytes_s=1e6)
+        assert step_time(cfg, slow).exposed_s > step_time(cfg, Cluster(gpu=gpu, gpus=2)).exposed_s
+    with pytest.raises(ConfigError, match="--node-link: expected a number above 0"):
+        Cluster(node_bytes_s=0)

@@ -152,7 +152,7 @@ def test_what_cannot_be_exported(trained: Path, tmp_path: Path, capsys: pytest.C
         ([run, "--out", str(tmp_path / "there")], "exists already; give a new folder"),
         ([run, "--out", str(tmp_path / "file" / "out")], "cannot be made"),
         ([str(trained / "nowhere"), "--out", str(out)], "neither a run folder nor a checkpoint"),
-        ([str(tmp_path / "empty"), "--out", str(out)], "there is no checkpoint in it yet; train it first"),
+        ([str(tmp_path / "empty"), "--out", str(out)], "there is no checkpoint, but there were some, as"),
         ([str(tmp_path / "changed"), "--out", str(out)], "model.layers is 2 in this checkpoint, but 3 was given"),
         ([str(tmp_path / "imported"), "--out", str(out)], "was imported as tokens"),
     ):

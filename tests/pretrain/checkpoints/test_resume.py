@@ -193,7 +193,7 @@ def test_what_resume_names_is_found_or_refused(finished: Path) -> None:
         gone = finished / f"gone-{trace}"
         gone.mkdir()
         (gone / trace).touch()
-        with pytest.raises(ConfigError, match=f"has no checkpoint, but there were some, as .*{trace} tells"):
+        with pytest.raises(ConfigError, match=f"there is no checkpoint, but there were some, as .*{trace} tells"):
             resume.find(gone, "auto")
         assert resume.find(gone, "never") is None
     with pytest.raises(ConfigError, match="resume=never, but .* holds 2 checkpoints"):

@@ -11,6 +11,7 @@ import pytest
 from common.errors import ConfigError
 from launch.invocation import free_port
 from pretrain.__main__ import main
+from pretrain.runtime import rendezvous
 from pretrain.runtime.claim import Holder, hold
 from pretrain.runtime.rendezvous import why_apart
 from pretrain.runtime.watch import _is_collective, leave_refusal
