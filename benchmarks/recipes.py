@@ -1,6 +1,6 @@
 """`python -m benchmarks.recipes [NAME ...]`: what `launch plan` predicts for every recipe of configs/ and real steps.
 
-Each recipe is made small (two layers, few heads, a vocabulary of 4,000, 320 positions) and keeps the rest: blocks,
+Each recipe is made small (two layers, few heads, a vocabulary of 2,000, 320 positions) and keeps the rest: blocks,
 head, ZeRO stage, vocabulary group, recomputing, tied tables, passes. DeepSpeed trains it as the first of 8 ranks over a
 fake process group, whose collectives send nothing, with stand-ins for a GPU's kernels (pretrain/activations.py).
 """
@@ -21,7 +21,7 @@ from pretrain.activations import kernels_of_a_gpu
 from pretrain.config import RunConfig, from_tree, load
 
 WORLD = 8
-HEAD_WIDTH, LENGTH, VOCAB, LARGEST_BATCH, PASSES = 32, 320, 4000, 4, 2
+HEAD_WIDTH, LENGTH, VOCAB, LARGEST_BATCH, PASSES = 16, 320, 2000, 2, 2
 BUCKETS = {
     "reduce_bucket_size": 200_000,
     "stage3_prefetch_bucket_size": 50_000,
@@ -29,7 +29,13 @@ BUCKETS = {
     "stage3_max_live_parameters": 600_000,
     "stage3_max_reuse_distance": 100_000,
 }
-OFFLOADED = ("gpt2-124m-untied+optimizer", "qwen2-0.5b+optimizer", "llama3-8b+optimizer", "llama3-8b+optimizer+param")
+OFFLOADED = (
+    "quickstart+optimizer",
+    "gpt2-124m-untied+optimizer",
+    "qwen2-0.5b+optimizer",
+    "llama3-8b+optimizer",
+    "llama3-8b+optimizer+param",
+)
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 

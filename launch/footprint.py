@@ -224,7 +224,8 @@ def _trunk_memory(cfg: RunConfig, world: int) -> _TrunkMemory:
         return made({**standing, "trunk gradients in float32": 4 * total}, 2 * total, reduced)
     if stage < 3:  # DeepSpeedZeroOptimizer: float32 gradients stay views of whole parameters
         own = share if b == 2 else sum(_most_overlapped(group, world) for group in groups)
-        whole = {"gradients before they are reduced": 4 * total} if stage == 1 and several else {}
+        times = several * (1 + offloads) if stage == 1 else 0  # with offload, copies that go to the host too
+        whole = {"gradients before they are reduced": 4 * total * times} if times else {}
         buckets = 2 if zero_settings(cfg)["overlap_comm"] else 1  # and a copy while one is reduced
         buffers = {"reduction buffers": b * (buckets * bucket + min(bucket, total))}
         flat = {} if offloads else {"gradients in one piece": 4 * -(-largest // world)}

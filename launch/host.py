@@ -30,9 +30,11 @@ def memory(cfg: RunConfig, cluster: Cluster) -> dict[str, int]:
     rows = footprint.prototype_elements(cfg, cluster)
     found = {"copies that a save writes from": SAVED * (ranks * own + writing * rows)}
     if cfg.offloads("optimizer"):
-        buffers = 4 if stage == 3 else b  # gradients of all passes; weights on their way back
+        largest = max(max(group) for group in footprint.optimizer_groups(cfg))
+        # gradients of all passes; or weights on their way back, and a parameter's gradient
+        buffers = 4 * own if stage == 3 else b * (own + largest)
         found["offloaded masters and moments"] = ranks * SAVED * own
-        found["offloaded gradients and buffers"] = ranks * (4 + buffers) * own
+        found["offloaded gradients and buffers"] = ranks * (4 * own + buffers)
     if cfg.offloads("param"):
         found["offloaded weights"] = ranks * b * own
     return found

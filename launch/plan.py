@@ -112,17 +112,7 @@ def _print(planned: Plan) -> None:
     elif planned.changes:
         console.print(f"it would with {' '.join(planned.changes)}")
     console.print(f"largest micro-batch that fits: {planned.largest_micro_batch or 'none'}")
-    table = Table(
-        "", "", "ranks", "calls", "sent in its node, MB", "between nodes, MB", "takes", "hidden behind",
-        title="what a GPU sends in a step", title_justify="left",
-    )  # fmt: skip
-    for collective in planned.collectives:
-        sent = (collective.wire - collective.between_nodes, collective.between_nodes)
-        table.add_row(
-            collective.what, collective.kind, str(collective.ranks), f"{collective.calls:,}",
-            *(f"{size / 1e6:,.1f}" for size in sent), duration(collective.seconds(cluster.hardware)), collective.behind,
-        )  # fmt: skip
-    console.print(table)
+    console.print(_traffic_table(planned, Table(title="what a GPU sends in a step", title_justify="left")))
     console.print(
         f"a step takes {duration(time.total_s)}: {duration(time.compute_s)} computing, {duration(time.exposed_s)} "
         f"waiting for communication, {duration(time.update_s)} updating; {planned.tokens_per_s:,.0f} tokens/s"
@@ -142,6 +132,20 @@ def _print(planned: Plan) -> None:
     console.print("assumed:")
     for line in assumptions(cluster):
         console.print(f"- {line}")
+
+
+def _traffic_table(planned: Plan, table: Any) -> Any:
+    """What a GPU sends, a row for each collective."""
+    for head in ("", "", "ranks", "calls", "sent in its node, MB", "between nodes, MB", "takes", "hidden behind"):
+        table.add_column(head)
+    for collective in planned.collectives:
+        sent = (collective.wire - collective.between_nodes, collective.between_nodes)
+        table.add_row(
+            collective.what, collective.kind, str(collective.ranks), f"{collective.calls:,}",
+            *(f"{size / 1e6:,.1f}" for size in sent),
+            duration(collective.seconds(planned.cluster.hardware)), collective.behind,
+        )  # fmt: skip
+    return table
 
 
 def _memory_table(planned: Plan, table: Any) -> Any:

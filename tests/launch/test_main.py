@@ -108,7 +108,7 @@ def test_a_run_is_handed_on_with_its_record(config, spawned, capsys):
         (["--num-gpus", "3", "parallel.vocab=2"], "does not divide the world of 3"),
         (["data.path=nowhere"], "nowhere"),
         (["--hostfile", "nowhere"], "nowhere: there is no such hostfile"),
-        (["run=c.yaml"], "is a file); make room, or give a folder"),
+        (["run=c.yaml"], "c.yaml is a file"),
         (["--launcher", "none"], "--launcher none: it needs a --hostfile"),
         (["--include", "a"], "--include a: it chooses among the hosts of a --hostfile"),
     ],

@@ -362,3 +362,11 @@ def test_links_inside_nodes_are_the_gpu_s_or_given() -> None:
         assert step_time(cfg, slow).exposed_s > step_time(cfg, Cluster(gpu=gpu, gpus=2)).exposed_s
     with pytest.raises(ConfigError, match="--node-link: expected a number above 0"):
         Cluster(node_bytes_s=0)
+
+
+@pytest.mark.slow
+def test_a_recipe_s_real_steps_over_a_fake_process_group_are_as_planned() -> None:
+    """SwiGLU, RMSNorm, grouped queries, RoPE, documents, recomputed, at ZeRO 3; `python -m benchmarks.recipes`: all."""
+    words = [sys.executable, "-m", "benchmarks.recipes", "llama3-8b"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0 and re.search(r"^(\d+) of \1 within 10%", done.stdout, re.M), done.stdout + done.stderr

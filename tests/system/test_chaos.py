@@ -78,7 +78,8 @@ def test_the_end_is_checked(tmp_path: Path) -> None:
 def run_of(folder: Path, losses: dict[int, float], **first: Any) -> Path:
     """A run folder with train records; `first` changes the first one."""
     folder.mkdir()
-    records = [{"kind": "train", "step": s, "loss": x, "batch": "a", "tokens": s, "lr": 1.0} for s, x in losses.items()]
+    usual = {"kind": "train", "seconds": 1.0, "batch": "a", "lr": 1.0}
+    records = [{**usual, "step": step, "loss": loss, "tokens": step} for step, loss in losses.items()]
     records[0] |= first
     (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
@@ -128,6 +129,8 @@ def test_what_a_mutated_copy_led_to_is_judged(tmp_path: Path) -> None:
     for command, done, expected in cases:
         assert judge._judge(command, done, tmp_path, believed=False) == expected, done
     assert judge._judge("sample", ended(0, "other"), tmp_path, believed=True) == damage.TAKEN
+    left_out = ended(0, "other", "metrics.jsonl, line 2: no record")
+    assert judge._judge("sample", left_out, tmp_path, believed=False) == damage.TAKEN
 
 
 def test_everything_in_a_run_folder_can_be_mutated(tmp_path: Path) -> None:
