@@ -31,7 +31,7 @@ from common.settings import read_tree, validate
 from common.yaml_tree import to_yaml
 from data.config import DataConfig
 from model.config import DecoderConfig, HeadConfig
-from pretrain.deepspeed_settings import check_block
+from pretrain.deepspeed_settings import DeepSpeedSettings
 
 DIRTIEST = 1e4  # gCO2e per kWh; burning coal in an old station gives 1,500
 
@@ -246,18 +246,13 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
         zero = self.deepspeed.get("zero_optimization")
         for what, least in OFFLOADS.items():
             given = zero.get(f"offload_{what}") if isinstance(zero, dict) else None
-            if not given:
-                continue
             key, section = f"deepspeed.zero_optimization.offload_{what}", given if isinstance(given, dict) else {}
-            device, pinned = section.get("device", "none"), section.get("pin_memory", True)
+            device = section.get("device", "none")
             if device == "nvme":
                 raise ValueError(
                     f"{key}.device=nvme: checkpoints read weights and moments from memory, and DeepSpeed keeps them in "
                     "files of its own there. Use device: cpu, more GPUs, or a higher parallel.zero."
                 )
-            known = section and not section.keys() - {"device", "pin_memory"}
-            if not known or device not in ("cpu", "none") or not isinstance(pinned, bool):
-                raise ValueError(f"{key}={given}: expected device, cpu or none, and pin_memory, true or false")
             if device == "cpu" and self.zero_stage() < least:
                 raise ValueError(
                     f"{key}.device=cpu needs parallel.zero={' or '.join(map(str, range(least, 4)))}, and it is "
@@ -318,7 +313,7 @@ def from_tree(tree: dict[str, Any]) -> RunConfig:
         given = tree["data"]["tokenizer"]["vocab_size"]
         tree = {**tree, "model": {"vocab_size": given, **tree["model"]}}
     cfg = validate(RunConfig, tree)
-    check_block(cfg.deepspeed, cfg.parallel.zero)
+    validate(DeepSpeedSettings, cfg.deepspeed, "deepspeed")
     return cfg
 
 
