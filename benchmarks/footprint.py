@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 from benchmarks.measuring import parser, wide_console
 from launch import host
 from launch.cluster import Cluster
-from launch.footprint import memory, traced
+from launch.footprint import memory, tokens_kept, traced
 from launch.traffic import collectives
 from pretrain.activations import Alive
 from pretrain.config import RunConfig, from_tree
@@ -119,7 +119,7 @@ def predicted(cfg: RunConfig, world: int) -> dict[str, float]:
         "trunk masters and moments": standing["trunk masters"] + standing["trunk moments"],
         "trunk gradients": gradients + standing["reduction buffers"],
         "head": standing["head masters"] + standing["head moments"] + standing["head gradients"],
-        "activations": traced(cfg).kept,
+        "activations": traced(cfg).kept + tokens_kept(cfg, cluster),
         "peak": planned.peak + offloaded,
     }
     sent: Counter[str] = Counter()

@@ -139,6 +139,11 @@ def traced(cfg: RunConfig) -> Traced:
     return traced(cfg.model, cfg.train.micro_batch, width(cfg))
 
 
+def tokens_kept(cfg: RunConfig, cluster: Cluster) -> int:
+    """Bytes of the group's tokens, which a tied embedding's lookup keeps."""
+    return 8 * pass_tokens(cfg) * vocab_ranks(cfg, cluster) if cfg.model.tied else 0
+
+
 def head_chunks(cfg: RunConfig, vocab_ranks: int, gpu_memory: int) -> tuple[int, int]:
     """Chunks of a pass and bytes of working memory, as model.harmonic cuts them on a GPU of `gpu_memory` bytes (which
     may make chunks a little larger, so that no multiprocessor idles); for distances that are no product, an upper
@@ -167,15 +172,16 @@ def memory(cfg: RunConfig, cluster: Cluster) -> Memory:
     head_standing = {"head masters": 4 * rows, "head moments": 8 * rows, "head gradients": 4 * rows}
     _, workspace = head_chunks(cfg, k, cluster.hardware.memory)
     passes, hidden = traced(cfg), n * d * b
+    looked_up = tokens_kept(cfg, cluster)
     head = {
-        "activations": passes.kept,
+        "activations": passes.kept + looked_up,
         "head workspace": workspace,
         "prototypes in the compute dtype": rows * b,
         "gradient of this pass's prototypes": 4 * rows if several else 0,
         "gradient of hidden states": hidden,
     }
     backward = {
-        "activations": min(passes.kept, passes.fullest),
+        "activations": min(passes.kept, passes.fullest) + looked_up,
         "gradients of activations, recomputed ones": max(0, passes.fullest - passes.kept),
     }
     phases = {"head": {**head, **trunk.turn}, "backward": {**backward, **trunk.backward}, "update": trunk.update}

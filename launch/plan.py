@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from common import command
@@ -85,7 +85,6 @@ def _print(planned: Plan) -> None:
 
     console = Console(width=max(120, Console().width), highlight=False)
     own, cluster, time = planned.parameters, planned.cluster, planned.time
-    most = planned.memory
     tables = [
         f"token embedding {own.token_embedding:,}" if own.token_embedding else "tied: the prototypes embed tokens too",
         *([f"positions {own.positions:,}"] if own.positions else []),
@@ -99,19 +98,8 @@ def _print(planned: Plan) -> None:
     console.print(_memory_table(planned, Table(title="memory of a GPU, GiB", title_justify="left")))
     for name, size in planned.activation_bytes.items():
         console.print(f"activations {name}: {_gib(size)} GiB")
-    verdict = "fits" if planned.fits else "does not fit"
-    console.print(f"{verdict}: {_gib(most.peak)} of {_gib(planned.usable_bytes)} GiB, in the phase `{most.fullest}`")
-    parts = ", ".join(f"{name} {_gib(size)}" for name, size in planned.host.items())
-    of = _gib(cluster.usable_host_bytes)
-    console.print(f"memory of a host: {_gib(sum(planned.host.values()))} of {of} GiB: {parts}")
-    console.print(f"a checkpoint: {_gib(planned.checkpoint_bytes)} GiB; all that stay: {_gib(planned.disk_bytes)} GiB")
-    if planned.changes is None:
-        console.print(
-            "no change of checkpointing, ZeRO stage, vocabulary group, micro-batch, GPUs or offload makes it fit"
-        )
-    elif planned.changes:
-        console.print(f"it would with {' '.join(planned.changes)}")
-    console.print(f"largest micro-batch that fits: {planned.largest_micro_batch or 'none'}")
+    for line in _room(planned):
+        console.print(line)
     console.print(_traffic_table(planned, Table(title="what a GPU sends in a step", title_justify="left")))
     console.print(
         f"a step takes {duration(time.total_s)}: {duration(time.compute_s)} computing, {duration(time.exposed_s)} "
@@ -121,12 +109,8 @@ def _print(planned: Plan) -> None:
         gain = planned.time.total_s / planned.faster_s
         words = " ".join(planned.faster)
         console.print(f"faster: {words}: {duration(planned.faster_s)} a step, {gain:.2f} times as fast")
-    console.print(f"{planned.budget_tokens:,} tokens take {duration(planned.seconds)} and {energy(planned.gpu_j)}")
-    site = [energy(planned.site_kwh * 3.6e6)] if planned.energy.pue != 1 else []
-    site += [] if planned.gco2e is None else [f"{planned.gco2e / 1e3:,.4g} kgCO2e"]
-    site += [] if planned.cost is None else [f"{planned.cost:,.2f} in the currency of energy.price_per_kwh"]
-    if site:
-        console.print(f"of the site: {', '.join(site)}")
+    spent = f"{duration(planned.seconds)} and {energy(planned.gpu_j)}"
+    console.print(f"{planned.budget_tokens:,} tokens take {spent}{_of_site(planned)}")
     for note in planned.notes:
         console.print(f"note: {note}")
     console.print("assumed:")
@@ -146,6 +130,29 @@ def _traffic_table(planned: Plan, table: Any) -> Any:
             duration(collective.seconds(planned.cluster.hardware)), collective.behind,
         )  # fmt: skip
     return table
+
+
+def _room(planned: Plan) -> Iterator[str]:
+    """Whether it fits, on GPUs, hosts and disks, and what would make it fit."""
+    verdict, most = "fits" if planned.fits else "does not fit", planned.memory
+    yield f"{verdict}: {_gib(most.peak)} of {_gib(planned.usable_bytes)} GiB, in the phase `{most.fullest}`"
+    parts = ", ".join(f"{name} {_gib(size)}" for name, size in planned.host.items())
+    of = _gib(planned.cluster.usable_host_bytes)
+    yield f"memory of a host: {_gib(sum(planned.host.values()))} of {of} GiB: {parts}"
+    yield f"a checkpoint: {_gib(planned.checkpoint_bytes)} GiB; all that stay: {_gib(planned.disk_bytes)} GiB"
+    if planned.changes is None:
+        yield "no change of checkpointing, ZeRO stage, vocabulary group, micro-batch, GPUs or offload makes it fit"
+    elif planned.changes:
+        yield f"it would with {' '.join(planned.changes)}"
+    yield f"largest micro-batch that fits: {planned.largest_micro_batch or 'none'}"
+
+
+def _of_site(planned: Plan) -> str:
+    """What `energy.pue`, grid and price make of the GPUs' energy; empty where none is given."""
+    site = [energy(planned.site_kwh * 3.6e6)] if planned.energy.pue != 1 else []
+    site += [] if planned.gco2e is None else [f"{planned.gco2e / 1e3:,.4g} kgCO2e"]
+    site += [] if planned.cost is None else [f"{planned.cost:,.2f} in the currency of energy.price_per_kwh"]
+    return f"; of the site: {', '.join(site)}" if site else ""
 
 
 def _memory_table(planned: Plan, table: Any) -> Any:
