@@ -97,7 +97,9 @@ def too_many_slots(stage: Stage) -> Ended:
     tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
     for host in stage.hosts:
         host.call("sh", "-c", f"mkdir -p /run/tools && cp {tool} /run/tools && mount --bind /run/tools /usr/local/sbin")
-    return _refused(stage, "--dry-run", hostfile=[f"{name} slots=8" for name in stage.hosts.names])
+    return _refused(
+        stage, "--dry-run", "train.tokens_per_step=1024", hostfile=[f"{name} slots=8" for name in stage.hosts.names]
+    )
 
 
 SCENARIOS = {

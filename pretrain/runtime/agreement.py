@@ -156,10 +156,10 @@ def token(folder: Path) -> Iterator[str]:
             made.unlink()
 
 
-def sees(token: Path, patience_s: float = SEEN_S) -> bool:
-    """Whether this host sees the file, now or within some seconds."""
-    deadline = time.monotonic() + patience_s
-    while not token.exists():
+def sees(file: Path) -> bool:
+    """Whether this host sees a file that another one has made, now or within SEEN_S."""
+    deadline = time.monotonic() + SEEN_S
+    while not file.exists():
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

@@ -41,6 +41,7 @@ from common.output import is_abandoned
 from common.strict_json import to_json
 from common.variables import LEASE_VARIABLE
 from pretrain.config import RunConfig
+from pretrain.runtime.agreement import sees
 from pretrain.runtime.claim import STOP, Claim, Holder, hold, job_of, may_write, new_job
 from pretrain.runtime.endings import (
     CUT_OFF,
@@ -177,14 +178,11 @@ class Watch:
         if self.job is not None:
             with suppress(ConfigError):  # which is told once the input was checked
                 self.hold()
-        if self._lease is not None:
-            if self._lease.exists():
-                with suppress(OSError, ValueError, IndexError):  # the sign tells of that
-                    self._read_lease()  # before any other start could replace it
-                self._lease_sign = _Sign("lease", self._read_lease)
-                self._lease_sign.start()
-            else:
-                print(f"{self.host}: no {self._lease} here: the launcher's end will not be seen", file=sys.stderr)
+        if self._lease is not None and self._lease.exists():
+            with suppress(OSError, ValueError, IndexError):  # the sign tells of that
+                self._read_lease()  # before any other start could replace it
+            self._lease_sign = _Sign("lease", self._read_lease)
+            self._lease_sign.start()
         if self.world > 1:
             self._guardian = Guardian(f"rank {self.rank} on {self.host}")
             self._reassure()
@@ -209,14 +207,27 @@ class Watch:
         """Takes the run folder for this rank's job, on the first rank; the others are to be told its id.
 
         Raises:
-            ConfigError: another job has it, or it cannot be written.
+            ConfigError: another job has it, it cannot be written, or the launcher has another one on its machine.
         """
         if self.rank == 0 and self._claim is None:
+            self._check_lease()
             job, self.job = self.job or new_job(), None  # whoever is refused is of no job, whatever the variable says
             self._claim = hold(self.cfg.run, Holder(job, launcher=False))
             self.job = job
             if not self._claim.joined:
                 set_aside_failures(self.cfg.run)
+
+    def _check_lease(self) -> None:
+        """Raises ConfigError if the launcher's lease is not here: its run folder is another, and what the ranks leave
+        of their end would never reach it.
+        """
+        if self._lease is None or sees(self._lease):
+            return
+        raise ConfigError(
+            f"run={self.cfg.run}: on {self.host} there is no {self._lease.name}, which the launcher keeps in its run "
+            f"folder ({LEASE_VARIABLE}={self._lease}). Put the run folder on storage that the machine where you launch "
+            f"and all hosts share; or, if no launcher runs, `unset {LEASE_VARIABLE}`"
+        )
 
     def join(self, address: str, port: int) -> None:
         """Shows signs of life from here on, in the store at `address` where the ranks have met."""

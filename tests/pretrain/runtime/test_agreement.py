@@ -14,6 +14,7 @@ from common import checkout
 from common.command import ALLOW_CODE
 from common.errors import ConfigError
 from pretrain.runtime import agreement
+from pretrain.runtime.watch import Watch
 from tests.support.ranks import TIMEOUT_S, Caller, context
 from tests.support.tiny import make_data, tiny_config
 
@@ -141,6 +142,20 @@ def test_ranks_find_out_together(tmp_path: Path) -> None:
     assert told[0] == told[1] and "host1: optim.lr is 1.01, not 0.01" in told[0]
     told = on_two_hosts(keep_apart, tmp_path)
     assert told[0] == told[1] and "on host1 it is another folder than on the first host, host0" in told[0]
+
+
+def test_a_launcher_with_a_run_folder_of_its_own_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the ranks leave of their end would never reach it."""
+    monkeypatch.setattr(agreement, "SEEN_S", 0.2)
+    cfg, lease = tiny_config(run=str(tmp_path / "run")), tmp_path / "elsewhere" / "lease-0"
+    first = Watch(cfg, {"RANK": "0", "OVERTONE_LEASE": str(lease)})
+    with pytest.raises(ConfigError, match="there is no lease-0, which the launcher keeps in its run folder"):
+        first.hold()
+    assert not (tmp_path / "run").exists(), "nothing was touched"
+    lease.parent.mkdir()
+    lease.write_text("job 1")
+    first.hold()
+    assert (tmp_path / "run" / "lock").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_told_to_all(tmp_path: Path) -> None:
