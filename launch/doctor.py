@@ -133,20 +133,8 @@ def _timed(host: str, words: Sequence[str]) -> tuple[Facts | str, float]:
 def _table(answers: Mapping[str, Facts | str], skews: Mapping[str, float], with_config: bool) -> Table:
     from rich.table import Table
 
-    columns = [
-        "host",
-        "python",
-        "torch",
-        "deepspeed",
-        "NCCL",
-        "driver",
-        "GPUs",
-        "free MiB",
-        "cores",
-        "revision",
-        "sources",
-    ]
-    table = Table(*columns, "skew s", "energy", *(["data", "free GiB", "run folder"] if with_config else []))
+    columns = ["host", "python", "torch", "deepspeed", "NCCL", "driver", "GPUs", "free MiB", "cores", "revision"]
+    table = Table(*columns, "sources", "skew s", "energy", *(["data", "free GiB", "run folder"] if with_config else []))
     for host, answer in answers.items():
         if isinstance(answer, str):
             table.add_row(host, "no answer")
@@ -211,7 +199,7 @@ def _own_problems(host: str, answer: Facts, with_config: bool) -> list[str]:
     if with_config:
         if answer["data"]:
             problems.append(f"{host}: {answer['data']}; copy the prepared folder there, or prepare it there")
-        if not answer["writable"]:
+        if answer["unwritable"]:
             problems.append(f"{host}: the run folder {answer['unwritable']}")
         elif not answer["shares_run"]:
             problems.append(f"{host}: its run folder is not this machine's; put it on storage that all hosts share")

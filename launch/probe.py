@@ -93,7 +93,6 @@ def more_facts(run: Path, data: Path, token: str, config: Sequence[str] = ()) ->
         "gpu_free_mib": [int(mib) for mib in _query("memory.free").split() if mib.isdecimal()],
         "data": data_problem(data),
         "free_bytes": shutil.disk_usage(above).free,
-        "writable": problem is None,
         "unwritable": problem,
         "shares_run": (above / token).exists(),
         "compiler": shutil.which("g++"),

@@ -227,9 +227,7 @@ def _tensors(checkpoint: Path, rng: random.Random) -> Path:
 
 def _other_kind(file: Path, rng: random.Random) -> str:
     """Makes something else of a file or a folder."""
-    how = rng.choice(
-        ("a FIFO", "a folder", "a device", "a dangling link", "a link to itself", "empty", "all hole", "gone")
-    )
+    how = rng.choice(KINDS)
     if file.is_dir():
         os.replace(file, file.with_name(f"was-{file.name}"))
     else:

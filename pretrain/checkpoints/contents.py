@@ -143,18 +143,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return {**asdict(Progress()), "versions": checked.versions, **tree}
 
 
-def uncovered(files: Iterable[Path], sizes: Mapping[str, int]) -> str | None:
-    """Why safetensors files of a checkpoint are not all of these tensors, whole and once, or None.
-
-    Args:
-        sizes: values of each tensor, by the name in the files (`trunk.norm.weight.fp32`).
-    """
-    try:
-        return _gap(_parts(files), sizes)
-    except ConfigError as problem:
-        return str(problem)
-
-
 def sizes_of(model: DecoderConfig, head: HeadConfig) -> dict[str, int]:
     """Values of each parameter of a run, by its name in a checkpoint without `.fp32` or that of a moment."""
     trunk = {f"trunk.{weight.name}": weight.size for weight in model.weights()}

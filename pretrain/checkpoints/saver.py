@@ -45,7 +45,7 @@ from pretrain.checkpoints.folder import (
 )
 from pretrain.checkpoints.fragments import Fragment
 from pretrain.config import CheckpointConfig
-from pretrain.runtime.agreement import SEEN_S
+from pretrain.runtime.agreement import sees
 from pretrain.runtime.ranks import Ranks
 
 log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class Saver:
         if not self.ranks.first:
             return
         listed = {name: entry for part in files for name, entry in part.items()}
-        apart = [name for name, entry in listed.items() if not _seen(draft / name, entry["size"])]
+        apart = [name for name, entry in listed.items() if not sees(draft / name, entry["size"])]
         if apart:
             raise FileNotFoundError(
                 f"{draft}: of {len(listed)} parts, {', '.join(apart)} cannot be seen on {gethostname()}: the ranks do "
@@ -211,16 +211,6 @@ class Saver:
                 remove(old)
         except OSError as problem:  # the checkpoint is there all the same
             log.warning("%s is saved, but putting the folder in order failed: %r", final, problem)
-
-
-def _seen(file: Path, size: int) -> bool:
-    """Whether a file of this size is seen here, now or within some seconds."""
-    deadline = time.monotonic() + SEEN_S
-    while not (file.is_file() and file.stat().st_size == size):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 def _told(problem: BaseException, rank: int) -> str:

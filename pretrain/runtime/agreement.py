@@ -7,7 +7,6 @@ for the same facts.
 
 from __future__ import annotations
 
-import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -119,14 +118,9 @@ def refusal(hosts: Sequence[str], found: Sequence[Difference]) -> str | None:
     return f"not every host has what the first one, {hosts[0]}, has: {said}. For the {remedies}"
 
 
-def host_and(facts: Facts) -> list[Any]:
-    """What a rank tells of itself, for `judge`."""
-    return [socket.gethostname(), facts]
-
-
 def judge(told: Sequence[Sequence[Any]], allow_code: bool = False) -> dict[str, str | None]:
-    """Of what all ranks told: `refused`, why they must not work together, and `allowed`, what differs and may; in
-    words.
+    """Of what all ranks told, a host and its facts each: `refused`, why they must not work together, and `allowed`,
+    what differs and may; in words.
 
     Args:
         allow_code: code and versions may differ.
@@ -156,10 +150,14 @@ def token(folder: Path) -> Iterator[str]:
             made.unlink()
 
 
-def sees(file: Path) -> bool:
-    """Whether this host sees a file that another one has made, now or within SEEN_S."""
+def sees(file: Path, size: int | None = None) -> bool:
+    """Whether this host sees a file that another one has made, now or within SEEN_S.
+
+    Args:
+        size: its bytes; None: any number.
+    """
     deadline = time.monotonic() + SEEN_S
-    while not file.exists():
+    while not (file.exists() and size in (None, file.stat().st_size)):
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)

@@ -88,7 +88,7 @@ def agree(
     """Raises ConfigError on every rank if hosts differ in what `agreement.facts_here` tells. Collective."""
     if meeting.world == 1:
         return
-    told = agreement.host_and(agreement.facts_here(cfg, data, texts))
+    told = (socket.gethostname(), agreement.facts_here(cfg, data, texts))
     verdict = meeting.decide("agreement", told, partial(agreement.judge, allow_code=allow_code))
     if verdict["refused"]:
         raise ConfigError(verdict["refused"])

@@ -148,9 +148,10 @@ def check_earlier(base: Path) -> None:
 
 
 def check_apart(base: Path) -> str:
+    from pretrain.runtime import agreement
     from pretrain.runtime import ranks as process
 
-    saver.SEEN_S = 0.3
+    agreement.SEEN_S = 0.3
     ranks = process.start()
     behind = saver.Saver(base / f"host{ranks.rank}", ranks, CheckpointConfig())
     (base / f"host{ranks.rank}").mkdir(exist_ok=True)
