@@ -5,11 +5,8 @@ The table is the only list of commands; each entry's module has `parser()` and `
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # until the command listens, Ctrl-C ends the process without a word
-    import _signal
-
-    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
-        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+if __name__ == "__main__":
+    import common.starting  # noqa: F401
 
 import os
 import re

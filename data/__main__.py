@@ -1,5 +1,8 @@
 """`python -m data COMMAND ...`: the commands of data/, as `overtone` runs them."""
 
+if __name__ == "__main__":
+    import common.starting  # noqa: F401
+
 import sys
 from collections.abc import Sequence
 

@@ -1,5 +1,8 @@
 """`python -m launch COMMAND ...`: the commands of launch/, as `overtone` runs them."""
 
+if __name__ == "__main__":
+    import common.starting  # noqa: F401
+
 import sys
 from collections.abc import Sequence
 

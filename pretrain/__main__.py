@@ -8,11 +8,8 @@ what a rank that fails leaves.
 
 from __future__ import annotations
 
-if __name__ == "__main__":  # until the command listens, Ctrl-C ends the process without a word
-    import _signal
-
-    if _signal.getsignal(_signal.SIGINT) != _signal.SIG_IGN:
-        _signal.signal(_signal.SIGINT, _signal.SIG_DFL)
+if __name__ == "__main__":
+    import common.starting  # noqa: F401
 
 import argparse
 import logging

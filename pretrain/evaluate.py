@@ -8,6 +8,9 @@ smoothing, no clamp.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import common.starting  # noqa: F401
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -4,6 +4,9 @@ DeepSpeed and without a process group. `python -m pretrain.export` writes weight
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import common.starting  # noqa: F401
+
 import argparse
 import sys
 from collections.abc import Sequence

@@ -7,6 +7,9 @@ the newest whole checkpoint and held-out text, and written to interpret.json in 
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import common.starting  # noqa: F401
+
 import argparse
 import os
 import sys

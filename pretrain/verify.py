@@ -10,6 +10,9 @@ only read. `deepspeed --module pretrain.verify RUN` does so on many ranks.
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import common.starting  # noqa: F401
+
 import argparse
 import logging
 import sys

@@ -197,10 +197,19 @@ def slurm_preempted(stage: Stage) -> Ended:
     return _slurm(stage, "TERM")
 
 
-def srun_twice(stage: Stage) -> Ended:
+def srun_ranks(stage: Stage) -> Ended:
     """srun -n 2 without a launcher"""
+    return _srun(stage, "pretrain")
+
+
+def srun_launchers(stage: Stage) -> Ended:
+    """srun -n 2 of `overtone run`, which starts all ranks itself"""
+    return _srun(stage, "launch", "run")
+
+
+def _srun(stage: Stage, *module: str) -> Ended:
     slurm = Slurm(stage.hosts, stage.folder / "slurm")
-    words = ["srun", "-N", "2", "-n", "2", "--chdir", os.getcwd(), sys.executable, "-m", "pretrain", str(stage.config)]
+    words = ["srun", "-N", "2", "-n", "2", "--chdir", os.getcwd(), sys.executable, "-m", *module, str(stage.config)]
     began = time.monotonic()
     job = stage.start(words, slurm.environment, steps=0)
     ended = stage.ended(job, began)
@@ -224,7 +233,8 @@ SCENARIOS = {
     "deepspeed and pdsh killed": runner_killed,
     "openmpi log": open_mpi,
     "mpirun without MASTER_ADDR": mpirun_alone,
-    "srun without a launcher": srun_twice,
+    "srun without a launcher": srun_ranks,
+    "srun of launchers": srun_launchers,
     "Slurm: time over in a long step": slurm_time,
     "Slurm: preempted in a long step": slurm_preempted,
 }

@@ -4,6 +4,9 @@ in a table, results.json, results.csv and a page. Run again, it goes on with wha
 
 from __future__ import annotations
 
+if __name__ == "__main__":
+    import common.starting  # noqa: F401
+
 import argparse
 import csv
 import io

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import shlex
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -152,6 +154,24 @@ def test_an_unknown_command_is_named(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().err == "error: evalute: unknown command; did you mean evaluate?\n"
     assert main(["help", "zzz"]) == 2
     assert "zzz: unknown command; expected one of prepare, import, " in capsys.readouterr().err
+
+
+STARTED = [
+    ".".join(path.with_suffix("").parts).removesuffix(".__main__")
+    for folder in ("cli", "data", "launch", "pretrain")
+    for path in sorted(Path(folder).rglob("*.py"))
+    if "sys.exit(main())" in path.read_text() and path.parts[-2] not in ("runtime", "analysis")  # which commands start
+]
+
+
+@pytest.mark.parametrize("module", STARTED)
+def test_ctrl_c_ends_what_has_not_listened_yet_without_a_word(module: str, tmp_path: Path) -> None:
+    """All of them import argparse; here that is the moment at which Ctrl-C comes."""
+    interrupting = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "argparse.py").write_text(interrupting)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, env=environment, timeout=60)
+    assert (done.returncode, done.stdout + done.stderr) == (-signal.SIGINT, ""), done.stderr
 
 
 @pytest.mark.parametrize(

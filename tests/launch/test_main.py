@@ -19,6 +19,7 @@ from launch.hosts import Placement
 from launch.job import End
 from launch.lease import Lease, lease_of, take
 from pretrain.config import TimeoutConfig
+from pretrain.runtime.environment import AT_ONCE
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +122,17 @@ def test_bad_input_stops_before_anything_is_spawned(config, spawned, capsys, mon
     assert message in capsys.readouterr().err
     assert spawned == []
     assert (config.parent / "run" / "exit.json").read_text() == "kept"
+
+
+@pytest.mark.parametrize("name", AT_ONCE.values())
+def test_one_of_several_launchers_starts_nothing(config, spawned, capsys, monkeypatch, name):
+    """As under `srun -n 2` or `mpirun -n 2`: each would train alone. Started alone by them, it may."""
+    monkeypatch.setenv(name, "2")
+    assert main(["run", str(config)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {name}=2: ") and f"`unset {name}`" in said and not spawned
+    monkeypatch.setenv(name, "1")
+    assert main(["run", str(config)]) == 75 and len(spawned) == 1
 
 
 def test_node_groups_want_even_hosts(config, spawned, answering, capsys):
