@@ -61,11 +61,12 @@ def open_run(cfg: RunConfig, ranks: Ranks, pulse: Callable[[float | None], None]
             progress = load(start, trainer.fragments())
             trainer.finish_load(progress.updates)
         trainer.head.progress = cfg.head_progress(progress.step - 1)  # as the last update left it
-        recorder = agreed(ranks, lambda: open_records(folder, cfg, progress.step) if ranks.first else None)
+        own = start is not None and start.parent == folder.checkpoints_folder
+        recorder = agreed(ranks, lambda: open_records(folder, cfg, progress.step, own) if ranks.first else None)
     run = Run(cfg, ranks, trainer, batches, held_out, meter, saver, recorder, state, progress, pulse)
     run.say(f"resumed from {start}" if start else f"started in {cfg.run}")
     run.record_counters()
-    if start is not None and start.parent == folder.checkpoints_folder:
+    if own:
         run.saved_step = progress.step
     return run
 
@@ -112,15 +113,15 @@ def _finish(folder: RunFolder, stack: ExitStack) -> None:
         folder.exit_record.unlink(missing_ok=True)
 
 
-def open_records(folder: RunFolder, cfg: RunConfig, step: int) -> Recorder:
-    """The records of a run that goes on after `step` updates; what an earlier one left is set aside where a fresh start
-    was asked for. Raises ConfigError.
+def open_records(folder: RunFolder, cfg: RunConfig, step: int, own: bool) -> Recorder:
+    """The records of a run that goes on after `step` updates (`own`: its own); what an earlier one left is set aside
+    where a fresh start was asked for. Raises ConfigError.
     """
     with writing(folder.path):
         aside = set_aside(folder.checkpoints_folder) if cfg.resume == "never" else None
         if aside is not None:
             log.warning("resume=never: the records of the training before are kept in %s", aside)
-        return Recorder(folder, step, cfg.train.steps, cfg.logging.tensorboard)
+        return Recorder(folder, step, cfg.train.steps, cfg.logging.tensorboard, own=own)
 
 
 def check_budget(cfg: RunConfig, meter: Meter, start: Path | None) -> None:

@@ -39,24 +39,29 @@ def machine() -> str:
     return f"{cores()} cores of {cpu_name()}"
 
 
-def trim(metrics: Path, step: int) -> None:
+def trim(metrics: Path, step: int, own: bool = False) -> None:
     """Writes a metrics.jsonl, if there is one, anew without the records after `step` and without wrong lines. One with
     wrong lines, or that is no file, is kept beside it.
 
+    Args:
+        own: the steps so far were trained in its run folder, so that they all have a record: what is lost is told.
+
     Raises OSError.
     """
-    if not os.path.lexists(metrics):
-        return
     lines, odd = Lines(), False
     try:
         lines = scan(metrics)
+    except FileNotFoundError:
+        lines.warn(metrics, step if own else 0)
+        return
     except ConfigError as error:
         log.warning("%s", error)
         odd = True
-    lines.warn(metrics)
+    kept = [at for at, record in enumerate(lines.records) if record.step <= step]
+    lines = Lines([lines.values[at] for at in kept], [lines.records[at] for at in kept], lines.wrong)
+    lines.warn(metrics, step if own else 0)
     with replacing(metrics) as draft:
-        kept = (line for line in lines.values if line["step"] <= step)
-        draft.write_text("".join(to_json(line) + "\n" for line in kept), encoding="utf-8")
+        draft.write_text("".join(to_json(line) + "\n" for line in lines.values), encoding="utf-8")
         if odd or lines.wrong:
             aside = free_name(metrics.with_name(f"{metrics.name}.damaged"))
             try:
@@ -68,15 +73,21 @@ def trim(metrics: Path, step: int) -> None:
 
 class Recorder:
     """Where a run's records go: `metrics.jsonl`, TensorBoard, the console. One that is opened at `first_step`, the
-    updates so far, drops the records of later steps, which are from before a resume.
+    updates so far, drops the records of later steps, which are from before a resume; `own`: as of `trim`.
 
     A disk that is full does not end the run: records wait in memory for room, TensorBoard's are given up.
     """
 
     def __init__(
-        self, run: RunFolder, first_step: int, steps: int, tensorboard: bool, console: Console | None = None
+        self,
+        run: RunFolder,
+        first_step: int,
+        steps: int,
+        tensorboard: bool,
+        console: Console | None = None,
+        own: bool = False,
     ) -> None:
-        trim(run.metrics, first_step)
+        trim(run.metrics, first_step, own)
         self._file = run.metrics.open("ab", buffering=0)  # so that a write tells what the disk took of it
         self._pending = b""
         self._writer = None

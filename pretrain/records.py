@@ -182,12 +182,28 @@ class Lines:
     records: list[Record] = field(default_factory=list)  # the same
     wrong: list[str] = field(default_factory=list)  # the others: the number of each, and what is wrong with it
 
-    def warn(self, path: Path) -> None:
-        """Tells the wrong lines, if there are any."""
+    def warn(self, path: Path, until: int = 0) -> None:
+        """Tells the wrong lines, if there are any, and the steps without a record (`until`: as `lost`)."""
         for told in self.wrong[:TOLD]:
             log.warning("%s, %s; it is left out", path, told)
         if len(self.wrong) > TOLD:
             log.warning("%s: %d more lines are wrong, and left out", path, len(self.wrong) - TOLD)
+        if lost := self.lost(until):
+            log.warning("%s: no record is left of %s", path, ", ".join(lost[:TOLD]) + (", ..." if lost[TOLD:] else ""))
+
+    def lost(self, until: int = 0) -> list[str]:
+        """The steps of training that are in no record: between the first one and the last, or the step `until` if that
+        is later. What is before the first one may have been another run's, which was gone on from.
+        """
+        gaps: list[tuple[int, int]] = []
+        last = None
+        for record in of_kind(self.records, Train):
+            if record.losses is not None and last is not None:
+                gaps.append((last + 1, record.step - len(record.losses)))
+            last = record.step
+        gaps.append(((last or 0) + 1, until))
+        told = (f"step {first}" if first == end else f"steps {first} to {end}" for first, end in gaps if first <= end)
+        return list(told)
 
 
 def scan(path: Path) -> Lines:

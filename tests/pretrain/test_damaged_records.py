@@ -21,12 +21,14 @@ from pretrain.run_folder import RunFolder
 from tests.support.tiny import tiny_config
 
 
-def train(step: int) -> Train:
-    return Train(step=step, seconds=1.0, loss=2.0, tokens=step, losses=[2.0], grad_norms=[1.0])
+def train(step: int, since: int) -> Train:
+    taken = step - since
+    return Train(step=step, seconds=1.0, loss=2.0, tokens=step, losses=[2.0] * taken, grad_norms=[1.0] * taken)
 
 
-def lines(*steps: int) -> list[bytes]:
-    return [train(step).line().encode() for step in steps]
+def lines(*steps: int, since: int = 0) -> list[bytes]:
+    """Of steps that follow each other, the first one on `since`."""
+    return [train(step, before).line().encode() for before, step in zip((since, *steps), steps, strict=False)]
 
 
 WRONG: dict[str, tuple[bytes, str]] = {
@@ -45,7 +47,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "a huge step": (b'{"kind": "save", "step": 1%s, "seconds": 1.0}' % (b"0" * 30), "step='1000"),
     "seconds of null": (b'{"kind": "save", "step": 2, "seconds": null}', "seconds='None'"),
     "seconds beyond a float": (b'{"kind": "save", "step": 2, "seconds": 1e999}', "seconds='inf'"),
-    "losses of text": (lines(2)[0].replace(b"[2.0]", b'["2"]'), "losses="),
+    "losses of text": (lines(2)[0].replace(b"[2.0", b'["2"'), "losses="),
     "a kind of no text": (b'{"kind": [], "step": 2}', r"kind='\[\]'"),
     "an unknown kind": (b'{"kind": "noise", "step": 2}', "noise"),
     "deep": (b"[" * 100_000, "nested too deeply"),
@@ -57,7 +59,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
 def test_a_wrong_line_is_named_and_the_others_stay(harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     line, told = WRONG[harm]
     run = RunFolder(tmp_path)
-    run.metrics.write_bytes(b"\n".join([*lines(1), line, *lines(3, 5)]) + b"\n" + lines(6)[0][:-7])
+    run.metrics.write_bytes(b"\n".join([*lines(1), line, *lines(3, 5, since=1)]) + b"\n" + lines(6)[0][:-7])
     before = run.metrics.read_bytes()
     (wrong,) = scan(run.metrics).wrong
     assert wrong.startswith("line 2: ") and len(wrong) < 200
@@ -72,6 +74,27 @@ def test_a_wrong_line_is_named_and_the_others_stay(harm: str, tmp_path: Path, ca
     Recorder(run, 3, 10, tensorboard=False).close()
     assert not caplog.text, "it is told once"
     assert run.metrics.read_bytes() == b"".join(line + b"\n" for line in lines(1, 3))
+
+
+def test_steps_without_a_record_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """By readers, those between others; by a run that goes on, those up to its checkpoint too, if they were its own."""
+    run = RunFolder(tmp_path)
+
+    def told(step: int, own: bool) -> list[str]:
+        caplog.clear()
+        Recorder(run, step, 10, tensorboard=False, own=own).close()
+        return [message.rpartition("is left of ")[2] for message in caplog.messages]
+
+    assert told(4, own=True) == ["steps 1 to 4"] and told(4, own=False) == [], "the file is not there"
+    assert told(4, own=True) == ["steps 1 to 4"] and told(4, own=False) == [], "it is empty"
+    run.metrics.write_bytes(b'"text"')  # as half a line, which is dropped
+    assert told(4, own=True) == ["steps 1 to 4"] and told(0, own=True) == []
+    run.metrics.write_bytes(b"\n".join([*lines(4, 6, since=3), *lines(9, 12, since=8)]) + b"\n")
+    caplog.clear()
+    assert [record.step for record in run.records(Train)] == [4, 6, 9, 12]
+    assert caplog.messages == [f"{run.metrics}: no record is left of steps 7 to 8"], "steps 1 to 3 were another run's"
+    assert told(12, own=True) == told(12, own=False) == ["steps 7 to 8"]
+    assert told(10, own=True) == ["steps 7 to 8, step 10"] and told(9, own=True) == ["steps 7 to 8"]
 
 
 def test_the_fewest_lines_are_out_of_order(tmp_path: Path) -> None:
