@@ -37,6 +37,13 @@ SITE_HOSTFILE = Path("/job/hostfile")  # deepspeed takes this one unasked, where
 DEFAULT_PORT = 29500  # where hosts that are started one by one meet
 Launcher = Literal["pdsh", "openmpi", "slurm", "none"]
 TOOLS = {"pdsh": ("pdsh", "ssh"), "openmpi": ("mpirun", "ompi_info", "ssh"), "slurm": ("srun",), "none": ()}
+# How many processes were started at once. Not SLURM_NTASKS, which a batch script has too, and that is one process.
+AT_ONCE = {
+    "SLURM_STEP_NUM_TASKS": "srun",
+    "OMPI_COMM_WORLD_SIZE": "mpirun",
+    "PMI_SIZE": "mpiexec",
+    "MV2_COMM_WORLD_SIZE": "mpiexec",
+}
 ENV_FILE, HOSTFILE = "launch.env", "launch.hosts"  # what is written for deepspeed, in the run folder
 
 
@@ -241,6 +248,18 @@ def check_tools(placement: Placement, launcher: Launcher = "pdsh") -> None:
             f"--hostfile with --launcher {launcher}: {' and '.join(TOOLS[launcher])} are needed, and "
             f"{', '.join(missing)} is not found; install it on this machine, or use --launcher none"
         )
+
+
+def check_single(launcher: Launcher) -> None:
+    """Raises ConfigError if this process, which starts all ranks, is one of several; `none` starts those of a host."""
+    for name, starter in AT_ONCE.items() if launcher != "none" else ():
+        count = os.environ.get(name, "").strip()
+        if count not in ("", "1"):
+            raise ConfigError(
+                f"{name}={count}: {starter} started several of this process, and each would start all ranks. Run it "
+                f"once, without {starter}, which --launcher slurm or openmpi calls itself; if it is one process, "
+                f"`unset {name}`"
+            )
 
 
 def check_launcher(placement: Placement, launcher: Launcher) -> None:

@@ -84,10 +84,8 @@ def _run(asked: argparse.Namespace) -> int:
     from launch.exports import left_here
     from launch.restart import keep_running
     from pretrain.config import load
-    from pretrain.runtime.environment import check_single
 
-    if asked.launcher != "none":
-        check_single(os.environ)
+    invocation.check_single(asked.launcher)
     cfg = load(asked.config, asked.overrides)
     placement = placement_of(asked)
     invocation.check_launcher(placement, asked.launcher)

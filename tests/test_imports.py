@@ -196,7 +196,9 @@ class Hiding:
     def find_spec(self, name, path=None, target=None):
         first = name.partition(".")[0]
         known = first in ALLOWED or first in sys.stdlib_module_names or first.startswith("_sysconfigdata")
-        return self.finder.find_spec(name, path, target) if known else None
+        found = self.finder.find_spec(name, path, target)
+        places = [] if found is None else [found.origin or "", *(found.submodule_search_locations or ())]
+        return found if known or any("/setuptools/_vendor/" in place for place in places) else None
 
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 """

@@ -39,9 +39,8 @@ from tests.support.ranks import run_ranks
 from tests.support.tiny import make_text, run_to_end, text_config
 
 LIMIT_S = 60.0  # after which a command hangs
-MEMORY = (
-    2**34
-)  # bytes of addresses that a command may have (DeepSpeed takes 2 GB for a bucket): what reads a device would take all
+# Bytes of addresses that a command may have; DeepSpeed takes 2 GB for a bucket. What reads a device would take all.
+MEMORY = 2**34
 OLDER, NEWER, STEPS = 2, 4, 6
 RIGHT, OLD, REFUSED, TAKEN = "right", "the one before, told", "refused in words", "as it now says"
 FAULTS = TRACEBACK, HANG, SILENT = ("traceback", "hang", "wrong without a word")

@@ -28,13 +28,6 @@ OTHERS = {
     "MVAPICH": ("MV2_COMM_WORLD_RANK", ("MV2_COMM_WORLD_SIZE",)),
     "PMIx": ("PMIX_RANK", ()),
 }
-# How many processes were started at once. Not SLURM_NTASKS, which a batch script has too, and that is one process.
-AT_ONCE = {
-    "Slurm": "SLURM_STEP_NUM_TASKS",
-    "Open MPI": OPEN_MPI["WORLD_SIZE"],
-    "MPI": "PMI_SIZE",
-    "MVAPICH": "MV2_COMM_WORLD_SIZE",
-}
 LAUNCH = "`overtone run CONFIG` or `deepspeed --module`"
 ALONE = f"Start ranks with {LAUNCH}, which set it; for one process, `unset RANK WORLD_SIZE LOCAL_RANK`"
 
@@ -108,17 +101,6 @@ def place_of(environment: Mapping[str, str], meeting: bool = True) -> Place:
     if meeting:
         _check_meeting(environment, world)
     return place
-
-
-def check_single(environment: Mapping[str, str]) -> None:
-    """Raises ConfigError for a process that starts the ranks and is one of several: each would start them all."""
-    for launcher, name in AT_ONCE.items():
-        if (environment.get(name, "").strip() or "1") != "1":
-            raise ConfigError(
-                f"{_shown(environment, name)}: {launcher} started several of this process, and each would start all "
-                f"ranks. Run it once, without {'srun' if launcher == 'Slurm' else 'mpirun'}: it starts the ranks "
-                f"itself (--launcher slurm or openmpi: by those); if it is one process, `unset {name}`"
-            )
 
 
 def check_threads(environment: Mapping[str, str]) -> None:

@@ -16,10 +16,10 @@ from data.prepare import prepare
 from launch import job, reach
 from launch.__main__ import main
 from launch.hosts import Placement
+from launch.invocation import AT_ONCE
 from launch.job import End
 from launch.lease import Lease, lease_of, take
 from pretrain.config import TimeoutConfig
-from pretrain.runtime.environment import AT_ONCE
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_bad_input_stops_before_anything_is_spawned(config, spawned, capsys, mon
     assert (config.parent / "run" / "exit.json").read_text() == "kept"
 
 
-@pytest.mark.parametrize("name", AT_ONCE.values())
+@pytest.mark.parametrize("name", AT_ONCE)
 def test_one_of_several_launchers_starts_nothing(config, spawned, capsys, monkeypatch, name):
     """As under `srun -n 2` or `mpirun -n 2`: each would train alone. Started alone by them, it may."""
     monkeypatch.setenv(name, "2")
