@@ -188,6 +188,7 @@ assert losses[0] == losses[1] and model.head.HarmonicHead is not overtone.head.H
 
 HIDING = """
 import sys
+from importlib.machinery import PathFinder
 
 class Hiding:
     def __init__(self, finder):
@@ -196,9 +197,10 @@ class Hiding:
     def find_spec(self, name, path=None, target=None):
         first = name.partition(".")[0]
         known = first in ALLOWED or first in sys.stdlib_module_names or first.startswith("_sysconfigdata")
-        found = self.finder.find_spec(name, path, target)
-        places = [] if found is None else [found.origin or "", *(found.submodule_search_locations or ())]
-        return found if known or any("/setuptools/_vendor/" in place for place in places) else None
+        if known:
+            return self.finder.find_spec(name, path, target)
+        places = [place for place in path or sys.path if "/setuptools/_vendor" in place]  # it brings these itself
+        return PathFinder.find_spec(name, places, target)
 
 sys.meta_path[:] = map(Hiding, sys.meta_path)
 """
