@@ -191,6 +191,8 @@ def exit_code(child: int, record: Exit | None, remote: bool = False, told: Seque
         return 1, "the connection to a host failed, or ended"
     if child == -signal.SIGKILL and len(told) == 1:
         return 128 + told[0], f"stopped by {_name(told[0])}, and killed before there was anything saved"
+    if child == -signal.SIGKILL and len(told) > 1:
+        return 128 - child, "killed by a second signal; checkpoints that were whole are"
     if child < 0:
         return 128 - child, f"deepspeed was killed by {_name(-child)}"
     if killed:

@@ -35,8 +35,8 @@ def parser() -> argparse.ArgumentParser:
             "configs/gpt2-124m-untied.yaml --hostfile hosts --dry-run",
         ],
         "0 done; 2 bad input; 3 too many non-finite steps; 4 a checkpoint could not be written; 75 stopped by a signal "
-        "after a save, the same command goes on; 128 + N: a rank was killed by signal N and none told why; others: a "
-        "rank failed",
+        "after a save, the same command goes on; 128 + N: a rank was killed by signal N and none told why, or this "
+        "launcher was stopped by it before the ranks started (137: killed by a second signal); others: a rank failed",
     )
     command.add_config(job)
     add_hosts(job)

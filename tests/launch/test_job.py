@@ -242,8 +242,8 @@ def test_the_second_signal_kills(start):
     assert job.process.poll() is None
     before = time.monotonic()
     job.process.send_signal(signal.SIGTERM)
-    code, _ = job.ended()
-    assert code == 137 and time.monotonic() - before < 45
+    code, output = job.ended()
+    assert code == 137 and "killed by a second signal" in output and time.monotonic() - before < 45
 
 
 def test_ranks_whose_launcher_was_killed(start):
