@@ -269,8 +269,9 @@ def _end(
             return []
         if deadline is None:
             ranks = _tell(job, members, lease, module, remote)
-            patient = ranks or remote
-            deadline = time.monotonic() + (grace_s if patient else STRAGGLER_S)
+            # deepspeed without ranks would start them yet
+            patience_s = grace_s if ranks or remote else STRAGGLER_S if ended else 0.0
+            deadline = time.monotonic() + patience_s
         elif ended and not remote and not set(ranks) & set(members):  # helpers, whose ranks have left
             deadline = min(deadline, time.monotonic() + STRAGGLER_S)
         late = time.monotonic() - deadline

@@ -119,8 +119,9 @@ class Stage:
 
 
 def last_line(text: str) -> str:
-    """The last line of an output that has any words."""
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+    """The last line of an output that has any words, but for what deepspeed's launchers log."""
+    lines = [line.strip() for line in text.splitlines() if "[launch.py:" not in line]
+    return next((line for line in reversed(lines) if line), "")
 
 
 def send(pids: Sequence[int], number: signal.Signals) -> float:
