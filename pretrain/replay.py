@@ -113,11 +113,13 @@ def choose_replay(run: RunFolder, published: Sequence[Path], steps: int, last: b
     Returns:
         None if no step, or with `last` not so many, was logged after a checkpoint.
     Raises:
-        Differs: metrics.jsonl holds a line that is no record.
+        Differs: metrics.jsonl holds a line that is no record, or none of steps that were trained.
     """
     lines = scan(run.metrics)
     if lines.wrong:
         raise Differs(f"{run.metrics}, {lines.wrong[0]} ({len(lines.wrong)} such lines)")
+    if lost := lines.lost(max(map(step_of, published), default=0)):
+        raise Differs(f"{run.metrics}: no record is left of {', '.join(lost)}")
     records = of_kind(lines.records, Train)
 
     def after(path: Path) -> list[Train]:

@@ -61,6 +61,7 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
         "measured": measured_parts(records),
         "not_measured": missing_parts(records),
         "lines_left_out": len(lines.wrong),
+        "steps_without_record": lines.lost(),
         "j_per_token": _per(train_j, tokens),
         "j_per_step": _per(train_j, train[-1].step if train else 0),
         "footprint": footprint(measured_joules(records), settings.pue, settings.grid, settings.price_per_kwh),

@@ -138,6 +138,11 @@ def notes_of(summaries: dict[str, dict[str, Any]]) -> list[str]:
         for run, summary in summaries.items()
         if summary["lines_left_out"]
     ]
+    lost += [
+        f"{run}: no record is left of {', '.join(summary['steps_without_record'])}, which no figure has"
+        for run, summary in summaries.items()
+        if summary["steps_without_record"]
+    ]
     return lost + [
         f"{run}: {part.upper()} energy was not measured: {why}"
         for run, summary in summaries.items()

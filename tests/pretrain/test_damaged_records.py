@@ -149,6 +149,10 @@ def test_a_report_tells_what_it_left_out(tmp_path: Path, capfd: pytest.CaptureFi
     assert summarise(tmp_path)["lines_left_out"] == 1 and summarise(tmp_path)["train_seconds"] == 3.0
     assert report([str(tmp_path)]) == 0
     assert "wrong lines of metrics.jsonl: 1; what they recorded is in no figure" in capfd.readouterr().out
+    run.metrics.write_bytes(b"\n".join([*lines(1), *lines(3, since=2)]) + b"\n")
+    assert summarise(tmp_path)["steps_without_record"] == ["step 2"]
+    assert report([str(tmp_path)]) == 0
+    assert "no record is left of step 2, which no figure has" in capfd.readouterr().out
 
 
 WHOLE = b"".join(line + b"\n" for line in lines(1, 2, 3, 4))

@@ -111,12 +111,14 @@ def test_two_ranks_pass_and_their_batches_have_the_fingerprints_of_one(base: Pat
     assert alone[0] == alone[3] and len(set(alone)) == 3
 
 
-def edit_record(run: Path, **changes: Any) -> None:
-    """In the record of step 5."""
+def edit_record(run: Path, step: int = 5, **changes: Any) -> None:
+    """In the record of a step of training; without changes it is taken out."""
     records = read_records(run)
-    for record in records:
-        if record["kind"] == "train" and record["step"] == 5:
+    for record in list(records):
+        if record["kind"] == "train" and record["step"] == step:
             record.update(changes)
+            if not changes:
+                records.remove(record)
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
@@ -129,6 +131,8 @@ TAMPERING: dict[str, tuple[Callable[[Path], Any], str]] = {
     "loss that is no number": (lambda run: edit_record(run, loss=float("nan")), "is not the logged nan"),
     "batch": (lambda run: edit_record(run, batch="0" * 16), "step 5: the batch"),
     "file": (lambda run: flip(next((run / "checkpoints/step-00000003").glob("*.safetensors"))), "its SHA-256"),
+    "no record": (edit_record, "no record is left of step 5"),
+    "no last record": (lambda run: edit_record(run, 6), "no record is left of step 6"),
     "old latest": (lambda run: (run / "checkpoints" / LATEST).write_text("step-00000003\n"), "the newest checkpoint"),
     "no latest": (without_latest, "latest: missing, but the newest checkpoint is step-00000006"),
     "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "there is no checkpoint"),
