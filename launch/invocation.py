@@ -252,9 +252,9 @@ def check_tools(placement: Placement, launcher: Launcher = "pdsh") -> None:
 
 def check_single(launcher: Launcher) -> None:
     """Raises ConfigError if this process, which starts all ranks, is one of several; `none` starts those of a host."""
-    for name, starter in AT_ONCE.items() if launcher != "none" else ():
+    for name, starter in AT_ONCE.items():
         count = os.environ.get(name, "").strip()
-        if count not in ("", "1"):
+        if launcher != "none" and count not in ("", "1"):
             raise ConfigError(
                 f"{name}={count}: {starter} started several of this process, and each would start all ranks. Run it "
                 f"once, without {starter}, which --launcher slurm or openmpi calls itself; if it is one process, "

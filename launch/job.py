@@ -93,7 +93,7 @@ def run(
         left: list[int] = []
         try:
             if _wait(job, received, claim):
-                left = _end(job, received, lease, module, remote, grace_s)
+                left = _end(job, received, lease, claim, module, remote, grace_s)
         finally:
             kill(members_of(job.pid))
         child = job.wait()
@@ -189,10 +189,12 @@ def exit_code(child: int, record: Exit | None, remote: bool = False, told: Seque
         return record.code, reason
     if remote and child == SSH_FAILED:
         return 1, "the connection to a host failed, or ended"
+    if child == -signal.SIGKILL and told and record is not None:
+        return 0, "done"  # the ranks had left, and deepspeed, which was slow to follow, was killed here
     if child == -signal.SIGKILL and len(told) == 1:
         return 128 + told[0], f"stopped by {_name(told[0])}, and killed before there was anything saved"
     if child == -signal.SIGKILL and len(told) > 1:
-        return 128 - child, "killed by a second signal; checkpoints that were whole are"
+        return 128 - child, "killed by a second signal, without a save"
     if child < 0:
         return 128 - child, f"deepspeed was killed by {_name(-child)}"
     if killed:
@@ -214,7 +216,7 @@ def _is_lost(child: int) -> bool:
 
 def _await_record(claim: Claim, lease: Lease, received: list[int], patience_s: float) -> None:
     """Tells ranks that may train on to save and leave, and waits for the record of the first; a signal ends that."""
-    if _read(claim) is None and not read_failures(claim.run, claim.job):
+    if not _have_left_words(claim):
         print("launch: the way to the ranks is lost; telling them to save and stop", file=sys.stderr, flush=True)
         lease.stop()
         deadline, told = time.monotonic() + patience_s, len(received)
@@ -242,6 +244,11 @@ def _read(claim: Claim) -> Exit | None:
     return record if record is not None and record.job == claim.job else None
 
 
+def _have_left_words(claim: Claim) -> bool:
+    """Whether a rank of the job has ended, and said so."""
+    return _read(claim) is not None or bool(read_failures(claim.run, claim.job))
+
+
 @contextmanager
 def _signals() -> Iterator[list[int]]:
     """Collects the signals that ask to stop, but for those that are ignored, as under nohup."""
@@ -258,7 +265,13 @@ def _signals() -> Iterator[list[int]]:
 
 
 def _end(
-    job: subprocess.Popen[bytes], received: list[int], lease: Lease, module: str, remote: bool, grace_s: float
+    job: subprocess.Popen[bytes],
+    received: list[int],
+    lease: Lease,
+    claim: Claim,
+    module: str,
+    remote: bool,
+    grace_s: float,
 ) -> list[int]:
     """Ends what is left of the job once it was told to stop, or once deepspeed ended; returns what cannot be killed."""
     ranks: list[psutil.Process] = []
@@ -269,8 +282,9 @@ def _end(
             return []
         if deadline is None:
             ranks = _tell(job, members, lease, module, remote)
-            # deepspeed without ranks would start them yet
-            patience_s = grace_s if ranks or remote else STRAGGLER_S if ended else 0.0
+            patience_s = grace_s if ranks or remote else STRAGGLER_S
+            if not (ranks or remote or ended or _have_left_words(claim)):
+                patience_s = 0.0  # deepspeed, left alone, would start them yet
             deadline = time.monotonic() + patience_s
         elif ended and not remote and not set(ranks) & set(members):  # helpers, whose ranks have left
             deadline = min(deadline, time.monotonic() + STRAGGLER_S)

@@ -24,7 +24,7 @@ from common.strict_json import from_json, to_json
 
 LINE_BYTES = 1 << 26  # of a line at most
 MOST = 2**63  # that a whole number can be
-TOLD = 3  # wrong lines that are told one by one
+TOLD = 3  # wrong lines, and places without lines, that are told one by one
 
 log = logging.getLogger(__name__)
 
@@ -189,11 +189,11 @@ class Lines:
         if len(self.wrong) > TOLD:
             log.warning("%s: %d more lines are wrong, and left out", path, len(self.wrong) - TOLD)
         if lost := self.lost(until):
-            log.warning("%s: no record is left of %s", path, ", ".join(lost[:TOLD]) + (", ..." if lost[TOLD:] else ""))
+            log.warning("%s: no record is left of %s", path, ", ".join(lost))
 
     def lost(self, until: int = 0) -> list[str]:
-        """The steps of training that are in no record: between the first one and the last, or the step `until` if that
-        is later. What is before the first one may have been another run's, which was gone on from.
+        """The steps of training that are in no record, in words: between the first one and the last, or the step
+        `until` if that is later. What is before the first one may have been another run's, which was gone on from.
         """
         gaps: list[tuple[int, int]] = []
         last = None
@@ -202,8 +202,8 @@ class Lines:
                 gaps.append((last + 1, record.step - len(record.losses)))
             last = record.step
         gaps.append(((last or 0) + 1, until))
-        told = (f"step {first}" if first == end else f"steps {first} to {end}" for first, end in gaps if first <= end)
-        return list(told)
+        told = [f"step {first}" if first == end else f"steps {first} to {end}" for first, end in gaps if first <= end]
+        return told[:TOLD] + ([f"{len(told) - TOLD} more such places"] if told[TOLD:] else [])
 
 
 def scan(path: Path) -> Lines:

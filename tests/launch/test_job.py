@@ -56,6 +56,21 @@ def test_the_record_and_the_child_decide(child, record, code, reason):
     assert found[0] == code and reason in found[1]
 
 
+@pytest.mark.parametrize(
+    ("record", "told", "code", "reason"),
+    [
+        (None, [signal.SIGTERM], 143, "killed before there was anything saved"),
+        (None, [signal.SIGINT, signal.SIGINT], 137, "a second signal"),
+        ({"code": 0}, [signal.SIGTERM], 0, "done"),
+        ({"code": 0}, [], 137, "deepspeed was killed by SIGKILL"),
+        ({"code": 75, "reason": "r"}, [signal.SIGTERM], 75, "goes on"),
+    ],
+)
+def test_what_this_launcher_killed_is_not_told_as_anothers_doing(record, told, code, reason):
+    found = exit_code(-signal.SIGKILL, record and Exit(**record), told=told)
+    assert found[0] == code and reason in found[1]
+
+
 # ---- how jobs end, under the real launcher
 
 RANK = """
@@ -259,6 +274,14 @@ def test_a_signal_before_there_are_ranks(start):
     job.process.send_signal(signal.SIGTERM)
     assert job.ended()[0] == 143
     assert not list(job.folder.glob("up?"))
+
+
+def test_a_signal_after_the_ranks_have_left_changes_nothing(start):
+    job = start(code=0, record=0)
+    ranks = job.ranks()
+    job.wait_for(lambda: not any(alive(rank) for rank, _ in ranks))
+    job.process.send_signal(signal.SIGTERM)
+    assert job.ended()[0] == 0
 
 
 # ---- what the ranks are told

@@ -95,6 +95,8 @@ def test_steps_without_a_record_are_told(tmp_path: Path, caplog: pytest.LogCaptu
     assert caplog.messages == [f"{run.metrics}: no record is left of steps 7 to 8"], "steps 1 to 3 were another run's"
     assert told(12, own=True) == told(12, own=False) == ["steps 7 to 8"]
     assert told(10, own=True) == ["steps 7 to 8, step 10"] and told(9, own=True) == ["steps 7 to 8"]
+    run.metrics.write_bytes(b"".join(lines(step, since=step - 1)[0] + b"\n" for step in range(2, 99, 2)))
+    assert told(98, own=True) == ["step 3, step 5, step 7, 45 more such places"]
 
 
 def test_the_fewest_lines_are_out_of_order(tmp_path: Path) -> None:
