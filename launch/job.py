@@ -189,11 +189,11 @@ def exit_code(child: int, record: Exit | None, remote: bool = False, told: Seque
         return record.code, reason
     if remote and child == SSH_FAILED:
         return 1, "the connection to a host failed, or ended"
-    if child == -signal.SIGKILL and told and record is not None:
-        return 0, "done"  # the ranks had left, and deepspeed, which was slow to follow, was killed here
-    if child == -signal.SIGKILL and len(told) == 1:
-        return 128 + told[0], f"stopped by {_name(told[0])}, and killed before there was anything saved"
-    if child == -signal.SIGKILL and len(told) > 1:
+    if child == -signal.SIGKILL and told:  # by this launcher
+        if record is not None:
+            return 0, "done"  # the ranks had left, and deepspeed was slow to follow
+        if len(told) == 1:
+            return 128 + told[0], f"stopped by {_name(told[0])}, and killed before there was anything saved"
         return 128 - child, "killed by a second signal, without a save"
     if child < 0:
         return 128 - child, f"deepspeed was killed by {_name(-child)}"

@@ -48,18 +48,18 @@ def trim(metrics: Path, step: int, own: bool = False) -> None:
 
     Raises OSError.
     """
-    lines, odd = Lines(), False
+    lines, odd, until = Lines(), False, step if own else 0
     try:
         lines = scan(metrics)
     except FileNotFoundError:
-        lines.warn(metrics, step if own else 0)
+        lines.warn(metrics, until)
         return
     except ConfigError as error:
         log.warning("%s", error)
         odd = True
     kept = [at for at, record in enumerate(lines.records) if record.step <= step]
     lines = Lines([lines.values[at] for at in kept], [lines.records[at] for at in kept], lines.wrong)
-    lines.warn(metrics, step if own else 0)
+    lines.warn(metrics, until)
     with replacing(metrics) as draft:
         draft.write_text("".join(to_json(line) + "\n" for line in lines.values), encoding="utf-8")
         if odd or lines.wrong:
