@@ -165,7 +165,8 @@ def _locate(cls: type[BaseModel], problem: Any, where: str) -> tuple[str, list[s
     for part in problem["loc"]:
         members = members_of(here)
         if len(members) > 1:
-            here = next((m for m in members if part in _labels(m)), None)
+            label = str(part).rpartition(" ")[2].rstrip("]")  # of function-after[check(), Model], a Model with checks
+            here = next((m for m in members if label in _labels(m)), None)
             continue
         node = members[0] if members else None
         if part == "[key]":

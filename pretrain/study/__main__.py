@@ -1,5 +1,6 @@
-"""`overtone study CONFIG [key=value ...] [options of overtone run]`: trains a matched grid and tells what came of it,
-in a table, results.json, results.csv and a page. Run again, it goes on with what is not done.
+"""`overtone study CONFIG [key=value ...] [options of overtone run]`: tunes heads alike, trains the chosen settings with
+fresh seeds, and tells what came of it, in a table, results.json, results.csv and a page. Run again, it goes on with
+what is not done.
 """
 
 from __future__ import annotations
@@ -26,25 +27,31 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 PAGE, RESULTS, ROWS = "study.html", "results.json", "results.csv"
+JOBS = "runs at once (default: 1); above 1 neither time nor energy of a run is told"
 
 
 def parser() -> argparse.ArgumentParser:
     """Options of the command; what it does not know goes to `overtone run`."""
     made = command.parser(
         "study",
-        "Train a matched grid of heads, learning rates and seeds, and compare, in a table, results.json, results.csv "
-        "and a page. Run again, it goes on with what is not done. Options that are not listed go to `overtone run`, "
-        "such as --hostfile H.",
+        "Tune every head with the same number of trials, train the chosen settings with fresh seeds, and compare them "
+        "on the test split, in a table, results.json, results.csv and a page. Run again, it goes on with what is not "
+        "done. Options that are not listed go to `overtone run`, such as --hostfile H.",
         [
-            "configs/study-small.yaml",
-            "configs/study-small.yaml lrs=[1e-3,3e-3] out=runs/study-two-rates --num-gpus 1",
+            "configs/study-small.yaml --dry-run",
+            "configs/study-small.yaml --jobs 2 --num-gpus 1",
+            "configs/study-small.yaml tuning.trials=8 out=studies/eight-trials",
             "configs/study-small.yaml --report",
         ],
         "0 done; 2 bad input; 75 stopped by a signal, the same command goes on; others: a run failed with that code",
     )
-    made.usage = "overtone study [-h] [--report] CONFIG [key=value ...] [options of overtone run]"
+    made.usage = (
+        "overtone study [-h] [--report] [--dry-run] [--jobs N] CONFIG [key=value ...] [options of overtone run]"
+    )
     made.add_argument("config", metavar="CONFIG", help="YAML file, such as configs/study-small.yaml")
     made.add_argument("--report", action="store_true", help="train nothing: write the results of what is done")
+    made.add_argument("--dry-run", action="store_true", help="train nothing: tell the runs, steps and tokens it takes")
+    made.add_argument("--jobs", type=command.count, default=1, metavar="N", help=JOBS)
     return made
 
 
@@ -67,36 +74,43 @@ def _study(asked: argparse.Namespace) -> int:
     kind = tree.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"{asked.config}: kind={str(kind)[:80]!r}: expected one of {', '.join(kinds)}")
-    return kinds[kind](tree, asked.launch, asked.report)
+    return kinds[kind](tree, asked)
 
 
-def _language(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
+def _language(tree: dict[str, Any], asked: argparse.Namespace) -> int:
     from common.settings import validate
-    from pretrain.study import grid, results, tables
-    from pretrain.study.page import language
+    from pretrain.study.language_config import LanguageConfig
 
-    study = validate(grid.LanguageConfig, tree)
-    grid.check(study)
+    with command.importing():
+        study = validate(LanguageConfig, tree)
+        from pretrain.study import records, results, search, tables  # bring torch
+        from pretrain.study.page import language
+
+    kept = records.Records(study)
+    choice = search.check(study, kept)
+    if asked.dry_run:
+        _print(tables.plan(search.plan(study)))
+        return 0
     with _alone(study.out):
+        training = search.Training(study, kept, asked.launch, asked.jobs, say)
         try:
-            if not report:
-                grid.train(study, launch, say)
-        except grid.Stopped as stopped:
+            training.catch_up(choice) if asked.report else training.all(choice)
+        except search.Stopped as stopped:
             print(f"stopped: {stopped}; the same command goes on", file=sys.stderr)
             return stopped.code or 1
-        outcome = results.gather(study, say)
+        outcome = results.gather(study, kept, search.read_choice(study))
         write(study.out, outcome, outcome["runs"], language.page(outcome))
     return _tell(study.out, tables.language(outcome))
 
 
-def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
+def _algorithmic(tree: dict[str, Any], asked: argparse.Namespace) -> int:
     from common.settings import validate
     from pretrain.study.algorithmic_config import AlgorithmicConfig
 
     with command.importing():
         study = validate(AlgorithmicConfig, tree)  # brings torch last
-        if launch or report:
-            given = " ".join([*launch, *["--report"] * report])
+        options = {"--report": asked.report, "--dry-run": asked.dry_run, "--jobs": asked.jobs != 1}
+        if given := " ".join([*asked.launch, *(name for name, there in options.items() if there)]):
             raise ConfigError(f"{given}: an algorithmic study takes no such option")
         from pretrain.study import algorithmic, tables
         from pretrain.study.page import algorithmic as pages
@@ -107,10 +121,14 @@ def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> i
     return _tell(study.out, tables.algorithmic(outcome))
 
 
-def _tell(folder: Path, table: Table) -> int:
+def _print(table: Table) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 160, highlight=False).print(table)
+
+
+def _tell(folder: Path, table: Table) -> int:
+    _print(table)
     say(f"written: {folder / PAGE}, {RESULTS} and {ROWS} beside it")
     return 0
 

@@ -1,218 +1,126 @@
-"""What the runs of a study came to: measured run by run, then head by head, as plain values."""
+"""What the runs of a study came to, head by head and size by size, as plain values."""
 
 from __future__ import annotations
 
-import json
-import math
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-import torch
-
-from common.files import replace_file
-from common.strict_json import plain, to_json
-from data.shards import Split, open_split
+from common.strict_json import plain
 from model.config import ExponentRamp, HeadConfig
-from model.distances import DISTANCES
-from pretrain.analysis import geometry, interpretation
-from pretrain.analysis.evaluation import open_task, run_task
 from pretrain.analysis.heldout import HeldOut, check_one_text
-from pretrain.analysis.scoring import (
-    INTERVAL,
-    UNIGRAM_TOKENS,
-    Evaluation,
-    compare,
-    unigram_bits_per_byte,
-)
-from pretrain.analysis.summary import summarise
-from pretrain.checkpoints.saver import versions
-from pretrain.config import RunConfig
-from pretrain.energy.sustainability import joules_of
 from pretrain.recorder import machine
-from pretrain.records import JOULES, PARTS, Eval, Record, Train
-from pretrain.run_folder import RunFolder
-from pretrain.runtime.ranks import alone
-from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
+from pretrain.records import JOULES, PARTS
+from pretrain.study import comparisons, protocol
+from pretrain.study.comparisons import Ran
+from pretrain.study.language_config import Cell, LanguageConfig
+from pretrain.study.records import DONE, Records, bits
+from pretrain.study.search import Choice, choose, fresh, tried
+from pretrain.study.tuning import TUNABLE
 
-SHOWN = 300  # prototypes of a projection: those of the most frequent tokens
 
-
-def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
-    """Scores a finished run's newest checkpoint by document and measures its geometry; a second call reads the first
-    one's files. Raises ConfigError.
-    """
-    run = RunFolder(cfg.run)
-    checkpoint = run.checkpoint()
-    if run.measured.exists() and run.documents.exists():
-        found = json.loads(run.measured.read_text())
-        if found["checkpoint"] == checkpoint.name:
-            return found
-    log(f"measuring {run.path.name}")
-    scored, _ = run_task(open_task(cfg.run), alone())
-    with run.documents.open("wb") as stream:
-        np.savez(stream, **vars(scored))
-    source = interpretation.open_run(cfg.run, (), strict=False)
-    looked_at = interpretation.measure(source)
-    spectrum = geometry.spectrum(looked_at.prototypes)
-    found = plain(
-        {
-            "checkpoint": checkpoint.name,
-            "evaluation": {**scored.as_dict(), **scored.standard_errors()},
-            "geometry": looked_at.figures,
-            "scree": scree(spectrum),
-            "projection": projection(looked_at.prototypes, spectrum, source),
-        }
+def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> dict[str, Any]:
+    """The results of all runs that were recorded so far. Raises ConfigError."""
+    spent = (choice or choose(study, records))["heads"]
+    trials = [Ran(cell, records, records.get(cell)) for head in study.heads for cell in tried(study, records, head)]
+    ran = [Ran(cell, records, records.get(cell)) for cell in (fresh(study, choice) if choice else ())]
+    done = [run for run in [*trials, *ran] if run.summary]
+    check_one_text({run.cell.name: HeldOut(**run.summary["held_out"]) for run in done})
+    parts, missing = common_parts([run.summary for run in ran if run.summary])
+    at = {
+        size: {head: [run for run in ran if (run.cell.size, run.cell.head) == (size, head)] for head in study.heads}
+        for size in study.sizes
+    }
+    compared = {size: comparisons.at_size(study, at[size]) for size in study.sizes}
+    shown = next(
+        (size for size in reversed(study.sizes) if any(run.measured for run in at[size][study.baseline])),
+        study.tuned_at,
     )
-    replace_file(run.measured, to_json(found))
-    return found
-
-
-def scree(spectrum: geometry.Spectrum) -> list[float]:
-    """Shares of the variance in the first 1, 2, ... principal components."""
-    variances = spectrum.variances
-    return [round(share, 6) for share in (variances.cumsum(0) / variances.sum()).tolist()]
-
-
-def projection(rows: torch.Tensor, spectrum: geometry.Spectrum, source: interpretation.Source) -> dict[str, Any]:
-    """The first two principal components of the most frequent tokens' prototypes, and how often each token is among
-    the first UNIGRAM_TOKENS of training.
-    """
-    train = open_split(source.cfg.data.path, "train")
-    counts = np.bincount(train.read(0, min(train.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size)
-    chosen = counts.argsort()[::-1][:SHOWN].tolist()
-    plane = geometry.plane(rows)
-    points = [
-        [round(x, 5), round(y, 5), source.tokenizer.decode([token]), int(counts[token])]
-        for token, (x, y) in zip(chosen, plane[chosen].tolist(), strict=True)
-    ]
-    return {"explained": [spectrum.explained(1), spectrum.explained(2) - spectrum.explained(1)], "points": points}
-
-
-# ---- head by head
-
-
-def interval(values: Sequence[float]) -> dict[str, Any]:
-    """Mean of independent values, with Student's interval for it; no bounds for a single one."""
-    from scipy.stats import t
-
-    mean, bounds = statistics.fmean(values), {"low": None, "high": None}
-    if len(values) > 1:
-        half = t.ppf((1 + INTERVAL) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-        bounds = {"low": mean - half, "high": mean + half}
-    return {"mean": mean, **bounds, "values": list(values)}
-
-
-@dataclass(frozen=True)
-class Ran:
-    """A run of a study, and what it came to so far."""
-
-    cell: Cell
-    cfg: RunConfig
-    outcome: str | None
-    summary: dict[str, Any]  # {}: it is not done
-    measured: dict[str, Any]  # {}: it is not done, or its learning rate was not chosen
-
-    @property
-    def bits(self) -> float:
-        """Held-out bits/byte of a run that was measured."""
-        return self.measured["evaluation"]["bits_per_byte"]
-
-    def tokens_per_s(self) -> float | None:
-        """In the median of its records but the first, in which kernels are compiled; None if it has no others."""
-        rates = [record.tokens_per_s for record in RunFolder(self.cfg.run).records(Train)][1:]
-        return statistics.median(rates) if rates else None
-
-
-def gather(study: LanguageConfig, log: Callable[[str], None]) -> dict[str, Any]:
-    """The results of all runs that are done so far. Raises ConfigError."""
-    configs = {cell: study.config(cell) for cell in cells(study)}
-    ends = {cell: outcome(cfg) for cell, cfg in configs.items()}
-    rates = {head: chosen_lr(study, head) for head in study.heads}
-    done = [cell for cell, end in ends.items() if end == DONE]
-    chosen = [cell for head, lr in rates.items() for cell in done if (cell.head, cell.lr) == (head, lr)]
-    measured = {cell: measure(configs[cell], log) for cell in chosen}
-    summaries = {cell: summarise(configs[cell].run) for cell in done}
-    check_one_text({str(configs[cell].run): HeldOut(**summary["held_out"]) for cell, summary in summaries.items()})
-    parts, missing = common_parts(list(summaries.values()))
-    runs = [
-        Ran(cell, cfg, ends[cell], summaries.get(cell, {}), measured.get(cell, {})) for cell, cfg in configs.items()
-    ]
-    base = {run.cell.seed: run for run in runs if run.cell.head == study.baseline and run.measured}
-    any_config = runs[0].cfg
-    train, val = (open_split(any_config.data.path, name) for name in ("train", "val"))
+    base = {(run.cell.size, run.cell.seed): run for run in ran if run.cell.head == study.baseline}
+    edges = protocol.edges_of(study, choice)
+    made_by = [run.record for run in [*ran, *trials] if run.record]
+    versions = made_by[0]["versions"] if made_by else {}
     return plain(
         {
             "name": study.out.name,
             "title": study.title,
-            **about(any_config, train, val),
-            "seeds": list(study.seeds),
-            "lrs": list(study.lrs),
+            "machine": "; ".join(dict.fromkeys(record["machine"] for record in made_by)) or machine(),
+            "versions": {name: version for name, version in versions.items() if version and name != "revision"},
+            "revision": versions.get("revision"),
+            "data": records.data(),
+            **about(study, shown),
+            "shown": shown,
             "baseline": study.baseline,
+            "seeds": list(study.seeds),
+            "protocol": protocol.told(study, records.data()),
+            "chosen": choice is not None,
+            "settled": choice is not None and not edges,
+            "edges": edges,
+            "best": comparisons.best(study, at[shown]) if choice and not edges else None,
             "measured": parts,
             "not_measured": missing,
-            "heads": [
-                _head(study, head, lr, [run for run in runs if run.cell.head == head], base, parts)
-                for head, lr in rates.items()
+            "sizes": [
+                {
+                    "name": size,
+                    **about(study, size),
+                    "smallest_difference": comparisons.median_smallest(compared[size]),
+                    "heads": [
+                        {"name": head, **_figures(at[size][head], compared[size][head], parts)}
+                        for head in study.heads
+                        if choice
+                    ],
+                }
+                for size in study.sizes
             ],
-            "runs": [_row(run, base.get(run.cell.seed), parts) for run in runs],
+            "heads": [
+                {
+                    **_head(study, head),
+                    **protocol.searched(study, head, spent[head], [r for r in trials if r.cell.head == head], choice),
+                    **protocol.curse(spent[head], _val(at[study.tuned_at][head])),
+                    "trend": comparisons.trend_of(study, at, head),
+                    **_figures(at[shown][head], compared[shown][head], parts),
+                    **_first(at[shown][head], parts),
+                }
+                for head in study.heads
+            ],
+            "runs": [_row(run, base, parts) for run in [*trials, *ran]],
         }
     )
 
 
-def _head(
-    study: LanguageConfig, name: str, lr: float | None, runs: Sequence[Ran], base: dict[int, Ran], parts: Sequence[str]
-) -> dict[str, Any]:
-    """A head's results. `base`: the baseline's runs at its chosen rate, by seed."""
-    settings, own = study.heads[name], [run for run in runs if run.measured]
-    both = [(run.cfg, base[run.cell.seed].cfg) for run in own if run.cell.seed in base and name != study.baseline]
+def _val(runs: Sequence[Ran]) -> list[float]:
+    """Bits/byte of the `val` split of the runs that are done."""
+    return [value for run in runs if (value := bits(run.record)) is not None]
+
+
+def _head(study: LanguageConfig, name: str) -> dict[str, Any]:
+    settings = study.heads[name]
     return {
         "name": name,
         **settings.model_dump(mode="json", include={"distance", "params"}),
         "exponent": exponent(settings),
-        "lr": lr,
-        "lr_at_edge": len(study.lrs) > 1 and lr in (min(study.lrs), max(study.lrs)),
-        "sweep": [
-            {"lr": run.cell.lr, "seed": run.cell.seed, "bits_per_byte": held_out(run.cfg), "outcome": run.outcome}
-            for run in runs
-        ],
-        "started": sum(run.outcome is not None for run in runs),
-        "diverged": sum(run.outcome not in (None, DONE) for run in runs),
-        "seeds": [run.cell.seed for run in own],
-        "bits_per_byte": interval([run.bits for run in own]) if own else None,
-        "difference": difference(both) if both else None,
-        **_speed(own),
-        **_spent([run.summary for run in own], parts),
-        **_shape(own),
-        **(_first(own[0], parts) if own else {}),
     }
 
 
-def difference(pairs: Sequence[tuple[RunConfig, RunConfig]]) -> dict[str, Any]:
-    """Bits/byte of runs less those of the baseline's with the same seed, data and order: over seeds, and over
-    documents of all seeds' mean.
-    """
-    scored = [[_documents(cfg.run) for cfg in pair] for pair in pairs]
-    over_seeds = interval([compare(a, b).bits_per_byte_difference for a, b in scored])
-    mean = [
-        Evaluation(np.mean([side.nats for side in sides], 0), sides[0].hits, sides[0].tokens, sides[0].text_bytes)
-        for sides in zip(*scored, strict=True)
-    ]
-    by_document = compare(*mean)
-    return {**over_seeds, "documents_low": by_document.low, "documents_high": by_document.high}
-
-
-def _documents(run: Path) -> Evaluation:
-    with np.load(RunFolder(run).documents, allow_pickle=False) as found:
-        return Evaluation(**found)
+def _figures(runs: Sequence[Ran], compared: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """Of a head's runs of fresh seeds at one size."""
+    own = [run for run in runs if run.measured]
+    val = _val(runs)
+    return {
+        "started": sum(run.outcome is not None for run in runs),
+        "diverged": sum(run.outcome not in (None, DONE) for run in runs),
+        "waiting": sum(run.outcome is None for run in runs),
+        **compared,
+        "val_bits_per_byte": statistics.fmean(val) if val else None,
+        **_speed(own),
+        **_spent([run.summary for run in own], parts),
+        **_shape(own),
+    }
 
 
 def exponent(head: HeadConfig) -> float | str | None:
     """As it was set; None where it means nothing, as for softmax."""
-    if not DISTANCES[head.distance].has_exponent:
+    if not head.settings.has_exponent:
         return None
     ramp = head.exponent
     return f"{ramp.first:g} to {ramp.last:g}" if isinstance(ramp, ExponentRamp) else ramp
@@ -228,9 +136,10 @@ def common_parts(summaries: Sequence[dict[str, Any]]) -> tuple[list[str], dict[s
 
 
 def _speed(runs: Sequence[Ran]) -> dict[str, Any]:
-    """Medians over seeds."""
-    rates = [rate for run in runs if (rate := run.tokens_per_s()) is not None]
-    rate = statistics.median(rates) if rates else None
+    """Medians over seeds; None if one of them was not timed, or had others beside it."""
+    rates = [run.tokens_per_s() for run in runs]
+    known = [rate for rate in rates if rate is not None]
+    rate = statistics.median(known) if known and len(known) == len(rates) else None
     return {"tokens_per_s": rate, "seconds_per_token": 1 / rate if rate else None}
 
 
@@ -270,13 +179,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.fmean(known) if known and len(known) == len(values) else None
 
 
-def _first(run: Ran, parts: Sequence[str]) -> dict[str, Any]:
-    """What is shown of one seed alone."""
-    records = RunFolder(run.cfg.run).records(Record)
+def _first(runs: Sequence[Ran], parts: Sequence[str]) -> dict[str, Any]:
+    """What is shown of one seed alone: the first, if it is done."""
+    run = next((run for run in runs if run.measured and run.measured["projection"]), None)
+    if run is None or run.record is None:
+        return {}
     return {
         "shown_seed": run.cell.seed,
-        "train_curve": curve(records, Train, parts),
-        "eval_curve": curve(records, Eval, parts),
+        **{f"{name}_curve": with_joules(run.record["curves"][name], parts) for name in ("train", "eval")},
         "unigram_bits_per_byte": run.summary["unigram_bits_per_byte"],
         "scree": run.measured["scree"],
         "projection": run.measured["projection"],
@@ -284,64 +194,46 @@ def _first(run: Ran, parts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def curve(records: Sequence[Record], kind: type[Train | Eval], parts: Sequence[str]) -> list[dict[str, Any]]:
-    """Losses of a kind's records against what training had taken by then: tokens, seconds, joules of the parts."""
-    points, tokens, seconds = [], 0, 0.0
-    so_far: dict[str, float] = {}
-    counted = all(joules_of(records, part, "train") is not None for part in parts)
-    for record in records:
-        if isinstance(record, Train):
-            tokens, seconds = record.tokens, seconds + record.seconds
-            for part in parts:
-                if (spent := record.joules(part)) is not None:
-                    so_far[part] = so_far.get(part, 0.0) + spent
-        if isinstance(record, kind):
-            loss = record.loss_mean if isinstance(record, Train) else record.loss
-            more = {} if isinstance(record, Train) else {"bits_per_byte": record.bits_per_byte}
-            joules = sum(so_far.values()) if so_far and counted and len(so_far) == len(parts) else None
-            point = {"step": record.step, "tokens": tokens, "seconds": round(seconds, 3), "joules": joules}
-            points.append({**point, "loss": loss, **more})
-    return points
+def with_joules(curve: Sequence[Mapping[str, Any]], parts: Sequence[str]) -> list[dict[str, Any]]:
+    """A recorded curve with the joules of the parts that are compared in one sum; None without parts."""
+    return [{**point, "joules": sum(point["joules"][part] for part in parts) if parts else None} for point in curve]
 
 
-def _row(run: Ran, base: Ran | None, parts: Sequence[str]) -> dict[str, Any]:
-    """A run in a line, for CSV. `base`: the baseline's with the same seed, if there is one."""
-    figures = run.summary
+def _row(run: Ran, base: Mapping[tuple[str, int], Ran], parts: Sequence[str]) -> dict[str, Any]:
+    """A run in a line, for CSV. `base`: the baseline's of fresh seeds, by size and seed."""
+    cell, figures = run.cell, run.summary
     gradient, learning = ((figures.get(f"{name}_stability") or {}) for name in ("gradient", "learning"))
-    names = ("bits_per_byte", "perplexity", "loss", "train_seconds", "skipped")
+    paired = base.get((cell.size, cell.seed))
+    less = (
+        run.bits - paired.bits
+        if run.measured and paired and paired.measured and cell.head != paired.cell.head
+        else None
+    )
     return {
-        **vars(run.cell),
-        "chosen": bool(run.measured),
+        **{"head": cell.head, "size": cell.size, "seed": cell.seed, "trial": cell.trial},
+        "rung": None if cell.trial is None else cell.rung,
+        **{name: cell.setting.get(name) for name in TUNABLE},
         "outcome": run.outcome,
-        **{name: figures.get(name) for name in names},
+        "val_bits_per_byte": figures.get("bits_per_byte"),
+        "test_bits_per_byte": run.bits if run.measured else None,
+        "less_baseline": less,
+        **{name: figures.get(name) for name in ("steps", "tokens", "loss", "train_seconds", "skipped")},
         "tokens_per_s": run.tokens_per_s() if figures else None,
         "j_per_token": _j_per_token(figures, parts) if figures else None,
         **_shape([run] if run.measured else []),
         **{f"gradient_{key}": gradient.get(key) for key in ("log_norm_variance", "spikes")},
         "loss_spikes": learning.get("spikes"),
-        "less_baseline": run.bits - base.bits if base and run.measured and run.cell.head != base.cell.head else None,
     }
 
 
-def about(cfg: RunConfig, train: Split, val: Split) -> dict[str, Any]:
-    """What all runs of a study share."""
-    model, made_by = cfg.model, versions()
+def about(study: LanguageConfig, size: str) -> dict[str, Any]:
+    """What all runs of fresh seeds at a size share."""
+    cfg = study.config(Cell(study.baseline, size, study.seeds[0], study.settings(study.baseline)[0]))
+    model = cfg.model
     return {
-        "machine": machine(),
-        "versions": {name: version for name, version in made_by.items() if version and name != "revision"},
-        "revision": made_by["revision"],
-        "data": {
-            "path": str(cfg.data.path),
-            "fingerprint": train.fingerprint,
-            "train_tokens": train.tokens,
-            "val_tokens": val.tokens,
-            "val_documents": val.documents,
-            "val_bytes": val.text_bytes,
-            "unigram_bits_per_byte": unigram_bits_per_byte(train, val),
-        },
         "model": {
             **model.model_dump(include={"layers", "dim", "heads", "seq_len", "vocab_size"}),
-            "parameters": model.parameters() + model.vocab_size * model.dim,
+            "parameters": comparisons.parameters_at(study, size),
         },
         "budget": {
             "steps": cfg.train.steps,

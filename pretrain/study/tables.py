@@ -2,35 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from pretrain.study.search import Planned
 
 Entry = Mapping[str, Any]
 
 
 def language(results: Entry) -> Table:
-    """Heads by row."""
-    table = Table(
-        "head", "lr", "held-out bits/byte", f"less {results['baseline']}", "tokens/s", "J/token", "PCA90", "eff. rank",
-        "var ln norm", "spikes", "diverged",
-    )  # fmt: skip
+    """Heads by row, at the size that is shown."""
+    columns: dict[str, Callable[[Entry], str]] = {
+        "head": lambda head: head["name"],
+        "lr": lambda head: _chosen(head, "lr"),
+        "at an edge": lambda head: ", ".join(head["at_edge"]) or "-",
+        "test bits/byte": lambda head: _with_bounds(head["bits_per_byte"], "{:.4f}"),
+        f"less {results['baseline']}": lambda head: _with_bounds(head["difference"], "{:+.4f}"),
+        "p, corrected": lambda head: _written((head["difference"] or {}).get("corrected_p"), "{:.3g}"),
+        "too good by": lambda head: _written((head["winners_curse"] or {}).get("mean"), "{:+.4f}"),
+        "trials, runs": lambda head: f"{head['spent']['trials']}, {head['spent']['runs']}",
+        "tokens spent": lambda head: f"{head['spent']['tokens']:,}",
+        "tokens/s": lambda head: _written(head["tokens_per_s"], "{:,.0f}"),
+        "J/token": lambda head: _written(head["j_per_token"], "{:.3e}", "not measured"),
+        "diverged": lambda head: f"{head['diverged']} of {head['started']}",
+    }
+    title = f"size {results['shown']}"
+    if not results["settled"]:
+        title += "; not settled: nothing is called the best while a chosen setting lies at an edge, or none is chosen"
+    table = Table(*columns, title=title)
     for head in results["heads"]:
-        stable = head["gradient_stability"]
-        table.add_row(
-            head["name"],
-            "-" if head["lr"] is None else f"{head['lr']:g}{' (edge)' if head['lr_at_edge'] else ''}",
-            _with_bounds(head["bits_per_byte"], "{:.4f}"),
-            _with_bounds(head["difference"], "{:+.4f}"),
-            _written(head["tokens_per_s"], "{:,.0f}"),
-            _written(head["j_per_token"], "{:.3e}", "not measured"),
-            _written(head["pca90"], "{:.1f}"),
-            _written(head["effective_rank"], "{:.1f}"),
-            _written(stable["log_norm_variance"], "{:.3g}"),
-            _written(stable["spikes"], "{:.3g}"),
-            f"{head['diverged']} of {head['started']}",
-        )
+        table.add_row(*(cell(head) for cell in columns.values()))
+    return table
+
+
+def _chosen(head: Entry, name: str) -> str:
+    return _written(((head["chosen"] or {}).get("run") or {}).get(name), "{:g}")
+
+
+def plan(planned: Sequence[Planned]) -> Table:
+    """What a study takes, a row for each head, size and rung, and in all."""
+    table = Table("head", "size", "what", "runs", "steps of each", "tokens", title="if no trial diverges")
+    for one in planned:
+        table.add_row(one.head, one.size, one.what, f"{one.runs:,}", f"{one.steps:,}", f"{one.tokens:,}")
+    table.add_section()
+    runs, steps = sum(one.runs for one in planned), sum(one.runs * one.steps for one in planned)
+    table.add_row("all", "", "", f"{runs:,}", f"{steps:,} in all", f"{sum(one.tokens for one in planned):,}")
     return table
 
 

@@ -1,0 +1,84 @@
+"""The runs of a study as processes: several at once, told to stop together."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+from common.exits import EXIT_PREEMPTED
+from common.machine import cores
+
+LAUNCH = [sys.executable, "-m", "launch", "run"]
+Work = TypeVar("Work")
+
+
+class Stopped(Exception):
+    """A run ended by neither of its ways: `code` is that of its launcher."""
+
+    def __init__(self, name: str, code: int) -> None:
+        super().__init__(f"{name}: exit code {code}")
+        self.code = code
+
+
+class Jobs:
+    """Up to `count` launchers at once, each with `options` of `overtone run`."""
+
+    def __init__(self, options: Sequence[str], count: int) -> None:
+        self.options, self.count = options, count
+        self.stopped = False
+        self._running: set[subprocess.Popen[bytes]] = set()
+
+    def launch(self, config: Path) -> int:
+        """Runs a job to its end; its exit code. None is started once it was told to stop."""
+        if self.stopped:
+            return EXIT_PREEMPTED
+        threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.count))} if self.count > 1 else {}
+        job = subprocess.Popen([*LAUNCH, str(config), *self.options], env={**threads, **os.environ})
+        self._running.add(job)
+        try:
+            if self.stopped:  # meanwhile
+                job.terminate()
+            return job.wait()
+        finally:
+            self._running.discard(job)
+
+    def stop(self) -> None:
+        """Tells all that run to save and to end."""
+        self.stopped = True
+        for job in list(self._running):
+            job.terminate()
+
+    def each(self, work: Callable[[Work], None], items: Sequence[Work]) -> None:
+        """Calls `work` for each, `count` at a time. Once one raises, the others are told to stop, and what was raised
+        first in their order is raised here. A SIGTERM stops all; Ctrl-C reaches launchers by itself.
+        """
+        with self._listening(), ThreadPoolExecutor(self.count) as pool:
+            futures = [pool.submit(work, item) for item in items]
+            wait(futures, return_when=FIRST_EXCEPTION)
+            failed = any(future.exception() for future in futures if future.done())
+            if failed:
+                self.stop()
+                pool.shutdown(cancel_futures=True)
+        for future in futures:
+            if not future.cancelled():
+                future.result()
+
+    @contextmanager
+    def _listening(self) -> Iterator[None]:
+        def interrupted(*_: object) -> None:
+            self.stopped = True
+
+        handlers = {signal.SIGTERM: lambda *_: self.stop(), signal.SIGINT: interrupted}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
