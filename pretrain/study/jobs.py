@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -57,18 +57,22 @@ class Jobs:
 
     def each(self, work: Callable[[Work], None], items: Sequence[Work]) -> None:
         """Calls `work` for each, `count` at a time. Once one raises, the others are told to stop, and what was raised
-        first in their order is raised here. A SIGTERM stops all; Ctrl-C reaches launchers by itself.
+        first is raised here. A SIGTERM stops all; Ctrl-C reaches launchers by itself.
         """
-        with self._listening(), ThreadPoolExecutor(self.count) as pool:
-            futures = [pool.submit(work, item) for item in items]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            failed = any(future.exception() for future in futures if future.done())
-            if failed:
+        raised: list[BaseException] = []
+
+        def guarded(item: Work) -> None:
+            try:
+                work(item)
+            except BaseException as error:  # raised again below, in the thread that asked
+                raised.append(error)
                 self.stop()
-                pool.shutdown(cancel_futures=True)
-        for future in futures:
-            if not future.cancelled():
-                future.result()
+
+        with self._listening(), ThreadPoolExecutor(self.count) as pool:
+            for item in items:
+                pool.submit(guarded, item)
+        if raised:
+            raise raised[0]
 
     @contextmanager
     def _listening(self) -> Iterator[None]:

@@ -37,6 +37,7 @@ def told(study: LanguageConfig, data: Mapping[str, Any]) -> dict[str, Any]:
         "level": LEVEL,
         "power": POWER,
         "smallest_in_deviations": in_deviations(len(study.seeds), compared) if compared else None,
+        "edges_by_chance": sum(entry.edges_by_chance() for head in study.heads for entry in study.space(head).values()),
         "warnings": warnings,
     }
 

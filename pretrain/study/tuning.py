@@ -53,10 +53,18 @@ class Range(BaseModel, extra="forbid", frozen=True):
         """Of the logarithms."""
         return self.at(0.5)
 
+    def has(self, value: float | None) -> bool:
+        """Whether a value may be drawn."""
+        return value is not None and self.low <= value <= self.high
+
     def edge(self, value: float) -> str | None:
         """`low` or `high` if a value lies in the outer EDGE of the range there, or beyond; else None."""
         place = math.log(value / self.low) / math.log(self.high / self.low) if value > 0 else -1.0
         return "low" if place < EDGE else "high" if place > 1 - EDGE else None
+
+    def edges_by_chance(self) -> float:
+        """With which a value that was drawn lies at an edge, if it makes no difference."""
+        return 2 * EDGE
 
     def told(self) -> str:
         """In words."""
@@ -90,9 +98,17 @@ class Values(RootModel[tuple[NotNegative, ...]], frozen=True):
         """The first: what is listed first is the default."""
         return self.root[0]
 
+    def has(self, value: float | None) -> bool:
+        """Whether a value may be drawn."""
+        return value in self.root
+
     def edge(self, value: float) -> str | None:
         """`low` or `high` at an end of the list, or beyond; None between them, and at 0, below which nothing is."""
         return "high" if value >= self.root[-1] else "low" if value <= self.root[0] and value > 0 else None
+
+    def edges_by_chance(self) -> float:
+        """With which a value that was drawn lies at an edge, if it makes no difference."""
+        return sum(self.edge(value) is not None for value in self.root) / len(self.root)
 
     def told(self) -> str:
         """In words."""
@@ -163,8 +179,13 @@ class Tuning(BaseModel, extra="forbid", frozen=True):
 
 
 def default_setting(space: Mapping[str, Entry], known: Setting) -> dict[str, float]:
-    """What a head is without tuning: its own defaults, and of what has none, the known value, or the range's middle."""
-    return {name: 1.0 if name in MULTIPLES else known.get(name, entry.middle()) for name, entry in space.items()}
+    """What a head is without tuning: its own defaults, and of what has none, the known value, if it is one that may be
+    tried, or the middle of the range.
+    """
+    return {
+        name: 1.0 if name in MULTIPLES else known[name] if entry.has(known.get(name)) else entry.middle()
+        for name, entry in space.items()
+    }
 
 
 def settings_of(tuning: Tuning, space: Mapping[str, Entry], known: Setting) -> list[dict[str, float]]:

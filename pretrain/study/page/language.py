@@ -13,11 +13,13 @@ from pretrain.study.page.layout import Section
 from pretrain.study.page.sections import overview
 from pretrain.study.page.sections.losses import losses
 from pretrain.study.page.sections.methods import methods
+from pretrain.study.page.sections.protocol import protocol
 from pretrain.study.page.sections.prototypes import lengths, projections, variances
 from pretrain.study.page.sections.radars import radars
+from pretrain.study.page.sections.sizes import sizes
 from pretrain.study.page.sections.study import Study
-from pretrain.study.page.sections.sweeps import sweeps
 from pretrain.study.page.sections.table import table
+from pretrain.study.page.sections.trials import trials
 
 
 def page(results: Mapping[str, Any]) -> str:
@@ -26,12 +28,14 @@ def page(results: Mapping[str, Any]) -> str:
     outcome = overview.findings(study) + overview.differences(study) + table(study)
     sections = [
         Section("results", "Results", "What came out", outcome),
+        Section("sizes", "Sizes", "Size by size", sizes(study)),
+        Section("protocol", "Protocol", "How settings were chosen", protocol(study)),
+        Section("trials", "Trials", "What was tried", trials(study)),
         Section("loss", "Loss", "Loss", losses(study)),
         Section("radar", "Radar", "Quality, interpretability, sustainability", radars(study)),
         Section("variance", "Variance", "Where the variance of the prototypes lies", variances(study)),
         Section("projection", "Projections", "The prototypes in a plane", projections(study)),
         Section("norms", "Lengths", "Lengths of the prototypes over training", lengths(study)),
-        Section("sweep", "Learning rates", "Learning rates", sweeps(study)),
         Section("methods", "Methods and limits", "How it was done", methods(study)),
     ]
     return layout.document(
@@ -41,5 +45,4 @@ def page(results: Mapping[str, Any]) -> str:
         sections,
         study.names,
         overview.footer(study),
-        study.at("notice"),
     )

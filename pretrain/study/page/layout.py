@@ -54,22 +54,19 @@ def document(
     sections: Sequence[Section],
     heads: Sequence[str],
     footer: str,
-    notice: str | None = None,
 ) -> str:
     """The whole page. The boxes that choose heads come after the first section, which shows them all.
 
     Args:
         budget: HTML, such as `facts` gives.
         heads: their names, in the order of styles.
-        notice: what a reader must know before anything else, such as that a result does not stand.
     """
-    warning = f'<p class="notice" role="note"><strong>{escape(notice)}</strong></p>' if notice else ""
     links = "".join(f'<li><a href="#{section.name}">{escape(section.link)}</a></li>' for section in sections)
     first, *others = (
         f'<section id="{section.name}"><h2>{escape(section.title)}</h2>{section.body}</section>' for section in sections
     )
     parts = [
-        f'<header><h1>{escape(title)}</h1>{warning}<p class="lede">{escape(lede)}</p></header>',
+        f'<header><h1>{escape(title)}</h1><p class="lede">{escape(lede)}</p></header>',
         f'<nav aria-label="Contents"><ul>{links}</ul></nav>',
         *(budget, first, _toggles(heads), *others),
         f"<footer>{escape(footer)} This file needs no network.</footer>",

@@ -26,7 +26,7 @@ def losses(study: Study) -> str:
         ("joules", "energy", precise),
     )
     kinds = (
-        ("eval_curve", "bits_per_byte", "bits/byte", "Held-out loss", study.unigram),
+        ("eval_curve", "bits_per_byte", "bits/byte", "Validation loss", study.val_unigram),
         ("train_curve", "loss", "nats/token", "Training loss", study.unigram_nats),
     )
     figures = []
@@ -54,9 +54,9 @@ def losses(study: Study) -> str:
     stretch = math.ceil(max(steps, default=0) / MOST_POINTS)
     smooth = f" Each point of a training curve is the mean of {stretch} records or fewer." if stretch > 1 else ""
     return layout.soft(
-        "The chosen learning rate, first seed. The upper edge is near the loss of a model that only "
-        f"knows how frequent each token is; what lies above it, as early in training, is cut off.{smooth} "
-        "Tokens, seconds and joules are on logarithmic scales."
+        "The chosen setting, first fresh seed; validation is on the split that chose. The upper edge is near the loss "
+        "of a model that only knows how frequent each token is; what lies above it, as early in training, is cut "
+        f"off.{smooth} Tokens, seconds and joules are on logarithmic scales."
     ) + layout.grid(figures)
 
 

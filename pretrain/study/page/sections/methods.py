@@ -10,19 +10,29 @@ from pretrain.study.page.sections.study import Study
 def methods(study: Study) -> str:
     """Definitions with the constants of the code that they describe, and the limits."""
     definitions = {
-        "Matched budget": "Every run has the same decoder, the same data in the same order for a seed, the same number "
-        "of tokens and steps; only the output head, the learning rate and the seed differ.",
-        "Learning rate": "Every head is trained at every rate with the first seed. The rate with the lowest mean of "
-        "held-out bits/byte over its seeds so far gets the next one, until the best has them all; a rate with a run "
-        "that diverged comes after those without. The seeds that chose are those that are reported. The edge mark says "
-        "that a smaller or larger rate might have been better still.",
+        "Matched": "Every run of a size has the same decoder, the same number of tokens and steps, and for a seed the "
+        "same data in the same order; only the head and the settings that were tuned for it differ.",
+        "Search": "Successive halving (arXiv:1502.07943): all trials are trained for a share of the steps, the best of "
+        "them anew for the next share, each with a whole schedule. A trial that diverged comes last.",
+        "Bits/byte": "Negative log likelihood of a text in bits, over its bytes; it does not depend on the tokenizer. "
+        "Lower is better. Choosing saw the validation split, the results are of the test split.",
         "Exponent": "n of the probabilities d^-n / sum of d^-n; sqrt_dim: the square root of the width.",
-        "Bits/byte": "Negative log likelihood of the held-out text in bits, over its bytes; it does not depend on the "
-        "tokenizer. Lower is better.",
-        "95% interval": "Of the mean, over seeds; the second interval of a difference is over held-out documents and "
-        "says nothing about seeds.",
-        "Better, worse, no difference": "The interval over seeds of the difference in bits/byte lies below 0, above 0, "
-        "or includes 0; the last does not show that two heads are equal. No correction for comparing several heads.",
+        "95% interval": "Of the mean over seeds and documents together, as crossed random effects: the variance is "
+        "(MS of seeds + MS of documents - MS of the rest) / (seeds x documents), and never less than what seeds or "
+        "documents alone give; Student's t with Satterthwaite's degrees of freedom. Differences are paired by seed and "
+        "document.",
+        "Corrected": "For all heads that are compared at a size, by Holm's method: the k-th smallest p of m times "
+        "m - k + 1, never less than the one before. The interval has the level at which Holm's method decides on that "
+        "head (of all after the first that fails, that one's), so that it excludes 0 exactly if the corrected p is "
+        "below 0.05.",
+        "Better, worse, no difference": "The corrected interval of the difference lies below 0, above 0, or includes "
+        "0; the last does not show that two heads are equal.",
+        "Could have shown": "The smallest true difference that the test finds with the probability that is said, at "
+        "Holm's first and strictest step, with the error and the degrees of freedom of these runs.",
+        "Edge": "A chosen value in the outer tenth of its range, on the logarithmic scale that it was drawn on, or at "
+        "the end of a list; an end at 0 is none. With one, nothing is called the best.",
+        "Trend": "Least-squares slope of the difference against log10 of the parameters, taken for each seed and "
+        "document, so that its interval has both; that a line fits is assumed.",
         "Tokens/s": "Median over a run's records but the first, and over seeds; beneath it, as a multiple of the "
         "baseline's.",
         "J/token": "Joules of training over its tokens, of the parts of the machine that every run measured.",
@@ -36,16 +46,17 @@ def methods(study: Study) -> str:
         "Gradient spikes": f"Steps with a norm above {NORM_SPIKE:g} times the median of the {WINDOW} steps before.",
         "Loss spikes": f"Steps with a training loss more than {LOSS_SPIKE:g} robust standard deviations above the "
         f"median of the {WINDOW} steps before.",
-        "Diverged": "Runs whose outcome was divergence, of all runs that were started for that head.",
+        "Diverged": "Runs of fresh seeds that ended without a finite loss. They are counted and left out of means.",
         "Token frequencies": "The unigram model: every token with its share of the training tokens, whatever came "
         "before it.",
     }
     limits = [
-        "One model size, one data set and one machine: nothing here says how heads compare at other sizes.",
-        "Curves, projections and lengths are of the first seed alone.",
+        "One data set and these sizes: nothing here says how heads compare at others.",
+        "Settings were tuned at the first size; a head whose best ones move with the size is at a disadvantage beyond.",
+        "So many random trials find a good setting of a few that matter, not the best one.",
+        "Curves, projections and lengths are of the first fresh seed alone, at the size that is shown.",
         "Time depends on the machine and on how far each head's code was tuned for it.",
         "PCA90 and effective rank describe how prototypes lie, not whether a person understands them.",
-        "A learning rate chosen on the held-out text that is also reported favours every head a little.",
     ]
     if not study.has_energy:
         limits.append(study.no_energy)

@@ -43,8 +43,8 @@ class Figures:
 
 
 def verdict(difference: Mapping[str, Any] | None) -> str | None:
-    """Of a difference in bits/byte: better or worse if its interval over seeds excludes 0; None without an interval."""
-    low, high = Figures(difference).figure("low"), Figures(difference).figure("high")
+    """Of a difference in bits/byte: better or worse if its corrected interval excludes 0; None without one."""
+    low, high = (Figures(difference).figure(f"corrected_{end}") for end in ("low", "high"))
     if low is None or high is None:
         return None
     return "better" if high < 0 else "worse" if low > 0 else "no difference"
@@ -58,29 +58,30 @@ class Head(Figures):
         self.style, self.name = style, str(tree["name"])
         self.is_baseline = self.name == baseline
         self.bits, self.difference = Figures(tree.get("bits_per_byte")), Figures(tree.get("difference"))
-        self.sweep: Sequence[Mapping[str, Any]] = tree.get("sweep") or []
-        self.at_edge = bool(tree.get("lr_at_edge"))
+        self.trials: Sequence[Mapping[str, Any]] = tree.get("trials") or []
+        self.at_edge: Sequence[str] = tree.get("at_edge") or []
 
     @property
     def trained(self) -> bool:
-        """Whether it has a result: a run at its chosen rate that is done."""
+        """Whether it has a result: a run of a fresh seed that is done."""
         return self.bits.figure("mean") is not None
 
     @property
-    def failed(self) -> int:
-        """Entries of its sweep that stopped for a reason other than divergence."""
-        return sum(entry.get("outcome") == "failed" for entry in self.sweep)
+    def setting(self) -> Mapping[str, float]:
+        """The chosen one; {} if none was."""
+        return self.at("chosen", "setting") or {}
 
     @property
     def no_result(self) -> str:
         """Why it has no result, in words."""
+        if not self.setting:
+            ended = [trial for trial in self.trials if trial.get("outcome")]
+            lost = ended and all(trial["outcome"] == "diverged" for trial in ended)
+            return f"all {len(ended)} trials diverged" if lost else "no setting was chosen yet"
         started = self.at("started")
         if not started:
-            return "no run was started"
-        if self.at("diverged") == started:
-            return f"all {started} runs diverged" if started != 1 else "its only run diverged"
-        failed = f", {self.failed} failed" if self.failed else ""
-        return f"no result: {self.text('diverged')} of {started} runs diverged{failed}"
+            return "no run of a fresh seed has ended"
+        return f"all {started} runs diverged" if started != 1 else "its only run diverged"
 
     def card(self, svg: str, more: str = "", missing: str = "", below: str = "") -> str:
         """Its plot; `more` and `below` are HTML, `missing` says why there is none."""
@@ -100,9 +101,12 @@ class Study(Figures):
         self.names = [head.name for head in self.heads]
         self.title = str(results.get("title") or results.get("name") or "A study of output heads")
         self.has_baseline = bool(self.heads) and self.heads[0].is_baseline
-        self.seeds, self.rates = self.at("seeds") or [], self.at("lrs") or []
-        self.runs = self.at("runs") or []
-        self.unigram = self.figure("data", "unigram_bits_per_byte")
+        self.seeds, self.runs = self.at("seeds") or [], self.at("runs") or []
+        self.sizes = [Figures(size) for size in self.at("sizes") or []]
+        self.settled = bool(self.at("settled"))
+        self.space: Mapping[str, Mapping[str, Any]] = self.at("protocol", "space") or {}
+        self.unigram = self.figure("data", "test_unigram_bits_per_byte")
+        self.val_unigram = self.figure("data", "val_unigram_bits_per_byte")
 
     @property
     def trained(self) -> list[Head]:
@@ -136,11 +140,11 @@ class Study(Figures):
 
     @property
     def unigram_nats(self) -> float | None:
-        """Per token of the held-out text."""
+        """Per token of the `val` split."""
         size, tokens = self.figure("data", "val_bytes"), self.figure("data", "val_tokens")
-        if self.unigram is None or not size or not tokens:
+        if self.val_unigram is None or not size or not tokens:
             return None
-        return self.unigram * math.log(2) * size / tokens
+        return self.val_unigram * math.log(2) * size / tokens
 
     def series(self, lines: Iterable[Sequence[tuple[float, float | None]]]) -> list[Series]:
         """Points of each head, as its line."""
