@@ -50,7 +50,9 @@ class Jobs:
             self._running.discard(job)
 
     def stop(self) -> None:
-        """Tells all that run to save and to end."""
+        """Tells all that run to save and to end, once: a second signal would kill a launcher that saves."""
+        if self.stopped:
+            return
         self.stopped = True
         for job in list(self._running):
             job.terminate()

@@ -17,15 +17,18 @@ import numpy as np
 import pytest
 
 from common.exits import EXIT_PREEMPTED
-from pretrain.config import load
-from pretrain.runtime.endings import leave_exit
+from pretrain.analysis.evaluation import open_task, run_task
+from pretrain.records import Eval
+from pretrain.run_folder import RunFolder
+from pretrain.runtime.ranks import alone
 from pretrain.study import jobs, search
 from pretrain.study.__main__ import main
 from pretrain.study.jobs import Jobs, Stopped
-from pretrain.study.language_config import LanguageConfig
+from pretrain.study.language_config import TEST, LanguageConfig
+from pretrain.study.statistics import crossed
 from tests.support.language_study import asked, launch_as, leave_run, measure_as, study, tree
 from tests.support.pages import Tree
-from tests.support.tiny import make_text, outcome_of
+from tests.support.tiny import make_text
 
 
 @pytest.fixture(scope="module")
@@ -306,7 +309,10 @@ def test_a_signal_ends_all_runs_well(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Launchers are given a SIGTERM, and Ctrl-C as every process of a terminal; they are waited for."""
     code = (
         "import os, pathlib, signal, sys, time\n"
-        "signal.signal(int(sys.argv[2]), lambda *_: sys.exit(75))\n"
+        "def told(*_):\n"
+        "    signal.signal(int(sys.argv[2]), lambda *_: os._exit(9))\n"  # a second signal kills
+        "    time.sleep(0.3); sys.exit(75)\n"
+        "signal.signal(int(sys.argv[2]), told)\n"
         "pathlib.Path(sys.argv[1]).touch()\n"
         "while len(list(pathlib.Path(sys.argv[1]).parent.iterdir())) < 2: time.sleep(0.01)\n"
         "if sys.argv[1].endswith('a'): os.kill(os.getppid(), int(sys.argv[2]))\n"
@@ -317,7 +323,13 @@ def test_a_signal_ends_all_runs_well(tmp_path: Path, monkeypatch: pytest.MonkeyP
     before = signal.getsignal(number)
     codes = []
     running = Jobs([str(int(number))], 2)
-    running.each(lambda name: codes.append(running.launch(tmp_path / name)), ["a", "b", "c"])
+
+    def work(name: str) -> None:
+        codes.append(running.launch(tmp_path / name))
+        raise Stopped(name, codes[-1])
+
+    with pytest.raises(Stopped):
+        running.each(work, ["a", "b", "c"])
     assert codes == [EXIT_PREEMPTED] * 3 and len(list(tmp_path.iterdir())) == 2
     assert signal.getsignal(number) is before
 
@@ -362,37 +374,29 @@ def test_a_config_of_no_kind_is_refused(tmp_path: Path, capsys: Any) -> None:
 # ---- one that is real
 
 
-def check_run(config: Path) -> None:
-    cfg = load(config)
-    ended = outcome_of(cfg)
-    leave_exit(cfg.run, "of the tests", ended.code, ended.reason, ended.step)
-
-
 @pytest.mark.slow
 def test_real_runs_from_text_to_the_page(tmp_path: Path) -> None:
-    """The command, its launcher and its ranks: two heads, two trials, two seeds, and three sizes."""
-    sizes = {f"d{dim}": {"model": {"dim": dim, "layers": 1}, "train": {"steps": 2}} for dim in (16, 32, 48)}
-    tuning = {**TUNING, "trials": 2, "rungs": [1]}
-    folder = tmp_path
-    make_text(folder / "data")
-    path = asked(folder, tuning=tuning, sizes=sizes)
-    words = [sys.executable, "-m", "pretrain.study", path, "--num-gpus", "1", "--jobs", "2"]
+    """The command, its launcher and its ranks."""
+    make_text(tmp_path / "data")
+    tuning = {**TUNING, "trials": 1, "rungs": [1]}
+    path = asked(tmp_path, tuning=tuning, heads={"softmax": {"distance": "dot"}})
+    words = [sys.executable, "-m", "pretrain.study", path, "--num-gpus", "1"]
     found = subprocess.run(words, capture_output=True, text=True, timeout=500)
     assert found.returncode == 0, found.stderr
-    told = results_of(folder)
-    cosine = told["heads"][1]
-    for size in told["sizes"]:
-        softmax, other = size["heads"]
-        values = [
-            a - b for a, b in zip(other["bits_per_byte"]["values"], softmax["bits_per_byte"]["values"], strict=True)
-        ]
-        assert other["difference"]["values"] == pytest.approx(values, abs=1e-6)
-        assert other["difference"]["mean"] == pytest.approx(np.mean(values), abs=1e-6)
-    slope = np.polyfit(
-        np.log10(cosine["trend"]["parameters"]), [size["heads"][1]["difference"]["mean"] for size in told["sizes"]], 1
-    )[0]
-    assert cosine["trend"]["mean"] == pytest.approx(slope)
-    assert len(cosine["projection"]["points"]) == 300 and cosine["scree"][-1] == pytest.approx(1)
-    assert [point["tokens"] for point in cosine["train_curve"]] == [256, 512]
-    page = Tree((folder / "study" / "study.html").read_text())
+    (softmax,) = results_of(tmp_path)["heads"]
+    runs = [RunFolder(tmp_path / "study" / "runs" / f"softmax.d32.seed{seed}") for seed in (11, 12)]
+    scored = [run_task(open_task(run.path, TEST), alone())[0] for run in runs]
+    assert softmax["bits_per_byte"]["values"] == [one.bits_per_byte for one in scored]
+    nats = np.stack([one.nats for one in scored])
+    both = crossed(nats, scored[0].text_bytes)
+    assert softmax["bits_per_byte"]["mean"] == pytest.approx(both.mean)
+    assert (softmax["bits_per_byte"]["low"], softmax["bits_per_byte"]["high"]) == pytest.approx(
+        both.interval(), rel=1e-4
+    )
+    last = [run.records(Eval)[-1].bits_per_byte for run in runs]
+    assert softmax["val_bits_per_byte"] == pytest.approx(np.mean(last))
+    assert len(softmax["projection"]["points"]) == 300 and softmax["scree"][-1] == pytest.approx(1)
+    assert [point["tokens"] for point in softmax["train_curve"]] == [256, 512, 768, 1024]
+    assert softmax["tokens_per_s"] > 0 and softmax["j_per_token"] is None
+    page = Tree((tmp_path / "study" / "study.html").read_text())
     assert not re.search(r"\d\.\d{7}", page.text), "a figure that nobody rounded"
