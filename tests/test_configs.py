@@ -14,10 +14,11 @@ from launch.fit import altered
 from launch.footprint import parameters
 from model.decoder import Decoder
 from model.head import HarmonicHead
-from pretrain.config import RunConfig, check_layout, dump, from_tree, load
+from pretrain.config import RunConfig, check_layout, dump, load
 from pretrain.study.algorithmic import TASKS, cell_of
 from pretrain.study.algorithmic_cell import Learner
 from pretrain.study.algorithmic_config import AlgorithmicConfig
+from pretrain.study.language_config import LanguageConfig
 
 GPT2 = {"vocab_size": 50_257, "bias": True, "mlp": "gelu_tanh"}
 QWEN = {"vocab_size": 151_936}
@@ -127,10 +128,9 @@ def test_header_plan_and_built_model_have_the_same_parameters(path: Path) -> Non
 
 def test_a_study_says_how_many_parameters_its_heads_have() -> None:
     path = Path("configs/study-small.yaml")
-    study = read_tree(path, [])
-    base = {**study["base"], "run": "unused", "optim": {"lr": 1e-3}}
-    check_numbers(path, from_tree({**base, "head": study["heads"]["softmax"]}))
-    more = from_tree({**base, "head": study["heads"]["mahalanobis"]})
+    study = validate(LanguageConfig, read_tree(path, []))
+    cfg, more = (study.config(study.trial(head, 0, 0, {"lr": 1e-3})) for head in ("softmax", "mahalanobis"))
+    check_numbers(path, cfg)
     assert f"Mahalanobis trains {parameters(more).total - numbers(path)[0]} more." in path.read_text()
 
 

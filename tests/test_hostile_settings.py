@@ -35,7 +35,8 @@ from pretrain.config import RunConfig, dump, from_tree, load
 from pretrain.deepspeed_settings import DeepSpeedSettings
 from pretrain.run_folder import RunFolder
 from pretrain.study.algorithmic_config import AlgorithmicConfig
-from pretrain.study.grid import LanguageConfig
+from pretrain.study.language_config import LanguageConfig
+from pretrain.study.tuning import TUNABLE, Tuning
 from tests.support.hostile import OVERRIDES, RECIPE, bombs, corpus
 from tests.support.tiny import tiny_tree
 
@@ -221,13 +222,16 @@ def test_every_setting_with_every_odd_value() -> None:
 
 def test_every_setting_of_a_study_with_every_odd_value() -> None:
     more = ["base.train", "base.model", "base.run", "heads.softmax", "heads.x", "tasks.circle", "tasks.circle.epochs"]
+    more += ["heads.softmax.space", "heads.softmax.space.lr", "known.softmax", "known.softmax.settings", "sizes.d64"]
+    more += [f"tuning.{name}" for name in Tuning.model_fields] + [f"tuning.space.{name}" for name in TUNABLE]
+    more += ["tuning.space.lr.low", "sizes.d64.model", "sizes.d64.train.steps", "base.optim", "base.optim.lr"]
     for recipe, model in (("study-small", LanguageConfig), ("study-algorithmic", AlgorithmicConfig)):
         tree = read_tree(f"configs/{recipe}.yaml")
         for path, value in itertools.product([*model.model_fields, *more], VALUES):
             try:
                 study: Any = validate(model, with_value(tree, path, value))
                 if isinstance(study, LanguageConfig):
-                    study.config(study.sweep()[0])
+                    study.config(study.trial(study.baseline, 0, 0, study.settings(study.baseline)[0]))
             except ConfigError as error:
                 assert str(error)
 
@@ -236,11 +240,15 @@ def test_every_setting_of_a_study_with_every_odd_value() -> None:
     ("change", "told"),
     [
         ("kind=[1]", "expected one of language, algorithmic"),
-        ("lrs=[0.001, 0.0010000001]", "have the same first six digits"),
-        ("seeds=[-1]", "seeds.0: given -1"),
+        ("tuning.space.lr={low: 0.1, high: 0.01}", "low=0.1 must be below high=0.01"),
+        ("tuning.space.lr={lo: 0.1}", "did you mean tuning.space.lr.low"),
+        ("seeds=[-1, 2]", "seeds.0: given -1"),
+        ("seeds=[1, 2]", "1 is tuning.seed, which chose"),
+        ("lrs=[0.1]", "lrs: unknown key"),
         ("base.train=[1]", "base.train must be a mapping"),
-        (f"seeds={list(range(500))}", "a study has at most"),
-        ("lrs=[1e300]", "lrs.0: given 1e+300"),
+        (f"seeds={list(range(2, 999))}", "a study has at most"),
+        ("tuning.space.lr=[1, 1e300]", "given 1e+300"),
+        ("base.optim.lr=1", "base.optim.lr is set by the study"),
         ("title=", "title: given empty"),
     ],
 )

@@ -21,32 +21,28 @@ from pretrain.study.tuning import TUNABLE
 
 def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> dict[str, Any]:
     """The results of all runs that were recorded so far. Raises ConfigError."""
-    spent = (choice or choose(study, records))["heads"]
     trials = [Ran(cell, records, records.get(cell)) for head in study.heads for cell in tried(study, records, head)]
     ran = [Ran(cell, records, records.get(cell)) for cell in (fresh(study, choice) if choice else ())]
     done = [run for run in [*trials, *ran] if run.summary]
     check_one_text({run.cell.name: HeldOut(**run.summary["held_out"]) for run in done})
     parts, missing = common_parts([run.summary for run in ran if run.summary])
-    at = {
+    at: dict[str, comparisons.ByHead] = {
         size: {head: [run for run in ran if (run.cell.size, run.cell.head) == (size, head)] for head in study.heads}
         for size in study.sizes
     }
-    compared = {size: comparisons.at_size(study, at[size]) for size in study.sizes}
+    compared = {size: comparisons.at_size(study, runs) for size, runs in at.items()}
     shown = next(
         (size for size in reversed(study.sizes) if any(run.measured for run in at[size][study.baseline])),
         study.tuned_at,
     )
-    base = {(run.cell.size, run.cell.seed): run for run in ran if run.cell.head == study.baseline}
     edges = protocol.edges_of(study, choice)
-    made_by = [run.record for run in [*ran, *trials] if run.record]
-    versions = made_by[0]["versions"] if made_by else {}
+    settled = choice is not None and not edges
+    base = {(run.cell.size, run.cell.seed): run for run in ran if run.cell.head == study.baseline}
     return plain(
         {
             "name": study.out.name,
             "title": study.title,
-            "machine": "; ".join(dict.fromkeys(record["machine"] for record in made_by)) or machine(),
-            "versions": {name: version for name, version in versions.items() if version and name != "revision"},
-            "revision": versions.get("revision"),
+            **_made_by([*ran, *trials]),
             "data": records.data(),
             **about(study, shown),
             "shown": shown,
@@ -54,29 +50,15 @@ def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> di
             "seeds": list(study.seeds),
             "protocol": protocol.told(study, records.data()),
             "chosen": choice is not None,
-            "settled": choice is not None and not edges,
+            "settled": settled,
             "edges": edges,
-            "best": comparisons.best(study, at[shown]) if choice and not edges else None,
+            "best": comparisons.best(study, at[shown]) if settled else None,
             "measured": parts,
             "not_measured": missing,
-            "sizes": [
-                {
-                    "name": size,
-                    **about(study, size),
-                    "smallest_difference": comparisons.median_smallest(compared[size]),
-                    "heads": [
-                        {"name": head, **_figures(at[size][head], compared[size][head], parts)}
-                        for head in study.heads
-                        if choice
-                    ],
-                }
-                for size in study.sizes
-            ],
+            "sizes": [_size(study, size, at[size], compared[size], parts) for size in study.sizes],
             "heads": [
                 {
-                    **_head(study, head),
-                    **protocol.searched(study, head, spent[head], [r for r in trials if r.cell.head == head], choice),
-                    **protocol.curse(spent[head], _val(at[study.tuned_at][head])),
+                    **_searched(study, records, head, trials, choice, _val(at[study.tuned_at][head])),
                     "trend": comparisons.trend_of(study, at, head),
                     **_figures(at[shown][head], compared[shown][head], parts),
                     **_first(at[shown][head], parts),
@@ -86,6 +68,51 @@ def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> di
             "runs": [_row(run, base, parts) for run in [*trials, *ran]],
         }
     )
+
+
+def _made_by(runs: Sequence[Ran]) -> dict[str, Any]:
+    """Machines and versions of the runs; of the first what only one can be told of."""
+    records = [run.record for run in runs if run.record]
+    versions = records[0]["versions"] if records else {}
+    return {
+        "machine": "; ".join(dict.fromkeys(record["machine"] for record in records)) or machine(),
+        "versions": {name: version for name, version in versions.items() if version and name != "revision"},
+        "revision": versions.get("revision"),
+    }
+
+
+def _size(
+    study: LanguageConfig,
+    size: str,
+    runs: comparisons.ByHead,
+    compared: Mapping[str, Mapping[str, Any]],
+    parts: Sequence[str],
+) -> dict[str, Any]:
+    """What came of one size."""
+    return {
+        "name": size,
+        **about(study, size),
+        "smallest_difference": comparisons.median_smallest(compared),
+        "heads": [{"name": head, **_figures(runs[head], compared[head], parts)} for head in study.heads],
+    }
+
+
+def _searched(
+    study: LanguageConfig,
+    records: Records,
+    head: str,
+    trials: Sequence[Ran],
+    choice: Choice | None,
+    val: Sequence[float],
+) -> dict[str, Any]:
+    """A head, and how its setting was found. `val`: bits/byte of the `val` split of its fresh runs where it was."""
+    spent = (choice or choose(study, records))["heads"][head]
+    own = [run for run in trials if run.cell.head == head]
+    return {
+        **_head(study, head),
+        **protocol.searched(study, head, spent, own, choice),
+        **protocol.curse(spent, val),
+    }
 
 
 def _val(runs: Sequence[Ran]) -> list[float]:

@@ -23,7 +23,7 @@ from pretrain.records import Eval, Train
 from pretrain.replay import _distance
 from pretrain.report import main as report
 from pretrain.run_folder import RunFolder
-from pretrain.study import grid
+from pretrain.study import records as studied
 from tests.support.ranks import run_ranks
 from tests.support.records import read_records
 from tests.support.tiny import make_data, tiny_config
@@ -162,11 +162,10 @@ def test_a_loss_beyond_what_a_float_holds_has_no_perplexity() -> None:
 def test_a_study_counts_a_run_with_such_a_held_out_loss_as_diverged(tmp_path: Path) -> None:
     cfg = tiny_config(run=str(tmp_path))
     (tmp_path / "exit.json").write_text('{"code": 0}')
-    for loss, expected in (("NaN", grid.DIVERGED), ("null", grid.DIVERGED), ("2.5", grid.DONE)):
+    for loss, expected in (("NaN", studied.DIVERGED), ("null", studied.DIVERGED), ("2.5", studied.DONE)):
         record = f'{{"kind": "eval", "step": 3, "seconds": 1.0, "loss": {loss}, "bits_per_byte": {loss}}}'
         (tmp_path / "metrics.jsonl").write_text(record)
-        assert grid.outcome(cfg) == expected
-    assert grid.held_out(cfg) == 2.5
+        assert studied.outcome(cfg) == expected
 
 
 def test_records_of_an_older_program_become_json_when_a_run_goes_on(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Tree(HTMLParser):
 
     def row(self, head: str) -> str:
         """The main table's row of a head, as text."""
-        found = [row for row in self.rows if len(row) > 5 and row[0].split()[:1] == [head]]
+        found = [row for row in self.rows if len(row) > 9 and row[0].split()[:1] == [head]]
         assert len(found) == 1
         return " ".join(" ".join(found[0]).split())
 
