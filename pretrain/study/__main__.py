@@ -83,13 +83,14 @@ def _language(tree: dict[str, Any], asked: argparse.Namespace) -> int:
 
     with command.importing():
         study = validate(LanguageConfig, tree)
-        from pretrain.study import records, results, search, tables  # bring torch
+        from pretrain.study import protocol, records, results, search, tables  # bring torch
         from pretrain.study.page import language
 
     kept = records.Records(study)
     choice = search.check(study, kept)
     if asked.dry_run:
         _print(tables.plan(search.plan(study)))
+        say(protocol.in_advance(study))
         return 0
     with _alone(study.out):
         training = search.Training(study, kept, asked.launch, asked.jobs, say)

@@ -42,6 +42,18 @@ def told(study: LanguageConfig, data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def in_advance(study: LanguageConfig) -> str:
+    """In words, how large a difference must be to be found."""
+    compared = len(study.heads) - 1
+    least = in_deviations(len(study.seeds), compared) if compared else None
+    if least is None:
+        return "one head: there is nothing to compare"
+    return (
+        f"with {len(study.seeds)} seeds and {compared} comparison{'s' * (compared != 1)}, a difference is found with probability {POWER:g} if "
+        f"it is {least:.2f} standard deviations of the paired differences between seeds, or more"
+    )
+
+
 def _entry(name: str, entry: Any) -> dict[str, Any]:
     given = {"low": entry.low, "high": entry.high} if isinstance(entry, Range) else {"values": list(entry.root)}
     return {"about": TUNABLE[name], **given}

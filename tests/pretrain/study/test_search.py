@@ -341,6 +341,7 @@ def test_a_dry_run_tells_what_it_takes(folder: Path, monkeypatch: Any, capsys: A
     told = capsys.readouterr().out
     assert "softmax" in told and "rung 2" in told and "d48" in told
     assert re.search(r"all\W+16\W+60 in all\W+15,360", told), told
+    assert "with 2 seeds and 1 comparison, a difference is found with probability 0.8 if it is 11.55" in told
     assert not (folder / "study").exists()
     planned = search.plan(study(folder, sizes=sizes))
     assert [(one.what, one.runs, one.steps, one.tokens) for one in planned[:4]] == [
