@@ -33,7 +33,7 @@ def sizes(study: Study) -> str:
         "carried over. Could have shown: the smallest difference that is found with probability "
         f"{study.text('protocol', 'power')} at that size, in the median over heads."
     )
-    return intro + (layout.grid([_plot(study)]) if len(study.sizes) > 1 else "") + table
+    return intro + (layout.grid([_plot(study)], "pair") if len(study.sizes) > 1 else "") + table
 
 
 def _of(size: Figures, head: Head) -> Figures:
@@ -93,7 +93,7 @@ def _plot(study: Study) -> str:
         series,
         Axis("parameters", log=True),
         Axis("bits/byte", form=lambda value: written(value, "{:.3g}").replace("-", MINUS), told="{:+.4f}".format),
-        size=(520, 300),
+        size=(300, 240),
         rules=[Rule(0.0, study.baseline, left=True)],
     )
     title = f"Difference to {escape(study.baseline)} <small>below the line is better; band: 95% interval</small>"
