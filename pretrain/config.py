@@ -333,9 +333,9 @@ def _divisors(sequences: int, world: int) -> str:
 def from_tree(tree: dict[str, Any], written: bool = False) -> RunConfig:
     """Checks plain values. `model.vocab_size` is the tokenizer's and may be left out. Raises ConfigError.
 
-    `head.tied_sign` may be left out too: of a tied decoder it is -1, of `dot` 1. The residual stream carries the
-    embedding of the token that was read to its end; tied, that is its prototype, so a token predicts itself at first.
-    With the final states' sign turned, its own prototype is the farthest of all: benchmarks/results/tied-cpu.md.
+    `head.tied_sign` may be left out too: of a tied decoder it is -1. The residual stream carries the embedding of the
+    token that was read to its end; tied, that is its prototype, so a token predicts itself at first. With the final
+    states' sign turned, its own prototype is the farthest of all: benchmarks/results/tied-cpu.md.
 
     Args:
         written: by a run, which says all that there was to say then: what it leaves out came later.
@@ -346,7 +346,7 @@ def from_tree(tree: dict[str, Any], written: bool = False) -> RunConfig:
     with suppress(KeyError, TypeError, AttributeError):
         head = tree.get("head") or {}
         if tree["model"]["tied"] is True and head.get("tied_sign") is None:
-            tree = {**tree, "head": {**head, "tied_sign": 1 if written or head.get("distance") == "dot" else -1}}
+            tree = {**tree, "head": {**head, "tied_sign": 1 if written else -1}}
     cfg = validate(RunConfig, tree)
     validate(DeepSpeedSettings, cfg.deepspeed, "deepspeed")
     return cfg
