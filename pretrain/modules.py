@@ -13,7 +13,7 @@ from pretrain.runtime.ranks import Ranks
 
 def build_modules(cfg: RunConfig, ranks: Ranks) -> tuple[Decoder, HarmonicHead]:
     """The decoder, and this rank's part of the head, on the rank's device."""
-    decoder = Decoder(cfg.model, hidden_length=cfg.head.hidden_length(cfg.model.dim), seed=cfg.train.seed)
+    decoder = Decoder(cfg.model, hidden_length=cfg.hidden_length(), seed=cfg.train.seed)
     head = HarmonicHead(
         cfg.model.vocab_size,
         cfg.model.dim,
