@@ -11,7 +11,7 @@ from rich.table import Table
 from common.units import clock
 from pretrain.analysis.heldout import HeldOut, told_of
 from pretrain.analysis.summary import groups_of
-from pretrain.energy.sustainability import LOSS_SPIKE, NORM_SPIKE
+from pretrain.energy.sustainability import SPIKE, WINDOW
 from pretrain.records import JOULES, PARTS, PHASES
 
 UNMEASURED = "not measured: no energy counter"
@@ -21,6 +21,7 @@ PER_TOKEN = (  # rows whose figures depend on how a text is cut into tokens
     "final training loss (nats/token)",
     "held-out perplexity",
     "training energy to the target loss",
+    f"variance of the loss about its median of {WINDOW} steps (nats^2)",
     "largest rise of the held-out loss (nats)",
 )
 
@@ -118,13 +119,19 @@ def _target(summary: dict[str, Any]) -> str:
 
 
 def _stability_rows() -> dict[str, Callable[[dict[str, Any]], str]]:
+    def unrest(stability: dict[str, Any]) -> str:
+        """Over how many steps, from which on."""
+        told = f"({stability['judged']:,} steps, from step {stability['first']:,} on)"
+        return f"{_number(stability['residual_variance'], '{:.3g}')} {told}"
+
     def spikes(stability: dict[str, Any]) -> str:
         return _number(stability["spikes"], f"{{}} of {stability['judged']:,} steps")
 
     return {
-        "variance of ln(gradient norm)": lambda s: _number(s["gradient_stability"]["log_norm_variance"], "{:.3g}"),
-        f"gradient spikes (above {NORM_SPIKE:g} medians)": lambda s: spikes(s["gradient_stability"]),
-        f"loss spikes (above {LOSS_SPIKE:g} sigma)": lambda s: spikes(s["learning_stability"]),
+        f"variance of ln(gradient norm) about its median of {WINDOW} steps": lambda s: unrest(s["gradient_stability"]),
+        f"gradient spikes (above {SPIKE:g} sigma)": lambda s: spikes(s["gradient_stability"]),
+        f"variance of the loss about its median of {WINDOW} steps (nats^2)": lambda s: unrest(s["learning_stability"]),
+        f"loss spikes (above {SPIKE:g} sigma)": lambda s: spikes(s["learning_stability"]),
         "largest rise of the held-out loss (nats)": lambda s: _number(
             s["learning_stability"]["largest_rise"], "{:.4f}"
         ),

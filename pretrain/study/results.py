@@ -247,8 +247,8 @@ def _spent(summaries: Sequence[dict[str, Any]], parts: Sequence[str]) -> dict[st
         **{
             name: {key: _mean([summary[name][key] for summary in summaries]) for key in keys}
             for name, keys in (
-                ("gradient_stability", ("log_norm_variance", "spikes", "judged")),
-                ("learning_stability", ("spikes", "judged", "largest_rise")),
+                ("gradient_stability", ("residual_variance", "spikes", "judged", "first", "window")),
+                ("learning_stability", ("residual_variance", "spikes", "judged", "first", "window", "largest_rise")),
             )
         },
     }
@@ -317,7 +317,7 @@ def _row(run: Ran, base: Ran | None, parts: Sequence[str]) -> dict[str, Any]:
         "tokens_per_s": run.tokens_per_s() if figures else None,
         "j_per_token": _j_per_token(figures, parts) if figures else None,
         **_shape([run] if run.measured else []),
-        **{f"gradient_{key}": gradient.get(key) for key in ("log_norm_variance", "spikes")},
+        **{f"gradient_{key}": gradient.get(key) for key in ("residual_variance", "spikes")},
         "loss_spikes": learning.get("spikes"),
         "less_baseline": run.bits - base.bits if base and run.measured and run.cell.head != base.cell.head else None,
     }
