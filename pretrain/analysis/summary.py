@@ -9,6 +9,7 @@ from typing import Any
 from common.errors import ConfigError
 from data.shards import open_split
 from pretrain.analysis.heldout import HeldOut, comparable, held_out_of
+from pretrain.analysis.lengths import growth
 from pretrain.analysis.scoring import unigram_bits_per_byte
 from pretrain.config import RunConfig
 from pretrain.energy.sustainability import (
@@ -22,7 +23,7 @@ from pretrain.energy.sustainability import (
     missing_parts,
     to_target,
 )
-from pretrain.records import JOULES, PHASES, Eval, Train, of_kind
+from pretrain.records import JOULES, PHASES, Eval, Lengths, Train, of_kind
 from pretrain.run_folder import RunFolder
 
 
@@ -74,6 +75,7 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
         "learning_stability": learning_stability(
             _of_steps([record.losses for record in train]), of_this_text, first, at
         ),
+        "lengths": growth(of_kind(records, Lengths)),
     }
 
 

@@ -23,9 +23,9 @@ from pretrain.analysis.evaluation import open_task, run_task
 from pretrain.analysis.heldout import HeldOut, check_one_text
 from pretrain.analysis.scoring import (
     INTERVAL,
-    UNIGRAM_TOKENS,
     Evaluation,
     compare,
+    token_counts,
     unigram_bits_per_byte,
 )
 from pretrain.analysis.summary import summarise
@@ -82,7 +82,7 @@ def projection(rows: torch.Tensor, spectrum: geometry.Spectrum, source: interpre
     the first UNIGRAM_TOKENS of training.
     """
     train = open_split(source.cfg.data.path, "train")
-    counts = np.bincount(train.read(0, min(train.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size)
+    counts = token_counts(train)
     chosen = counts.argsort()[::-1][:SHOWN].tolist()
     plane = geometry.plane(rows)
     points = [
