@@ -190,7 +190,7 @@ def _number(value: float | None, form: str, missing: str = "-") -> str:
 
 POINTS = {  # what a table calls the points whose spectra are told
     "prototypes": "prototypes",
-    "displacement": "prototypes less their start",
+    "displacement": "less their start",
     "embedding": "embedding",
     "hidden": "hidden",
 }
@@ -201,9 +201,9 @@ SPECTRAL = (  # a row's label, its form, and where a spectrum has it
     ("variance in the first 5", "{:.1%}", "first_5"),
     ("effective rank", "{:.1f}", "effective_rank"),
     ("participation ratio", "{:.1f}", "participation_ratio"),
-    ("effective rank (2603.10225: standardised, of eigenvalues)", "{:.1f}", "arxiv_2603_10225", "effective_rank"),
-    ("... of the first 50 alone, as its code has it", "{:.1f}", "arxiv_2603_10225", "effective_rank_50"),
-    ("variance in the first 2 (2603.10225: standardised)", "{:.1%}", "arxiv_2603_10225", "first_2"),
+    ("effective rank (2603.10225)", "{:.1f}", "arxiv_2603_10225", "effective_rank"),
+    ("effective rank of 50 (2603.10225)", "{:.1f}", "arxiv_2603_10225", "effective_rank_50"),
+    ("variance in the first 2 (2603.10225)", "{:.1%}", "arxiv_2603_10225", "first_2"),
 )
 
 
@@ -227,10 +227,10 @@ def geometry_tables(found: dict[str, Any]) -> list[Table]:
     def row(name: str, form: str, *keys: str) -> None:
         rows[name] = lambda figures: _number(_at(figures, keys), form)
 
-    rows["what prototypes were at the start"] = lambda f: f["start"]["unknown"] or "drawn again, and as it was recorded"
-    row("... cosine of prototypes with it", "{:.3f}", "start", "cosine")
-    row("... share of their variance along it", "{:.1%}", "start", "share")
-    row("... how much of its length is left", "{:.3f}", "start", "kept")
+    rows["start of the prototypes"] = lambda f: f["start"]["unknown"] or "known"
+    row("... cosine with it", "{:.3f}", "start", "cosine")
+    row("... share of the variance along it", "{:.1%}", "start", "share")
+    row("... what is left of its length", "{:.3f}", "start", "kept")
     row("... median cosine over tokens", "{:.3f}", "start", "median_row_cosine")
     for what, name in POINTS.items():
         for label, form, *keys in SPECTRAL:
@@ -252,7 +252,7 @@ def geometry_tables(found: dict[str, Any]) -> list[Table]:
     row("NC3", "{:.3f}", "classes", "nc3")
     for relation in next(iter(runs.values()))["parallelograms"]["prototypes"]:
         rows[f"parallelogram loss, {relation}"] = partial(_loss, relation)
-        rows[f"... in 2 components (2502.01628), {relation}"] = partial(_shuffled, relation, "arxiv_2502_01628", "loss")
+        rows[f"... of 2 components (2502.01628), {relation}"] = partial(_shuffled, relation, "arxiv_2502_01628", "loss")
         rows[f"... cosine of differences, {relation}"] = partial(_shuffled, relation, "function_vectors", "mean_cosine")
     tables = [_table(runs, rows)]
     if found["cka"]:
