@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -49,7 +50,7 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     checkpoint = run.checkpoint()
     if run.measured.exists() and run.documents.exists():
         found = json.loads(run.measured.read_text())
-        if found["checkpoint"] == checkpoint.name:
+        if found["checkpoint"] == checkpoint.name and "start" in found["geometry"]:  # older versions measured less
             return found
     log(f"measuring {run.path.name}")
     scored, _ = run_task(open_task(cfg.run), alone())
@@ -255,12 +256,23 @@ def _spent(summaries: Sequence[dict[str, Any]], parts: Sequence[str]) -> dict[st
 
 
 def _shape(runs: Sequence[Ran]) -> dict[str, Any]:
-    """How the prototypes lie: means over seeds of runs that were measured."""
-    spectra = [run.measured["geometry"]["spectra"]["prototypes"] for run in runs]
-    names = ("effective_rank", "participation_ratio", "first_2")
+    """How prototypes, what was learnt of them, and final states lie: means over seeds of runs that were measured."""
+    found = [run.measured["geometry"] for run in runs]
+
+    def mean(*keys: str) -> float | None:
+        return _mean([functools.reduce(lambda at, key: at and at[key], keys, one) for one in found])
+
     return {
-        "pca90": _mean([spectrum["dimensions_90"] for spectrum in spectra]),
-        **{name: _mean([spectrum[name] for spectrum in spectra]) for name in names},
+        "pca90": mean("spectra", "prototypes", "dimensions_90"),
+        **{name: mean("spectra", "prototypes", name) for name in ("effective_rank", "participation_ratio", "first_2")},
+        **{
+            f"{of}_{name}": mean("spectra", of, key)
+            for of in ("displacement", "hidden")
+            for name, key in (("pca90", "dimensions_90"), ("effective_rank", "effective_rank"), ("first_2", "first_2"))
+        },
+        "effective_rank_2603_10225": mean("spectra", "hidden", "arxiv_2603_10225", "effective_rank"),
+        "start_share": mean("start", "share"),
+        "count_correlation": mean("first_component_with_count", "displacement"),
     }
 
 

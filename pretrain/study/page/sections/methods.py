@@ -30,6 +30,9 @@ def methods(study: Study) -> str:
         "mean.",
         "PCA90": "The fewest principal components of the prototypes that hold 90% of their variance, mean over seeds; "
         "at most the width.",
+        "PCA90 of what was learnt": "The same of the prototypes less what they were at the start, which is noise in "
+        "all directions; beneath it, how much of the prototypes' variance still lies along their start.",
+        "PCA90 of final states": "The same of the hidden states that are scored, on held-out text.",
         "Effective rank": "exp of the entropy of the singular values of the prototypes, taken as shares of their sum "
         "(Roy and Vetterli, 2007), mean over seeds.",
         "Gradient unrest": "Of the global gradient norm before clipping: the variance of its logarithm about the "
