@@ -36,7 +36,7 @@ def start_of(run: RunFolder, cfg: RunConfig) -> Start:
             return Start(None, f"its records begin after {first} updates: it went on from other weights")
         return Start(None, "its records do not tell how long its prototypes were at the start (an older version's)")
     drawn = initial_prototypes(cfg)
-    was, median = recorded[0].prototypes_median, lengths.quantiles(drawn.norm(dim=1))["median"]
+    was, median = recorded[-1].prototypes_median, lengths.quantiles(drawn.norm(dim=1))["median"]
     if was is None or not math.isclose(median, was, rel_tol=SAME):
         return Start(
             None,
