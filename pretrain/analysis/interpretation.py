@@ -211,10 +211,10 @@ def _since(prototypes: Tensor, start: Tensor | None) -> dict[str, float | None]:
     return dict.fromkeys(Noise._fields) if start is None else still_noise(prototypes, start)._asdict()
 
 
-def _with_count(rows: dict[str, Tensor | None], cfg: RunConfig) -> dict[str, float | None]:
+def _with_count(rows: dict[str, Tensor | None], cfg: RunConfig) -> dict[str, dict[str, float] | None]:
     counts = torch.from_numpy(token_counts(open_split(cfg.data.path, "train")))
     return {
-        name: None if one is None or one.shape[1] < 2 else count_correlation(one, counts.to(one.device))
+        name: None if one is None or one.shape[1] < 2 else count_correlation(one, counts.to(one.device))._asdict()
         for name, one in rows.items()
     }
 

@@ -70,15 +70,28 @@ def still_noise(rows: Tensor, start: Tensor) -> Noise:
     return Noise(cosine, cosine**2, (cross / along).item(), of_rows.nanmedian().item())
 
 
-def count_correlation(rows: Tensor, counts: Tensor) -> float:
-    """|Pearson correlation| of the first principal component's coordinate of each row (V, D), D >= 2, with the
-    logarithm of its token's count (V,); of tokens that occur. nan where fewer than 3 do, or all alike.
+class WithCount(NamedTuple):
+    """|Pearson correlation| of a coordinate of tokens with how often they come; nan where fewer than 3 tokens, or all
+    alike, are left.
     """
+
+    every_token: float  # with ln(1 + count)
+    of_those_that_occur: float  # with ln(count)
+
+
+def count_correlation(rows: Tensor, counts: Tensor) -> WithCount:
+    """Of the first principal component's coordinate of each row (V, D), D >= 2, with its token's count (V,).
+
+    Tokens that never occur are pushed away by all others and lie apart; they alone can make the first correlation
+    large, which is why there are two.
+    """
+    first, counts = geometry.plane(rows)[:, 0], counts.double()
     seen = counts > 0
-    if int(seen.sum()) < 3:
-        return math.nan
-    points = torch.stack((geometry.plane(rows)[seen, 0], counts[seen].double().log()))
-    return torch.corrcoef(points)[0, 1].abs().item()
+    return WithCount(_correlation(first, (1 + counts).log()), _correlation(first[seen], counts[seen].log()))
+
+
+def _correlation(x: Tensor, y: Tensor) -> float:
+    return torch.corrcoef(torch.stack((x, y)))[0, 1].abs().item() if len(x) >= 3 else math.nan
 
 
 def noise_rows(count: int, dim: int) -> Tensor:

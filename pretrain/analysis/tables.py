@@ -236,7 +236,9 @@ def geometry_tables(found: dict[str, Any]) -> list[Table]:
         for label, form, *keys in SPECTRAL:
             rows[f"{name}: {label}"] = partial(_beside_noise, form, what, keys)
         if what in ("prototypes", "displacement"):
-            row(f"{name}: first component with ln(count)", "{:.2f}", "first_component_with_count", what)
+            at = ("first_component_with_count", what)
+            row(f"{name}: first component with ln(1 + count)", "{:.2f}", *at, "every_token")
+            row(f"{name}: the same, of tokens that occur", "{:.2f}", *at, "of_those_that_occur")
     rows["prototypes: median length, by step"] = lambda f: _by_step(f, "median")
     rows["prototypes: longest over median, by step"] = lambda f: _by_step(f, "max/median")
     row("classes (tokens) with enough hidden states", "{:,}", "classes", "classes")

@@ -272,7 +272,7 @@ def _shape(runs: Sequence[Ran]) -> dict[str, Any]:
         },
         "effective_rank_2603_10225": mean("spectra", "hidden", "arxiv_2603_10225", "effective_rank"),
         "start_share": mean("start", "share"),
-        "count_correlation": mean("first_component_with_count", "displacement"),
+        "count_correlation": mean("first_component_with_count", "displacement", "every_token"),
     }
 
 

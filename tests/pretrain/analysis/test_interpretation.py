@@ -181,7 +181,7 @@ def check_start(found: dict[str, Any], seen: torch.Tensor, began: torch.Tensor) 
     assert 0.5 < start["share"] < 1, "after four updates"
     assert spectra["displacement"]["first_2"] == pytest.approx(geometry.spectrum(learnt).explained(2), rel=1e-3)
     assert spectra["displacement"]["dimensions_90"] < spectra["prototypes"]["dimensions_90"]
-    assert 0 <= with_count["prototypes"] <= 1 and 0 <= with_count["displacement"] <= 1
+    assert all(0 <= one <= 1 for of in with_count.values() for one in of.values()) and len(with_count) == 2
 
 
 def test_a_start_that_cannot_be_vouched_for_is_unknown(trained: Path, tmp_path: Path) -> None:

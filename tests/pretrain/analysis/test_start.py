@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from scipy.stats import pearsonr
 
 from model.head import HarmonicHead
 from pretrain.analysis import geometry
@@ -44,16 +45,24 @@ def test_the_share_of_the_start_is_found() -> None:
 
 
 def test_a_first_component_of_counts_is_found_and_noise_is_not() -> None:
-    counts = torch.randint(0, 1000, (400,), generator=torch.Generator().manual_seed(0))
+    counts = torch.randint(1, 1000, (400,), generator=torch.Generator().manual_seed(0))
     counts[:50] = 0
-    logs = counts.double().clamp_min(1).log()
-    along = torch.outer(-logs, drawn(8)) + 0.1 * drawn(400, 8, seed=1)
-    assert count_correlation(along, counts) > 0.99, "whatever its sign"
-    along[:50] = along.mean(0)  # tokens that never occur have no logarithm
-    assert count_correlation(along, counts) > 0.99
-    assert count_correlation(drawn(400, 8, seed=2), counts) < 0.25
-    assert math.isnan(count_correlation(along, torch.zeros(400))), "no token occurs"
-    assert math.isnan(count_correlation(along, torch.ones(400))), "all alike"
+    along = torch.outer(-(1 + counts).double().log(), drawn(8)) + 0.1 * drawn(400, 8, seed=1)
+    assert min(count_correlation(along, counts)) > 0.98, "whatever its sign"
+    assert max(count_correlation(drawn(400, 8, seed=2), counts)) < 0.25
+    x, y = geometry.plane(along)[50:, 0].numpy(), counts[50:].double().log().numpy()
+    assert count_correlation(along, counts).of_those_that_occur == pytest.approx(abs(pearsonr(x, y).statistic))
+
+
+def test_tokens_that_never_occur_can_make_the_correlation_alone() -> None:
+    counts = torch.randint(100, 1000, (400,), generator=torch.Generator().manual_seed(0))
+    counts[:100] = 0
+    rows = drawn(400, 8)
+    rows[:100, 3] += 50
+    found = count_correlation(rows, counts)
+    assert found.every_token > 0.95 and found.of_those_that_occur < 0.2
+    assert all(math.isnan(one) for one in count_correlation(rows, torch.zeros(400))), "all alike"
+    assert all(math.isnan(one) for one in count_correlation(rows[:2], torch.tensor([1, 2]))), "two tokens"
 
 
 def test_noise_of_a_shape_has_the_spectrum_of_its_shape() -> None:
