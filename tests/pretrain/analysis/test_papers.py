@@ -20,12 +20,14 @@ def entropy_rank(values: np.ndarray) -> float:
 
 
 def test_standardised_features_have_the_spectrum_of_their_correlations() -> None:
-    rows = drawn(200, KEPT + 10) * torch.logspace(-3, 3, KEPT + 10, dtype=torch.float64) + 7.0
-    rows = rows @ (torch.eye(KEPT + 10, dtype=torch.float64) + 0.2 * rotation(KEPT + 10))
+    width = KEPT + 10
+    rows = drawn(200, width) @ (torch.eye(width, dtype=torch.float64) + rotation(width))
+    rows = rows * torch.logspace(-3, 3, width, dtype=torch.float64) + 7.0
     values = np.linalg.eigvalsh(np.corrcoef(rows.numpy().T))[::-1]
     found = spectrum_2603(rows)
     assert found.effective_rank == pytest.approx(entropy_rank(values))
     assert found.effective_rank_50 == pytest.approx(entropy_rank(values[:KEPT]))
+    assert found.effective_rank_50 < 0.99 * found.effective_rank
     assert found.first_2 == pytest.approx(values[:2].sum() / values.sum())
     assert found.participation_ratio == pytest.approx(values.sum() ** 2 / (values**2).sum())
     assert found.dimensions_90 == int((values.cumsum() < 0.9 * values.sum()).sum()) + 1
