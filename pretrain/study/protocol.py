@@ -49,8 +49,9 @@ def in_advance(study: LanguageConfig) -> str:
     if least is None:
         return "one head: there is nothing to compare"
     return (
-        f"with {len(study.seeds)} seeds and {compared} comparison{'s' * (compared != 1)}, a difference is found with probability {POWER:g} if "
-        f"it is {least:.2f} standard deviations of the paired differences between seeds, or more"
+        f"with {len(study.seeds)} seeds and {compared} comparison{'s' * (compared != 1)}, a difference is found with "
+        f"probability {POWER:g} if it is {least:.2f} standard deviations of the paired differences between seeds, or "
+        "more"
     )
 
 

@@ -20,7 +20,7 @@ from common.strict_json import plain, read_json, to_json
 from data.shards import open_split
 from pretrain.analysis import geometry, interpretation
 from pretrain.analysis.evaluation import open_task, run_task
-from pretrain.analysis.scoring import UNIGRAM_TOKENS, unigram_bits_per_byte
+from pretrain.analysis.scoring import token_counts, unigram_bits_per_byte
 from pretrain.analysis.summary import summarise
 from pretrain.checkpoints.saver import versions
 from pretrain.config import RunConfig, dump, from_tree
@@ -73,7 +73,7 @@ class Records:
                 return None
             try:
                 found = read_json(file, MOST_BYTES)
-                was = dump(from_tree({**found["settings"], "run": "unused"}))
+                was = dump(from_tree({**found["settings"], "run": "unused"}, written=True))
                 _ = found["outcome"], found["summary"], found["measured"]
             except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
                 raise ConfigError(
@@ -250,11 +250,10 @@ def scree(spectrum: geometry.Spectrum) -> list[float]:
 
 
 def projection(rows: torch.Tensor, spectrum: geometry.Spectrum, source: interpretation.Source) -> dict[str, Any]:
-    """The first two principal components of the most frequent tokens' prototypes, and how often each token is among
-    the first UNIGRAM_TOKENS of training.
+    """The first two principal components of the most frequent tokens' prototypes, and how often each is in training, as
+    `token_counts` counts.
     """
-    train = open_split(source.cfg.data.path, "train")
-    counts = np.bincount(train.read(0, min(train.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size)
+    counts = token_counts(open_split(source.cfg.data.path, "train"))
     chosen = counts.argsort()[::-1][:SHOWN].tolist()
     plane = geometry.plane(rows)
     points = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -183,20 +184,31 @@ def _spent(summaries: Sequence[dict[str, Any]], parts: Sequence[str]) -> dict[st
         **{
             name: {key: _mean([summary[name][key] for summary in summaries]) for key in keys}
             for name, keys in (
-                ("gradient_stability", ("log_norm_variance", "spikes", "judged")),
-                ("learning_stability", ("spikes", "judged", "largest_rise")),
+                ("gradient_stability", ("residual_variance", "spikes", "judged", "first", "window")),
+                ("learning_stability", ("residual_variance", "spikes", "judged", "first", "window", "largest_rise")),
             )
         },
     }
 
 
 def _shape(runs: Sequence[Ran]) -> dict[str, Any]:
-    """How the prototypes lie: means over seeds of runs that were measured."""
-    spectra = [run.measured["geometry"]["spectra"]["prototypes"] for run in runs]
-    names = ("effective_rank", "participation_ratio", "first_2")
+    """How prototypes, what was learnt of them, and final states lie: means over seeds of runs that were measured."""
+    found = [run.measured["geometry"] for run in runs]
+
+    def mean(*keys: str) -> float | None:
+        return _mean([functools.reduce(lambda at, key: at and at[key], keys, one) for one in found])
+
     return {
-        "pca90": _mean([spectrum["dimensions_90"] for spectrum in spectra]),
-        **{name: _mean([spectrum[name] for spectrum in spectra]) for name in names},
+        "pca90": mean("spectra", "prototypes", "dimensions_90"),
+        **{name: mean("spectra", "prototypes", name) for name in ("effective_rank", "participation_ratio", "first_2")},
+        **{
+            f"{of}_{name}": mean("spectra", of, key)
+            for of in ("displacement", "hidden")
+            for name, key in (("pca90", "dimensions_90"), ("effective_rank", "effective_rank"), ("first_2", "first_2"))
+        },
+        "effective_rank_2603_10225": mean("spectra", "hidden", "arxiv_2603_10225", "effective_rank"),
+        "start_share": mean("start", "share"),
+        "count_correlation": mean("first_component_with_count", "displacement", "every_token"),
     }
 
 
@@ -248,7 +260,7 @@ def _row(run: Ran, base: Mapping[tuple[str, int], Ran], parts: Sequence[str]) ->
         "tokens_per_s": run.tokens_per_s() if figures else None,
         "j_per_token": _j_per_token(figures, parts) if figures else None,
         **_shape([run] if run.measured else []),
-        **{f"gradient_{key}": gradient.get(key) for key in ("log_norm_variance", "spikes")},
+        **{f"gradient_{key}": gradient.get(key) for key in ("residual_variance", "spikes")},
         "loss_spikes": learning.get("spikes"),
     }
 

@@ -95,7 +95,13 @@ def measure_as(monkeypatch: pytest.MonkeyPatch, bits: Bits) -> None:
         spectrum = {"effective_rank": 9.0, "participation_ratio": 8.0, "first_2": 0.5, "dimensions_90": 12}
         return {
             "evaluation": {"bits_per_byte": float(nats.sum() / np.log(2) / DOCUMENTS.sum())},
-            "geometry": {"spectra": {"prototypes": spectrum}, "norms": {}},
+            "geometry": {
+                "spectra": dict.fromkeys(("prototypes", "displacement"), spectrum)
+                | {"hidden": {**spectrum, "arxiv_2603_10225": {"effective_rank": 7.0}}},
+                "start": {"share": 0.5},
+                "first_component_with_count": {"displacement": {"every_token": 0.9}},
+                "norms": {},
+            },
             "scree": [0.5, 1.0],
             "projection": {"explained": [0.3, 0.2], "points": []},
         }

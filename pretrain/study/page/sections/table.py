@@ -22,8 +22,10 @@ def table(study: Study) -> str:
         f"tokens/s<small>to {escape(study.baseline)}</small>",
         "J/token",
         "PCA90",
+        "PCA90 of what was learnt<small>start's share of the variance</small>",
+        "PCA90 of final states",
         "effective rank",
-        "variance of ln gradient norm",
+        "gradient unrest<small>variance of ln norm about its running median</small>",
         "gradient spikes<small>of steps, mean over seeds</small>",
         "loss spikes<small>of steps, mean over seeds</small>",
         "diverged of fresh runs",
@@ -53,8 +55,10 @@ def _row(study: Study, head: Head, baseline_speed: float | None) -> list[str]:
         head.text("tokens_per_s", form="{:,.0f}") + ratio,
         head.text("j_per_token", form="{:.3g}", missing=no_joules),
         head.text("pca90", form="{:,.4g}"),
+        head.text("displacement_pca90", form="{:,.4g}") + _start(head),
+        head.text("hidden_pca90", form="{:,.4g}"),
         head.text("effective_rank", form="{:,.1f}"),
-        head.text("gradient_stability", "log_norm_variance", form="{:.3g}"),
+        head.text("gradient_stability", "residual_variance", form="{:.3g}"),
         _spikes(Figures(head.at("gradient_stability"))),
         _spikes(Figures(head.at("learning_stability"))),
         f"{head.text('diverged')} of {head.text('started')}",
@@ -77,6 +81,10 @@ def _difference(study: Study, head: Head) -> str:
 def _alone(gap: Figures) -> str:
     """Intervals that leave one source of chance out: what they call certain, the other may deny."""
     return small(gap.bounds("{:+.4f}", "seeds_")) + small(gap.bounds("{:+.4f}", "documents_")) or NONE
+
+
+def _start(head: Head) -> str:
+    return small(head.text("start_share", form="{:.0%}")) if head.figure("start_share") is not None else ""
 
 
 def _spikes(stability: Figures) -> str:

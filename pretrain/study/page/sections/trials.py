@@ -5,7 +5,7 @@ from __future__ import annotations
 from pretrain.study.page import layout
 from pretrain.study.page.charts.axes import Axis
 from pretrain.study.page.charts.lines import Series, line_chart
-from pretrain.study.page.charts.numbers import known, percent, short
+from pretrain.study.page.charts.numbers import percent, short
 from pretrain.study.page.sections.study import Figures, Head, Study
 
 
@@ -17,9 +17,9 @@ def trials(study: Study) -> str:
         high = study.val_unigram
     room = 0.08 * (high - low) or 0.1
     figures = []
-    for name, entry in study.space.items():
-        about = str(entry.get("about") or name)
-        log = all(known(entry.get(end)) for end in ("low", "high"))
+    for name, entry in ((name, Figures(one)) for name, one in study.space.items()):
+        about = str(entry.at("about") or name)
+        log = all(entry.figure(end) is not None for end in ("low", "high"))
         form = percent if name == "warmup" else short
         svg = line_chart(
             f"validation bits per byte of the trials by {about}",
