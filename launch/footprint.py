@@ -104,10 +104,10 @@ def optimizer_groups(cfg: RunConfig) -> list[list[int]]:
     """Elements of the trunk's parameters in the groups of pretrain.optim.parameter_groups, which a test compares:
     matrices first. DeepSpeed flattens each group.
     """
-    groups: dict[tuple[bool, float], list[int]] = {}
+    groups: dict[tuple[float, float], list[int]] = {}
     for weight in cfg.model.weights():
-        matrix = weight.kind == "matrices"
-        settings = (matrix or weight.kind in cfg.optim.also_decay, cfg.model.width_scale() if matrix else 1.0)
+        scale = cfg.model.width_scale() if weight.kind == "matrices" else 1.0
+        settings = (cfg.optim.decay_of(weight.kind), scale)
         groups.setdefault(settings, []).append(weight.size)
     return [sizes for _, sizes in sorted(groups.items(), reverse=True)]
 

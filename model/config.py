@@ -19,6 +19,7 @@ MOST_STRETCH = 1e6  # of positions
 # A score is -n log d, and |log d| < 44.4 where float32 holds d^2: up to this n scores stay below 2^23, where float32
 # still tells half nats apart, and squared gradients far below its largest number.
 MOST_EXPONENT = 1e5
+StartLength = Annotated[float, Field(ge=1e-15, le=1e15)]  # its square, times any width, is a float32 number
 
 
 class Llama3Scaling(BaseModel, extra="forbid", frozen=True):
@@ -253,7 +254,8 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
     distance: str = "euclidean"  # a name in model.distance_settings.SETTINGS, or in model.distances.DISTANCES
     params: dict[str, float | str] = {}  # the distance's own, such as p of minkowski: see model.head.HarmonicHead
     exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp = "sqrt_dim"
-    init_std: float | None = Field(default=None, ge=1e-15, le=1e15)  # None: see model.distances.Distance.start
+    init_std: StartLength | Literal["gpt2"] | None = None  # of prototypes' entries; None: the distance's own start
+    feature_length: StartLength | None = None  # of the first final hidden states; None: the distance's own
     chunk_mib: int | None = Field(default=None, gt=0, le=2**20)  # budget of the head's working memory; None: by device
     fused: bool | None = None  # the GPU's product and the passes over its scores in one; None: by device
 
@@ -281,6 +283,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
             "distance": self.distance,
             "exponent": (exponent.first, exponent.last) if isinstance(exponent, ExponentRamp) else exponent,
             "init_std": self.init_std,
+            "feature_length": self.feature_length,
             "chunk_bytes": None if self.chunk_mib is None else self.chunk_mib * 2**20,
             "fused": self.fused,
             **self.params,

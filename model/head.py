@@ -17,6 +17,7 @@ from .distances import DISTANCES, Distance, make, resolve
 from .harmonic import harmonic_log_probs, harmonic_loss, harmonic_predictions
 from .vocab_parallel import VocabShard, full_rows, lookup, rows_of
 
+GPT2_STD = 0.02  # of all weights of GPT-2, at any width
 INIT_BLOCK = 1024  # rows that share a random stream, so that a shard draws its own rows and no others
 
 
@@ -34,7 +35,8 @@ class HarmonicHead(nn.Module):
         exponent: n > 0; "sqrt_dim"; "learned" (starts at sqrt(dim), stays positive; one scalar, replicated); or a pair
             (first, last) that the attribute `progress`, from 0 to 1, moves between: set it as training goes on.
         shard: the rows of this rank (`model.vocab_parallel.shard_of`); None: all.
-        init_std: deviation of the initial entries; None: the distance's own (`Distance.start`).
+        init_std: deviation of the initial entries; "gpt2": GPT2_STD; None: the distance's own (`Distance.start`).
+        feature_length: what the attribute of that name tells; None: the distance's own (`Distance.start`).
         seed: of the initial prototypes, which do not depend on the sharding; None: drawn from torch's global generator.
         chunk_bytes: budget of the loss's working memory; None: `model.chunks.CHUNK_BYTES`.
         fused: whether a GPU takes the product and the passes over its scores in one; None: see
@@ -55,7 +57,8 @@ class HarmonicHead(nn.Module):
         distance: str | Distance = "euclidean",
         exponent: float | Literal["sqrt_dim", "learned"] | tuple[float, float] = "sqrt_dim",
         shard: VocabShard | None = None,
-        init_std: float | None = None,
+        init_std: float | Literal["gpt2"] | None = None,
+        feature_length: float | None = None,
         seed: int | None = None,
         chunk_bytes: int | None = None,
         fused: bool | None = None,
@@ -78,8 +81,8 @@ class HarmonicHead(nn.Module):
         for name, shape in trained.items():
             self.register_parameter(name, nn.Parameter(torch.zeros(shape, device=device)))
         start = self.score_function.start(dim)
-        self.feature_length = start.feature_length
-        self.init_std = start.entry_std if init_std is None else init_std
+        self.feature_length = start.feature_length if feature_length is None else feature_length
+        self.init_std = start.entry_std if init_std is None else _std(init_std)
         self.progress = 0.0
         self.exponents = _ends(exponent, dim)
         self.log_exponent: nn.Parameter | None = None
@@ -174,6 +177,15 @@ def _own_params(distance: Distance, params: Mapping[str, Any]) -> dict[str, Any]
     if distance.tensors:
         raise ValueError(f"{', '.join(distance.tensors)} of {distance} would not be trained; give the distance by name")
     return {f.name: getattr(distance, f.name) for f in fields(resolve(distance, params))}
+
+
+def _std(given: float | str) -> float:
+    """The deviation, or that of a start with a name. Raises ValueError."""
+    if given == "gpt2":
+        return GPT2_STD
+    if isinstance(given, str) or not given > 0:
+        raise ValueError(f"init_std={given!r}: expected a positive number, or gpt2")
+    return given
 
 
 def _ends(exponent: float | str | tuple[float, float], dim: int) -> tuple[float, float]:

@@ -81,6 +81,8 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
     eps: Positive = 1e-8
     weight_decay: NotNegative = 0.1  # of matrices; see also_decay
     also_decay: tuple[Literal["norms", "biases", "embeddings", "prototypes"], ...] = ()
+    prototype_decay: NotNegative | None = None  # of prototypes; None: weight_decay if also_decay names them, else 0
+    head_lr_scale: float = Field(default=1.0, ge=1e-6, le=1e6)  # times lr: the head's own rate, of prototypes, factor and exponent
     clip: Positive | None = 1.0  # of the global norm, trunk and prototypes together
     max_skipped: Steps = 10  # non-finite steps in a row that end the run
 
@@ -91,6 +93,21 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas={self.betas} must lie in [0, 1)")
         return self
+
+    @model_validator(mode="after")
+    def _one_decay_of_prototypes(self) -> OptimConfig:
+        if self.prototype_decay is not None and "prototypes" in self.also_decay:
+            raise ValueError(
+                f"prototype_decay={self.prototype_decay} and also_decay={list(self.also_decay)} both say how prototypes "
+                "decay: take prototypes out of also_decay"
+            )
+        return self
+
+    def decay_of(self, kind: str) -> float:
+        """Weight decay of a kind of parameter: see `pretrain.optim.kind_of`."""
+        if kind == "prototypes" and self.prototype_decay is not None:
+            return self.prototype_decay
+        return self.weight_decay if kind == "matrices" or kind in self.also_decay else 0.0
 
     def lr_at(self, step: int, steps: int) -> float:
         """Learning rate of the update `step` (the first is 0) of `steps`."""

@@ -29,26 +29,27 @@ def kind_of(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
 
 
 def parameter_groups(modules: Iterable[nn.Module], cfg: OptimConfig) -> list[Group]:
-    """Every trainable parameter once: those that decay, then those that do not; `names` says which they are. `lr_scale`
-    times the learning rate is theirs: not 1 for the matrices of a decoder with `base_dim`, a group of their own then.
+    """Every trainable parameter once: those that decay most, then the others; `names` says which they are. `lr_scale`
+    times the learning rate is theirs: not 1 for the matrices of a decoder with `base_dim`, a group of their own then,
+    and for a head with `head_lr_scale`.
     """
-    found: dict[tuple[bool, float], list[tuple[str, nn.Parameter]]] = {}
+    found: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for root in modules:
         width_scale = root.config.width_scale() if isinstance(root, Decoder) else 1.0
         for path, module in root.named_modules():
             for name, parameter in module.named_parameters(recurse=False):
                 kind = kind_of(module, name, parameter)
-                decays = kind == "matrices" or kind in cfg.also_decay
-                group = (decays, width_scale if kind == "matrices" else 1.0)
+                lr_scale = cfg.head_lr_scale if isinstance(module, HarmonicHead) else 1.0
+                group = (cfg.decay_of(kind), width_scale if kind == "matrices" else lr_scale)
                 found.setdefault(group, []).append((f"{path}.{name}".lstrip("."), parameter))
     return [
         {
             "params": [p for _, p in chosen],
             "names": [n for n, _ in chosen],
-            "weight_decay": cfg.weight_decay if decays else 0.0,
+            "weight_decay": decay,
             "lr_scale": scale,
         }
-        for (decays, scale), chosen in sorted(found.items(), key=lambda item: item[0], reverse=True)
+        for (decay, scale), chosen in sorted(found.items(), key=lambda item: item[0], reverse=True)
     ]
 
 

@@ -29,6 +29,24 @@ HEADS: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
+def test_a_start_is_the_distances_own_or_what_is_asked() -> None:
+    own = HarmonicHead(2048, 64, distance="dot", seed=1)
+    assert own.init_std == own.score_function.start(64).entry_std
+    assert own.prototypes.std().item() == pytest.approx(own.init_std, rel=0.01)
+    named = HarmonicHead(2048, 64, seed=1, **HeadConfig(distance="dot", init_std="gpt2", feature_length=3.0).arguments())
+    assert named.prototypes.std().item() == pytest.approx(0.02, rel=0.01)
+    assert named.feature_length == 3.0
+    assert HeadConfig(distance="dot", feature_length=3.0).hidden_length(64) == 3.0
+    assert HeadConfig(distance="dot").hidden_length(64) == own.feature_length
+    for wrong in ("gpt3", 0.0, -1.0):
+        with pytest.raises(ValueError, match="init_std"):
+            HeadConfig(init_std=wrong)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=f"init_std={wrong!r}: expected a positive number, or gpt2"):
+            HarmonicHead(4, 4, init_std=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="feature_length"):
+        HeadConfig(feature_length=0.0)
+
+
 @settings(max_examples=100, deadline=None)
 @given(decoder_settings())
 def test_weights_are_those_of_the_built_decoder_in_its_order(tree: dict[str, Any]) -> None:

@@ -34,6 +34,46 @@ def test_every_parameter_is_in_one_group() -> None:
     assert [group["lr_scale"] for group in norms] == [1.0, 0.25, 1.0]
 
 
+def groups_of(head: HarmonicHead, **settings: object) -> dict[str, tuple[float, float]]:
+    """(weight decay, scale of the rate) of a head's parameters and a decoder's matrices and embeddings."""
+    cfg = OptimConfig(lr=0.1, **{"weight_decay": 0.3, **settings})  # type: ignore[arg-type]
+    groups = parameter_groups([Decoder(DecoderConfig(**SIZES)), head], cfg)
+    found = {n: (float(str(g["weight_decay"])), float(str(g["lr_scale"]))) for g in groups for n in names_of(g)}
+    kinds = {"matrix": "blocks.0.mlp.up.weight", "embedding": "tokens.weight"}
+    names = dict.fromkeys(("prototypes", "factor", "log_exponent")) | kinds
+    return {kind: found[name or kind] for kind, name in names.items()}
+
+
+def test_the_head_has_a_rate_and_a_decay_of_its_own() -> None:
+    head = HarmonicHead(64, 64, distance="mahalanobis", exponent="learned")
+    assert groups_of(head) == {
+        "prototypes": (0, 1), "factor": (0, 1), "log_exponent": (0, 1), "matrix": (0.3, 1), "embedding": (0, 1),
+    }  # fmt: skip
+    own = groups_of(head, head_lr_scale=4.0, prototype_decay=0.01)
+    assert own == {
+        "prototypes": (0.01, 4), "factor": (0, 4), "log_exponent": (0, 4), "matrix": (0.3, 1), "embedding": (0, 1),
+    }  # fmt: skip
+    also = groups_of(head, also_decay=("embeddings",), prototype_decay=0.0, weight_decay=0.0)
+    assert also["prototypes"] == (0, 1) and also["matrix"] == (0, 1)
+    assert groups_of(head, also_decay=("prototypes",))["prototypes"] == (0.3, 1)
+
+
+def test_prototypes_have_one_decay() -> None:
+    with pytest.raises(ValueError, match=r"prototype_decay=0\.1.*take prototypes out of also_decay"):
+        OptimConfig(lr=0.1, also_decay=("prototypes",), prototype_decay=0.1)
+
+
+def test_prototypes_step_at_the_heads_rate_and_shrink_by_its_decay() -> None:
+    head = HarmonicHead(8, 16, seed=1)
+    start = head.prototypes.detach().clone()
+    optimizer = adamw(head, OptimConfig(lr=0.01, head_lr_scale=4.0, prototype_decay=0.5))
+    for group in optimizer.param_groups:
+        group["lr"] *= group["lr_scale"]
+    head.prototypes.grad = torch.ones_like(start)
+    optimizer.step()
+    torch.testing.assert_close(head.prototypes.detach(), start * (1 - 0.04 * 0.5) - 0.04)
+
+
 def residual_change(dim: int, base_dim: int | None) -> float:
     """How far (root mean square) three updates move what the blocks add to the residual stream."""
     config = DecoderConfig(**{**SIZES, "heads": dim // 16, "dim": dim}, base_dim=base_dim)
