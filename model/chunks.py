@@ -77,10 +77,12 @@ class Call:
         contraction = self.distance.contraction
         if self.use.fused and not contraction.wide:
             return alive * hidden.element_size()
-        wide = eager.accumulator(hidden.dtype).itemsize
+        wide, kernels = eager.accumulator(hidden.dtype).itemsize, choose.kernels_for(hidden)
+        # with options the plain form has scores, 1 / c and the slope of a cap beside what is kept
+        more = 3 if kernels is eager and self.options != LossOptions() else 0
         if contraction.wide:
-            return (contraction.kept * alive + contraction.temporaries) * wide
-        return (contraction.kept * alive + choose.kernels_for(hidden).TEMPORARIES) * wide + hidden.element_size()
+            return (contraction.kept * alive + contraction.temporaries + more) * wide
+        return (contraction.kept * alive + kernels.TEMPORARIES + more) * wide + hidden.element_size()
 
     def each(
         self, side: Operands, hidden: Tensor, targets: Tensor, exponent: Tensor, use: Callable[[slice, Chunk], None]
@@ -151,8 +153,9 @@ class Chunk:
         total, moment, self.target, *more = self._sums.wait()
         self.lse = self.top + total.log()
         self.mean_score = moment / total
-        every, self._own_share, shares = more or (None, self.target, None)  # shares: n ds/dn, which a cap lessens
-        if self.call.options.label_smoothing:
+        self._own_share = self.target  # n ds/dn, which is the score but for a cap
+        if more:
+            every, self._own_share, shares = more
             self._mean, self._mean_share = every / self.call.shard.size, shares / self.call.shard.size
         if self.call.options.z_loss:
             self._shift = self._from_common_units()

@@ -123,10 +123,8 @@ class Product(Contraction):
         """The statistics of the products of tokens (M, D) and prototypes (V, D)."""
         ops, squares = choose.kernels_for(x.rows), given.squares
         if use.fused:
-            if squares is None:
-                target = ops.to_targets(x.rows, rows.rows, given.local, product=True)
-            else:
-                target = squares.target
+            local = given.local
+            target = squares.target if squares else ops.to_targets(x.rows, rows.rows, local, product=True)
             moment = use.exponent and given.coefficient is not None
             (top, total, mean, score), scored = use.fused.fused_statistics(x, rows, given, target, use.gradient, moment)
             return Statistics(given, top, total, mean, score, scored=scored, fused=use.fused)

@@ -167,8 +167,8 @@ class SquaredEuclideanSoftmaxSettings(ProductSettings):
     scaled = False
 
     def first_exponent(self, dim: int) -> float:
-        """sqrt(dim) / 4: d^2 of x and w of length 1 has deviation sqrt(6 / dim), so that scores have sqrt(6) / 4 = 0.61,
-        as those of the other distances have: see `model.distance_base.Distance.start`.
+        """sqrt(dim) / 4: d^2 of x and w of length 1 has deviation sqrt(6 / dim), so that scores have sqrt(6) / 4, which
+        is 0.61, as those of the other distances have: see `model.distance_base.Distance.start`.
         """
         return math.sqrt(dim) / 4
 

@@ -382,9 +382,9 @@ class Dot(DotSettings, Distance):
 @entry("cosine_softmax")
 @dataclass(frozen=True)
 class CosineSoftmax(CosineSoftmaxSettings, Distance):
-    """s = n cos(x, w): softmax over cosines, n the inverse temperature, learned where none is given (normalised softmax:
-    Wang et al., arXiv:1704.06369). A control: lengths do not count, as with `cosine`, and no distance is taken. A row
-    of zeros has no direction: its cosines are 0, and so is its gradient.
+    """s = n cos(x, w): softmax over cosines (Wang et al., arXiv:1704.06369), n the inverse temperature, learned where
+    none is given. A control: lengths do not count, as with `cosine`, and no distance is taken. A row of zeros has no
+    direction: its cosines are 0, and so is its gradient.
     """
 
     formula = "cos(x, w)"

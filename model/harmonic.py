@@ -7,15 +7,16 @@ one MAX and one packed SUM, and, for reduced losses, take the gradient at once, 
 For `reduction="none"` the backward pass scores again. In a group the next chunk is scored before the gradient of this
 one is taken, so that no collective is waited for with nothing to do.
 
-Gradients of "sum" and "none" are those of the group's sum. For "mean" the gradient of the hidden states is multiplied by
-the group's size, so that averaging over ranks, as data parallelism does, gives the gradient of the mean; those of the
-prototypes, the exponent and the factor are complete within the group, to be averaged only over replicas of the shard.
+Gradients of "sum" and "none" are those of the group's sum. For "mean" the gradient of the hidden states is multiplied
+by the group's size, so that averaging over ranks, as data parallelism does, gives the gradient of the mean; those of
+the prototypes, the exponent and the factor are complete within the group, to be averaged only over replicas of the
+shard.
 
 The same inputs give the same bits on one machine (with a GPU's kernels too; its libraries may need to be told: see
-`train.deterministic` of the recipes). The order of sums over prototypes does not depend on the chunks, that of sums over
-tokens does: with the CPU's kernels other chunks change no bit of a token's loss and gradient (but for soft Hamming's
-sigmoids and the separable Bray-Curtis, which are PyTorch's), and the prototypes' gradient by the rounding of float32
-sums, below 2^-18 of its largest entry.
+`train.deterministic` of the recipes). The order of sums over prototypes does not depend on the chunks, that of sums
+over tokens does: with the CPU's kernels other chunks change no bit of a token's loss and gradient (but for soft
+Hamming's sigmoids and the separable Bray-Curtis, which are PyTorch's), and the prototypes' gradient by the rounding of
+float32 sums, below 2^-18 of its largest entry.
 
 Legend: n tokens on this rank, D width; M tokens of a chunk, gathered from the group; V prototypes in all.
 """

@@ -94,10 +94,10 @@ class HarmonicHead(nn.Module):
         self.progress = 0.0
         self.options = LossOptions(label_smoothing, z_loss, soft_cap)
         self.options.check(self.score_function)
-        exponent = self._kind.exponent if exponent is None else exponent
-        self.exponents = _ends(exponent, dim, self.score_function.first_exponent(dim))
+        own = self.score_function.first_exponent(dim)
+        self.exponents = _ends(self._kind.exponent if exponent is None else exponent, dim, own)
         self.log_exponent: nn.Parameter | None = None
-        if exponent == "learned" and self.has_exponent:
+        if (exponent or self._kind.exponent) == "learned" and self.has_exponent:
             self.log_exponent = nn.Parameter(torch.tensor(math.log(self.exponents[0]), device=device))
         self.reset_parameters(int(torch.randint(2**31, (), device="cpu")) if seed is None else seed)
 

@@ -94,6 +94,7 @@ def harmonic_loss_reference(
     With the options of model/options.py: cross-entropy with targets (1 - e) onehot + e / V, plus z * lse^2 of the
     scores in the units that x and w are given in. `params` are the distance's, as in `model.harmonic.harmonic_loss`.
     """
+    LossOptions(label_smoothing, z_loss)  # raises
     ignored = targets == ignore_index
     hidden = hidden.masked_fill(ignored[:, None], 1)  # what an ignored token holds touches nobody
     scores = scores_reference(hidden, prototypes, distance, exponent, soft_cap, **params)

@@ -107,7 +107,9 @@ def card(title: str, config: DecoderConfig, head: HarmonicHead, facts: Mapping[s
     entry, cap = head.score_function, head.options.soft_cap
     scores = f"-n log d, d = {entry.formula}"
     if entry.slope:
-        scores = f"{'-' if entry.slope < 0 else ''}n {entry.formula}" if head.has_exponent else f"products {entry.formula}"
+        scores = (
+            f"{'-' if entry.slope < 0 else ''}n {entry.formula}" if head.has_exponent else f"products {entry.formula}"
+        )
     if cap is not None:
         scores += f", capped: {cap:g} tanh(s / {cap:g})"
     return CARD_TEXT.format(

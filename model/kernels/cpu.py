@@ -267,9 +267,7 @@ def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) ->
     else:
         own = weights[0] if weights[1] is None else weights[1]
         weighted = loss.lse, weights[0], own, weights[2], given.local
-        sums = ops.shaped_gradient(
-            columns, log_floor, float(steep), *weighted, given.cap, _lift(given), rounded
-        )
+        sums = ops.shaped_gradient(columns, log_floor, float(steep), *weighted, given.cap, _lift(given), rounded)
     grads = columns.view(dtype)[:, : columns.shape[1]].t()
     return (grads, *sums) if given.squares is not None else (grads, None, None)
 

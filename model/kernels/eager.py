@@ -2,8 +2,8 @@
 
 Legend: M tokens of a chunk, V prototypes on this rank, D width. Scores are s = -coefficient * log c with c what a
 contraction of x and w makes, in the *quadratic* family the squared distance q; or *linear*: -coefficient * q, or
-coefficient times the product (the product itself, of `dot`). Operands of products have the compute dtype (bfloat16, float32 or float64); scores and sums are float32
-(float64 for float64 operands).
+coefficient times the product (the product itself, of `dot`). Operands of products have the compute dtype (bfloat16,
+float32 or float64); scores and sums are float32 (float64 for float64 operands).
 """
 
 from __future__ import annotations
@@ -382,15 +382,14 @@ def fused_statistics(
         top = tops.amax(0)
         factor = (tops - top).exp()
         total = (factor * torch.stack([part.sum(1) for part in weights])).sum(0)
-        shares = zip(weights, parts, strict=True)
-        moment_sum = torch.zeros_like(top)
-        if moment:
-            moment_sum = (factor * torch.stack([torch.linalg.vecdot(*pair) for pair in shares])).sum(0)
+        moments = torch.stack([(weight * part).sum(1) for weight, part in zip(weights, parts, strict=True)])
+        moment_sum = (factor * moments).sum(0)
         kept = torch.cat(weights, 1)
         sums = top, total, moment_sum, torch.where(here, _raw(target, given), 0)
     else:
         assert given.coefficient is not None and given.squares is not None and given.squares.floor is not None
-        squares, coefficient, floor = given.squares, given.coefficient, given.squares.floor[:, None]
+        squares, coefficient, least_q = given.squares, given.coefficient, given.squares.floor
+        floor = least_q[:, None]
         q = values * -2 + squares.x[:, None] + squares.rows
         q = torch.maximum(_with_targets(q, target, given.local), floor)
         parts = q.split(TILE, 1)
@@ -405,7 +404,7 @@ def fused_statistics(
         factor = (apart * -coefficient).exp2()
         top, total = tops.amin(0) * -coefficient * ln2, (factor * totals).sum(0)
         moment_sum = top * total - (factor * (moments + apart * totals)).sum(0) * (coefficient * ln2)
-        score = torch.maximum(target, squares.floor).log2() * -coefficient * ln2
+        score = torch.maximum(target, least_q).log2() * -coefficient * ln2
         kept = torch.cat(weights, 1).masked_fill(q <= floor, 0)  # no gradient at the floor, which the sums count
         sums = top, total, moment_sum, torch.where(here, score, 0)
     return sums, Scored(kept.to(x.rows.dtype), tops, TILE) if keep else None

@@ -1,11 +1,11 @@
 """The first product with the passes over scores in its epilogue, as Triton kernels: no float32 scores in memory.
 
 `scores`: a tile of x w' becomes squared distances q = |x|^2 + |w|^2 - 2 x.w (or stays x.w for "dot"), then E = (q /
-least)^-(coefficient + 1), or exp(score - greatest) of scores that are LINEAR in x.w or in q, where least is the smallest q of a token in the tile, and the tile's sums of E q: the
+least)^-(coefficient + 1), where least is the smallest q of a token in the tile, and the tile's sums of E q: the
 normaliser up to least^-(coefficient + 1). E is 1 at most (in float32, but for rounding), however much likelier than
 the target a rival is. E is kept in the operands' dtype; where q is at its floor it is 0, as the gradient is, and the
-sums count it. `gradients`: E becomes G = weight * (p - onehot) * ds/dq in place, one factor per token and tile, with
-its sums as rounded.
+sums count it. Of scores that are LINEAR in x.w or in q, E = exp(score - greatest). `gradients`: E becomes G = weight *
+(p - onehot) * ds/dq in place, one factor per token and tile, with its sums as rounded.
 
 E is rounded, and so is G: 2^-9 each in bfloat16, where G alone is rounded by the separate passes. The target's entry is
 made of its own difference, in float32.
@@ -163,8 +163,8 @@ def scores(
         _scores, (triton.cdiv(m, tile.tokens) * tiles,), *described, given.local, steep, floor, squares and squares.x,
         squares and squares.rows, targets, sums[0], sums[1], sums[2] if moment else None, m, v,
         triton.cdiv(v, ROW_START) * ROW_START, d, KIND=given.kind, LINEAR=given.linear, KEEP=keep, MOMENT=moment,
-        BLOCK_M=tile.tokens, BLOCK_V=tile.prototypes, BLOCK_D=tile.entries, GROUP=GROUP, STAGES=tile.stages, DTYPE=_TYPES[x.dtype],
-        warps=tile.warps, num_stages=tile.stages,
+        BLOCK_M=tile.tokens, BLOCK_V=tile.prototypes, BLOCK_D=tile.entries, GROUP=GROUP, STAGES=tile.stages,
+        DTYPE=_TYPES[x.dtype], warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
     return (*_combined(sums, None if given.linear else given.coefficient), _score_of(targets, given, steep)), (
@@ -234,8 +234,8 @@ def _whole(kept: Tensor) -> Tensor:
 
 @triton.jit
 def _gradients(
-    kept, local, coefficient, floors, targets, tops, scores, lses, weights, owns, over_rows, over_columns, rows, columns,
-    padded, stride, stretch,
+    kept, local, coefficient, floors, targets, tops, scores, lses, weights, owns, over_rows, over_columns, rows,
+    columns, padded, stride, stretch,
     KIND: tl.constexpr, LINEAR: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A stretch of tokens in a block of prototypes that lies in one tile of `_scores`: E becomes G, in place. `owns`:

@@ -59,8 +59,8 @@ def _statistics(
     """One token and a segment of its row: the max of the scores, sum exp(s - max), sum u exp(s - max), s of the target;
     and with MORE sum s, u of the target, sum u.
 
-    sums (4 or 7, M, segments). ROUNDS x BLOCK numbers are read at a time, a thread's own below one another, and every column
-    of the block has a running max and running sums: a reduction over threads comes once, at the end.
+    sums (4 or 7, M, segments). ROUNDS x BLOCK numbers are read at a time, a thread's own below one another, and every
+    column of the block has a running max and running sums: a reduction over threads comes once, at the end.
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * segment
@@ -96,10 +96,7 @@ def _statistics(
             row_square = tl.load(row_squares + offsets, mask=offsets < last, other=1.0)
             distance = _distance(score, x_square, row_square, floor, KIND, LINEAR)
             distance = tl.where(at_target, target, distance)  # its own difference: no digits cancelled
-            if LINEAR:
-                score = distance * (steep * LOG2E)
-            else:
-                score = steep * log2(distance)
+            score = distance * (steep * LOG2E) if LINEAR else steep * log2(distance)
         elif KIND == "log":
             score = log2(_distance(score, 0, 0, floor, KIND, LINEAR))
             tl.store(values + row * stride + offsets, score * LN2, mask=offsets < last)
@@ -194,9 +191,10 @@ def _gradients(
     MARGIN: tl.constexpr, KIND: tl.constexpr, LINEAR: tl.constexpr, CAP: tl.constexpr, OPTIONS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of tokens in a block of prototypes, tile by tile: G = weight * (p - onehot) * ds/dvalue, or with OPTIONS
-    (weight p - own onehot - uniform) * ds/dvalue, rounded, 0 in columns beyond the last prototype; and for "quadratic" its sums, over_rows (M, column blocks), over_columns
-    (stretches, V): of G as rounded, since dx = 2 (x sum G - G w) cancels near a match.
+    """A stretch of tokens in a block of prototypes, tile by tile: G = weight * (p - onehot) * ds/dvalue, or with
+    OPTIONS (weight p - own onehot - uniform) * ds/dvalue, rounded, 0 in columns beyond the last prototype; and for
+    "quadratic" its sums, over_rows (M, column blocks), over_columns (stretches, V): of G as rounded, since
+    dx = 2 (x sum G - G w) cancels near a match.
     """
     offsets = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row, real = offsets < padded, (offsets < columns)[None, :]
