@@ -42,7 +42,7 @@ class Variant:
 
     distance: str
     params: dict[str, Any] = field(default_factory=dict)
-    exponent: Any = "sqrt_dim"  # as HarmonicHead takes it
+    exponent: Any = None  # as HarmonicHead takes it
 
     def __str__(self) -> str:
         values = (f"{value:g}" if isinstance(value, float) else str(value) for value in self.params.values())
@@ -64,6 +64,8 @@ VARIANTS = (
     *(Variant("braycurtis", {"denominator": denominator}) for denominator in ("sum", "abs")),
     *(Variant("mahalanobis", {"factor": factor}) for factor in ("diagonal", "full")),
     Variant("dot"),
+    Variant("cosine_softmax"),
+    Variant("squared_euclidean_softmax"),
 )
 
 
@@ -271,7 +273,8 @@ def arguments() -> argparse.Namespace:
     command.add_argument("--epochs", type=int, help="default 20 for digits, 1000 for addition")
     heads = f"default: all for digits, {' '.join(ADDITION_HEADS)} for addition"
     command.add_argument("--heads", nargs="+", choices=list(DISTANCES), metavar="DISTANCE", help=heads)
-    command.add_argument("--exponent", type=exponent_of, default="sqrt_dim", help="a number, sqrt_dim or learned")
+    own = "a number, sqrt_dim or learned (default: the distance's own)"
+    command.add_argument("--exponent", type=exponent_of, help=own)
     command.add_argument("--modulus", type=int, default=59, help="p of addition (default %(default)s)")
     command.add_argument("--fraction", type=float, default=0.6, help="of all pairs, to train on (default %(default)s)")
     return command.parse_args()
@@ -283,7 +286,8 @@ def main() -> None:
     heads = args.heads or (list(DISTANCES) if args.task == "digits" else ADDITION_HEADS)
     variants = [replace(variant, exponent=args.exponent) for variant in VARIANTS if variant.distance in heads]
     epochs = args.epochs or (20 if args.task == "digits" else 1000)
-    settings = f"{epochs} epochs, exponent {args.exponent}, {args.seeds} seeds: mean ± deviation over seeds"
+    exponent = "the distance's own" if args.exponent is None else args.exponent
+    settings = f"{epochs} epochs, exponent {exponent}, {args.seeds} seeds: mean ± deviation over seeds"
     console = Console()
     console.print(machine("cpu"))
     with console.status("training") as status:

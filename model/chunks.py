@@ -7,6 +7,7 @@ width.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ from .distance_base import Distance
 from .kernels import choose, eager
 from .kernels.eager import Given, Upstream
 from .operands import Operands
+from .options import LossOptions
 from .vocab_parallel import (
     VocabShard,
     local_targets,
@@ -47,6 +49,8 @@ class Call:
     processors: int  # multiprocessors of the device
     use: Use
     summed: bool = True  # over tokens: losses, or the prototypes' gradients
+    options: LossOptions = LossOptions()
+    log_unit: Tensor | float = 0.0  # see Distance.log_unit; a z-loss alone reads it
 
     @property
     def overlapped(self) -> bool:
@@ -73,10 +77,12 @@ class Call:
         contraction = self.distance.contraction
         if self.use.fused and not contraction.wide:
             return alive * hidden.element_size()
-        wide = eager.accumulator(hidden.dtype).itemsize
+        wide, kernels = eager.accumulator(hidden.dtype).itemsize, choose.kernels_for(hidden)
+        # with options the plain form has scores, 1 / c and the slope of a cap beside what is kept
+        more = 3 if kernels is eager and self.options != LossOptions() else 0
         if contraction.wide:
-            return (contraction.kept * alive + contraction.temporaries) * wide
-        return (contraction.kept * alive + choose.kernels_for(hidden).TEMPORARIES) * wide + hidden.element_size()
+            return (contraction.kept * alive + contraction.temporaries + more) * wide
+        return (contraction.kept * alive + kernels.TEMPORARIES + more) * wide + hidden.element_size()
 
     def each(
         self, side: Operands, hidden: Tensor, targets: Tensor, exponent: Tensor, use: Callable[[slice, Chunk], None]
@@ -104,6 +110,9 @@ class Call:
 class Chunk:
     """One chunk of the group's tokens, scored against this rank's rows; then (M,) log-sum-exp, mean score and target
     score, the same on every rank, each of them a collective behind the last.
+
+    With e of label smoothing and z of a z-loss the loss is lse - (1 - e) target - e mean over classes + z lse^2, and
+    its gradient by a score is (1 + 2 z lse) p - (1 - e) onehot - e / V.
     """
 
     def __init__(
@@ -124,30 +133,53 @@ class Chunk:
         self._top = start_reduce(self.stats.top.clone(), group, dist.ReduceOp.MAX)
 
     def _statistics(self) -> Statistics:
+        options = self.call.options
+        floor, smooth = self.call.distance.floor(self.x), options.label_smoothing > 0
+        given = Given(self.local, self.exponent, floor, cap=options.soft_cap, smooth=smooth)
         if self.call.shard.real:
-            distance, use = self.call.distance, self.call.use
-            given = Given(self.local, self.exponent, distance.floor(self.x))
-            return distance.contraction.statistics(self.x, self.side.rows, given, use)
+            return self.call.distance.contraction.statistics(self.x, self.side.rows, given, self.call.use)
         zeros = torch.zeros(self.targets.shape, dtype=self.side.wide, device=self.targets.device)
-        return Statistics(Given(self.local), zeros - torch.inf, zeros, zeros, zeros)
+        return Statistics(given, zeros - torch.inf, zeros, zeros, zeros, (zeros, zeros, zeros) if given.more else ())
 
     def add_up(self) -> None:
         """The second collective, once the first is there."""
         self.top = self._top.wait()
         part = (self.stats.top - self.top).exp_()  # 0 on a rank without real rows, whose top is -inf
-        packed = torch.stack((self.stats.total * part, self.stats.moment * part, self.stats.target))
+        packed = torch.stack((self.stats.total * part, self.stats.moment * part, self.stats.target, *self.stats.more))
         self._sums = start_reduce(packed, self.call.shard.group)
 
     def settle(self) -> None:
         """Waits for the sums."""
-        total, moment, self.target = self._sums.wait()
+        total, moment, self.target, *more = self._sums.wait()
         self.lse = self.top + total.log()
         self.mean_score = moment / total
+        self._own_share = self.target  # n ds/dn, which is the score but for a cap
+        if more:
+            every, self._own_share, shares = more
+            self._mean, self._mean_share = every / self.call.shard.size, shares / self.call.shard.size
+        if self.call.options.z_loss:
+            self._shift = self._from_common_units()
+            self._pull = 2 * self.call.options.z_loss * (self.lse + self._shift)  # of the z-loss on lse
+
+    def _from_common_units(self) -> Tensor | float:
+        """(M,) what turns scores of the units that are computed in (model/operands.py) into those of the units given:
+        n log of the unit of a distance.
+        """
+        distance = self.call.distance
+        if self.call.options.soft_cap is not None or not distance.has_exponent:
+            return 0.0  # scores are computed as they are given
+        scale = 0.0 if self.scale is None else distance.degree * self.scale[:, 0].log()
+        return self.exponent * (scale - self.call.log_unit - math.log(distance.contraction.factor))
 
     @property
     def losses(self) -> Tensor:
         """(M,), of ignored tokens too."""
-        return self.lse - self.target
+        losses, options = self.lse - self.target, self.call.options
+        if options.label_smoothing:
+            losses = losses + options.label_smoothing * (self.target - self._mean)
+        if options.z_loss:
+            losses = losses + options.z_loss * (self.lse + self._shift).square()
+        return losses
 
     def predictions(self) -> Tensor:
         """(M,) row of the whole vocabulary with the highest score; of equal ones, the first. Collective."""
@@ -163,7 +195,23 @@ class Chunk:
         """0-d, of sum(weight * losses) for weight (M,): ds/dn = s / n, so it is weight (E_p[s] - s_target) / n."""
         if not self.call.distance.has_exponent:
             return torch.zeros_like(self.exponent)
-        return weight @ ((self.mean_score - self.target) / self.exponent)
+        slopes, options = self.mean_score - self._own_share, self.call.options
+        if options.label_smoothing:
+            slopes = slopes + options.label_smoothing * (self._own_share - self._mean_share)
+        if options.z_loss:
+            slopes = slopes + self._pull * (self.mean_score + self._shift)
+        return weight @ (slopes / self.exponent)
+
+    def _upstream(self, weight: Tensor) -> Upstream:
+        """Of the kernels, from the weights (M,) of the tokens' losses."""
+        options = self.call.options
+        probabilities, own, uniform = weight, None, None
+        if options.z_loss:
+            probabilities, own = weight + weight * self._pull, weight
+        if options.label_smoothing:
+            own = weight * (1 - options.label_smoothing)
+            uniform = weight * (options.label_smoothing / self.call.shard.size)
+        return Upstream(self.lse, probabilities, self.stats.target, own, uniform)
 
     def hidden_gradient(self, weight: Tensor, into: RowsGradient, out: Tensor, factor: int = 1) -> None:
         """Of sum(weight * losses): that of this rank's tokens, times `factor`, fills `out` (m, D); that of its
@@ -171,9 +219,8 @@ class Chunk:
         """
         shard, side = self.call.shard, self.side
         if shard.real:
-            upstream = Upstream(self.lse, weight, self.stats.target)
             contraction = self.call.distance.contraction
-            total, sums, add_rows = contraction.gradients(self.stats, self.x, side.rows, upstream, into)
+            total, sums, add_rows = contraction.gradients(self.stats, self.x, side.rows, self._upstream(weight), into)
         else:
             total, sums, add_rows = torch.zeros(self.x.rows.shape, dtype=side.wide, device=weight.device), None, nothing
         if shard.group is None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, model_validator
 
-from .distance_settings import Settings, settings_of
+from .distance_settings import DISTANCES, SETTINGS, Settings, settings_of
+from .options import LossOptions
 
 # Beyond what anybody trains, and small enough that no count of weights or bytes passes 63 bits.
 Positions = Annotated[int, Field(gt=0, le=2**24)]
@@ -253,16 +254,30 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
 
     distance: str = "euclidean"  # a name in model.distance_settings.SETTINGS, or in model.distances.DISTANCES
     params: dict[str, float | str] = {}  # the distance's own, such as p of minkowski: see model.head.HarmonicHead
-    exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp = "sqrt_dim"
+    # None: the distance's own, which is put here where it has a word (sqrt_dim, or learned for cosine_softmax)
+    exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp | None = None
     init_std: StartLength | Literal["gpt2"] | None = None  # of prototypes' entries; None: the distance's own start
     feature_length: StartLength | None = None  # of the first final hidden states; None: the distance's own
     tied_sign: Literal[1, -1] | None = None  # of a tied decoder's final states: see pretrain.config.from_tree
     chunk_mib: int | None = Field(default=None, gt=0, le=2**20)  # budget of the head's working memory; None: by device
     fused: bool | None = None  # the GPU's product and the passes over its scores in one; None: by device
+    label_smoothing: float = 0.0  # in [0, 1), in training: see model.options.LossOptions, as for the next two
+    z_loss: float = 0.0  # in training
+    soft_cap: float | None = None  # of scores, in evaluation and in exported models too
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exponent_in_a_word(cls, tree: Any) -> Any:
+        """So that a run that left it out and one that names it have the same settings, as have those of before."""
+        if not isinstance(tree, dict) or tree.get("exponent") is not None:
+            return tree
+        name = tree.get("distance", "euclidean")
+        kind = {**DISTANCES, **SETTINGS}.get(name) if isinstance(name, str) else None
+        return tree if kind is None else {**tree, "exponent": kind.exponent}
 
     @model_validator(mode="after")
     def _known_distance(self) -> HeadConfig:
-        _ = self.settings  # raises
+        self.options.check(self.settings)  # either raises
         return self
 
     @model_validator(mode="after")
@@ -277,6 +292,11 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         """Of the distance. Raises ValueError for one that is unknown, or a parameter that is unknown or off."""
         return settings_of(self.distance, self.params)
 
+    @property
+    def options(self) -> LossOptions:
+        """Of loss and scores. Raises ValueError for one out of range."""
+        return LossOptions(self.label_smoothing, self.z_loss, self.soft_cap)
+
     def arguments(self) -> dict[str, Any]:
         """Keyword arguments of model.head.HarmonicHead."""
         exponent = self.exponent
@@ -287,6 +307,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
             "feature_length": self.feature_length,
             "chunk_bytes": None if self.chunk_mib is None else self.chunk_mib * 2**20,
             "fused": self.fused,
+            **asdict(self.options),
             **self.params,
         }
 

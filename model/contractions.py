@@ -1,11 +1,13 @@
 """How distances are computed: a contraction turns rows x (M, D) and w (V, D) into values c (M, V), sums up the scores
-s = -n * power * log c of a chunk while it is at hand, and takes G = d loss / dc back to both sides.
+of a chunk while it is at hand (s = -n * power * log c, or linear: n times a product, -n q), and takes G = d loss / dc
+back to both sides.
 
 Legend: M tokens of a chunk, V prototypes on this rank, D width, n the exponent.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .kernels import choose, eager_elementwise
-from .kernels.eager import FourSums, Given, Rows, Scored, Squares, Tokens, Upstream
+from .kernels.eager import Given, Rows, Scored, Squares, Sums, Tokens, Upstream
 from .kernels.eager_elementwise import Terms, blocks
 
 
@@ -26,11 +28,18 @@ class Statistics:
     given: Given  # what made the scores of the values
     top: Tensor  # max of the scores
     total: Tensor  # sum of exp(score - top)
-    moment: Tensor  # sum of score * exp(score - top)
+    moment: Tensor  # sum of u * exp(score - top), u = n ds/dn: the score, but for a cap
     target: Tensor  # score of the target, 0 where another rank holds it
+    more: tuple[Tensor, ...] = ()  # where `given.more`: sum of the scores, u of the target, sum of u
     kept: tuple[Tensor, ...] = ()  # the (M, V) tensors, as the contraction's own gradient reads them
     scored: Scored | None = None  # in place of `kept`, where the product and its statistics were fused
     fused: ModuleType | None = None  # by these kernels
+
+
+def statistics_of(sums: Sums, given: Given, *kept: Tensor) -> Statistics:
+    """From what a kernel returns."""
+    top, total, moment, target, *more = sums
+    return Statistics(given, top, total, moment, target, tuple(more), kept)
 
 
 class RowsGradient:
@@ -73,6 +82,7 @@ class Contraction(Protocol):
     """
 
     wide: bool
+    factor: float = 1.0  # of a distance, which scores leave out without a cap: no probability changes
     kept: int  # (M, V) tensors that live from the statistics to the gradient
     temporaries: int  # and for a moment
 
@@ -112,17 +122,14 @@ class Product(Contraction):
     def of_product(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
         """The statistics of the products of tokens (M, D) and prototypes (V, D)."""
         ops, squares = choose.kernels_for(x.rows), given.squares
-        sums: FourSums
         if use.fused:
-            if squares is None:
-                target, moment = ops.to_targets(x.rows, rows.rows, given.local, product=True), False
-            else:
-                target, moment = squares.target, use.exponent
-            sums, scored = use.fused.fused_statistics(x, rows, given, target, use.gradient, moment)
-            return Statistics(given, *sums, scored=scored, fused=use.fused)
+            local = given.local
+            target = squares.target if squares else ops.to_targets(x.rows, rows.rows, local, product=True)
+            moment = use.exponent and given.coefficient is not None
+            (top, total, mean, score), scored = use.fused.fused_statistics(x, rows, given, target, use.gradient, moment)
+            return Statistics(given, top, total, mean, score, scored=scored, fused=use.fused)
         kept = ops.products(x.rows, rows)
-        sums = ops.statistics(kept, given)
-        return Statistics(given, *sums, (kept,))
+        return statistics_of(ops.statistics(kept, given), given, kept)
 
     def gradients(self, stats: Statistics, x: Tokens, rows: Rows, loss: Upstream, into: RowsGradient) -> Gradients:
         """dx = G w, dw = G' x for the products; their sums where G is that of squares."""
@@ -155,7 +162,8 @@ class SquaredDistance(Product):
         assert given.floor is not None and given.coefficient is not None
         target = choose.kernels_for(x.rows).to_targets(x.rows, rows.rows, given.local, product=False)
         squares = Squares(x.squares, rows.squares, target, (given.floor / self.factor).pow(1 / self.power))
-        of_q = Given(given.local, self.power * given.coefficient, squares.floor, squares)
+        steep, lift = self.power * given.coefficient, math.log(self.factor) / self.power
+        of_q = given._replace(coefficient=steep, floor=squares.floor, squares=squares, lift=lift)
         return self.of_product(x, rows, of_q, use)
 
     def sums(self, into: RowsGradient) -> Tensor:
@@ -163,12 +171,31 @@ class SquaredDistance(Product):
         return into.columns
 
 
-class DotProduct(Product):
-    """x . w is the score itself (softmax cross-entropy, the baseline): no logarithm, no exponent, no floor."""
+class LinearSquares(SquaredDistance):
+    """-n q of the same q is the score (softmax over squared distances): no logarithm, no floor."""
+
+    def __init__(self) -> None:
+        super().__init__(power=1.0)
 
     def statistics(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
-        """As Contraction.statistics, of the targets alone."""
-        return self.of_product(x, rows, Given(given.local), use)
+        """As Contraction.statistics, without a floor."""
+        target = choose.kernels_for(x.rows).to_targets(x.rows, rows.rows, given.local, product=False)
+        squares = Squares(x.squares, rows.squares, target)
+        return self.of_product(x, rows, given._replace(floor=None, squares=squares), use)
+
+
+class DotProduct(Product):
+    """x . w is the score itself (softmax cross-entropy, the baseline), or if `scaled` n times that: no logarithm, no
+    floor.
+    """
+
+    def __init__(self, scaled: bool = False) -> None:
+        self.scaled = scaled
+
+    def statistics(self, x: Tokens, rows: Rows, given: Given, use: Use) -> Statistics:
+        """As Contraction.statistics, without a floor."""
+        coefficient = given.coefficient if self.scaled else None
+        return self.of_product(x, rows, given._replace(coefficient=coefficient, floor=None), use)
 
 
 class DirectDistance(Contraction):
@@ -178,8 +205,8 @@ class DirectDistance(Contraction):
 
     def log_statistics(self, values: Tensor, given: Given, *more: Tensor) -> Statistics:
         """Of c (M, V), which becomes log c; `more` is kept too."""
-        sums: FourSums = choose.kernels_for(values).statistics(values, given)
-        return Statistics(given, *sums, (values, *more))
+        sums: Sums = choose.kernels_for(values).statistics(values, given)
+        return statistics_of(sums, given, values, *more)
 
     def log_gradient(self, stats: Statistics, loss: Upstream) -> Tensor:
         """G (M, V); the logarithms are consumed."""

@@ -45,7 +45,7 @@ class Distance(Settings):
     """
 
     formula: ClassVar[str]
-    scaled: ClassVar[bool] = True
+    slope: ClassVar[int] = 0  # scores are slope * n * what `between` gives (dot: n = 1); 0: -n log of it
     unit: ClassVar[bool] = False  # `transform` brings rows to length 1, and does no more
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
@@ -55,6 +55,7 @@ class Distance(Settings):
     @property
     def contraction(self) -> Contraction:
         """How transformed rows (M, D), (V, D) become distances (M, V), and gradients their way back."""
+        assert not self.slope, "scores that are no logarithm need a contraction that says so"
         return Broadcast(self.between)
 
     @property
@@ -83,8 +84,10 @@ class Distance(Settings):
         return back, others
 
     def floor(self, x: eager.Tokens) -> Tensor:
-        """(M,) the least distance of transformed tokens, in the accumulator's dtype."""
+        """(M,) the least distance of transformed tokens, in the accumulator's dtype; of what has none, zeros."""
         rows = x.rows.to(eager.accumulator(x.rows.dtype))
+        if self.slope:
+            return rows.new_zeros(len(rows))
         return RELATIVE_FLOOR * self.between(rows, torch.zeros_like(rows)) + ABSOLUTE_FLOOR
 
     def prepared(self, operands: torch.dtype, draw: Callable[[], Tensor]) -> Distance:
@@ -92,6 +95,10 @@ class Distance(Settings):
         all ranks agree on.
         """
         return self
+
+    def log_unit(self) -> Tensor | float:
+        """The logarithm of what `prepared` divides all distances by, without gradient."""
+        return 0.0
 
     def check(self, dim: int, dtype: torch.dtype) -> None:
         """Raises ValueError unless rows (N, dim) can be scored in `dtype`."""

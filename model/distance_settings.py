@@ -24,6 +24,13 @@ class Settings:
     """A distance's parameters, which are its fields. Raises ValueError for a value that is off."""
 
     has_exponent: ClassVar[bool] = True
+    exponent: ClassVar[str | None] = "sqrt_dim"  # where none is given, as a word; None: `first_exponent` as a number
+    scaled: ClassVar[bool] = True  # a common factor a of x and w changes no probability,
+    degree: ClassVar[int] = 1  # and a distance is a ** degree times as large
+
+    def first_exponent(self, dim: int) -> float:
+        """n for rows `dim` wide where none is given; one that is learned starts there."""
+        return math.sqrt(dim)
 
     @property
     def by_product(self) -> bool:
@@ -46,6 +53,13 @@ class ProductSettings(Settings):
     def by_product(self) -> bool:
         """Always."""
         return True
+
+
+@dataclass(frozen=True)
+class CosineSettings(ProductSettings):
+    """None: lengths do not count."""
+
+    scaled = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +93,7 @@ class MinkowskiSettings(Settings):
 class HammingSettings(Settings):
     """How bits are made of numbers; `temperature` > 0, in their units, is the width of the sigmoid."""
 
+    scaled = False
     kind: Literal["soft", "hard", "gumbel"] = "soft"
     temperature: float = 1.0
 
@@ -97,7 +112,14 @@ class HammingSettings(Settings):
 
 
 @dataclass(frozen=True)
-class BrayCurtisSettings(Settings):
+class RatioSettings(Settings):
+    """Of a distance that divides entries by entries: it is a number without a unit."""
+
+    degree = 0
+
+
+@dataclass(frozen=True)
+class BrayCurtisSettings(RatioSettings):
     """What the sum of differences is divided by: sum |x + w|, or with "abs" sum |x| + sum |w|."""
 
     denominator: Literal["sum", "abs"] = "sum"
@@ -127,6 +149,28 @@ class DotSettings(ProductSettings):
     """None: the score is the product."""
 
     has_exponent = False
+    scaled = False
+
+
+@dataclass(frozen=True)
+class CosineSoftmaxSettings(CosineSettings):
+    """None: the exponent, which is an inverse temperature, is learned where none is given."""
+
+    exponent = "learned"
+
+
+@dataclass(frozen=True)
+class SquaredEuclideanSoftmaxSettings(ProductSettings):
+    """None."""
+
+    exponent = None
+    scaled = False
+
+    def first_exponent(self, dim: int) -> float:
+        """sqrt(dim) / 4: d^2 of x and w of length 1 has deviation sqrt(6 / dim), so that scores have sqrt(6) / 4, which
+        is 0.61, as those of the other distances have: see `model.distance_base.Distance.start`.
+        """
+        return math.sqrt(dim) / 4
 
 
 SETTINGS: dict[str, type[Settings]] = {
@@ -134,12 +178,14 @@ SETTINGS: dict[str, type[Settings]] = {
     "manhattan": Settings,
     "chebyshev": Settings,
     "minkowski": MinkowskiSettings,
-    "cosine": ProductSettings,
+    "cosine": CosineSettings,
     "hamming": HammingSettings,
-    "canberra": Settings,
+    "canberra": RatioSettings,
     "braycurtis": BrayCurtisSettings,
     "mahalanobis": MahalanobisSettings,
     "dot": DotSettings,
+    "cosine_softmax": CosineSoftmaxSettings,
+    "squared_euclidean_softmax": SquaredEuclideanSoftmaxSettings,
 }
 DISTANCES: dict[str, type[Distance]] = {}  # the score functions by name: see model/distances.py, which enters its own
 

@@ -1,7 +1,8 @@
 """Distances as score functions: everything that is particular to one of them, and nothing that is not.
 
 A score function turns tokens x (M, D) and prototypes w (V, D) into scores s (M, V); the probabilities are
-softmax(s). For a distance d, s = -n log d, so that p_j = d_j^-n / sum_k d_k^-n (HarMax, arXiv:2502.01628). To add
+softmax(s). For a distance d, s = -n log d, so that p_j = d_j^-n / sum_k d_k^-n (HarMax, arXiv:2502.01628); the softmax
+heads have scores that are linear in a product or in d^2 (`Distance.slope`). To add
 one, write one class below `Distance` and enter it in DISTANCES: `between` is enough (it then runs in blocks of
 broadcast rows); a `transform` and a `contraction` of model/contractions.py make it fast. One that recipes shall name
 without torch is entered here by `@entry`, and in SETTINGS of model/distance_settings.py. The other distances than the
@@ -12,6 +13,7 @@ Units and floors: model/distance_base.py. The specification: model/reference.py.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -19,16 +21,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .contractions import Contraction, DotProduct, Elementwise, Ratio, SquaredDistance
+from .contractions import Contraction, DotProduct, Elementwise, LinearSquares, Ratio, SquaredDistance
 from .distance_base import ABSOLUTE_FLOOR, RELATIVE_FLOOR, Distance, Start, norm_floor
 from .distance_settings import (
     DISTANCES,
     INTERNAL,
     SETTINGS,
     BrayCurtisSettings,
+    CosineSettings,
+    CosineSoftmaxSettings,
     DotSettings,
     HammingSettings,
     MinkowskiSettings,
+    RatioSettings,
+    SquaredEuclideanSoftmaxSettings,
     find,
     make,
 )
@@ -154,7 +160,7 @@ class Minkowski(MinkowskiSettings, Distance):
 
 @entry("cosine")
 @dataclass(frozen=True)
-class Cosine(Distance):
+class Cosine(CosineSettings, Distance):
     """d = 1 - x.w / (|x| |w|) (scipy: cosine).
 
     Taken as |x - w|^2 / 2 of rows of length 1, which is exact for rounded rows too. A row of zeros has no direction: it
@@ -162,7 +168,6 @@ class Cosine(Distance):
     """
 
     formula = "1 - x.w / (|x| |w|)"
-    scaled = False
     unit = True
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
@@ -196,7 +201,6 @@ class Hamming(HammingSettings, Distance):
     """
 
     formula = "sum |b(x) - b(w)|"
-    scaled = False
     seed: int | Tensor | None = field(default=None, metadata=INTERNAL)
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
@@ -249,7 +253,7 @@ class Hamming(HammingSettings, Distance):
 
 @entry("canberra")
 @dataclass(frozen=True)
-class Canberra(Distance):
+class Canberra(RatioSettings, Distance):
     """d = sum_k |x_k - w_k| / (|x_k| + |w_k|), 0 where both are 0 (scipy: canberra). Where x_k = w_k or one of them
     is 0, the slope is that of sgn(0) = 0.
     """
@@ -336,9 +340,15 @@ class Mahalanobis(Euclidean):
         """A common factor of M changes no probability: its largest entry is brought to about 1, as the rows' is."""
         if self.factor.dim() == 1:
             return replace(self, factor=self.factor - self.factor.detach().amax())
-        lower = self.factor.tril()
-        largest = lower.detach().abs().amax().clamp_min(1e-30)
-        return replace(self, factor=lower * torch.exp2(-largest.log2().ceil()), operands=operands)
+        return replace(self, factor=self.factor.tril() * torch.exp2(-self._power()), operands=operands)
+
+    def _power(self) -> Tensor:
+        """0-d, of two: the least that is no less than the largest entry of the triangle."""
+        return self.factor.detach().tril().abs().amax().clamp_min(1e-30).log2().ceil()
+
+    def log_unit(self) -> Tensor:
+        """Half of the largest logarithm of a diagonal, or that of the triangle's power of two."""
+        return self.factor.detach().amax() / 2 if self.factor.dim() == 1 else self._power() * math.log(2)
 
     @classmethod
     def constrained(cls, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -353,15 +363,11 @@ class Dot(DotSettings, Distance):
     """s = x . w: softmax cross-entropy, the baseline. It is the score itself: no distance, no exponent, no floor."""
 
     formula = "x.w"
-    scaled = False
+    slope = 1
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
         """(..., D), (..., D) -> (...) products."""
         return (x * w).sum(-1)
-
-    def floor(self, x: eager.Tokens) -> Tensor:
-        """(M,) zeros, which nothing reads."""
-        return torch.zeros(len(x.rows), dtype=eager.accumulator(x.rows.dtype), device=x.rows.device)
 
     def start(self, dim: int) -> Start:
         """GPT-2's 0.02, for features of unit variance."""
@@ -371,3 +377,56 @@ class Dot(DotSettings, Distance):
     def contraction(self) -> Contraction:
         """One matrix product, which is the score."""
         return DotProduct()
+
+
+@entry("cosine_softmax")
+@dataclass(frozen=True)
+class CosineSoftmax(CosineSoftmaxSettings, Distance):
+    """s = n cos(x, w): softmax over cosines (Wang et al., arXiv:1704.06369), n the inverse temperature, learned where
+    none is given. A control: lengths do not count, as with `cosine`, and no distance is taken. A row of zeros has no
+    direction: its cosines are 0, and so is its gradient.
+    """
+
+    formula = "cos(x, w)"
+    slope = 1
+    unit = True
+
+    def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) cosines of the angles."""
+        return (_direction(x) * _direction(w)).sum(-1)
+
+    @property
+    def contraction(self) -> Contraction:
+        """One matrix product of rows of length 1, times n."""
+        return DotProduct(scaled=True)
+
+    def transform(self, rows: Tensor) -> Tensor:
+        """(N, D) rows of length 1."""
+        return UnitRows.apply(rows)
+
+
+@entry("squared_euclidean_softmax")
+@dataclass(frozen=True)
+class SquaredEuclideanSoftmax(SquaredEuclideanSoftmaxSettings, Distance):
+    """s = -n |x - w|^2: softmax over squared distances, as prototypical networks (Snell et al., arXiv:1703.05175) and
+    Gaussian classes of one width have it. A control: distances count, but so does their unit. There is no floor. n is
+    fixed where none is given: see its settings.
+    """
+
+    formula = "|x - w|^2"
+    slope = -1
+
+    def between(self, x: Tensor, w: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (...) squared lengths of x - w."""
+        return (x - w).square().sum(-1)
+
+    @property
+    def contraction(self) -> Contraction:
+        """One matrix product: q = |x|^2 + |w|^2 - 2 x.w."""
+        return LinearSquares()
+
+
+def _direction(rows: Tensor) -> Tensor:
+    """(..., D) rows of length 1; zeros stay zeros, with gradient zero."""
+    length = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    return rows * torch.where(length > 0, 1 / torch.where(length > 0, length, 1), 0)

@@ -7,6 +7,17 @@ one MAX and one packed SUM, and, for reduced losses, take the gradient at once, 
 For `reduction="none"` the backward pass scores again. In a group the next chunk is scored before the gradient of this
 one is taken, so that no collective is waited for with nothing to do.
 
+Gradients of "sum" and "none" are those of the group's sum. For "mean" the gradient of the hidden states is multiplied
+by the group's size, so that averaging over ranks, as data parallelism does, gives the gradient of the mean; those of
+the prototypes, the exponent and the factor are complete within the group, to be averaged only over replicas of the
+shard.
+
+The same inputs give the same bits on one machine (with a GPU's kernels too; its libraries may need to be told: see
+`train.deterministic` of the recipes). The order of sums over prototypes does not depend on the chunks, that of sums
+over tokens does: with the CPU's kernels other chunks change no bit of a token's loss and gradient (but for soft
+Hamming's sigmoids and the separable Bray-Curtis, which are PyTorch's), and the prototypes' gradient by the rounding of
+float32 sums, below 2^-18 of its largest entry.
+
 Legend: n tokens on this rank, D width; M tokens of a chunk, gathered from the group; V prototypes in all.
 """
 
@@ -25,9 +36,11 @@ from .arguments import prepared, validity
 from .chunks import Call, Chunk, limits
 from .contractions import RowsGradient, Use
 from .distance_base import Distance
+from .distances import resolve
 from .kernels.choose import fused_kernels_for
 from .kernels.eager import Given
 from .operands import Operands
+from .options import LossOptions
 from .vocab_parallel import VocabShard, gather_rows, own_rows, sum_across
 
 
@@ -56,6 +69,9 @@ def harmonic_loss(
     shard: VocabShard | None = None,
     chunk_bytes: int | None = None,
     fused: bool | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
     **params: Any,
 ) -> Tensor:
     """-log p[target] with p_j = d_j^-n / sum_k d_k^-n, exactly (arXiv:2502.01628, eq. 2; softmax for `dot`).
@@ -75,35 +91,34 @@ def harmonic_loss(
         fused: whether scores are made in the product's epilogue and kept rounded (on Hopper, in bfloat16), or in passes
             over float32 products; None: as the device's kernels say. Where a GPU cannot do it the log says so. On CPUs
             True takes its plain form; distances that are no product have no such choice.
-        params: the distance's own, if it is given by name: minkowski `p`; hamming `kind`, `temperature`; braycurtis
-            `denominator`; mahalanobis `factor`, which may require a gradient. See model/distances.py.
+        label_smoothing, z_loss, soft_cap: see `model.options.LossOptions`; as they stand, off.
+        params: the distance's own, if it is given by name (model/distances.py); a `factor` may require a gradient.
 
-    Gradients of "sum" and "none" are those of the group's sum. For "mean" the gradient of `hidden` is multiplied by the
-    group's size, so that averaging over ranks, as data parallelism does, gives the gradient of the mean; those of the
-    prototypes, the exponent and the factor are complete within the group, to be averaged only over replicas of the
-    shard.
-
-    The same inputs give the same bits on one machine (with a GPU's kernels too; its libraries may need to be told: see
-    `train.deterministic` of the recipes). The order of sums over prototypes does not depend on the chunks, that of sums
-    over tokens does: with the CPU's kernels other chunks change no bit of a token's loss and gradient (but for soft
-    Hamming's sigmoids and the separable Bray-Curtis, which are PyTorch's), and the prototypes' gradient by the rounding
-    of float32 sums, below 2^-18 of its largest entry.
+    Gradients, and when bits are the same: the module's docstring.
 
     Raises:
-        ValueError: unknown distance, parameter or reduction, shapes that do not fit, exponent <= 0, a target out of
-            range (on a GPU, which is not waited for, the loss is NaN and a later call raises it).
+        ValueError: unknown distance, parameter or reduction, shapes that do not fit, exponent <= 0, an option out of
+            range or without sense, a target out of range (on a GPU, which is not waited for, the loss is NaN and a
+            later call raises it).
     """
-    shard = shard or VocabShard(0, prototypes.shape[0])
-    entry, exponent = prepared(distance, params, hidden, prototypes, targets, exponent, reduction, ignore_index, shard)
-    tensors = entry.tensors
-    differentiable = hidden, prototypes, exponent, *tensors.values()
-    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in differentiable)
-    detached = replace(entry, **{name: tensor.detach() for name, tensor in tensors.items()})
-    kernels = fused_kernels_for(hidden, fused) if entry.by_product else None
+    shard, options = shard or VocabShard(0, prototypes.shape[0]), LossOptions(label_smoothing, z_loss, soft_cap)
+    given = resolve(distance, params)
+    options.check(given)
+    unit = given.log_unit() if z_loss else 0.0
+    entry, exponent = prepared(given, {}, hidden, prototypes, targets, exponent, reduction, ignore_index, shard)
+    detached, tensors = _detached(entry), entry.tensors.values()
+    differentiate = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, prototypes, exponent, *tensors))
+    kernels = fused_kernels_for(hidden, fused, options.apart) if entry.by_product else None
     use = Use(kernels, differentiate and reduction != "none", exponent.requires_grad)
-    call = Call(detached, shard, reduction, ignore_index, *limits(hidden, shard, chunk_bytes), use)
+    sizes = limits(hidden, shard, chunk_bytes)
+    call = Call(detached, shard, reduction, ignore_index, *sizes, use, options=options, log_unit=unit)
     function = _PerToken if reduction == "none" else _Reduced
-    return function.apply(hidden, prototypes, exponent, targets, call, *tensors.values())
+    return function.apply(hidden, prototypes, exponent, targets, call, *tensors)
+
+
+def _detached(entry: Distance) -> Distance:
+    """The same distance, without gradients."""
+    return replace(entry, **{name: tensor.detach() for name, tensor in entry.tensors.items()})
 
 
 @_as_given
@@ -118,6 +133,7 @@ def harmonic_predictions(
     ignore_index: int = -100,
     shard: VocabShard | None = None,
     chunk_bytes: int | None = None,
+    soft_cap: float | None = None,
     **params: Any,
 ) -> tuple[Tensor, Tensor]:
     """The losses (n,) of `harmonic_loss(reduction="none")`, and the most probable prototypes (n,) of the whole
@@ -127,11 +143,12 @@ def harmonic_predictions(
     difference: a near tie with the target, within the rounding of a score, may fall otherwise than with an ignored one.
     Arguments and errors are those of `harmonic_loss`.
     """
-    shard = shard or VocabShard(0, prototypes.shape[0])
+    shard, options = shard or VocabShard(0, prototypes.shape[0]), LossOptions(soft_cap=soft_cap)
     entry, exponent = prepared(distance, params, hidden, prototypes, targets, exponent, "none", ignore_index, shard)
+    options.check(entry)
     bytes_, processors = limits(hidden, shard, chunk_bytes)
     third = bytes_ // 3  # a chunk's scores are made a second time, beside what was kept
-    call = Call(entry, shard, "none", ignore_index, third, processors, Use(gradient=False), summed=False)
+    call = Call(entry, shard, "none", ignore_index, third, processors, Use(gradient=False), False, options)
     side = Operands(hidden, prototypes, entry, shard)
     losses = torch.zeros(hidden.shape[0], dtype=side.wide, device=hidden.device)
     predictions = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
@@ -153,15 +170,18 @@ def harmonic_log_probs(
     *,
     distance: str | Distance = "euclidean",
     exponent: float | Tensor = 1.0,
+    soft_cap: float | None = None,
     **params: Any,
 ) -> Tensor:
     """(n, D), all prototypes (V, D) -> (n, V) log-probabilities, without gradient. This one is of size n x V."""
     none = torch.full((hidden.shape[0],), -100, device=hidden.device)
     shard = VocabShard(0, prototypes.shape[0])
     entry, exponent = prepared(distance, params, hidden, prototypes, none, exponent, "none", -100, shard)
+    LossOptions(soft_cap=soft_cap).check(entry)
     side = Operands(hidden, prototypes, entry, shard)
     x = side.tokens(hidden, side.positions(hidden, slice(0, hidden.shape[0])), side.token_scales(hidden))
-    stats = entry.contraction.statistics(x, side.rows, Given(none, exponent, entry.floor(x)), Use(gradient=False))
+    given = Given(none, exponent, entry.floor(x), cap=soft_cap)
+    stats = entry.contraction.statistics(x, side.rows, given, Use(gradient=False))
     scores = entry.contraction.scores(stats)
     return scores - (stats.top + stats.total.log())[:, None]
 

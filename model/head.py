@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any, Literal
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .distance_settings import find, settings_of
 from .distances import DISTANCES, Distance, make, resolve
 from .harmonic import harmonic_log_probs, harmonic_loss, harmonic_predictions
+from .options import LossOptions
 from .vocab_parallel import VocabShard, full_rows, lookup, rows_of
 
 GPT2_STD = 0.02  # of all weights of GPT-2, at any width
@@ -33,7 +34,9 @@ class HarmonicHead(nn.Module):
         dim: width D of features and prototypes.
         distance: a name in `model.distances.DISTANCES`, or a distance of yours with its parameters.
         exponent: n > 0; "sqrt_dim"; "learned" (starts at sqrt(dim), stays positive; one scalar, replicated); or a pair
-            (first, last) that the attribute `progress`, from 0 to 1, moves between: set it as training goes on.
+            (first, last) that the attribute `progress`, from 0 to 1, moves between: set it as training goes on. None:
+            the distance's own, sqrt_dim; cosine_softmax: learned; squared_euclidean_softmax: sqrt(dim) / 4, where a
+            learned one starts too.
         shard: the rows of this rank (`model.vocab_parallel.shard_of`); None: all.
         init_std: deviation of the initial entries; "gpt2": GPT2_STD; None: the distance's own (`Distance.start`).
         feature_length: what the attribute of that name tells; None: the distance's own (`Distance.start`).
@@ -41,12 +44,14 @@ class HarmonicHead(nn.Module):
         chunk_bytes: budget of the loss's working memory; None: `model.chunks.CHUNK_BYTES`.
         fused: whether a GPU takes the product and the passes over its scores in one; None: see
             `model.harmonic.harmonic_loss`.
+        label_smoothing, z_loss: of the loss in training; out of it (`eval()`) the loss is the negative log-likelihood.
+        soft_cap: of the scores, always. See `model.options.LossOptions`.
         params: the distance's own: minkowski `p`; hamming `kind`, `temperature`; braycurtis `denominator`; mahalanobis
             `factor`, "diagonal" or "full", which the head trains. See model/distances.py.
 
     Raises:
         ValueError: an unknown distance or parameter, a distance with tensors of its own (which a head makes and trains,
-            if it is given the name), or an exponent that is not positive.
+            if it is given the name), an exponent that is not positive, or an option out of range or without sense.
     """
 
     def __init__(
@@ -55,13 +60,16 @@ class HarmonicHead(nn.Module):
         dim: int,
         *,
         distance: str | Distance = "euclidean",
-        exponent: float | Literal["sqrt_dim", "learned"] | tuple[float, float] = "sqrt_dim",
+        exponent: float | Literal["sqrt_dim", "learned"] | tuple[float, float] | None = None,
         shard: VocabShard | None = None,
         init_std: float | Literal["gpt2"] | None = None,
         feature_length: float | None = None,
         seed: int | None = None,
         chunk_bytes: int | None = None,
         fused: bool | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        soft_cap: float | None = None,
         device: torch.device | str | None = None,
         **params: Any,
     ) -> None:
@@ -84,9 +92,12 @@ class HarmonicHead(nn.Module):
         self.feature_length = start.feature_length if feature_length is None else feature_length
         self.init_std = start.entry_std if init_std is None else _std(init_std)
         self.progress = 0.0
-        self.exponents = _ends(exponent, dim)
+        self.options = LossOptions(label_smoothing, z_loss, soft_cap)
+        self.options.check(self.score_function)
+        own = self.score_function.first_exponent(dim)
+        self.exponents = _ends(self._kind.exponent if exponent is None else exponent, dim, own)
         self.log_exponent: nn.Parameter | None = None
-        if exponent == "learned" and self.has_exponent:
+        if (exponent or self._kind.exponent) == "learned" and self.has_exponent:
             self.log_exponent = nn.Parameter(torch.tensor(math.log(self.exponents[0]), device=device))
         self.reset_parameters(int(torch.randint(2**31, (), device="cpu")) if seed is None else seed)
 
@@ -126,6 +137,8 @@ class HarmonicHead(nn.Module):
     def forward(self, hidden: Tensor, targets: Tensor, reduction: str = "mean", ignore_index: int = -100) -> Tensor:
         """hidden (..., D), targets (...) -> scalar loss, or (N,) for "none": see `model.harmonic.harmonic_loss`."""
         options: dict[str, Any] = {"reduction": reduction, "ignore_index": ignore_index, "fused": self.fused}
+        if self.training:
+            options |= {"label_smoothing": self.options.label_smoothing, "z_loss": self.options.z_loss}
         return self._scored(harmonic_loss, hidden, targets, **options)
 
     def score(self, hidden: Tensor, targets: Tensor, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -143,6 +156,7 @@ class HarmonicHead(nn.Module):
             exponent=self.exponent,
             shard=self.shard,
             chunk_bytes=self.chunk_bytes,
+            soft_cap=self.options.soft_cap,
             **options,
         )
 
@@ -159,7 +173,8 @@ class HarmonicHead(nn.Module):
         """
         rows = full_rows(self.prototypes, self.shard)
         flat = hidden.reshape(-1, hidden.shape[-1])
-        log_probs = harmonic_log_probs(flat, rows, distance=self.score_function.evaluated(), exponent=self.exponent)
+        given: dict[str, Any] = {"exponent": self.exponent, "soft_cap": self.options.soft_cap}
+        log_probs = harmonic_log_probs(flat, rows, distance=self.score_function.evaluated(), **given)
         return log_probs.view(*hidden.shape[:-1], -1)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -168,8 +183,10 @@ class HarmonicHead(nn.Module):
 
     def extra_repr(self) -> str:
         """What print shows: prototypes of the whole group, width, distance, and the exponent as it is now."""
-        exponent = f", exponent={float(self.exponent):.4g}" if self.has_exponent else ""
-        return f"{self.shard.size}, {self.prototypes.shape[1]}, distance={self.distance}{exponent}"
+        exponent = f", exponent={torch.as_tensor(self.exponent).item():.4g}" if self.has_exponent else ""
+        given = {name: value for name, value in asdict(self.options).items() if value}
+        options = "".join(f", {name}={value:g}" for name, value in given.items())
+        return f"{self.shard.size}, {self.prototypes.shape[1]}, distance={self.distance}{exponent}{options}"
 
 
 def _own_params(distance: Distance, params: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,10 +205,12 @@ def _std(given: float | str) -> float:
     return given
 
 
-def _ends(exponent: float | str | tuple[float, float], dim: int) -> tuple[float, float]:
-    """The first and the last exponent. Raises ValueError."""
+def _ends(exponent: float | str | tuple[float, float] | None, dim: int, own: float) -> tuple[float, float]:
+    """The first and the last exponent; `own`: the distance's. Raises ValueError."""
+    if exponent is None or exponent == "learned":
+        return own, own
     if isinstance(exponent, str):
-        if exponent not in ("sqrt_dim", "learned"):
+        if exponent != "sqrt_dim":
             raise ValueError(f"exponent={exponent!r}: expected a positive number, sqrt_dim, learned or a pair")
         return math.sqrt(dim), math.sqrt(dim)
     first, last = exponent if isinstance(exponent, tuple | list) else (exponent, exponent)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .distance_base import LARGEST_ROW, Distance
 from .distances import resolve
 from .kernels.eager import Tokens
+from .options import LossOptions
 
 
 def distances_reference(
@@ -27,16 +28,27 @@ def distances_reference(
 
 
 def scores_reference(
-    hidden: Tensor, prototypes: Tensor, distance: str | Distance, exponent: float | Tensor, **params: Any
+    hidden: Tensor,
+    prototypes: Tensor,
+    distance: str | Distance,
+    exponent: float | Tensor,
+    soft_cap: float | None = None,
+    **params: Any,
 ) -> Tensor:
-    """(N, V) float64 scores: -exponent * log max(d, floor), or the dot product of the softmax baseline.
+    """(N, V) float64 scores: -exponent * log max(d, floor), or those of a softmax head; c tanh(s / c) for a cap of c.
 
     Distances that do not mind are taken in units in which the prototypes' entries are about 1.
     """
-    x, w = hidden.double(), prototypes.double()
     entry = _prepared(distance, params)
-    if not entry.has_exponent:
-        return x @ w.t()
+    LossOptions(soft_cap=soft_cap).check(entry)
+    scores = _scores(hidden.double(), prototypes.double(), entry, exponent)
+    return scores if soft_cap is None else soft_cap * (scores / soft_cap).tanh()
+
+
+def _scores(x: Tensor, w: Tensor, entry: Distance, exponent: float | Tensor) -> Tensor:
+    """(N, D), (V, D) -> (N, V), without a cap."""
+    if entry.slope:
+        return entry.slope * (exponent if entry.has_exponent else 1) * entry.between(x[:, None], w[None])
     if entry.scaled and x.numel() and w.numel():
         unit = _unit(w)
         x, w = x / unit, w / unit
@@ -72,12 +84,27 @@ def harmonic_loss_reference(
     distance: str | Distance = "euclidean",
     exponent: float | Tensor,
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    soft_cap: float | None = None,
     **params: Any,
 ) -> Tensor:
     """-log p[target] with p ~ d**-exponent (arXiv:2502.01628, eq. 2): (N,) float64, 0 where the target is ignored.
 
-    `params` are the distance's, as in `model.harmonic.harmonic_loss`.
+    With the options of model/options.py: cross-entropy with targets (1 - e) onehot + e / V, plus z * lse^2 of the
+    scores in the units that x and w are given in. `params` are the distance's, as in `model.harmonic.harmonic_loss`.
     """
-    hidden = hidden.masked_fill((targets == ignore_index)[:, None], 1)  # what an ignored token holds touches nobody
-    scores = scores_reference(hidden, prototypes, distance, exponent, **params)
-    return F.cross_entropy(scores, targets, reduction="none", ignore_index=ignore_index)
+    LossOptions(label_smoothing, z_loss)  # raises
+    ignored = targets == ignore_index
+    hidden = hidden.masked_fill(ignored[:, None], 1)  # what an ignored token holds touches nobody
+    scores = scores_reference(hidden, prototypes, distance, exponent, soft_cap, **params)
+    losses = F.cross_entropy(
+        scores, targets, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
+    if not z_loss:
+        return losses
+    entry, lse = resolve(distance, params), scores.logsumexp(1)
+    if entry.scaled and entry.degree and len(targets):
+        unit = entry.degree * math.log(_unit(prototypes.double())) + entry.log_unit()
+        lse = lse - exponent * unit  # distances were taken in this unit
+    return losses + (z_loss * lse.square()).masked_fill(ignored, 0)

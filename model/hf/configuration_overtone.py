@@ -44,6 +44,7 @@ class OvertoneConfig(PreTrainedConfig):
     distance: str = "euclidean"
     distance_params: dict[str, Any] | None = None
     exponent: float | None = None  # None: learned, a weight of the head
+    soft_cap: float | None = None  # of the scores
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None

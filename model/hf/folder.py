@@ -79,7 +79,9 @@ def decoder_settings(config: DecoderConfig) -> dict[str, Any]:
 
 
 def head_settings(head: HarmonicHead) -> dict[str, Any]:
-    """The distance, its parameters as they are out of training, and the exponent; None: a weight, or there is none."""
+    """The distance, its parameters as they are out of training, the exponent (None: a weight, or there is none), and a
+    cap on scores.
+    """
     entry = head.score_function.evaluated()
     params = {field.name: getattr(entry, field.name) for field in fields(entry) if field.metadata != INTERNAL}
     for name, value in params.items():
@@ -90,6 +92,7 @@ def head_settings(head: HarmonicHead) -> dict[str, Any]:
         "distance": head.distance,
         "distance_params": params,
         "exponent": float(head.exponent) if number else None,
+        "soft_cap": head.options.soft_cap,
     }
 
 
@@ -101,8 +104,14 @@ def card(title: str, config: DecoderConfig, head: HarmonicHead, facts: Mapping[s
         settings: the run's configuration, YAML.
     """
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    formula = head.score_function.formula
-    scores = f"-n log d, d = {formula}" if head.has_exponent else f"the products {formula}"
+    entry, cap = head.score_function, head.options.soft_cap
+    scores = f"-n log d, d = {entry.formula}"
+    if entry.slope:
+        scores = (
+            f"{'-' if entry.slope < 0 else ''}n {entry.formula}" if head.has_exponent else f"products {entry.formula}"
+        )
+    if cap is not None:
+        scores += f", capped: {cap:g} tanh(s / {cap:g})"
     return CARD_TEXT.format(
         title=title,
         task="text-generation" if config.causal else "fill-mask",

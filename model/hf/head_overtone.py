@@ -1,4 +1,5 @@
-"""The head of an Overtone model for the transformers library: distances to prototypes, and scores -n log d of them.
+"""The head of an Overtone model for the transformers library: distances to prototypes, and scores -n log d of them, or
+those of a softmax head.
 
 Legend: N tokens, V prototypes, D width.
 """
@@ -20,19 +21,21 @@ COLUMNS = 64  # terms of one sum in `taxicab`
 
 KNOWN = (
     *("dot", "euclidean", "manhattan", "chebyshev", "minkowski", "cosine", "hamming", "canberra", "braycurtis"),
-    "mahalanobis",
+    *("mahalanobis", "cosine_softmax", "squared_euclidean_softmax"),
 )
 
 
 class OvertoneHead(nn.Module):
-    """Hidden states (..., D) -> scores (..., V): -n log d, or products for the softmax baseline (dot)."""
+    """Hidden states (..., D) -> scores (..., V): -n log d, or for softmax heads products (dot), n times cosines
+    (cosine_softmax) or -n d^2 (squared_euclidean_softmax); a cap c makes c tanh(s / c) of them.
+    """
 
     def __init__(self, config: OvertoneConfig) -> None:
         super().__init__()
         if config.distance not in KNOWN:
             raise ValueError(f"distance={config.distance!r}: this code knows {', '.join(KNOWN)}; export anew")
         self.distance, self.params = config.distance, config.distance_params or {}
-        self.exponent = config.exponent or 1.0
+        self.exponent, self.soft_cap = config.exponent or 1.0, config.soft_cap
         self.power: float = self.params.get("p", 1.0)
         self.prototypes = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         if self.distance == "mahalanobis":
@@ -45,12 +48,17 @@ class OvertoneHead(nn.Module):
         """Hidden states (..., D) -> scores (..., V), in float32 at least."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         x, w = hidden.reshape(-1, hidden.shape[-1]).to(wide), self.prototypes.to(wide)
-        learned = self.log_exponent
+        n = self.exponent if self.log_exponent is None else self.log_exponent.exp()
         if self.distance == "dot":
             scores = x @ w.t()
+        elif self.distance == "cosine_softmax":
+            scores = n * (self._transformed(x) @ self._transformed(w).t())
+        elif self.distance == "squared_euclidean_softmax":
+            scores = -n * _squares(x, w)
         else:
-            n = self.exponent if learned is None else learned.exp()
             scores = -n * self.distances(x, w).log()
+        if self.soft_cap is not None:
+            scores = self.soft_cap * (scores / self.soft_cap).tanh()
         return scores.view(*hidden.shape[:-1], -1)
 
     def distances(self, x: Tensor, w: Tensor) -> Tensor:
@@ -59,8 +67,7 @@ class OvertoneHead(nn.Module):
             x, w = _scaled(x, w)
         x, w = self._transformed(x), self._transformed(w)
         if self.distance in ("euclidean", "mahalanobis", "cosine") or self.power == 2:
-            xx, ww = x.square().sum(-1, keepdim=True), w.square().sum(-1)
-            squares = xx + ww - 2 * (x @ w.t())
+            xx, squares = x.square().sum(-1, keepdim=True), _squares(x, w)
             if self.distance == "cosine":
                 return torch.maximum(squares / 2, (RELATIVE_FLOOR / 2 * xx + ABSOLUTE_FLOOR).detach())
             least = RELATIVE_FLOOR**0.5 * xx.sqrt() + ABSOLUTE_FLOOR
@@ -72,7 +79,7 @@ class OvertoneHead(nn.Module):
         return torch.maximum(self._between(x, w), least.detach())
 
     def _transformed(self, rows: Tensor) -> Tensor:
-        if self.distance == "cosine":
+        if self.distance in ("cosine", "cosine_softmax"):
             rows = rows / torch.where(rows.any(-1, keepdim=True), rows.detach().abs().amax(-1, keepdim=True), 1)
             length = rows.square().sum(-1, keepdim=True).sqrt()
             return rows / torch.where(length > 0, length, 1)
@@ -113,6 +120,11 @@ class OvertoneHead(nn.Module):
         terms = torch.where(apart > 0, apart / unit[..., None], 1).pow(self.power) * (apart > 0)
         total = terms.sum(-1)
         return unit * torch.where(total > 0, total, 1).pow(1 / self.power) * (total > 0)
+
+
+def _squares(x: Tensor, w: Tensor) -> Tensor:
+    """(N, D), (V, D) -> (N, V) |x - w|^2."""
+    return x.square().sum(-1, keepdim=True) + w.square().sum(-1) - 2 * (x @ w.t())
 
 
 def _scaled(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:

@@ -24,22 +24,24 @@ def kernels_for(x: Tensor) -> ModuleType:
     return eager
 
 
-def fused_kernels_for(x: Tensor, fused: bool | None) -> ModuleType | None:
+def fused_kernels_for(x: Tensor, fused: bool | None, apart: str | None = None) -> ModuleType | None:
     """The module whose `fused_statistics` serves tokens like `x`, or None: the product and the passes are then apart.
 
     None leaves it to the device: GPUs as `gpu.FUSED` says, others apart. True takes the plain form where there is no
-    kernel, but for GPUs and sizes that the kernels do not serve, which the log tells.
+    kernel, but for GPUs and sizes that the kernels do not serve, which the log tells, as it tells the reason `apart`
+    why a loss cannot be served.
     """
     kernels = kernels_for(x)
-    if kernels in (eager, cpu):
-        return eager if fused and x.device.type != "cuda" else None
-    if not (kernels.FUSED if fused is None else fused):
+    plain = kernels in (eager, cpu)
+    if not (fused if plain else kernels.FUSED if fused is None else fused):
         return None
-    reason = kernels.fused_unavailable(x)
+    if plain and x.device.type == "cuda":
+        return None
+    reason = apart or (None if plain else kernels.fused_unavailable(x))
     if reason:
         _say_apart(reason)
         return None
-    return kernels
+    return eager if plain else kernels
 
 
 @functools.cache

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from . import eager
-from .eager import FourSums, Given, SummedGradient, Upstream
+from .eager import Given, SummedGradient, Sums, Upstream
 
 SOURCES = sorted(Path(__file__).parent.glob("cpu_*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("cpu*.h"))
@@ -235,39 +235,41 @@ def _columns(tokens_first: Tensor) -> Tensor:
     return columns if columns.stride(1) == 1 else columns.contiguous()
 
 
-def statistics(values: Tensor, given: Given) -> FourSums:
+def statistics(values: Tensor, given: Given) -> Sums:
     """As eager.statistics."""
-    ops, columns, squares = torch.ops.overtone_cpu, _columns(values), given.squares
-    if given.kind == "dot":
-        return ops.dot_statistics(columns, given.local)
-    assert given.coefficient is not None
-    steep = float(given.coefficient)
-    if squares is None:
-        sums = ops.log_statistics(columns, given.floor, steep, given.local)
-    else:
-        sums = ops.quadratic_statistics(
-            columns, squares.x, squares.rows, squares.floor, steep, given.local, squares.target
-        )
-    if columns.data_ptr() != values.data_ptr():  # the logarithms were written to a copy
+    columns, squares = _columns(values), given.squares
+    of_squares = (squares.x, squares.rows, squares.target) if squares is not None else (None, None, None)
+    coefficient = None if given.coefficient is None else float(given.coefficient)
+    sums = torch.ops.overtone_cpu.statistics(
+        columns, given.local, coefficient, given.floor, *of_squares, given.cap, _lift(given), given.more
+    )
+    if given.kind != "dot" and columns.data_ptr() != values.data_ptr():  # what is kept was written to a copy
         values.copy_(columns.t())
-    return sums
+    return tuple(sums)
 
 
 scores = eager.scores
 
 
+def _lift(given: Given) -> float:
+    """What a score lacks before its cap."""
+    return 0.0 if given.cap is None or given.steep is None else given.lift * float(given.steep)
+
+
 def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) -> SummedGradient:
     """As eager.gradients; G lies in the memory of `kept`, at the start of each row of (V, M)."""
     ops, columns, rounded = torch.ops.overtone_cpu, _columns(kept), dtype == torch.bfloat16
-    sums = None, None
-    if given.kind == "dot":
-        ops.dot_gradient(columns, loss.lse, loss.weight, given.local, rounded)
+    log_floor = None if given.floor is None else given.floor.log() + eager.FLOOR_MARGIN
+    steep = 1.0 if given.steep is None else given.steep
+    weights = [None if w is None else w * steep for w in (loss.weight, loss.own, loss.uniform)]
+    if loss.own is None and given.cap is None:
+        sums = ops.gradient(columns, log_floor, float(steep), loss.lse, weights[0], given.local, rounded)
     else:
-        assert given.coefficient is not None and given.floor is not None
-        log_floor, steep = given.floor.log() + eager.FLOOR_MARGIN, float(given.coefficient)
-        slope = -given.coefficient * loss.weight  # of q and of c alike: both have log kept and s = -coefficient * log
-        sums = ops.quadratic_gradient(columns, log_floor, steep, loss.lse, slope, given.local, rounded)
-    return columns.view(dtype)[:, : columns.shape[1]].t(), *sums
+        own = weights[0] if weights[1] is None else weights[1]
+        weighted = loss.lse, weights[0], own, weights[2], given.local
+        sums = ops.shaped_gradient(columns, log_floor, float(steep), *weighted, given.cap, _lift(given), rounded)
+    grads = columns.view(dtype)[:, : columns.shape[1]].t()
+    return (grads, *sums) if given.squares is not None else (grads, None, None)
 
 
 def contract(terms: eager.Terms, x: Tensor, rows: Rows) -> Tensor:

@@ -1,9 +1,9 @@
 """The head's chunk operations in plain PyTorch: the readable twin of every kernel, and the path where there is none.
 
 Legend: M tokens of a chunk, V prototypes on this rank, D width. Scores are s = -coefficient * log c with c what a
-contraction of x and w makes, in the *quadratic* family the squared distance q; those of `dot` are the products
-themselves. Operands of products have the compute dtype (bfloat16, float32 or float64); scores and sums are float32
-(float64 for float64 operands).
+contraction of x and w makes, in the *quadratic* family the squared distance q; or *linear*: -coefficient * q, or
+coefficient times the product (the product itself, of `dot`). Operands of products have the compute dtype (bfloat16,
+float32 or float64); scores and sums are float32 (float64 for float64 operands).
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from .eager_elementwise import contract_gradient as contract_gradient
 from .eager_elementwise import copy as copy
 
 SummedGradient = tuple[Tensor, Tensor | None, Tensor | None]  # G (M, V); of q its sums over rows (M,), columns (V,)
-FourSums = tuple[Tensor, Tensor, Tensor, Tensor]  # (M,): max s, sum exp(s - max), sum s exp(s - max), s of the target
+# (M,) each: max s, sum exp(s - max), sum u exp(s - max), s of the target; where `Given.more` asks for them too: sum s,
+# u of the target, sum u. u is n ds/dn: s itself, or with a cap what is left of it.
+Sums = tuple[Tensor, ...]
 
 FLOOR_MARGIN = 2.0**-18  # log q this close to the floor's logarithm is at the floor: both were rounded as logarithms
 
@@ -211,113 +213,183 @@ class Squares(NamedTuple):
     x: Tensor  # (M,) |x|^2
     rows: Tensor  # (V,) |w|^2
     target: Tensor  # (M,) q of the target, by direct difference
-    floor: Tensor  # (M,) the least that q may be
+    floor: Tensor | None = None  # (M,) the least that q may be; None: no floor, as scores are linear in q
 
 
 class Given(NamedTuple):
     """What makes scores of a chunk's values (M, V); None where their kind has none."""
 
     local: Tensor  # (M,) the target's column, -1 where it is not here
-    coefficient: Tensor | None = None  # one element
-    floor: Tensor | None = None  # (M,) the least that c, or q, may be
+    coefficient: Tensor | None = None  # one element; None: 1, of products
+    floor: Tensor | None = None  # (M,) the least that c, or q, may be; None: scores are linear
     squares: Squares | None = None  # its floor is `floor`
+    cap: float | None = None  # scores are cap * tanh(score / cap)
+    lift: float = 0.0  # what log c lacks of what the coefficient belongs to: a cap reads it, no probability does
+    smooth: bool = False  # sums over all scores are asked for
 
     @property
     def kind(self) -> Literal["quadratic", "log", "dot"]:
-        """What the values are: dot products that make q, distances c, or the scores themselves."""
+        """What the values are: dot products that make q, distances c, or dot products as they are."""
         if self.squares is not None:
             return "quadratic"
         return "dot" if self.floor is None else "log"
+
+    @property
+    def linear(self) -> bool:
+        """Whether scores are linear in the product or in q, without a logarithm and a floor."""
+        return self.floor is None
+
+    @property
+    def more(self) -> bool:
+        """Whether all seven sums are asked for."""
+        return self.smooth or self.cap is not None
+
+    @property
+    def steep(self) -> Tensor | None:
+        """What a kept value is multiplied by to be its score: log c, log q, q, or a product; None: 1."""
+        return self.coefficient if self.coefficient is None or self.kind == "dot" else -self.coefficient
 
 
 class Upstream(NamedTuple):
     """What turns a chunk's scores into G = d(weight * loss)/dvalue: (M,) each."""
 
     lse: Tensor  # log sum exp of the scores, over the whole group
-    weight: Tensor  # of the token's loss
+    weight: Tensor  # of the probabilities: the token's, or more with a z-loss
     score: Tensor | None = None  # of the target; for kernels that do not look for it among the others
+    own: Tensor | None = None  # weight of the target; None: `weight`
+    uniform: Tensor | None = None  # and of each class; None: 0
 
 
-def statistics(values: Tensor, given: Given) -> FourSums:
+def statistics(values: Tensor, given: Given) -> Sums:
     """Sums up the scores s of every token; the values (M, V) become what is *kept* for `scores` and `gradients`: here
-    log q or log c. Scores that are given stay.
+    log q, log c or q. Dot products stay.
 
-    Returns (M,) each: max s, sum exp(s - max), sum s * exp(s - max), and s of the target (0 where it is not here).
+    Returns `Sums`; those of the target are 0 where it is not here.
     """
-    scores, column, here = values, given.local.clamp_min(0)[:, None], given.local >= 0
-    if given.kind != "dot":
-        assert given.floor is not None and given.coefficient is not None
-        if given.squares is not None:
-            values.mul_(-2).add_(given.squares.x[:, None]).add_(given.squares.rows)
-            # the target by its own difference, as the sum above cancels near a match; others write back what is there
-            near = torch.where(here[:, None], given.squares.target[:, None], values.gather(1, column))
-            values.scatter_(1, column, near)
-        scores = torch.maximum(values, given.floor[:, None], out=values).log_() * -given.coefficient
-    target = torch.where(here, scores.gather(1, column)[:, 0], 0)
-    top = scores.amax(1)
-    weights = (scores - top[:, None]).exp_()
-    return top, weights.sum(1), torch.linalg.vecdot(weights, scores), target
+    column, here = given.local.clamp_min(0)[:, None], given.local >= 0
+    if given.squares is not None:
+        values.mul_(-2).add_(given.squares.x[:, None]).add_(given.squares.rows)
+        # the target by its own difference, as the sum above cancels near a match; others write back what is there
+        near = torch.where(here[:, None], given.squares.target[:, None], values.gather(1, column))
+        values.scatter_(1, column, near)
+    if given.floor is not None:
+        torch.maximum(values, given.floor[:, None], out=values).log_()
+    every = scores(values, given)
+    shares = every  # u
+    if given.cap is not None:
+        shares = _slope_of_cap(every, given.cap).mul_(_raw(values, given))
+    target = torch.where(here, every.gather(1, column)[:, 0], 0)
+    top = every.amax(1)
+    weights = (every - top[:, None]).exp_()
+    sums = top, weights.sum(1), torch.linalg.vecdot(weights, shares), target
+    if not given.more:
+        return sums
+    return *sums, every.sum(1), torch.where(here, shares.gather(1, column)[:, 0], 0), shares.sum(1)
 
 
 def scores(kept: Tensor, given: Given) -> Tensor:
     """(M, V) scores from what `statistics` kept."""
-    return kept if given.coefficient is None else kept * -given.coefficient
+    raw = _raw(kept, given)
+    return raw if given.cap is None else (raw / given.cap).tanh_().mul_(given.cap)
+
+
+def _raw(kept: Tensor, given: Given) -> Tensor:
+    raw = kept if given.steep is None else kept * given.steep
+    return raw if given.cap is None or given.steep is None else raw + given.lift * given.steep
+
+
+def _slope_of_cap(scores: Tensor, cap: float) -> Tensor:
+    """d (cap tanh(s / cap)) / ds of capped scores."""
+    return (scores / cap).square_().neg_().add_(1)
 
 
 def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) -> SummedGradient:
     """G = d(weight * loss)/dvalue (M, V), rounded to `dtype`, and of q its sums over rows (M,) and columns (V,): those
     of the *rounded* G, since dx = 2 (x sum G - G w) cancels near a match. `kept` is consumed.
 
-    G = -coefficient * weight * (p - onehot) / c, and 0 at the floor; of scores that are given, weight * (p - onehot).
+    G = -coefficient * weight * (p - onehot) / c, and 0 at the floor; of linear scores, without c. With the weights of
+    options: weight * p - own * onehot - uniform in place of weight * (p - onehot), and a cap's slope.
     """
-    here, column = (given.local >= 0)[:, None], given.local.clamp_min(0)[:, None]
-    if given.kind == "dot":
-        probabilities = kept.sub_(loss.lse[:, None]).exp_()
-        probabilities.scatter_add_(1, column, torch.where(here, -1.0, 0.0).to(kept.dtype))
-        return probabilities.mul_(loss.weight[:, None]).to(dtype), None, None
-    assert given.floor is not None and given.coefficient is not None
-    target_log = kept.gather(1, column)
-    floored = kept <= given.floor.log()[:, None] + FLOOR_MARGIN
-    # p / c by one exponential: one pass, and p alone may be too small for float32 where p / c is not
-    grads = (kept * -(given.coefficient + 1)).sub_(loss.lse[:, None]).exp_()
-    grads.scatter_add_(1, column, torch.where(here, -target_log.neg().exp(), 0))
-    rounded = grads.mul_((-given.coefficient * loss.weight)[:, None]).masked_fill_(floored, 0).to(dtype)
+    if loss.own is not None or given.cap is not None:
+        rounded = _gradients_of_options(kept, given, loss).to(dtype)
+    else:
+        rounded = _gradients(kept, given, loss).to(dtype)
     if given.squares is None:
         return rounded, None, None
     wide = rounded.to(loss.lse.dtype)
     return rounded, wide.sum(1), wide.sum(0)
 
 
+def _gradients(kept: Tensor, given: Given, loss: Upstream) -> Tensor:
+    here, column = (given.local >= 0)[:, None], given.local.clamp_min(0)[:, None]
+    if given.floor is None:
+        probabilities = _raw(kept, given).sub_(loss.lse[:, None]).exp_()
+        probabilities.scatter_add_(1, column, torch.where(here, -1.0, 0.0).to(kept.dtype))
+        slope = loss.weight if given.steep is None else loss.weight * given.steep
+        return probabilities.mul_(slope[:, None])
+    assert given.coefficient is not None
+    target_log = kept.gather(1, column)
+    floored = kept <= given.floor.log()[:, None] + FLOOR_MARGIN
+    # p / c by one exponential: one pass, and p alone may be too small for float32 where p / c is not
+    grads = (kept * -(given.coefficient + 1)).sub_(loss.lse[:, None]).exp_()
+    grads.scatter_add_(1, column, torch.where(here, -target_log.neg().exp(), 0))
+    return grads.mul_((-given.coefficient * loss.weight)[:, None]).masked_fill_(floored, 0)
+
+
+def _gradients_of_options(kept: Tensor, given: Given, loss: Upstream) -> Tensor:
+    here, column = (given.local >= 0)[:, None], given.local.clamp_min(0)[:, None]
+    own = loss.weight if loss.own is None else loss.own
+    every = scores(kept, given)
+    grads = (every - loss.lse[:, None]).sub_(0 if given.linear else kept).exp_().mul_(loss.weight[:, None])  # p / c
+    inverse = torch.ones_like(kept) if given.linear else kept.neg().exp_()
+    grads.scatter_add_(1, column, torch.where(here, -own[:, None] * inverse.gather(1, column), 0))
+    if loss.uniform is not None:
+        grads.sub_(inverse.mul_(loss.uniform[:, None]))
+    if given.cap is not None:
+        grads.mul_(_slope_of_cap(every, given.cap))
+    if given.steep is not None:
+        grads.mul_(given.steep)
+    if given.floor is not None:
+        grads.masked_fill_(kept <= given.floor.log()[:, None] + FLOOR_MARGIN, 0)
+    return grads
+
+
 class Scored(NamedTuple):
     """What `fused_statistics` keeps of a chunk: E (M, V), and how to read it."""
 
-    kept: Tensor  # (M, V) in the operands' dtype: (q / least)^-(coefficient + 1), or exp(score - top): 1 at most
+    kept: Tensor  # (M, V) in the operands' dtype: (q / least)^-(coefficient + 1); linear: exp(score - top). 1 at most
     tops: Tensor  # (tiles, M) log2 of the least q, or the greatest score
     tile: int  # prototypes that share one
 
 
 def fused_statistics(
     x: Tokens, rows: Rows, given: Given, target: Tensor, keep: bool, moment: bool
-) -> tuple[FourSums, Scored | None]:
+) -> tuple[Sums, Scored | None]:
     """The product and its statistics in one: the four sums of `statistics` (up to the max, which may be any number near
     it, and the third, which is asked for by `moment`), and E if `keep`.
 
-    `target` (M,): q of the target, or its score for "dot". The plain form of a kernel that keeps no float32 scores; on
-    purpose with that kernel's roundings.
+    `target` (M,): q of the target, or its product. The plain form of a kernel that keeps no float32 scores; on purpose
+    with that kernel's roundings.
     """
     ln2, here = math.log(2), given.local >= 0  # base 2 within, as the kernel is: its hardware has no other logarithm
     values = products(x.rows, rows)
-    if given.squares is None:
-        parts = _with_targets(values, target, given.local).split(TILE, 1)
+    if given.linear:
+        if given.squares is not None:
+            values = values * -2 + given.squares.x[:, None] + given.squares.rows
+        parts = _raw(_with_targets(values, target, given.local), given).split(TILE, 1)
         tops = torch.stack([part.amax(1) for part in parts])
         weights = [(part - top[:, None]).exp() for part, top in zip(parts, tops, strict=True)]
         top = tops.amax(0)
-        total = ((tops - top).exp() * torch.stack([part.sum(1) for part in weights])).sum(0)
+        factor = (tops - top).exp()
+        total = (factor * torch.stack([part.sum(1) for part in weights])).sum(0)
+        moments = torch.stack([(weight * part).sum(1) for weight, part in zip(weights, parts, strict=True)])
+        moment_sum = (factor * moments).sum(0)
         kept = torch.cat(weights, 1)
-        sums = top, total, torch.zeros_like(top), torch.where(here, target, 0)
+        sums = top, total, moment_sum, torch.where(here, _raw(target, given), 0)
     else:
-        assert given.coefficient is not None
-        squares, coefficient, floor = given.squares, given.coefficient, given.squares.floor[:, None]
+        assert given.coefficient is not None and given.squares is not None and given.squares.floor is not None
+        squares, coefficient, least_q = given.squares, given.coefficient, given.squares.floor
+        floor = least_q[:, None]
         q = values * -2 + squares.x[:, None] + squares.rows
         q = torch.maximum(_with_targets(q, target, given.local), floor)
         parts = q.split(TILE, 1)
@@ -332,7 +404,7 @@ def fused_statistics(
         factor = (apart * -coefficient).exp2()
         top, total = tops.amin(0) * -coefficient * ln2, (factor * totals).sum(0)
         moment_sum = top * total - (factor * (moments + apart * totals)).sum(0) * (coefficient * ln2)
-        score = torch.maximum(target, squares.floor).log2() * -coefficient * ln2
+        score = torch.maximum(target, least_q).log2() * -coefficient * ln2
         kept = torch.cat(weights, 1).masked_fill(q <= floor, 0)  # no gradient at the floor, which the sums count
         sums = top, total, moment_sum, torch.where(here, score, 0)
     return sums, Scored(kept.to(x.rows.dtype), tops, TILE) if keep else None
@@ -346,18 +418,21 @@ def _with_targets(values: Tensor, target: Tensor, local: Tensor) -> Tensor:
 
 def fused_gradient(scored: Scored, given: Given, loss: Upstream) -> SummedGradient:
     """G of `gradients` from what `fused_statistics` kept, and its sums as rounded: G (M, V), (M,), (V,)."""
-    assert loss.score is not None
+    assert loss.score is not None and loss.uniform is None and not given.more
     kept, tops, width = scored
-    if given.squares is None:
-        slope, logs = loss.weight, tops - loss.lse
+    steep = 1.0 if given.steep is None else given.steep
+    slope = loss.weight * steep
+    if given.linear:
+        logs = tops - loss.lse
     else:
         assert given.coefficient is not None
-        slope = -given.coefficient * loss.weight
         logs = tops * (-(given.coefficient + 1) * math.log(2)) - loss.lse
     factor = logs.exp().repeat_interleave(width, 0)[: kept.shape[1]].t()
     grads = kept.to(loss.lse.dtype) * factor * slope[:, None]
     target = torch.expm1(loss.score - loss.lse) * slope  # p - 1, with all its digits where p is near 1
-    if given.squares is not None:
+    if loss.own is not None:
+        target = target + (loss.weight - loss.own) * steep
+    if given.squares is not None and given.squares.floor is not None:
         apart = torch.maximum(given.squares.target, given.squares.floor)
         target = torch.where(apart > given.squares.floor, target / apart, 0)
     rounded = _with_targets(grads, target, given.local).to(kept.dtype)

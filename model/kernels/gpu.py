@@ -23,7 +23,7 @@ import triton
 from torch import Tensor
 
 from . import eager, triton_elementwise, triton_fused, triton_rows, triton_scores
-from .eager import FourSums, Given, Scored, SummedGradient, Upstream
+from .eager import Given, Scored, SummedGradient, Sums, Upstream
 from .triton_scores import ROW_START, padded_rows
 
 OLDEST = (8, 0)  # compute capability: Ampere's, the first with bfloat16 and a maximum that passes NaN on
@@ -189,16 +189,16 @@ def _across(values: Tensor, columns: int) -> Tensor:
     return values.as_strided((values.shape[0], columns), values.stride())
 
 
-statistics = triton_scores.statistics  # of q the dot products are kept, so nothing is written: log q is made again
+statistics = triton_scores.statistics  # of q the dot products are kept, so nothing is written: q is made again
 
 
 def scores(kept: Tensor, given: Given) -> Tensor:
     """As eager.scores, in plain PyTorch: only evaluation asks for it."""
-    if given.squares is None or given.coefficient is None:
+    if given.squares is None:
         return eager.scores(kept, given)
-    log_q = kept.clone()
-    eager.statistics(log_q, given)
-    return log_q.mul_(-given.coefficient)
+    made = kept.clone()
+    eager.statistics(made, given)
+    return eager.scores(made, given)
 
 
 def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) -> SummedGradient:
@@ -209,7 +209,7 @@ def gradients(kept: Tensor, given: Given, loss: Upstream, dtype: torch.dtype) ->
 
 def fused_statistics(
     x: Tokens, rows: Rows, given: Given, target: Tensor, keep: bool, moment: bool
-) -> tuple[FourSums, Scored | None]:
+) -> tuple[Sums, Scored | None]:
     """As eager.fused_statistics."""
     return triton_fused.scores(x.rows, rows.rows, given, target, keep, moment)
 

@@ -1,4 +1,5 @@
-"""Logarithm and exponential of base 2 as an NVIDIA GPU has them in one instruction each, for all Triton kernels here.
+"""Logarithm and exponential of base 2 as an NVIDIA GPU has them in one instruction each, for all Triton kernels here;
+and the hyperbolic tangent made of them.
 
 Errors, from the PTX manual (lg2.approx.ftz.f32, ex2.approx.ftz.f32): of log2, 2^-22 absolute between 1/2 and 2 and
 2^-22 relative elsewhere; of exp2, 2^-22 relative. Denormal numbers count as 0. libdevice's log2 is within 1 ulp and
@@ -49,3 +50,15 @@ else:
 def not_below(x, least):
     """max(x, least), NaN where x is."""
     return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x) and its slope, both without cancellation; NaN stays NaN."""
+    size = tl.abs(x)
+    e = tl.exp2(size * (-2 * LOG2E))
+    below = 1.0 / (1.0 + e)
+    square = x * x
+    near = -0.33333318 + square * (0.13332602 + square * (-0.05385385 + square * (0.02107771 + square * -0.00628241)))
+    value = tl.where(size < 0.55, size + size * square * near, (1.0 - e) * below)  # the second loses digits near 0
+    return tl.where(x < 0, -value, value), 4.0 * e * below * below

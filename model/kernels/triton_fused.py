@@ -4,8 +4,8 @@
 least)^-(coefficient + 1), where least is the smallest q of a token in the tile, and the tile's sums of E q: the
 normaliser up to least^-(coefficient + 1). E is 1 at most (in float32, but for rounding), however much likelier than
 the target a rival is. E is kept in the operands' dtype; where q is at its floor it is 0, as the gradient is, and the
-sums count it. `gradients`: E becomes G = weight * (p - onehot) * ds/dq in place, one factor per token and tile, with
-its sums as rounded.
+sums count it. Of scores that are LINEAR in x.w or in q, E = exp(score - greatest). `gradients`: E becomes G = weight *
+(p - onehot) * ds/dq in place, one factor per token and tile, with its sums as rounded.
 
 E is rounded, and so is G: 2^-9 each in bfloat16, where G alone is rounded by the separate passes. The target's entry is
 made of its own difference, in float32.
@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .eager import FourSums, Given, Scored, Upstream
+from .eager import Given, Scored, Sums, Upstream
 from .triton_functions import LN2, LOG2E, log2, not_below, settled
 from .triton_scores import (
     LOWEST,
@@ -64,14 +64,14 @@ GROUP = 8  # blocks of tokens that go along the prototypes together, so that bot
 def _scores(
     x_tiles, w_tiles, kept_tiles, local, coefficient, floors, x_squares, row_squares, targets, tops, totals, moments,
     rows, columns, padded, width,
-    KIND: tl.constexpr, KEEP: tl.constexpr, MOMENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
-    BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, KEEP: tl.constexpr, MOMENT: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, GROUP: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One tile. tops, totals and moments (tiles along V, M): log2 of the least q, sum q E / (least q) and
-    sum log2(q / least q) q E / (least q); of "dot" the greatest score and sum E.
+    sum log2(q / least q) q E / (least q); LINEAR: the greatest score, sum E and sum score E.
 
     Columns behind the last have q = BEHIND + |x|^2, without a question for each score; what they add to the sums is
-    taken off at the end. Their E is anything.
+    taken off at the end. Their E is anything. (Linear scores are asked.)
     """
     along, across = tl.cdiv(rows, BLOCK_M), tl.cdiv(columns, BLOCK_V)
     tile = tl.program_id(0)
@@ -88,12 +88,24 @@ def _scores(
     there = token < rows
     target = tl.load(targets + token, mask=there, other=1.0)[:, None]
     at_target = column[None, :] == tl.load(local + token, mask=there, other=-1).to(tl.int32)[:, None]
-    if KIND == "dot":
+    if LINEAR:
+        steep = 1.0
+        if coefficient is not None:
+            steep = tl.load(coefficient)
+        if KIND == "quadratic":
+            steep = -steep
+            x_square = tl.load(x_squares + token, mask=there, other=1.0)
+            row_square = tl.load(row_squares + column, mask=column < columns, other=0.0)[None, :]
+            value = value * -2 + (x_square[:, None] + row_square)
         score = tl.where(at_target, target, value)
+        if coefficient is not None:
+            score = score * steep
         score = tl.where((column < columns)[None, :], score, LOWEST)  # a product of 0 behind may be the greatest
         top = tl.max(score, 1)
         kept = tl.exp2((score - top[:, None]) * LOG2E)
         total = tl.sum(kept, 1)
+        if MOMENT:
+            tl.store(moments + block_v * rows + token, tl.sum(score * kept, 1), mask=there)
     else:
         slope = -(tl.load(coefficient) + 1.0)
         floor = tl.load(floors + token, mask=there, other=1.0)[:, None]
@@ -131,7 +143,7 @@ def scores(
     keep: bool,
     moment: bool,
     tile: Tile | None = None,
-) -> tuple[FourSums, Scored | None]:
+) -> tuple[Sums, Scored | None]:
     """x (M, D) and prototypes (V, D), with `squares` that go on to whole lines -> four (M,): max s, sum exp(s - max),
     sum s exp(s - max) (0 unless `moment`) and s of the target; and E if `keep`.
 
@@ -150,22 +162,26 @@ def scores(
     launch(
         _scores, (triton.cdiv(m, tile.tokens) * tiles,), *described, given.local, steep, floor, squares and squares.x,
         squares and squares.rows, targets, sums[0], sums[1], sums[2] if moment else None, m, v,
-        triton.cdiv(v, ROW_START) * ROW_START, d, KIND=given.kind, KEEP=keep, MOMENT=moment, BLOCK_M=tile.tokens,
-        BLOCK_V=tile.prototypes, BLOCK_D=tile.entries, GROUP=GROUP, STAGES=tile.stages, DTYPE=_TYPES[x.dtype],
-        warps=tile.warps, num_stages=tile.stages,
+        triton.cdiv(v, ROW_START) * ROW_START, d, KIND=given.kind, LINEAR=given.linear, KEEP=keep, MOMENT=moment,
+        BLOCK_M=tile.tokens, BLOCK_V=tile.prototypes, BLOCK_D=tile.entries, GROUP=GROUP, STAGES=tile.stages,
+        DTYPE=_TYPES[x.dtype], warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=True,
     )  # fmt: skip
-    return (*_combined(sums, given.coefficient if squares else None), _score_of(targets, given, steep)), (
+    return (*_combined(sums, None if given.linear else given.coefficient), _score_of(targets, given, steep)), (
         Scored(kept, sums[0], tile.prototypes) if keep else None
     )
 
 
 def _combined(sums: Tensor, coefficient: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Of all tiles: the max of the scores, sum exp(s - max), sum s exp(s - max) (0 where it was not asked for)."""
+    """Of all tiles: the max of the scores, sum exp(s - max), sum s exp(s - max) (0 where it was not asked for).
+    `coefficient`: None for linear scores.
+    """
     tops, totals = sums[0], sums[1]
     if coefficient is None:
         top = tops.amax(0)
-        return top, torch.linalg.vecdot((tops - top).exp_(), totals, dim=0), torch.zeros_like(top)
+        factor = (tops - top).exp_()
+        moment = torch.linalg.vecdot(factor, sums[2], dim=0) if len(sums) == 3 else torch.zeros_like(top)
+        return top, torch.linalg.vecdot(factor, totals, dim=0), moment
     least = tops.amin(0)
     apart = tops - least
     factor = (apart * -coefficient).exp2_()  # from the units of a tile to those of the nearest of all
@@ -178,11 +194,19 @@ def _combined(sums: Tensor, coefficient: Tensor | None) -> tuple[Tensor, Tensor,
 
 
 @triton.jit
-def _target_score(targets, floors, coefficient, local, out, rows, KIND: tl.constexpr, BLOCK: tl.constexpr):
+def _target_score(
+    targets, floors, coefficient, local, out, rows, KIND: tl.constexpr, LINEAR: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = token < rows
     score = tl.load(targets + token, mask=there, other=1.0)
-    if KIND == "quadratic":
+    if LINEAR:
+        if coefficient is not None:
+            steep = tl.load(coefficient)
+            if KIND == "quadratic":
+                steep = -steep
+            score = score * steep
+    else:
         floor = tl.load(floors + token, mask=there, other=1.0)
         score = log2(not_below(score, floor)) * -tl.load(coefficient) * LN2
     here = tl.load(local + token, mask=there, other=-1) >= 0
@@ -194,8 +218,8 @@ def _score_of(targets: Tensor, given: Given, steep: Tensor | None) -> Tensor:
     out = torch.empty_like(targets)
     grid = (triton.cdiv(len(targets), 256),)
     launch(
-        _target_score, grid, targets, given.floor, steep, given.local, out, len(targets), KIND=given.kind, BLOCK=256,
-        warps=4, enable_fp_fusion=False,
+        _target_score, grid, targets, given.floor, steep, given.local, out, len(targets), KIND=given.kind,
+        LINEAR=given.linear, BLOCK=256, warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -210,17 +234,21 @@ def _whole(kept: Tensor) -> Tensor:
 
 @triton.jit
 def _gradients(
-    kept, local, coefficient, floors, targets, tops, scores, lses, weights, over_rows, over_columns, rows, columns,
-    padded, stride, stretch,
-    KIND: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    kept, local, coefficient, floors, targets, tops, scores, lses, weights, owns, over_rows, over_columns, rows,
+    columns, padded, stride, stretch,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of tokens in a block of prototypes that lies in one tile of `_scores`: E becomes G, in place."""
+    """A stretch of tokens in a block of prototypes that lies in one tile of `_scores`: E becomes G, in place. `owns`:
+    weights of the targets, None where they are `weights`.
+    """
     offsets = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row = offsets < padded
     real = (offsets < columns)[None, :]
     steep = 1.0
-    if KIND != "dot":
-        steep = -tl.load(coefficient)
+    if coefficient is not None:
+        steep = tl.load(coefficient)
+        if KIND != "dot":
+            steep = -steep
     # a block is no wider than a tile of `_scores`, and lies in one: one factor for each token
     tile_tops = tops + (tl.program_id(0) * BLOCK_V // WIDTH).to(tl.int64) * rows
     column_sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -236,14 +264,21 @@ def _gradients(
         slope = tl.load(weights + token, mask=there, other=0.0) * steep
         score = tl.load(scores + token, mask=there, other=0.0)
         top = tl.load(tile_tops + token, mask=there, other=0.0)
-        factor = tl.exp2((top - lse) * LOG2E) * slope
-        if KIND == "quadratic":
+        if LINEAR:
+            factor = tl.exp2((top - lse) * LOG2E) * slope
+            target = target_gradient(score, lse, slope, None, steep, KIND, LINEAR)
+        else:
             factor = tl.exp2(top * (steep - 1.0) - lse * LOG2E) * slope  # E factor = slope p / q
             floor = tl.load(floors + token, mask=there, other=1.0)
             apart = not_below(tl.load(targets + token, mask=there, other=1.0), floor)
-            target = tl.where(apart > floor, target_gradient(score, lse, slope, apart, steep, KIND), 0.0)
-        else:
-            target = target_gradient(score, lse, slope, None, steep, KIND)
+            target = target_gradient(score, lse, slope, apart, steep, KIND, LINEAR)
+        if owns is not None:
+            more = slope - tl.load(owns + token, mask=there, other=0.0) * steep
+            if not LINEAR:
+                more = more / apart
+            target += more
+        if not LINEAR:
+            target = tl.where(apart > floor, target, 0.0)
         grad = tl.where(at_target, target[:, None], value * factor[:, None])
         rounded = tl.where(real, grad, 0.0).to(kept.dtype.element_ty)
         tl.store(at, rounded, mask=inside)
@@ -268,8 +303,8 @@ def gradients(scored: Scored, given: Given, loss: Upstream) -> tuple[Tensor | No
     grid, stretch, over_rows, over_columns = partial_sums(given.kind, m, wide, block_m, block_v, kept.device)
     launch(
         _gradients, grid, kept, given.local, beside(kept, given.coefficient), given.floor, targets, tops, loss.score,
-        loss.lse, loss.weight, over_rows, over_columns, m, v, wide, kept.stride(0), stretch, KIND=given.kind,
-        WIDTH=width, BLOCK_M=block_m, BLOCK_V=block_v, enable_fp_fusion=True,
+        loss.lse, loss.weight, loss.own, over_rows, over_columns, m, v, wide, kept.stride(0), stretch,
+        KIND=given.kind, LINEAR=given.linear, WIDTH=width, BLOCK_M=block_m, BLOCK_V=block_v, enable_fp_fusion=True,
     )  # fmt: skip
     return summed(over_rows, over_columns, v)
 

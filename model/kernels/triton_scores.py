@@ -1,8 +1,9 @@
 """Triton kernels over scores (M, V): their sums per token in one pass, and their gradients in another.
 
 Kinds: "quadratic" reads dot products and makes the squared distance q of them, "log" reads distances c, "dot" reads
-the scores themselves; s = -coefficient * log q, -coefficient * log c, or as read. Everything is float32 but for the
-gradients, which may be bfloat16.
+products; s = -coefficient * log q, -coefficient * log c, or LINEAR: -coefficient * q, and coefficient times the product
+(or as read). CAP, MORE and OPTIONS are a cap on scores, seven sums and weights of their own (eager.py): where they are
+off, nothing of them is compiled. Everything is float32 but for the gradients, which may be bfloat16.
 
 Every sum has an order that depends on the shapes alone, so the same inputs give the same bits. Offsets are 64 bits
 wide, as M * V passes 2^31. Block sizes were reasoned (bytes in flight, registers), not measured.
@@ -20,8 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .eager import FLOOR_MARGIN, FourSums, Given, Squares, Upstream
-from .triton_functions import LN2, LOG2E, log2, not_below
+from .eager import FLOOR_MARGIN, Given, Squares, Sums, Upstream
+from .triton_functions import LN2, LOG2E, log2, not_below, tanh
 
 WARPS = 8
 LOWEST = tl.constexpr(-3e38)  # no score is lower
@@ -39,22 +40,27 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, warps: int = WAR
 
 
 @triton.jit
-def _distance(value, x_square, row_square, floor, KIND: tl.constexpr):
+def _distance(value, x_square, row_square, floor, KIND: tl.constexpr, LINEAR: tl.constexpr):
     """c or q, not below its floor; NaN stays NaN."""
     if KIND == "quadratic":
         value = value * -2 + (x_square + row_square)
-    return not_below(value, floor)
+    if not LINEAR:
+        value = not_below(value, floor)
+    return value
 
 
 @triton.jit
 def _statistics(
-    values, local, coefficient, floors, x_squares, row_squares, targets, sums, columns, padded, stride, segment,
-    KIND: tl.constexpr, ROUNDS: tl.constexpr, BLOCK: tl.constexpr,
+    values, local, coefficient, floors, x_squares, row_squares, targets, sums, columns, padded, stride, segment, cap,
+    lift,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, CAP: tl.constexpr, MORE: tl.constexpr, ROUNDS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One token and a segment of its row: the max of the scores, sum exp(s - max), sum s exp(s - max), s of the target.
+    """One token and a segment of its row: the max of the scores, sum exp(s - max), sum u exp(s - max), s of the target;
+    and with MORE sum s, u of the target, sum u.
 
-    sums (4, M, segments). ROUNDS x BLOCK numbers are read at a time, a thread's own below one another, and every column
-    of the block has a running max and running sums: a reduction over threads comes once, at the end.
+    sums (4 or 7, M, segments). ROUNDS x BLOCK numbers are read at a time, a thread's own below one another, and every
+    column of the block has a running max and running sums: a reduction over threads comes once, at the end.
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * segment
@@ -62,15 +68,23 @@ def _statistics(
     target_column = tl.load(local + row).to(tl.int32)  # as wide as the offsets that it is compared with
     lanes = tl.arange(0, ROUNDS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     unit = LN2  # scores are in base 2 here, as the hardware's lg2 and ex2 are: one factor a token at the end, not each
-    if KIND != "dot":
-        steep = -tl.load(coefficient)
+    steep = 1.0
+    floor = 0.0
+    if coefficient is not None:
+        steep = tl.load(coefficient)
+        if KIND != "dot":
+            steep = -steep
+    if not LINEAR:
         floor = tl.load(floors + row)
-    else:
-        steep = 1.0
     if KIND == "quadratic":
         x_square = tl.load(x_squares + row)
-        target = not_below(tl.load(targets + row), floor)
+        target = tl.load(targets + row)
+        if not LINEAR:
+            target = not_below(target, floor)
     target_score = 0.0
+    target_share = 0.0
+    every = tl.zeros((1, BLOCK), tl.float32)
+    shares = tl.zeros((1, BLOCK), tl.float32)
     top = tl.full((1, BLOCK), LOWEST, tl.float32)
     total = tl.zeros((1, BLOCK), tl.float32)
     moment = tl.zeros((1, BLOCK), tl.float32)
@@ -80,23 +94,36 @@ def _statistics(
         at_target = offsets == target_column
         if KIND == "quadratic":
             row_square = tl.load(row_squares + offsets, mask=offsets < last, other=1.0)
-            distance = _distance(score, x_square, row_square, floor, KIND)
-            score = steep * log2(tl.where(at_target, target, distance))  # its own difference: no digits cancelled
+            distance = _distance(score, x_square, row_square, floor, KIND, LINEAR)
+            distance = tl.where(at_target, target, distance)  # its own difference: no digits cancelled
+            score = distance * (steep * LOG2E) if LINEAR else steep * log2(distance)
         elif KIND == "log":
-            score = log2(_distance(score, 0, 0, floor, KIND))
+            score = log2(_distance(score, 0, 0, floor, KIND, LINEAR))
             tl.store(values + row * stride + offsets, score * LN2, mask=offsets < last)
             score = steep * score
         else:
-            score = score * LOG2E
+            score = score * (steep * LOG2E)
+        share = score
+        if CAP:
+            raw = score * LN2 + steep * lift
+            bent, slope = tanh(raw / cap)
+            score = bent * (cap * LOG2E)
+            share = slope * (raw * LOG2E)
         if (target_column >= start) & (target_column < start + ROUNDS * BLOCK):
             target_score = tl.sum(tl.where(at_target, score, 0.0))  # over all threads, in this one block
+            if MORE:
+                target_share = tl.sum(tl.where(at_target, share, 0.0))
         real = offsets < columns  # `last` may lie behind the last prototype, in the padding of the row
+        if MORE:
+            share = tl.where(real, share, 0.0)
+            every += tl.sum(tl.where(real, score, 0.0), 0)[None, :]
+            shares += tl.sum(share, 0)[None, :]
         score = tl.where(real, score, LOWEST)
         new_top = tl.maximum(top, tl.max(score, 0)[None, :])  # sums are scaled down to it: arXiv:1805.02867
         weight = tl.where(real, tl.exp2(score - new_top), 0.0)  # 1 where all were LOWEST so far, hence the mask
         scale = tl.exp2(top - new_top)
         total = total * scale + tl.sum(weight, 0)[None, :]
-        moment = moment * scale + tl.sum(score * weight, 0)[None, :]
+        moment = moment * scale + tl.sum((share if CAP else score) * weight, 0)[None, :]
         top = new_top
     highest = tl.max(top)
     scale = tl.exp2(top - highest)
@@ -106,30 +133,35 @@ def _statistics(
     tl.store(out + plane, tl.sum(total * scale))
     tl.store(out + 2 * plane, tl.sum(moment * scale) * unit)
     tl.store(out + 3 * plane, target_score * unit)
+    if MORE:
+        tl.store(out + 4 * plane, tl.sum(every) * unit)
+        tl.store(out + 5 * plane, target_share * unit)
+        tl.store(out + 6 * plane, tl.sum(shares) * unit)
 
 
-def statistics(values: Tensor, given: Given, block: int | None = None, segments: int | None = None) -> FourSums:
+def statistics(values: Tensor, given: Given, block: int | None = None, segments: int | None = None) -> Sums:
     """As eager.statistics, but for dot products, which stay as they are. A row is read by `segments` programs, `block`
     columns at a time (None: chosen by the shape).
     """
     m, v = _shape(values)
-    squares = given.squares or Squares(None, None, None, None)  # type: ignore[arg-type]
+    squares = given.squares or Squares(None, None, None)  # type: ignore[arg-type]
     block = block or min(COLUMNS, triton.next_power_of_2(v))
     rounds = min(ROUNDS, triton.cdiv(triton.next_power_of_2(v), block))
     # few tokens: several programs share a row, but no segment is shorter than what one reads at a time
     segments = segments or min(triton.cdiv(PROGRAMS, max(1, m)), triton.cdiv(v, rounds * block))
     segment = triton.cdiv(triton.cdiv(v, segments), rounds * block) * rounds * block
-    sums = values.new_empty(4, m, triton.cdiv(v, segment))
+    sums = values.new_empty(7 if given.more else 4, m, triton.cdiv(v, segment))
     launch(
         _statistics, (m, sums.shape[2]), values, given.local, beside(values, given.coefficient), given.floor,
-        squares.x, squares.rows, squares.target, sums, v, padded(values), values.stride(0), segment, KIND=given.kind,
-        ROUNDS=rounds, BLOCK=block,
+        squares.x, squares.rows, squares.target, sums, v, padded(values), values.stride(0), segment,
+        given.cap or 0.0, given.lift, KIND=given.kind, LINEAR=given.linear, CAP=given.cap is not None,
+        MORE=given.more, ROUNDS=rounds, BLOCK=block,
         enable_fp_fusion=False,  # else s - max would not be 0 where s is the max, nor log p where p is 1
     )  # fmt: skip
-    tops, totals, moments, targets = sums
     if sums.shape[2] == 1:
-        return tops[:, 0], totals[:, 0], moments[:, 0], targets[:, 0]
-    return *combined(tops, totals, moments, dim=1), targets.sum(1)
+        return tuple(sums[:, :, 0])
+    tops, totals, moments, *rest = sums
+    return *combined(tops, totals, moments, dim=1), *(part.sum(1) for part in rest)
 
 
 def combined(tops: Tensor, totals: Tensor, moments: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,12 +172,12 @@ def combined(tops: Tensor, totals: Tensor, moments: Tensor, dim: int) -> tuple[T
 
 
 @triton.jit
-def target_gradient(score, lse, slope, apart, steep, KIND: tl.constexpr):
-    """G at the target of a token: slope * (p - 1) / c, with slope = weight * ds / d log c. p is exactly 1 where the
-    score is the log-sum-exp.
+def target_gradient(score, lse, slope, apart, steep, KIND: tl.constexpr, LINEAR: tl.constexpr):
+    """G at the target of a token: slope * (p - 1) / c, with slope = weight * ds / d log c (LINEAR: ds / dvalue, without
+    c). p is exactly 1 where the score is the log-sum-exp.
     """
     wrong = (tl.exp2((score - lse) * LOG2E) - 1.0) * slope
-    if KIND == "quadratic":
+    if (KIND == "quadratic") and (not LINEAR):
         wrong = wrong / apart
     if KIND == "log":
         wrong = wrong * tl.exp2(score * LOG2E / -steep)
@@ -154,19 +186,23 @@ def target_gradient(score, lse, slope, apart, steep, KIND: tl.constexpr):
 
 @triton.jit
 def _gradients(
-    values, local, coefficient, floors, x_squares, row_squares, targets, scores, lses, weights, out, over_rows,
-    over_columns, rows, columns, padded, stride, out_stride, stretch,
-    MARGIN: tl.constexpr, KIND: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    values, local, coefficient, floors, x_squares, row_squares, targets, scores, lses, weights, owns, uniforms, out,
+    over_rows, over_columns, rows, columns, padded, stride, out_stride, stretch, cap, lift,
+    MARGIN: tl.constexpr, KIND: tl.constexpr, LINEAR: tl.constexpr, CAP: tl.constexpr, OPTIONS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
-    """A stretch of tokens in a block of prototypes, tile by tile: G = weight * (p - onehot) * ds/dvalue, rounded, 0 in
-    columns beyond the last prototype; and for "quadratic" its sums, over_rows (M, column blocks), over_columns
-    (stretches, V): of G as rounded, since dx = 2 (x sum G - G w) cancels near a match.
+    """A stretch of tokens in a block of prototypes, tile by tile: G = weight * (p - onehot) * ds/dvalue, or with
+    OPTIONS (weight p - own onehot - uniform) * ds/dvalue, rounded, 0 in columns beyond the last prototype; and for
+    "quadratic" its sums, over_rows (M, column blocks), over_columns (stretches, V): of G as rounded, since
+    dx = 2 (x sum G - G w) cancels near a match.
     """
     offsets = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row, real = offsets < padded, (offsets < columns)[None, :]
     steep = 1.0
-    if KIND != "dot":
-        steep = -tl.load(coefficient)
+    if coefficient is not None:
+        steep = tl.load(coefficient)
+        if KIND != "dot":
+            steep = -steep
     if KIND == "quadratic":
         row_square = tl.load(row_squares + offsets, mask=in_row, other=1.0)[None, :]
     column_sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -182,28 +218,60 @@ def _gradients(
         slope = tl.load(weights + token, mask=there, other=0.0) * steep
         score = tl.load(scores + token, mask=there, other=0.0)
         floor = lse
-        if KIND != "dot":
+        if not LINEAR:
             floor = tl.load(floors + token, mask=there, other=1.0)
         least = floor * (1.0 + MARGIN)  # log q within MARGIN of the floor's, as the plain form says
         lse2 = (lse * LOG2E)[:, None]
-        if KIND == "dot":
-            target = target_gradient(score, lse, slope, None, steep, KIND)
-            grad = tl.exp2(value * LOG2E - lse2) * slope[:, None]
-        elif KIND == "quadratic":
-            apart = not_below(tl.load(targets + token, mask=there, other=1.0), floor)
-            target = target_gradient(score, lse, slope, apart, steep, KIND)
-            target = tl.where(apart <= least, 0.0, target)
+        distance = value
+        apart = lse
+        if KIND == "quadratic":
+            apart = tl.load(targets + token, mask=there, other=1.0)
+            if not LINEAR:
+                apart = not_below(apart, floor)
             x_square = tl.load(x_squares + token, mask=there, other=1.0)[:, None]
-            distance = _distance(value, x_square, row_square, floor[:, None], KIND)
-            grad = tl.exp2((steep - 1.0) * log2(distance) - lse2) * slope[:, None]  # p / q
-            grad = tl.where(distance <= least[:, None], 0.0, grad)  # a constant has no slope
+            distance = _distance(value, x_square, row_square, floor[:, None], KIND, LINEAR)
+        if OPTIONS:
+            if KIND == "quadratic":
+                distance = tl.where(at_target, apart[:, None], distance)
+            log = distance  # base 2, of q or c
+            if KIND == "log":
+                log = value * LOG2E
+            elif not LINEAR:
+                log = log2(distance)
+            score2 = distance * (steep * LOG2E)
+            if not LINEAR:
+                score2 = log * steep
+            bend = 1.0
+            if CAP:
+                bent, bend = tanh((score2 * LN2 + steep * lift) / cap)
+                score2 = bent * (cap * LOG2E)
+            own = tl.load(owns + token, mask=there, other=0.0) * steep
+            less = tl.where(at_target, own[:, None], 0.0)
+            if uniforms is not None:
+                less += (tl.load(uniforms + token, mask=there, other=0.0) * steep)[:, None]
+            score2 -= lse2
+            if not LINEAR:
+                score2 -= log  # p / c by one exponential
+                less = less * tl.exp2(-log)
+            grad = (tl.exp2(score2) * slope[:, None] - less) * bend
+            if KIND == "log":
+                grad = tl.where(value <= (log2(floor) * LN2 + MARGIN)[:, None], 0.0, grad)
+            elif not LINEAR:
+                grad = tl.where(distance <= least[:, None], 0.0, grad)
         else:
-            least = log2(floor) * LN2 + MARGIN
-            target = target_gradient(score, lse, slope, None, steep, KIND)
-            target = tl.where(score / steep <= least, 0.0, target)
-            grad = tl.exp2((steep - 1.0) * (value * LOG2E) - lse2) * slope[:, None]
-            grad = tl.where(value <= least[:, None], 0.0, grad)
-        grad = tl.where(at_target, target[:, None], grad)
+            target = target_gradient(score, lse, slope, apart, steep, KIND, LINEAR)
+            if LINEAR:
+                grad = tl.exp2(distance * (steep * LOG2E) - lse2) * slope[:, None]
+            elif KIND == "quadratic":
+                target = tl.where(apart <= least, 0.0, target)
+                grad = tl.exp2((steep - 1.0) * log2(distance) - lse2) * slope[:, None]  # p / q
+                grad = tl.where(distance <= least[:, None], 0.0, grad)  # a constant has no slope
+            else:
+                least = log2(floor) * LN2 + MARGIN
+                target = tl.where(score / steep <= least, 0.0, target)
+                grad = tl.exp2((steep - 1.0) * (value * LOG2E) - lse2) * slope[:, None]
+                grad = tl.where(value <= least[:, None], 0.0, grad)
+            grad = tl.where(at_target, target[:, None], grad)
         rounded = tl.where(real, grad, 0.0).to(out.dtype.element_ty)  # zeros behind: products read them
         tl.store(out + wide * out_stride + offsets[None, :], rounded, mask=inside)
         if KIND == "quadratic":
@@ -230,15 +298,17 @@ def gradients(
     """
     assert loss.score is not None, "these kernels do not look for the target's score among the others"
     m, v = _shape(values)
-    squares = given.squares or Squares(None, None, None, None)  # type: ignore[arg-type]
+    squares = given.squares or Squares(None, None, None)  # type: ignore[arg-type]
+    options = loss.own is not None or given.cap is not None
     block_m, block_v = tile or TILE
     wide = min(padded(values), padded(out))  # where either has no padding, neither is touched behind V
     grid, stretch, over_rows, over_columns = partial_sums(given.kind, m, wide, block_m, block_v, values.device, stretch)
     launch(
         _gradients, grid, values, given.local, beside(values, given.coefficient), given.floor,
-        squares.x, squares.rows, squares.target, loss.score, loss.lse, loss.weight, out, over_rows, over_columns,
-        m, v, wide, values.stride(0), out.stride(0), stretch, MARGIN=FLOOR_MARGIN, KIND=given.kind,
-        BLOCK_M=block_m, BLOCK_V=block_v,
+        squares.x, squares.rows, squares.target, loss.score, loss.lse, loss.weight,
+        loss.weight if loss.own is None else loss.own, loss.uniform, out, over_rows, over_columns, m, v, wide,
+        values.stride(0), out.stride(0), stretch, given.cap or 0.0, given.lift, MARGIN=FLOOR_MARGIN, KIND=given.kind,
+        LINEAR=given.linear, CAP=given.cap is not None, OPTIONS=options, BLOCK_M=block_m, BLOCK_V=block_v,
         enable_fp_fusion=False,  # else p would not be 1 where it is
     )  # fmt: skip
     return summed(over_rows, over_columns, v)

@@ -118,8 +118,8 @@ def nearest(
     """The other prototypes (V, D) that are nearest to the chosen ones, which are taken as x of d(x, w).
 
     Args:
-        distance: as in `model.harmonic.harmonic_loss`, or a head's `score_function`. For `dot`, which is no distance,
-            the largest scores come first.
+        distance: as in `model.harmonic.harmonic_loss`, or a head's `score_function`. For `dot` and `cosine_softmax`,
+            which are no distances, the largest products and cosines come first.
     """
     prototypes, entry = _matrix(prototypes), resolve(distance, params).evaluated()
     count = min(count, len(prototypes) - 1)
@@ -129,8 +129,8 @@ def nearest(
     for place, row in enumerate(chosen):
         parts = [distances_reference(prototypes[row : row + 1], part, entry) for part in prototypes.split(CHUNK)]
         d = torch.cat(parts, dim=1)[0]
-        d[row] = math.inf if entry.has_exponent else -math.inf
-        neighbours.distances[place], neighbours.indices[place] = d.topk(count, largest=not entry.has_exponent)
+        d[row] = -math.inf if entry.slope > 0 else math.inf
+        neighbours.distances[place], neighbours.indices[place] = d.topk(count, largest=entry.slope > 0)
     return neighbours
 
 

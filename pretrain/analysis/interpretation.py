@@ -293,9 +293,9 @@ def _classes(prototypes: Tensor, hidden: Tensor, targets: Tensor, distance: Dist
 def _centre_distance(own: Tensor, classes: geometry.Classes, distance: Distance) -> dict[str, float] | None:
     """Medians over classes: of the prototypes, of what the true centres would read, and of other classes' prototypes.
 
-    None for the softmax baseline, whose weights are no points among the hidden states.
+    None for softmax over products and cosines, whose weights are no points among the hidden states.
     """
-    if not distance.has_exponent:
+    if distance.slope > 0:
         return None
     readings = {
         "prototype": geometry.centre_distances(own, classes),

@@ -150,8 +150,10 @@ def exponent(head: HeadConfig) -> float | str | None:
     """As it was set; None where it means nothing, as for softmax."""
     if not head.settings.has_exponent:
         return None
-    ramp = head.exponent
-    return f"{ramp.first:g} to {ramp.last:g}" if isinstance(ramp, ExponentRamp) else ramp
+    given = head.exponent
+    if given is None:
+        return "the distance's own"
+    return f"{given.first:g} to {given.last:g}" if isinstance(given, ExponentRamp) else given
 
 
 def common_parts(summaries: Sequence[dict[str, Any]]) -> tuple[list[str], dict[str, str]]:

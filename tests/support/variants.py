@@ -27,6 +27,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mahalanobis diagonal": {"factor": "diagonal"},
     "mahalanobis full": {"factor": "full"},
     "dot": {},
+    "cosine_softmax": {},
+    "squared_euclidean_softmax": {},
 }
 PRODUCTS = [  # those whose distance is a matrix product
     "euclidean",
@@ -36,8 +38,25 @@ PRODUCTS = [  # those whose distance is a matrix product
     "mahalanobis diagonal",
     "mahalanobis full",
     "dot",
+    "cosine_softmax",
+    "squared_euclidean_softmax",
 ]
-HARMONIC = [variant for variant in VARIANTS if variant != "dot"]
+SOFTMAX = ["dot", "cosine_softmax", "squared_euclidean_softmax"]  # scores that are no logarithm
+HARMONIC = [variant for variant in VARIANTS if variant not in SOFTMAX]
+LENGTHS = ("euclidean", "manhattan", "chebyshev", "minkowski", "mahalanobis")  # whose scores no cap is put on
+OPTIONS: dict[str, dict[str, float]] = {  # of a head's loss and scores
+    "smoothing": {"label_smoothing": 0.2},
+    "z-loss": {"z_loss": 0.05},
+    "cap": {"soft_cap": 4.0},
+    "all": {"label_smoothing": 0.1, "z_loss": 0.05, "soft_cap": 4.0},
+    "smoothing and z-loss": {"label_smoothing": 0.1, "z_loss": 0.05},
+}
+
+
+def with_options(variants: Iterable[str], names: Iterable[str] = tuple(OPTIONS)) -> list[tuple[str, str]]:
+    """(variant, name of options), for those that take a cap, or without one in its place."""
+    capped = [(variant, name) for variant in variants for name in names]
+    return [pair for pair in capped if distance_of(pair[0]) not in LENGTHS or "soft_cap" not in OPTIONS[pair[1]]]
 
 
 def distance_of(variant: str) -> str:
