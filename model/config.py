@@ -256,6 +256,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
     params: dict[str, float | str] = {}  # the distance's own, such as p of minkowski: see model.head.HarmonicHead
     # None: the distance's own, which is put here where it has a word (sqrt_dim, or learned for cosine_softmax)
     exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp | None = None
+    exponent_start: float | None = Field(default=None, gt=0, le=MOST_EXPONENT)  # of a learned one; None: its own
     init_std: StartLength | Literal["gpt2"] | None = None  # of prototypes' entries; None: the distance's own start
     feature_length: StartLength | None = None  # of the first final hidden states; None: the distance's own
     tied_sign: Literal[1, -1] | None = None  # of a tied decoder's final states: see pretrain.config.from_tree
@@ -285,6 +286,8 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         if isinstance(self.exponent, float) and not 0 < self.exponent <= MOST_EXPONENT:
             most = f"a number up to {MOST_EXPONENT:,.0f}"
             raise ValueError(f"exponent={self.exponent} must be positive: {most}, sqrt_dim or learned")
+        if self.exponent_start is not None and self.exponent != "learned":
+            raise ValueError(f"exponent_start={self.exponent_start:g} is that of a learned exponent: exponent: learned")
         return self
 
     @property
@@ -303,6 +306,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
         return {
             "distance": self.distance,
             "exponent": (exponent.first, exponent.last) if isinstance(exponent, ExponentRamp) else exponent,
+            "exponent_start": self.exponent_start,
             "init_std": self.init_std,
             "feature_length": self.feature_length,
             "chunk_bytes": None if self.chunk_mib is None else self.chunk_mib * 2**20,

@@ -37,6 +37,7 @@ class HarmonicHead(nn.Module):
             (first, last) that the attribute `progress`, from 0 to 1, moves between: set it as training goes on. None:
             the distance's own, sqrt_dim; cosine_softmax: learned; squared_euclidean_softmax: sqrt(dim) / 4, where a
             learned one starts too.
+        exponent_start: of a learned exponent; None: the distance's own.
         shard: the rows of this rank (`model.vocab_parallel.shard_of`); None: all.
         init_std: deviation of the initial entries; "gpt2": GPT2_STD; None: the distance's own (`Distance.start`).
         feature_length: what the attribute of that name tells; None: the distance's own (`Distance.start`).
@@ -61,6 +62,7 @@ class HarmonicHead(nn.Module):
         *,
         distance: str | Distance = "euclidean",
         exponent: float | Literal["sqrt_dim", "learned"] | tuple[float, float] | None = None,
+        exponent_start: float | None = None,
         shard: VocabShard | None = None,
         init_std: float | Literal["gpt2"] | None = None,
         feature_length: float | None = None,
@@ -94,7 +96,9 @@ class HarmonicHead(nn.Module):
         self.progress = 0.0
         self.options = LossOptions(label_smoothing, z_loss, soft_cap)
         self.options.check(self.score_function)
-        own = self.score_function.first_exponent(dim)
+        own = exponent_start or self.score_function.first_exponent(dim)
+        if exponent_start is not None and not ((exponent or self._kind.exponent) == "learned" and exponent_start > 0):
+            raise ValueError(f"exponent_start={exponent_start}: expected a positive number, of a learned exponent")
         self.exponents = _ends(self._kind.exponent if exponent is None else exponent, dim, own)
         self.log_exponent: nn.Parameter | None = None
         if (exponent or self._kind.exponent) == "learned" and self.has_exponent:

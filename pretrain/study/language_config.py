@@ -135,12 +135,12 @@ class LanguageConfig(BaseModel, extra="forbid", frozen=True):
         return next(iter(self.sizes))
 
     def space(self, head: str) -> dict[str, Entry]:
-        """What is tuned of a head: the study's space with the head's own entries, and no exponent where it has none, or
-        learns it.
+        """What is tuned of a head: the study's space with the head's own entries, and no exponent where it has
+        none.
         """
         own = self.heads[head]
         entries = {**self.tuning.space.entries(), **own.space.entries()}
-        if not own.settings.has_exponent or own.exponent == "learned":
+        if not own.settings.has_exponent:
             entries.pop("exponent", None)
         return entries
 
@@ -196,6 +196,8 @@ def _head_settings(head: HeadConfig, dim: int, setting: Setting) -> dict[str, An
             found["init_std"] = made.init_std * times
         elif name == "feature_length":
             found["feature_length"] = made.feature_length * times
+        elif name == "exponent" and head.exponent == "learned":
+            found["exponent_start"] = first * times
         elif name == "exponent":
             found["exponent"] = {**ramp, "first": first * times, "last": last * times} if ramp else first * times
     return found

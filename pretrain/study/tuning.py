@@ -131,7 +131,7 @@ class Space(BaseModel, extra="forbid", frozen=True):
     feature_length: Entry | None = None  # of the first final hidden states, times the head's own
     head_lr: Entry | None = None  # times lr, for all parameters of the head
     prototype_decay: Entry | None = None
-    exponent: Entry | None = None  # times the head's own; heads without an exponent, or with a learned one, do without
+    exponent: Entry | None = None  # times the head's own, of a learned one its start; not of heads without one
 
     @model_validator(mode="after")
     def _can_be_set(self) -> Space:

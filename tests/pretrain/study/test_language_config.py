@@ -107,7 +107,11 @@ def test_a_head_may_have_a_range_of_its_own(tmp_path: Path) -> None:
     }
     made = study(tmp_path, heads=heads, tuning=tuning(trials=5))
     assert all(0.1 <= setting["lr"] <= 1 for setting in made.settings("softmax"))
-    assert "exponent" not in made.space("softmax") and "exponent" not in made.space("cosine")
+    assert "exponent" not in made.space("softmax") and "exponent" in made.space("cosine")
+    learned = config_of(made, "cosine", lr=0.1, exponent=2.0).head
+    assert (learned.exponent, learned.exponent_start) == ("learned", pytest.approx(2 * 32**0.5))
+    head = HarmonicHead(3, 32, **learned.arguments())
+    assert float(head.exponent) == pytest.approx(2 * 32**0.5) and head.log_exponent is not None
     softmax, cosine = made.settings("softmax")[2], made.settings("cosine")[2]
     assert softmax["lr"] / 0.1 == pytest.approx((cosine["lr"] / 0.001) ** 0.5, rel=1e-3), "the same place in its range"
     assert "space" not in config_of(made, "softmax", lr=0.1).head.model_dump()
@@ -188,6 +192,7 @@ def test_settings_that_cannot_be_meant(tmp_path: Path) -> None:
         ({"known": {"softmax": {"source": "a", "settings": {}}}}, "known.softmax.settings"),
         ({"heads": {"softmax": {"distance": "dot", "space": {"lr": 3}}}}, "heads.softmax.space.lr"),
         ({"keep": "some"}, "keep: given"),
+        ({"heads": {"softmax": {"exponent_start": 3.0}}}, "exponent_start=3 is that of a learned exponent"),
     ):
         with pytest.raises(ConfigError, match=why):
             check_configs(study(tmp_path, **changes))
