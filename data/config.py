@@ -92,11 +92,12 @@ class DataConfig(BaseModel, extra="forbid", frozen=True):
     tokenizer: TokenizerConfig
     dtype: Literal["uint16", "uint32"] = "uint16"  # of the ids on the disk
     shard_tokens: int = Field(100_000_000, gt=0, le=2**40)  # a shard is closed before the document that would pass this
-    val_fraction: float = Field(0.01, gt=0, lt=1)  # of documents, chosen by their hash
+    val_fraction: float = Field(0.01, gt=0, lt=1)  # of documents, chosen by their hash: the split to tune on
+    test_fraction: float = Field(0.0, ge=0, lt=1)  # likewise: the split that training never looks at; 0: there is none
     limit_documents: int | None = Field(None, gt=0, le=MOST_TEXT)  # of those with text in them; null: the whole source
     deduplicate: bool = True  # a document whose very text came before is dropped
     min_chars: int = Field(0, ge=0, le=MOST_TEXT)  # shorter documents are dropped
-    # A train document is dropped if at least this share of its runs of 13 words occurs in val; null: none is.
+    # A train document is dropped if at least this share of its runs of 13 words occurs in val or test; null: none is.
     val_overlap: float | None = Field(None, gt=0, le=1)
 
     def sources(self) -> dict[str, Weighted]:
@@ -106,6 +107,15 @@ class DataConfig(BaseModel, extra="forbid", frozen=True):
         if isinstance(self.source, MixtureSource):
             return self.source.sources
         return {self.source.kind: Weighted(weight=1.0, source=self.source)}
+
+    @model_validator(mode="after")
+    def _some_are_left_to_train(self) -> "DataConfig":
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction={self.val_fraction:g} and test_fraction={self.test_fraction:g} leave no document to "
+                "train on; their sum must be below 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ids_fit(self) -> "DataConfig":

@@ -15,6 +15,8 @@ from data.shards import open_split
 from data.sources.corpus import EMBEDDED, is_remote, parts_of
 from data.sources.stored import Part
 
+OFF = {"test_fraction": 0.0}  # settings that a folder without them has at these values
+
 
 def job_of(cfg: DataConfig, parts: dict[str, list[Part]]) -> dict[str, Any]:
     """What a draft must have been made from for this run to go on with it, as plain values."""
@@ -28,8 +30,13 @@ def job_of(cfg: DataConfig, parts: dict[str, list[Part]]) -> dict[str, Any]:
 
 
 def _settings(cfg: DataConfig) -> dict[str, Any]:
-    """What the prepared data depends on; not where it lies."""
-    return cfg.model_dump(mode="json", exclude={"path"})
+    """What the prepared data depends on; not where it lies. What is off is left out, as older folders have it."""
+    return cfg.model_dump(mode="json", exclude={"path", *(name for name in OFF if getattr(cfg, name) == OFF[name])})
+
+
+def _changed(made: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """How the settings of a folder or draft differ from those asked for, in words."""
+    return list(differences({**OFF, **made}, {**OFF, **asked}))
 
 
 def _inputs(parts: dict[str, list[Part]]) -> dict[str, list[list[Any]]]:
@@ -60,7 +67,7 @@ def _resume(draft: Draft, earlier: dict[str, Any], log: Log) -> bool:
     done = earlier["progress"]
     job, now = earlier["job"], draft.job
     changes = [f"the program's format was {job['format']}"] if job["format"] != now["format"] else []
-    changes += differences(job["settings"], now["settings"])
+    changes += _changed(job["settings"], now["settings"])
     if job["tokenizer"] != now["tokenizer"]:
         changes.append("the content of data.tokenizer.model")
     for source, files in now["inputs"].items():
@@ -100,7 +107,7 @@ def reuse(cfg: DataConfig, log: Log) -> dict[str, Any]:
         if manifest["dtype"] != cfg.dtype:
             changes.append(f"its ids are {manifest['dtype']}: set data.dtype to that")
     else:
-        changes = list(differences(made, _settings(cfg)))
+        changes = _changed(made, _settings(cfg))
         for source, files in _local_inputs(cfg).items():
             before = manifest.get("inputs", {}).get(source, [])
             if files != before:
