@@ -41,13 +41,39 @@ class HubSource(BaseModel, extra="forbid", frozen=True):
     partial: bool = False  # take files of `partial-...` folders, which hold only the first part of a split
 
 
+class DebianPackage(BaseModel, extra="forbid", frozen=True):
+    """A package of Debian's, and which of its files are read. In a pattern `*` stands for any letters, also for `/`."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9+.-]+$", max_length=200)]
+    version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+:~-]*$", max_length=200)] | None = None  # null: any
+    files: Annotated[tuple[PathText, ...], Field(min_length=1)] = ("*.html", "*.htm", "*.txt", "*.txt.gz")
+    skip: tuple[PathText, ...] = ()  # files that are left out
+
+
+class DebianSource(BaseModel, extra="forbid", frozen=True):
+    """The prose of files in Debian packages: text and pages of HTML, without markup, navigation and listings."""
+
+    kind: Literal["debian"]
+    packages: Annotated[tuple[DebianPackage, ...], Field(min_length=1)]  # read in this order
+    folder: PathText = "prepared/packages"  # of their .deb files; what is not there yet is fetched into it by apt
+    document_chars: int = Field(10_000, gt=0, le=MOST_TEXT)  # a longer text is cut, between paragraphs
+    prose: float = Field(0.5, ge=0, le=1)  # a file with a smaller share of its characters in prose is left out
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "DebianSource":
+        names = [package.name for package in self.packages]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"packages: {twice[0]} is there twice; name all its files in one entry")
+        return self
+
+
 class PreparedSource(BaseModel, extra="forbid", frozen=True):
     """No text: `data.path` holds tokens that were imported, such as by `overtone import`."""
 
     kind: Literal["prepared"]
 
 
-PlainSource = Annotated[EmbeddedSource | FilesSource | HubSource, Field(discriminator="kind")]
+PlainSource = Annotated[EmbeddedSource | FilesSource | HubSource | DebianSource, Field(discriminator="kind")]
 
 
 class Weighted(BaseModel, extra="forbid", frozen=True):
@@ -65,7 +91,8 @@ class MixtureSource(BaseModel, extra="forbid", frozen=True):
 
 
 Source = Annotated[
-    EmbeddedSource | FilesSource | HubSource | MixtureSource | PreparedSource, Field(discriminator="kind")
+    EmbeddedSource | FilesSource | HubSource | DebianSource | MixtureSource | PreparedSource,
+    Field(discriminator="kind"),
 ]
 
 
@@ -92,11 +119,12 @@ class DataConfig(BaseModel, extra="forbid", frozen=True):
     tokenizer: TokenizerConfig
     dtype: Literal["uint16", "uint32"] = "uint16"  # of the ids on the disk
     shard_tokens: int = Field(100_000_000, gt=0, le=2**40)  # a shard is closed before the document that would pass this
-    val_fraction: float = Field(0.01, gt=0, lt=1)  # of documents, chosen by their hash
+    val_fraction: float = Field(0.01, gt=0, lt=1)  # of documents, chosen by their hash: the split to tune on
+    test_fraction: float = Field(0.0, ge=0, lt=1)  # likewise: the split that training never looks at; 0: there is none
     limit_documents: int | None = Field(None, gt=0, le=MOST_TEXT)  # of those with text in them; null: the whole source
     deduplicate: bool = True  # a document whose very text came before is dropped
     min_chars: int = Field(0, ge=0, le=MOST_TEXT)  # shorter documents are dropped
-    # A train document is dropped if at least this share of its runs of 13 words occurs in val; null: none is.
+    # A train document is dropped if at least this share of its runs of 13 words occurs in val or test; null: none is.
     val_overlap: float | None = Field(None, gt=0, le=1)
 
     def sources(self) -> dict[str, Weighted]:
@@ -106,6 +134,15 @@ class DataConfig(BaseModel, extra="forbid", frozen=True):
         if isinstance(self.source, MixtureSource):
             return self.source.sources
         return {self.source.kind: Weighted(weight=1.0, source=self.source)}
+
+    @model_validator(mode="after")
+    def _some_are_left_to_train(self) -> "DataConfig":
+        if self.val_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"val_fraction={self.val_fraction:g} and test_fraction={self.test_fraction:g} leave no document to "
+                "train on; their sum must be below 1"
+            )
+        return self
 
     @model_validator(mode="after")
     def _ids_fit(self) -> "DataConfig":

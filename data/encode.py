@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.config import DataConfig
 from data.manifest import DTYPES
 from data.overlap import overlap, runs_of, union
 from data.sources.corpus import is_empty
@@ -23,9 +24,31 @@ def digest_of(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
-def held_out(digest: int, val_fraction: float) -> bool:
-    """Whether a document is of the val split: that depends on nothing but its text."""
-    return digest / 2**64 < val_fraction
+@dataclass(frozen=True)
+class Fractions:
+    """Which shares of the documents are held out. What split a document is of depends on nothing but its text.
+
+    val is the lower end of the range of hashes, test the upper one: neither depends on the other's share.
+    """
+
+    val: float
+    test: float = 0.0
+
+    def split_of(self, digest: int) -> str:
+        """`train`, `val` or `test`, of a document by its `digest_of`."""
+        place = digest / 2**64
+        if place < self.val:
+            return "val"
+        return "test" if self.test and place >= 1 - self.test else "train"
+
+    def held_out(self, digest: int) -> bool:
+        """Whether a document is of another split than train."""
+        return self.split_of(digest) != "train"
+
+
+def fractions_of(cfg: DataConfig) -> Fractions:
+    """The shares that the settings ask for."""
+    return Fractions(cfg.val_fraction, cfg.test_fraction)
 
 
 @dataclass(frozen=True)
@@ -47,9 +70,9 @@ class Encoder:
     model: Path
     dtype: str
     min_chars: int
-    val_fraction: float
+    fractions: Fractions
     val_overlap: float | None
-    val_runs: Path | None  # sorted uint64, as `HeldOutRuns` finds them
+    held_out_runs: Path | None  # sorted uint64, as `HeldOutRuns` finds them
 
     def __getstate__(self) -> dict[str, object]:  # without the cached properties, which each process reads itself
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -60,8 +83,8 @@ class Encoder:
 
     @cached_property
     def _known(self) -> np.ndarray:
-        assert self.val_runs is not None
-        return np.load(self.val_runs, mmap_mode="r")
+        assert self.held_out_runs is not None
+        return np.load(self.held_out_runs, mmap_mode="r")
 
     def __call__(self, texts: list[str]) -> EncodedBatch:
         """Checks, hashes and encodes the texts of N documents."""
@@ -74,7 +97,7 @@ class Encoder:
             digests[place] = digest = digest_of(text)
             text_bytes[place] = len(text.encode())
             lengths[place] = len(ids)
-            if self.val_overlap is not None and not held_out(digest, self.val_fraction):
+            if self.val_overlap is not None and not self.fractions.held_out(digest):
                 near[place] = overlap(runs_of(text), self._known) >= self.val_overlap
         ids = np.concatenate([np.empty(0, dtype=np.int32), *tokens]).astype(DTYPES[self.dtype])
         return EncodedBatch(verdicts, digests, text_bytes, near, lengths, ids)
@@ -85,12 +108,12 @@ class HeldOutRuns:
     """Finds the runs of words in the held-out documents among texts: hashes, uint64, sorted."""
 
     min_chars: int
-    val_fraction: float
+    fractions: Fractions
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         """The distinct runs of those of the texts that are held out, uint64 (runs,)."""
         fine = (text for text in texts if verdict(text, self.min_chars) == FINE)
-        return union(runs_of(text) for text in fine if held_out(digest_of(text), self.val_fraction))
+        return union(runs_of(text) for text in fine if self.fractions.held_out(digest_of(text)))
 
 
 def verdict(text: str, min_chars: int) -> int:

@@ -18,7 +18,7 @@ MOST = 1 << 28  # bytes of a manifest
 FORMAT = 2  # of folders, manifests and shards
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")  # a folder need not have the last one
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}  # of ids, by name
 COUNTS = ("tokens", "documents", "text_bytes")
 

@@ -19,6 +19,7 @@ from data.draft import draft_of
 from data.gpt2 import EOS, VOCAB_SIZE, Gpt2Vocabulary
 from data.manifest import FORMAT, MANIFEST, SPLITS, fingerprint, log_splits, read_manifest, split_entry, write_manifest
 from data.shard_writer import ShardWriter
+from data.shards import IMPORTED
 from data.token_files import Asked, Layout, TokenFile, check_ids, files_of, open_files
 
 VOCABULARY = "vocab.json"
@@ -28,10 +29,10 @@ SHARD_TOKENS = 100_000_000
 def import_nanogpt(
     folder: Path, out: Path, vocabulary: Path | None = None, log: Log = say, asked: Asked | None = None
 ) -> dict[str, Any]:
-    """Makes a prepared folder `out` of the train and val files of nanoGPT or llm.c; returns its manifest.
+    """Makes a prepared folder `out` of nanoGPT's or llm.c's files; returns its manifest.
 
     Args:
-        folder: where the files are.
+        folder: where the files are: of train, of val and, if there are any, of test.
         out: the prepared folder to make.
         vocabulary: GPT-2's vocab.json or encoder.json, for GPT-2's ids.
         log: takes lines of text.
@@ -40,14 +41,14 @@ def import_nanogpt(
         ConfigError: files are missing, or hold no ids of that width and vocabulary; or `out` holds something else.
     """
     asked = asked or Asked()
-    paths = {split: files_of(folder, split) for split in SPLITS}
+    paths = {split: found for split in SPLITS if (found := files_of(folder, split))}
     if (folder / "meta.pkl").exists():
         raise ConfigError(
             f"{folder}: meta.pkl says that these are characters, not GPT-2 tokens; prepare the text itself with "
             "`overtone prepare CONFIG`"
         )
     layout, files = open_files([path for files in paths.values() for path in files], asked)
-    streams = {split: [file for file in files if file.path in paths[split]] for split in SPLITS}
+    streams = {split: [file for file in files if file.path in paths[split]] for split in paths}
     if vocabulary is not None and (layout.vocab_size, layout.eos_id) != (VOCAB_SIZE, EOS):
         raise ConfigError(f"{vocabulary}: --vocab is GPT-2's vocabulary, but the ids are of another one; leave it out")
     known = None if vocabulary is None else Gpt2Vocabulary(vocabulary)
@@ -73,7 +74,7 @@ def import_nanogpt(
             "sources": ["nanogpt"],
             "splits": {split: split_entry(entries, ["nanogpt"]) for split, entries in shards.items()},
             "dropped": {},
-            "settings": {"source": {"kind": "prepared"}},
+            "settings": {"source": IMPORTED},
             "inputs": {"nanogpt": inputs},
         }
         manifest["fingerprint"] = fingerprint(manifest)

@@ -14,7 +14,7 @@ from common.files import replacing
 from common.progress import Log, progress
 from common.workers import Workers
 from data.config import DataConfig
-from data.encode import EncodedBatch, HeldOutRuns
+from data.encode import EncodedBatch, HeldOutRuns, fractions_of
 from data.overlap import union
 from data.sources.corpus import Document, is_empty, read
 from data.sources.stored import Part
@@ -61,10 +61,10 @@ def encoded(
 
 
 def find_held_out_runs(cfg: DataConfig, parts: dict[str, list[Part]], path: Path, log: Log, workers: int) -> Path:
-    """Writes the runs of words of all documents that would be of the val split to `path`, unless they are there."""
+    """Writes the runs of words of all documents that would be held out to `path`, unless they are there."""
     if path.exists():
         return path
-    finder = HeldOutRuns(cfg.min_chars, cfg.val_fraction)
+    finder = HeldOutRuns(cfg.min_chars, fractions_of(cfg))
     with Workers(finder, workers) as pool, progress("looking for held-out documents", log) as tell:
 
         def runs_by_batch() -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ from common.machine import cores
 from common.progress import Log, say
 from data.config import DataConfig, MixtureSource, PreparedSource
 from data.draft import HELD_OUT, Draft, draft_of
-from data.encode import Encoder
+from data.encode import Encoder, fractions_of
 from data.manifest import (
     DTYPES,
     FORMAT,
@@ -98,18 +98,19 @@ def _build(cfg: DataConfig, parts: dict[str, list[Part]], draft: Draft, log: Log
         flush(model)
         draft.commit({})
     tokenizer = Tokenizer(model)
-    val_runs = None
+    held_out_runs = None
     if cfg.val_overlap is not None:
-        val_runs = find_held_out_runs(cfg, parts, draft.path / HELD_OUT, log, workers)
-    encoder = Encoder(model, cfg.dtype, cfg.min_chars, cfg.val_fraction, cfg.val_overlap, val_runs)
+        held_out_runs = find_held_out_runs(cfg, parts, draft.path / HELD_OUT, log, workers)
+    encoder = Encoder(model, cfg.dtype, cfg.min_chars, fractions_of(cfg), cfg.val_overlap, held_out_runs)
     writing = Writing(cfg, tokenizer.eos_id, draft)
     try:
         write_documents(cfg, parts, encoder, writing, log, workers)
         shards = {split: writer.close() for split, writer in writing.writers.items()}
     finally:
         writing.abandon()
-    for split, remedy in (("train", "a smaller data.val_fraction"), ("val", "a larger data.val_fraction")):
+    for split in shards:
         if not shards[split]:
+            remedy = "a smaller data.val_fraction" if split == "train" else f"a larger data.{split}_fraction"
             total = sum(shard["documents"] for entries in shards.values() for shard in entries)
             draft.discard()
             raise ConfigError(f"the {split} split is empty: {total} documents in all; take {remedy} or more documents")

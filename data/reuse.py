@@ -1,6 +1,5 @@
 """Whether what is on the disk was made from these settings and files: a folder to reuse, a draft to go on with."""
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -15,6 +14,8 @@ from data.shards import open_split
 from data.sources.corpus import EMBEDDED, is_remote, parts_of
 from data.sources.stored import Part
 
+OFF = {"test_fraction": 0.0}  # settings that a folder without them has at these values
+
 
 def job_of(cfg: DataConfig, parts: dict[str, list[Part]]) -> dict[str, Any]:
     """What a draft must have been made from for this run to go on with it, as plain values."""
@@ -28,16 +29,22 @@ def job_of(cfg: DataConfig, parts: dict[str, list[Part]]) -> dict[str, Any]:
 
 
 def _settings(cfg: DataConfig) -> dict[str, Any]:
-    """What the prepared data depends on; not where it lies."""
-    return cfg.model_dump(mode="json", exclude={"path"})
+    """What the prepared data depends on; not where it lies. What is off is left out, as older folders have it."""
+    made = cfg.model_dump(mode="json", exclude={"path", *(name for name in OFF if getattr(cfg, name) == OFF[name])})
+    for source in [made["source"], *(entry["source"] for entry in made["source"].get("sources", {}).values())]:
+        if source["kind"] == "debian":
+            del source["folder"]
+    return made
+
+
+def _changed(made: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """How the settings of a folder or draft differ from those asked for, in words."""
+    return list(differences({**OFF, **made}, {**OFF, **asked}))
 
 
 def _inputs(parts: dict[str, list[Part]]) -> dict[str, list[list[Any]]]:
-    """[name, bytes] of each file of each source."""
-    return {
-        source: [[p.name if "://" in p.name else os.path.abspath(p.name), p.size] for p in files if p.name != EMBEDDED]
-        for source, files in parts.items()
-    }
+    """[name, bytes] of each file of each source, and what else tells it from others."""
+    return {source: [part.identity for part in files if part.name != EMBEDDED] for source, files in parts.items()}
 
 
 def resume(draft: Draft, log: Log) -> bool:
@@ -60,14 +67,14 @@ def _resume(draft: Draft, earlier: dict[str, Any], log: Log) -> bool:
     done = earlier["progress"]
     job, now = earlier["job"], draft.job
     changes = [f"the program's format was {job['format']}"] if job["format"] != now["format"] else []
-    changes += differences(job["settings"], now["settings"])
+    changes += _changed(job["settings"], now["settings"])
     if job["tokenizer"] != now["tokenizer"]:
         changes.append("the content of data.tokenizer.model")
     for source, files in now["inputs"].items():
         before = job["inputs"].get(source, [])
         # A damaged file is replaced by a whole one: what was not read to its end may have another size.
         settled = done["cursors"][source][0] if done else len(before)
-        if [name for name, _ in files] != [name for name, _ in before] or files[:settled] != before[:settled]:
+        if [file[0] for file in files] != [file[0] for file in before] or files[:settled] != before[:settled]:
             changes.append(f"the files of {source}")
     if not changes:
         draft.progress = done
@@ -100,11 +107,11 @@ def reuse(cfg: DataConfig, log: Log) -> dict[str, Any]:
         if manifest["dtype"] != cfg.dtype:
             changes.append(f"its ids are {manifest['dtype']}: set data.dtype to that")
     else:
-        changes = list(differences(made, _settings(cfg)))
+        changes = _changed(made, _settings(cfg))
         for source, files in _local_inputs(cfg).items():
             before = manifest.get("inputs", {}).get(source, [])
             if files != before:
-                changed = [name for name, size in files if [name, size] not in before]
+                changed = [file[0] for file in files if file not in before]
                 changes.append(f"the source's files ({changed[0] if changed else 'one is gone'})")
     model = cfg.tokenizer.model
     if model is not None and model.is_file() and sha256_of(model) != manifest["tokenizer_sha256"]:

@@ -25,6 +25,7 @@ MAGIC = b"OVERTONE"
 HEADER = struct.Struct("<8sIIQQ32x")
 INDEX = np.dtype([("start", "<i8"), ("text_bytes", "<i8"), ("source", "<u2")])
 NOT_KNOWN = -1
+IMPORTED = {"kind": "prepared"}  # the source of what was not made from text here
 
 
 class Split:
@@ -111,7 +112,7 @@ def open_split(folder: str | Path, split: str, *, verify: Literal["size", "hash"
 
     Args:
         folder: what `data.path` says.
-        split: `train` or `val`.
+        split: `train`, `val` or, where there is one, `test`.
         verify: `size` compares headers and file sizes with the manifest, `hash` every byte too, `none` nothing.
     Raises:
         ConfigError: no prepared data, an unknown split, or a shard that is missing, truncated or damaged.
@@ -119,11 +120,21 @@ def open_split(folder: str | Path, split: str, *, verify: Literal["size", "hash"
     folder = Path(folder)
     manifest = read_manifest(folder)
     if split not in manifest["splits"]:
-        raise ConfigError(f"{folder}: no split {split!r}; it has {', '.join(manifest['splits'])}")
+        there = ", ".join(manifest["splits"])
+        raise ConfigError(f"{folder}: no split {split!r}; it has {there}{_remedy(manifest, split)}")
     if verify != "none":
         for shard in manifest["splits"][split]["shards"]:
             _check_shard(folder / shard["file"], shard, manifest["dtype"], hashes=verify == "hash")
     return Split(folder, manifest, split)
+
+
+def _remedy(manifest: dict[str, Any], split: str) -> str:
+    """How to come to data that have a test split, where one is asked for."""
+    if split != "test":
+        return ""
+    if manifest.get("settings", {}).get("source") == IMPORTED:
+        return ". Import a folder in which there is a test.bin or NAME_test.bin too"
+    return ". Set data.test_fraction, such as to 0.02, and data.path to another folder, and prepare and train on that"
 
 
 def verify_folder(folder: str | Path) -> dict[str, Any]:

@@ -85,7 +85,9 @@ class TokenFile:
 
 
 def files_of(folder: Path, split: str) -> list[Path]:
-    """The files of a split: SPLIT.bin as nanoGPT names it, or NAME_SPLIT.bin, NAME_SPLIT_N.bin as llm.c does."""
+    """The files of a split: SPLIT.bin as nanoGPT names it, or NAME_SPLIT.bin, NAME_SPLIT_N.bin as llm.c does. Of test
+    there need not be any. Raises ConfigError.
+    """
     plain = folder / f"{split}.bin"
     if plain.is_file():
         return [plain]
@@ -95,7 +97,7 @@ def files_of(folder: Path, split: str) -> list[Path]:
         raise ConfigError(
             f"{folder}: files of several data sets ({', '.join(sorted(names))}); give a folder with those of one"
         )
-    if not paths:
+    if not paths and split != "test":
         raise ConfigError(
             f"{plain}: missing; give the folder in which nanoGPT's prepare.py wrote train.bin and val.bin, or llm.c's "
             "NAME_train.bin and NAME_val.bin"

@@ -7,7 +7,7 @@ from pathlib import Path
 from common.errors import ConfigError
 from common.progress import Log
 from data.config import DataConfig
-from data.encode import digest_of, held_out
+from data.encode import digest_of, fractions_of
 from data.sources.corpus import documents
 from data.tokenizer import Tokenizer, train
 
@@ -48,6 +48,7 @@ def sample(cfg: DataConfig) -> list[str]:
     Each source of a mixture has a share of it as its weight.
     """
     weights = sum(entry.weight for entry in cfg.sources().values())
+    fractions = fractions_of(cfg)
     chosen: set[int] = set()  # hashes: a document that occurs twice counts once
     texts = []
     for entry in cfg.sources().values():
@@ -58,7 +59,7 @@ def sample(cfg: DataConfig) -> list[str]:
             size = len(text.encode())
             digest = digest_of(text)
             seen_bytes += size
-            if digest not in chosen and not held_out(digest, cfg.val_fraction):
+            if digest not in chosen and not fractions.held_out(digest):
                 chosen.add(digest)
                 heapq.heappush(kept, (-digest, text))
                 kept_bytes += size

@@ -13,7 +13,7 @@ from common.progress import Log, progress
 from common.workers import Workers
 from data.config import DataConfig, MixtureSource
 from data.draft import SEEN, Draft
-from data.encode import EMPTY, SHORT, Encoder, held_out
+from data.encode import EMPTY, SHORT, Encoder, fractions_of
 from data.manifest import SPLITS
 from data.pipeline import EncodedDocument, encoded, until
 from data.shard_writer import ShardWriter
@@ -61,7 +61,7 @@ class Writing:
     """
 
     def __init__(self, cfg: DataConfig, eos_id: int, draft: Draft) -> None:
-        self._draft, self._cfg = draft, cfg
+        self._draft, self._cfg, self._fractions = draft, cfg, fractions_of(cfg)
         self._seen_file = draft.path / SEEN
         saved = draft.progress or {}
         self._numbers = {name: number for number, name in enumerate(cfg.sources())}
@@ -79,6 +79,7 @@ class Writing:
                 draft.path, split, cfg.dtype, eos_id, cfg.shard_tokens, saved.get("splits", {}).get(split)
             )
             for split in SPLITS
+            if split != "test" or cfg.test_fraction
         }
 
     @property
@@ -102,7 +103,7 @@ class Writing:
         elif document.near:
             self.counts["overlapping"] += 1
         else:
-            split = "val" if held_out(document.digest, self._cfg.val_fraction) else "train"
+            split = self._fractions.split_of(document.digest)
             self.writers[split].add(document.ids, document.text_bytes, self._numbers[source])
             self.tokens[source] += len(document.ids) + 1
             self.counts["text_bytes"] += document.text_bytes

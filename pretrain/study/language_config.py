@@ -20,7 +20,7 @@ from pretrain.study.tuning import Entry, Known, Setting, Space, Tuning, settings
 
 MOST_CELLS = 20_000
 FEW_SEEDS = 5  # fewer give intervals that mean little
-TEST = "val"  # the split that is scored once, at the end; choosing sees `val` alone
+TEST = "test"  # the split that is scored once, at the end; choosing sees `val` alone
 NOT_ITS_OWN = {"run": "out", "head": "heads", "train.seed": "seeds and tuning.seed", "optim.min_lr": "lr_floor"}
 SPACE_SETS = {  # where a setting of the space stands in a run's configuration
     "lr": "optim.lr",
@@ -125,6 +125,11 @@ class LanguageConfig(BaseModel, extra="forbid", frozen=True):
                     raise ValueError(f"{where}{section} must be a mapping of keys to values, as the section of a run")
                 if setting in given:
                     raise ValueError(f"{where}{key} is set by the study: use {ours}")
+        data = self.base.get("data") or {}
+        if not isinstance(data, dict) or not data.get("test_fraction"):
+            raise ValueError(
+                "base.data.test_fraction must be above 0: a study reports on a test split, which choosing never saw"
+            )
         if not isinstance(self.base.get("model") or {}, dict):
             raise ValueError("base.model must be a mapping of keys to values, as the section of a run")
         return self

@@ -19,7 +19,7 @@ from common.files import discard, replace_file, replacing
 from common.strict_json import plain, read_json, to_json
 from data.shards import open_split
 from pretrain.analysis import geometry, interpretation
-from pretrain.analysis.evaluation import open_task, run_task
+from pretrain.analysis.evaluation import scored_documents
 from pretrain.analysis.scoring import token_counts, unigram_bits_per_byte
 from pretrain.analysis.summary import summarise
 from pretrain.checkpoints.saver import versions
@@ -28,7 +28,6 @@ from pretrain.energy.sustainability import joules_of
 from pretrain.recorder import machine
 from pretrain.records import JOULES, PARTS, PHASES, Eval, Record, Train
 from pretrain.run_folder import RunFolder
-from pretrain.runtime.ranks import alone
 from pretrain.study.language_config import TEST, Cell, LanguageConfig
 
 CELLS, DATA = "cells", "data.json"
@@ -153,7 +152,7 @@ class Records:
 
     def _measure(self, cell: Cell, cfg: RunConfig) -> dict[str, Any]:
         """Scores a run by document, and its geometry. Raises ConfigError."""
-        scored, _ = run_task(open_task(cfg.run, TEST), alone())
+        scored = scored_documents(cfg.run, TEST)
         with replacing(self.file(cell).with_suffix(".npz")) as draft, draft.open("wb") as stream:
             np.savez_compressed(stream, nats=scored.nats.astype(np.float32), text_bytes=scored.text_bytes)
         source = interpretation.open_run(cfg.run, (), strict=False)

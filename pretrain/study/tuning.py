@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Annotated
 
 import numpy as np
 from pydantic import BaseModel, Field, RootModel, model_validator
@@ -21,6 +22,7 @@ EDGE = 0.1  # of a range, in the scale that it is drawn in: what lies in it at e
 DIGITS = 4  # significant ones of a value that was drawn
 
 Setting = Mapping[str, float]
+Share = Annotated[float, Field(gt=0, le=1)]
 TUNABLE: dict[str, str] = {  # in the order of the dimensions that points are drawn in
     "lr": "learning rate",
     "warmup": "warm-up, share of the steps",
@@ -159,15 +161,15 @@ class Tuning(BaseModel, extra="forbid", frozen=True):
     """A search by successive halving (arXiv:1502.07943) with as many trials for every head."""
 
     trials: int = Field(gt=0, le=MOST_TRIALS)
-    rungs: tuple[float, ...] = Field(default=(1.0,), min_length=1, max_length=20)  # shares of the steps
+    rungs: tuple[Share, ...] = Field(default=(1.0,), min_length=1, max_length=20)  # of the steps
     keep: float = Field(default=0.34, gt=0, lt=1)  # of a rung's trials, those that go on to the next
     seed: Seed  # of the draws and of the runs
     space: Space
 
     @model_validator(mode="after")
     def _rungs_rise_to_the_whole(self) -> Tuning:
-        if not all(0 < a < b for a, b in pairwise(self.rungs)) or self.rungs[0] <= 0 or self.rungs[-1] != 1:
-            raise ValueError(f"rungs={list(self.rungs)} must rise from above 0 to 1, which is all of the steps")
+        if any(a >= b for a, b in pairwise(self.rungs)) or self.rungs[-1] != 1:
+            raise ValueError(f"rungs={list(self.rungs)} must rise to 1, which is all of the steps")
         return self
 
     def counts(self) -> list[int]:

@@ -20,15 +20,17 @@ from pretrain.study.language_config import Cell, LanguageConfig
 from pretrain.study.records import Records
 from tests.support.tiny import text_config
 
+TESTED = {"test_fraction": 0.05}  # of the `data` section
 DOCUMENTS = np.array([120.0, 80.0, 200.0, 150.0])  # bytes of the test split that nobody prepared
 
 Bits = Callable[[str], float | None]  # by the run's name; None: it diverges
 
 
 def tree(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Two heads, three trials, two rungs, two fresh seeds, one size, on the text of `make_text(folder / "data")`."""
+    """Two heads, three trials, two rungs, two fresh seeds, one size, on the text of `make_text(folder / "data", **TESTED)`."""
     usual = {"train__steps": 4, "evaluation__every": 2, "logging__every": 1, "train__micro_batch": 4}
     run = text_config(folder, **usual).model_dump(mode="json", exclude={"run": True, "head": True})
+    run["data"] |= TESTED
     del run["train"]["seed"], run["optim"]["lr"], run["optim"]["min_lr"], run["optim"]["warmup_steps"]
     del run["optim"]["prototype_decay"], run["optim"]["head_lr_scale"]
     return {

@@ -168,8 +168,10 @@ def run_to_end(cfg: RunConfig) -> list[float]:
 TEXT_V = 300
 
 
-def make_text(folder: Path) -> Path:
-    """A folder prepared from a few documents of text, with a tokenizer of its own, for `text_config`."""
+def make_text(folder: Path, **changes: Any) -> Path:
+    """A folder prepared from a few documents of text, with a tokenizer of its own, for `text_config`; `changes` of the
+    `data` section.
+    """
     from common.settings import validate
     from data.config import DataConfig
     from data.prepare import prepare
@@ -179,7 +181,7 @@ def make_text(folder: Path) -> Path:
     text = folder.with_name("text.txt")
     documents = (" ".join(random.choice(words, 12 + k % 9)) for k in range(400))
     text.write_text("\n\n".join(documents), encoding="utf-8")
-    prepare(validate(DataConfig, _text_section(folder), "data"))
+    prepare(validate(DataConfig, {**_text_section(folder), **changes}, "data"))
     return folder
 
 

@@ -26,7 +26,7 @@ from pretrain.study.__main__ import main
 from pretrain.study.jobs import Jobs, Stopped
 from pretrain.study.language_config import TEST, LanguageConfig
 from pretrain.study.statistics import crossed
-from tests.support.language_study import asked, launch_as, leave_run, measure_as, study, tree
+from tests.support.language_study import TESTED, asked, launch_as, leave_run, measure_as, study, tree
 from tests.support.pages import Tree
 from tests.support.tiny import make_text
 
@@ -34,7 +34,7 @@ from tests.support.tiny import make_text
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("prepared")
-    make_text(folder / "data")
+    make_text(folder / "data", **TESTED)
     return folder
 
 
@@ -378,7 +378,7 @@ def test_a_config_of_no_kind_is_refused(tmp_path: Path, capsys: Any) -> None:
 @pytest.mark.slow
 def test_real_runs_from_text_to_the_page(tmp_path: Path) -> None:
     """The command, its launcher and its ranks."""
-    make_text(tmp_path / "data")
+    make_text(tmp_path / "data", **TESTED)
     tuning = {**TUNING, "trials": 1, "rungs": [1]}
     path = asked(tmp_path, tuning=tuning, heads={"softmax": {"distance": "dot"}})
     words = [sys.executable, "-m", "pretrain.study", path, "--num-gpus", "1"]
