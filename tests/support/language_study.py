@@ -27,7 +27,7 @@ Bits = Callable[[str], float | None]  # by the run's name; None: it diverges
 
 
 def tree(folder: Path, **changes: Any) -> dict[str, Any]:
-    """Two heads, three trials, two rungs, two fresh seeds, one size, on the text of `make_text(folder / "data", **TESTED)`."""
+    """Two heads, three trials, two rungs, two fresh seeds, one size, on `make_text(folder / "data", **TESTED)`."""
     usual = {"train__steps": 4, "evaluation__every": 2, "logging__every": 1, "train__micro_batch": 4}
     run = text_config(folder, **usual).model_dump(mode="json", exclude={"run": True, "head": True})
     run["data"] |= TESTED
