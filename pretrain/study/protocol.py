@@ -7,9 +7,10 @@ from typing import Any
 
 from pretrain.study.comparisons import Ran
 from pretrain.study.language_config import FEW_SEEDS, Cell, LanguageConfig
+from pretrain.study.records import bits
 from pretrain.study.search import Choice
 from pretrain.study.statistics import LEVEL, POWER, in_deviations, over_seeds
-from pretrain.study.tuning import TUNABLE, Range, edges, ratios
+from pretrain.study.tuning import TUNABLE, Entry, Range, edges, ratios
 
 FEW_DOCUMENTS = 100  # fewer say little of a text
 
@@ -60,16 +61,33 @@ def _entry(name: str, entry: Any) -> dict[str, Any]:
     return {"about": TUNABLE[name], **given}
 
 
-def edges_of(study: LanguageConfig, choice: Choice | None) -> list[dict[str, Any]]:
-    """The chosen settings that lie at an edge of what was tried: with one, nothing may be called the best."""
+def edges_of(study: LanguageConfig, choice: Choice | None, trials: Sequence[Ran]) -> list[dict[str, Any]]:
+    """The chosen settings that lie at an edge of what was tried: with one, nothing may be called the best. `behind`: by
+    how many bits/byte the best trial inside is worse than the chosen one after the first rung, where all were trained
+    alike; near 0, the edge may be chance.
+    """
     found = []
     for head, chosen in (choice["heads"] if choice else {}).items():
         space, setting = study.space(head), chosen["setting"]
         for name, end in (edges(space, setting) if setting else {}).items():
             entry = space[name]
-            where = {"tried": entry.told(), "try": entry.beyond(end)}
+            own = [run for run in trials if run.cell.head == head]
+            where = {
+                "tried": entry.told(),
+                "try": entry.beyond(end),
+                "behind": _behind(own, name, entry, chosen["trial"]),
+            }
             found.append({"head": head, "setting": name, "value": setting[name], "end": end, **where})
     return found
+
+
+def _behind(trials: Sequence[Ran], name: str, entry: Entry, chosen: int) -> float | None:
+    """None without both trials."""
+    first = {run.cell.trial: run for run in trials if not run.cell.rung and bits(run.record) is not None}
+    inside = [bits(run.record) for run in first.values() if entry.edge(run.cell.setting[name]) is None]
+    own = bits(first[chosen].record) if chosen in first else None
+    known = [value for value in inside if value is not None]
+    return min(known) - own if known and own is not None else None
 
 
 def searched(

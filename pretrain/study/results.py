@@ -36,7 +36,7 @@ def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> di
         (size for size in reversed(study.sizes) if any(run.measured for run in at[size][study.baseline])),
         study.tuned_at,
     )
-    edges = protocol.edges_of(study, choice)
+    edges = protocol.edges_of(study, choice, trials)
     settled = choice is not None and not edges
     base = {(run.cell.size, run.cell.seed): run for run in ran if run.cell.head == study.baseline}
     return plain(

@@ -186,6 +186,8 @@ def test_a_choice_at_an_edge_unsettles_the_study(folder: Path, monkeypatch: Any)
         assert ("No head is called best, better or worse here" in told) != settled
         if not settled:
             edge = found["edges"][0]
+            assert any(edge["setting"] not in search_edges(made, "softmax", k) for k in range(4))
+            assert edge["behind"] == pytest.approx(0.2)
             assert edge["head"] == "softmax" and edge["try"] in told and edge["tried"] in told
 
 

@@ -42,7 +42,7 @@ def _edges(study: Study) -> str:
         return ""
     lines = [
         f"<strong>{edge.text('head')}</strong>: {edge.text('setting')} {edge.text('value', form='{:.4g}')} lies at the "
-        f"{edge.text('end')} end of {edge.text('tried')}; try {edge.text('try')}"
+        f"{edge.text('end')} end of {edge.text('tried')}; try {edge.text('try')}" + _behind(edge)
         for edge in entries
     ]
     chance = study.figure("protocol", "edges_by_chance")
@@ -51,6 +51,12 @@ def _edges(study: Study) -> str:
         f"{plural(len(entries), 'chosen value')} at an edge of what was tried, so a better one may lie beyond, and no "
         f"head is called the best.{by_chance}"
     ) + layout.findings(lines, "findings soft")
+
+
+def _behind(edge: Figures) -> str:
+    behind = edge.figure("behind")
+    told = "" if behind is None else written(behind, "{:+.4f}")
+    return told and f" (the best trial inside after the first rung: {told} bits/byte)"
 
 
 def _chosen(study: Study) -> str:
