@@ -80,6 +80,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mahalanobis, full": {"factor": "full"},
     "hamming, hard": {"kind": "hard"},
     "dot": {},
+    "cosine_softmax": {},
+    "squared_euclidean_softmax": {},
     "manhattan": {},
     "chebyshev": {},
     "minkowski, p = 3": {"p": 3.0},

@@ -34,6 +34,7 @@ from .triton_scores import (
     padded,
     padded_rows,
     partial_sums,
+    steepness,
     summed,
     target_gradient,
 )
@@ -58,6 +59,35 @@ TILES = (  # reasoned, and compiled within the registers of an H100; `python -m 
 )
 WITH_MOMENT = TILES[2]  # a third sum needs more registers
 GROUP = 8  # blocks of tokens that go along the prototypes together, so that both sides stay in the L2 cache
+
+
+@triton.jit
+def _linear(value, steep, real):
+    """Of the products or q of a tile: E = exp(score - top), top, sum E and sum score E."""
+    score = tl.where(real, value * steep, LOWEST)  # a product of 0 behind may be the greatest
+    top = tl.max(score, 1)
+    kept = tl.exp2((score - top[:, None]) * LOG2E)
+    return kept, top, tl.sum(kept, 1), tl.sum(score * kept, 1)
+
+
+@triton.jit
+def _powers(q, slope, floor, x_square, behind):
+    """Of the q of a tile: E = (q / least)^slope, log2 of the least, and sums without the columns `behind` the last."""
+    q = not_below(q, floor)
+    least = tl.min(q, 1)
+    top = log2(least)  # of this tile alone: E waits for no other, and is made while q is in registers
+    shift = top * slope
+    log = log2(q)
+    weight = tl.exp2(tl.fma(log, slope, -shift[:, None]))
+    kept = settled(tl.where(q > floor, weight, 0.0))  # chosen in float32: see `settled`
+    weight = weight * q  # E q: p up to a factor, where E is p / q, as the gradient needs it
+    # of the least q: 1 but for the rounding of the shift; divided by it, what takes all has a share of 1, exactly
+    unit = tl.exp2(tl.fma(top, slope, -shift)) * least
+    log_behind = log2(x_square + BEHIND)
+    weight_behind = tl.exp2(tl.fma(log_behind, slope, -shift)) * (x_square + BEHIND) * behind
+    total = tl.div_rn(tl.sum(weight, 1) - weight_behind, unit)
+    moment = tl.sum(weight * (log - top[:, None]), 1) - weight_behind * (log_behind - top)
+    return kept, top, total, tl.div_rn(moment, unit)
 
 
 @triton.jit
@@ -88,47 +118,21 @@ def _scores(
     there = token < rows
     target = tl.load(targets + token, mask=there, other=1.0)[:, None]
     at_target = column[None, :] == tl.load(local + token, mask=there, other=-1).to(tl.int32)[:, None]
-    if LINEAR:
-        steep = 1.0
-        if coefficient is not None:
-            steep = tl.load(coefficient)
-        if KIND == "quadratic":
-            steep = -steep
-            x_square = tl.load(x_squares + token, mask=there, other=1.0)
-            row_square = tl.load(row_squares + column, mask=column < columns, other=0.0)[None, :]
-            value = value * -2 + (x_square[:, None] + row_square)
-        score = tl.where(at_target, target, value)
-        if coefficient is not None:
-            score = score * steep
-        score = tl.where((column < columns)[None, :], score, LOWEST)  # a product of 0 behind may be the greatest
-        top = tl.max(score, 1)
-        kept = tl.exp2((score - top[:, None]) * LOG2E)
-        total = tl.sum(kept, 1)
-        if MOMENT:
-            tl.store(moments + block_v * rows + token, tl.sum(score * kept, 1), mask=there)
-    else:
-        slope = -(tl.load(coefficient) + 1.0)
-        floor = tl.load(floors + token, mask=there, other=1.0)[:, None]
+    x_square = target
+    if KIND == "quadratic":
         x_square = tl.load(x_squares + token, mask=there, other=1.0)
         row_square = tl.load(row_squares + column, mask=column < padded, other=BEHIND)[None, :]
-        q = tl.where(at_target, target, value * -2 + (x_square[:, None] + row_square))
-        q = not_below(q, floor)
-        least = tl.min(q, 1)
-        top = log2(least)  # of this tile alone: E waits for no other, and is made while q is in registers
-        shift = top * slope
-        log = log2(q)
-        weight = tl.exp2(tl.fma(log, slope, -shift[:, None]))
-        kept = settled(tl.where(q > floor, weight, 0.0))  # chosen in float32: see `settled`
-        weight = weight * q  # E q: p up to a factor, where E is p / q, as the gradient needs it
-        # of the least q: 1 but for the rounding of the shift; divided by it, what takes all has a share of 1, exactly
-        unit = tl.exp2(tl.fma(top, slope, -shift)) * least
+        value = value * -2 + (x_square[:, None] + row_square)
+    value = tl.where(at_target, target, value)
+    if LINEAR:
+        steep = steepness(coefficient, KIND)
+        kept, top, total, moment = _linear(value, steep, (column < columns)[None, :])
+    else:
+        floor = tl.load(floors + token, mask=there, other=1.0)[:, None]
         behind = tl.maximum((block_v + 1) * BLOCK_V - columns, 0).to(tl.float32)
-        log_behind = log2(x_square + BEHIND)
-        weight_behind = tl.exp2(tl.fma(log_behind, slope, -shift)) * (x_square + BEHIND) * behind
-        total = tl.div_rn(tl.sum(weight, 1) - weight_behind, unit)
-        if MOMENT:
-            moment = tl.sum(weight * (log - top[:, None]), 1) - weight_behind * (log_behind - top)
-            tl.store(moments + block_v * rows + token, tl.div_rn(moment, unit), mask=there)
+        kept, top, total, moment = _powers(value, -(tl.load(coefficient) + 1.0), floor, x_square, behind)
+    if MOMENT:
+        tl.store(moments + block_v * rows + token, moment, mask=there)
     if KEEP:  # what reaches beyond the last token or line, the hardware leaves out
         kept_tiles.store([block_m * BLOCK_M, block_v * BLOCK_V], kept.to(DTYPE))
     tl.store(tops + block_v * rows + token, top, mask=there)
@@ -201,11 +205,7 @@ def _target_score(
     there = token < rows
     score = tl.load(targets + token, mask=there, other=1.0)
     if LINEAR:
-        if coefficient is not None:
-            steep = tl.load(coefficient)
-            if KIND == "quadratic":
-                steep = -steep
-            score = score * steep
+        score = score * steepness(coefficient, KIND)
     else:
         floor = tl.load(floors + token, mask=there, other=1.0)
         score = log2(not_below(score, floor)) * -tl.load(coefficient) * LN2
@@ -244,11 +244,7 @@ def _gradients(
     offsets = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row = offsets < padded
     real = (offsets < columns)[None, :]
-    steep = 1.0
-    if coefficient is not None:
-        steep = tl.load(coefficient)
-        if KIND != "dot":
-            steep = -steep
+    steep = steepness(coefficient, KIND)
     # a block is no wider than a tile of `_scores`, and lies in one: one factor for each token
     tile_tops = tops + (tl.program_id(0) * BLOCK_V // WIDTH).to(tl.int64) * rows
     column_sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)

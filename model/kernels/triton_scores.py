@@ -50,93 +50,109 @@ def _distance(value, x_square, row_square, floor, KIND: tl.constexpr, LINEAR: tl
 
 
 @triton.jit
+def steepness(coefficient, KIND: tl.constexpr):
+    """Of the scores by what is kept; `coefficient`: where it lies, or None for 1."""
+    steep = 1.0
+    if coefficient is not None:
+        steep = tl.load(coefficient)
+        if KIND != "dot":
+            steep = -steep
+    return steep
+
+
+@triton.jit
+def _score(value, distance, steep, KIND: tl.constexpr, LINEAR: tl.constexpr):
+    """In base 2, as the hardware's lg2 and ex2 are, and the logarithm of c or q in it (LINEAR: anything)."""
+    log = distance
+    if KIND == "log":
+        log = value
+    elif not LINEAR:
+        log = log2(distance)
+    score = distance * (steep * LOG2E) if LINEAR else steep * log
+    return score, log
+
+
+@triton.jit
+def _capped(score, steep, cap, lift):
+    """A score in base 2 with its cap, its u = n ds/dn, and the slope of the cap."""
+    raw = score * LN2 + steep * lift
+    bent, slope = tanh(raw / cap)
+    return bent * (cap * LOG2E), slope * (raw * LOG2E), slope
+
+
+@triton.jit
 def _statistics(
     values, local, coefficient, floors, x_squares, row_squares, targets, sums, columns, padded, stride, segment, cap,
-    lift,
-    KIND: tl.constexpr, LINEAR: tl.constexpr, CAP: tl.constexpr, MORE: tl.constexpr, ROUNDS: tl.constexpr,
+    lift, KIND: tl.constexpr, LINEAR: tl.constexpr, CAP: tl.constexpr, MORE: tl.constexpr, ROUNDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token and a segment of its row: the max of the scores, sum exp(s - max), sum u exp(s - max), s of the target;
-    and with MORE sum s, u of the target, sum u.
+    and with MORE sum s, u of the target, sum u. sums (4 or 7, M, segments).
 
-    sums (4 or 7, M, segments). ROUNDS x BLOCK numbers are read at a time, a thread's own below one another, and every
-    column of the block has a running max and running sums: a reduction over threads comes once, at the end.
+    ROUNDS x BLOCK numbers are read at a time, a thread's own below one another, and every column of the block has a
+    running max and running sums: a reduction over threads comes once, at the end.
     """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * segment
     last = tl.minimum(first + segment, padded)
     target_column = tl.load(local + row).to(tl.int32)  # as wide as the offsets that it is compared with
     lanes = tl.arange(0, ROUNDS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
-    unit = LN2  # scores are in base 2 here, as the hardware's lg2 and ex2 are: one factor a token at the end, not each
-    steep = 1.0
-    floor = 0.0
-    if coefficient is not None:
-        steep = tl.load(coefficient)
-        if KIND != "dot":
-            steep = -steep
-    if not LINEAR:
-        floor = tl.load(floors + row)
-    if KIND == "quadratic":
-        x_square = tl.load(x_squares + row)
-        target = tl.load(targets + row)
-        if not LINEAR:
-            target = not_below(target, floor)
-    target_score = 0.0
-    target_share = 0.0
-    every = tl.zeros((1, BLOCK), tl.float32)
-    shares = tl.zeros((1, BLOCK), tl.float32)
+    steep = steepness(coefficient, KIND)
+    floor = 0.0 if LINEAR else tl.load(floors + row)
+    x_square = tl.load(x_squares + row) if KIND == "quadratic" else 0.0
+    target = tl.load(targets + row) if KIND == "quadratic" else 0.0
+    target_score, target_share = 0.0, 0.0
     top = tl.full((1, BLOCK), LOWEST, tl.float32)
     total = tl.zeros((1, BLOCK), tl.float32)
-    moment = tl.zeros((1, BLOCK), tl.float32)
+    moment, every, shares = total, total, total
     for start in range(first, last, ROUNDS * BLOCK):
         offsets = start + lanes
-        score = tl.load(values + row * stride + offsets, mask=offsets < last, other=1.0)  # of which the logarithm is 0
+        value = tl.load(values + row * stride + offsets, mask=offsets < last, other=1.0)  # of which the logarithm is 0
         at_target = offsets == target_column
         if KIND == "quadratic":
             row_square = tl.load(row_squares + offsets, mask=offsets < last, other=1.0)
-            distance = _distance(score, x_square, row_square, floor, KIND, LINEAR)
-            distance = tl.where(at_target, target, distance)  # its own difference: no digits cancelled
-            score = distance * (steep * LOG2E) if LINEAR else steep * log2(distance)
-        elif KIND == "log":
-            score = log2(_distance(score, 0, 0, floor, KIND, LINEAR))
-            tl.store(values + row * stride + offsets, score * LN2, mask=offsets < last)
-            score = steep * score
-        else:
-            score = score * (steep * LOG2E)
+            value = value * -2 + (x_square + row_square)
+            value = tl.where(at_target, target, value)  # its own difference: no digits cancelled
+        value = value if LINEAR else log2(not_below(value, floor))
+        if KIND == "log":
+            tl.store(values + row * stride + offsets, value * LN2, mask=offsets < last)
+        score = value * (steep * LOG2E) if LINEAR else steep * value
         share = score
         if CAP:
-            raw = score * LN2 + steep * lift
-            bent, slope = tanh(raw / cap)
-            score = bent * (cap * LOG2E)
-            share = slope * (raw * LOG2E)
+            score, share, _ = _capped(score, steep, cap, lift)
         if (target_column >= start) & (target_column < start + ROUNDS * BLOCK):
             target_score = tl.sum(tl.where(at_target, score, 0.0))  # over all threads, in this one block
-            if MORE:
-                target_share = tl.sum(tl.where(at_target, share, 0.0))
+            target_share = tl.sum(tl.where(at_target, share, 0.0))
         real = offsets < columns  # `last` may lie behind the last prototype, in the padding of the row
+        share = tl.where(real, share, 0.0 if CAP else LOWEST)
         if MORE:
-            share = tl.where(real, share, 0.0)
             every += tl.sum(tl.where(real, score, 0.0), 0)[None, :]
-            shares += tl.sum(share, 0)[None, :]
+            shares += tl.sum(tl.where(real, share, 0.0), 0)[None, :]
         score = tl.where(real, score, LOWEST)
         new_top = tl.maximum(top, tl.max(score, 0)[None, :])  # sums are scaled down to it: arXiv:1805.02867
         weight = tl.where(real, tl.exp2(score - new_top), 0.0)  # 1 where all were LOWEST so far, hence the mask
         scale = tl.exp2(top - new_top)
         total = total * scale + tl.sum(weight, 0)[None, :]
-        moment = moment * scale + tl.sum((share if CAP else score) * weight, 0)[None, :]
+        moment = moment * scale + tl.sum(share * weight, 0)[None, :]
         top = new_top
+    _store_sums(sums, top, total, moment, target_score, every, target_share, shares, MORE)
+
+
+@triton.jit
+def _store_sums(sums, top, total, moment, target_score, every, target_share, shares, MORE: tl.constexpr):
+    """What a program of `_statistics` found, out of base 2: one factor a token here, not each."""
     highest = tl.max(top)
     scale = tl.exp2(top - highest)
-    out = sums + row * tl.num_programs(1) + tl.program_id(1)
+    out = sums + tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     plane = tl.num_programs(0).to(tl.int64) * tl.num_programs(1)
-    tl.store(out, highest * unit)
+    tl.store(out, highest * LN2)
     tl.store(out + plane, tl.sum(total * scale))
-    tl.store(out + 2 * plane, tl.sum(moment * scale) * unit)
-    tl.store(out + 3 * plane, target_score * unit)
+    tl.store(out + 2 * plane, tl.sum(moment * scale) * LN2)
+    tl.store(out + 3 * plane, target_score * LN2)
     if MORE:
-        tl.store(out + 4 * plane, tl.sum(every) * unit)
-        tl.store(out + 5 * plane, target_share * unit)
-        tl.store(out + 6 * plane, tl.sum(shares) * unit)
+        tl.store(out + 4 * plane, tl.sum(every) * LN2)
+        tl.store(out + 5 * plane, target_share * LN2)
+        tl.store(out + 6 * plane, tl.sum(shares) * LN2)
 
 
 def statistics(values: Tensor, given: Given, block: int | None = None, segments: int | None = None) -> Sums:
@@ -185,11 +201,60 @@ def target_gradient(score, lse, slope, apart, steep, KIND: tl.constexpr, LINEAR:
 
 
 @triton.jit
+def _plain_tile(
+    value, distance, at_target, lse, slope, score, apart, floor, steep, MARGIN: tl.constexpr, KIND: tl.constexpr,
+    LINEAR: tl.constexpr,
+):  # fmt: skip
+    """G = slope * (p - onehot) / c of a tile, slope = weight * ds / d log c; 0 within MARGIN of the floor's log q, as
+    the plain form says.
+    """
+    least = floor * (1.0 + MARGIN)
+    lse2 = (lse * LOG2E)[:, None]
+    target = target_gradient(score, lse, slope, apart, steep, KIND, LINEAR)
+    if LINEAR:
+        grad = tl.exp2(distance * (steep * LOG2E) - lse2) * slope[:, None]
+    elif KIND == "quadratic":
+        target = tl.where(apart <= least, 0.0, target)
+        grad = tl.exp2((steep - 1.0) * log2(distance) - lse2) * slope[:, None]  # p / q
+        grad = tl.where(distance <= least[:, None], 0.0, grad)  # a constant has no slope
+    else:
+        least = log2(floor) * LN2 + MARGIN
+        target = tl.where(score / steep <= least, 0.0, target)
+        grad = tl.exp2((steep - 1.0) * (value * LOG2E) - lse2) * slope[:, None]
+        grad = tl.where(value <= least[:, None], 0.0, grad)
+    return tl.where(at_target, target[:, None], grad)
+
+
+@triton.jit
+def _shaped_tile(
+    value, distance, lse, slope, less, floor, steep, cap, lift, MARGIN: tl.constexpr, KIND: tl.constexpr,
+    LINEAR: tl.constexpr, CAP: tl.constexpr,
+):  # fmt: skip
+    """G = (slope p - less) / c of a tile, `less` (tokens, prototypes), times the slope of a cap; `distance`: c of the
+    target by its own difference too.
+    """
+    score, log = _score(value * LOG2E, distance, steep, KIND, LINEAR)
+    bend = 1.0
+    if CAP:
+        score, _, bend = _capped(score, steep, cap, lift)
+    score -= (lse * LOG2E)[:, None]
+    if not LINEAR:
+        score -= log  # p / c by one exponential
+        less = less * tl.exp2(-log)
+    grad = (tl.exp2(score) * slope[:, None] - less) * bend
+    if KIND == "log":
+        grad = tl.where(value <= (log2(floor) * LN2 + MARGIN)[:, None], 0.0, grad)
+    elif not LINEAR:
+        grad = tl.where(distance <= (floor * (1.0 + MARGIN))[:, None], 0.0, grad)
+    return grad
+
+
+@triton.jit
 def _gradients(
     values, local, coefficient, floors, x_squares, row_squares, targets, scores, lses, weights, owns, uniforms, out,
-    over_rows, over_columns, rows, columns, padded, stride, out_stride, stretch, cap, lift,
-    MARGIN: tl.constexpr, KIND: tl.constexpr, LINEAR: tl.constexpr, CAP: tl.constexpr, OPTIONS: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr,
+    over_rows, over_columns, rows, columns, padded, stride, out_stride, stretch, cap, lift, MARGIN: tl.constexpr,
+    KIND: tl.constexpr, LINEAR: tl.constexpr, CAP: tl.constexpr, OPTIONS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """A stretch of tokens in a block of prototypes, tile by tile: G = weight * (p - onehot) * ds/dvalue, or with
     OPTIONS (weight p - own onehot - uniform) * ds/dvalue, rounded, 0 in columns beyond the last prototype; and for
@@ -198,11 +263,7 @@ def _gradients(
     """
     offsets = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
     in_row, real = offsets < padded, (offsets < columns)[None, :]
-    steep = 1.0
-    if coefficient is not None:
-        steep = tl.load(coefficient)
-        if KIND != "dot":
-            steep = -steep
+    steep = steepness(coefficient, KIND)
     if KIND == "quadratic":
         row_square = tl.load(row_squares + offsets, mask=in_row, other=1.0)[None, :]
     column_sums = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
@@ -216,62 +277,23 @@ def _gradients(
         at_target = offsets[None, :] == tl.load(local + token, mask=there, other=-1).to(tl.int32)[:, None]
         lse = tl.load(lses + token, mask=there, other=0.0)
         slope = tl.load(weights + token, mask=there, other=0.0) * steep
-        score = tl.load(scores + token, mask=there, other=0.0)
-        floor = lse
-        if not LINEAR:
-            floor = tl.load(floors + token, mask=there, other=1.0)
-        least = floor * (1.0 + MARGIN)  # log q within MARGIN of the floor's, as the plain form says
-        lse2 = (lse * LOG2E)[:, None]
-        distance = value
-        apart = lse
+        floor = lse if LINEAR else tl.load(floors + token, mask=there, other=1.0)
+        distance, apart = value, lse
         if KIND == "quadratic":
             apart = tl.load(targets + token, mask=there, other=1.0)
-            if not LINEAR:
-                apart = not_below(apart, floor)
+            apart = apart if LINEAR else not_below(apart, floor)
             x_square = tl.load(x_squares + token, mask=there, other=1.0)[:, None]
             distance = _distance(value, x_square, row_square, floor[:, None], KIND, LINEAR)
         if OPTIONS:
-            if KIND == "quadratic":
-                distance = tl.where(at_target, apart[:, None], distance)
-            log = distance  # base 2, of q or c
-            if KIND == "log":
-                log = value * LOG2E
-            elif not LINEAR:
-                log = log2(distance)
-            score2 = distance * (steep * LOG2E)
-            if not LINEAR:
-                score2 = log * steep
-            bend = 1.0
-            if CAP:
-                bent, bend = tanh((score2 * LN2 + steep * lift) / cap)
-                score2 = bent * (cap * LOG2E)
             own = tl.load(owns + token, mask=there, other=0.0) * steep
             less = tl.where(at_target, own[:, None], 0.0)
             if uniforms is not None:
                 less += (tl.load(uniforms + token, mask=there, other=0.0) * steep)[:, None]
-            score2 -= lse2
-            if not LINEAR:
-                score2 -= log  # p / c by one exponential
-                less = less * tl.exp2(-log)
-            grad = (tl.exp2(score2) * slope[:, None] - less) * bend
-            if KIND == "log":
-                grad = tl.where(value <= (log2(floor) * LN2 + MARGIN)[:, None], 0.0, grad)
-            elif not LINEAR:
-                grad = tl.where(distance <= least[:, None], 0.0, grad)
+            distance = tl.where(at_target, apart[:, None], distance) if KIND == "quadratic" else distance
+            grad = _shaped_tile(value, distance, lse, slope, less, floor, steep, cap, lift, MARGIN, KIND, LINEAR, CAP)
         else:
-            target = target_gradient(score, lse, slope, apart, steep, KIND, LINEAR)
-            if LINEAR:
-                grad = tl.exp2(distance * (steep * LOG2E) - lse2) * slope[:, None]
-            elif KIND == "quadratic":
-                target = tl.where(apart <= least, 0.0, target)
-                grad = tl.exp2((steep - 1.0) * log2(distance) - lse2) * slope[:, None]  # p / q
-                grad = tl.where(distance <= least[:, None], 0.0, grad)  # a constant has no slope
-            else:
-                least = log2(floor) * LN2 + MARGIN
-                target = tl.where(score / steep <= least, 0.0, target)
-                grad = tl.exp2((steep - 1.0) * (value * LOG2E) - lse2) * slope[:, None]
-                grad = tl.where(value <= least[:, None], 0.0, grad)
-            grad = tl.where(at_target, target[:, None], grad)
+            score = tl.load(scores + token, mask=there, other=0.0)
+            grad = _plain_tile(value, distance, at_target, lse, slope, score, apart, floor, steep, MARGIN, KIND, LINEAR)
         rounded = tl.where(real, grad, 0.0).to(out.dtype.element_ty)  # zeros behind: products read them
         tl.store(out + wide * out_stride + offsets[None, :], rounded, mask=inside)
         if KIND == "quadratic":

@@ -21,10 +21,10 @@ from tests.support.decoders import decoder_settings
 
 HEADS: list[dict[str, Any]] = [
     {"distance": distance, "exponent": exponent, "params": params}
-    for exponent in ("sqrt_dim", "learned", 3.0)
+    for exponent in ("sqrt_dim", "learned", 3.0, None)
     for distance, params in (
         ("euclidean", {}), ("dot", {}), ("minkowski", {"p": 3.0}), ("mahalanobis", {}),
-        ("mahalanobis", {"factor": "full"}),
+        ("mahalanobis", {"factor": "full"}), ("cosine_softmax", {}),
     )
 ]  # fmt: skip
 
@@ -134,4 +134,23 @@ def test_a_head_is_checked_without_torch(words: list[str], message: str) -> None
 
 def test_every_distance_has_settings() -> None:
     assert list(SETTINGS) == list(DISTANCES)
-    assert all(kind.has_exponent == SETTINGS[name].has_exponent for name, kind in DISTANCES.items())
+    for name, kind in DISTANCES.items():
+        for told in ("has_exponent", "exponent", "scaled", "degree", "first_exponent"):
+            assert getattr(kind, told) == getattr(SETTINGS[name], told), (name, told)
+
+
+def test_an_exponent_that_is_left_out_is_the_distances_own() -> None:
+    """In the settings too, where it has a word: who names it has the same run, and so has a run of before."""
+    words = {name: HeadConfig(distance=name).exponent for name in SETTINGS}
+    assert words.pop("cosine_softmax") == "learned" and words.pop("squared_euclidean_softmax") is None
+    assert set(words.values()) == {"sqrt_dim"}
+    assert HeadConfig() == HeadConfig(exponent="sqrt_dim") == HeadConfig(exponent=None)
+    for name, first in (("cosine_softmax", 4.0), ("squared_euclidean_softmax", 1.0)):
+        for exponent, learned in ((None, name == "cosine_softmax"), ("learned", True), ("sqrt_dim", False), (3.0, False)):
+            config = HeadConfig(distance=name, exponent=exponent)
+            head = HarmonicHead(5, 16, seed=0, **config.arguments())
+            assert (head.log_exponent is not None) == learned == ("log_exponent" in config.parameters(5, 16))
+            expected = {"sqrt_dim": 4.0, 3.0: 3.0}.get(exponent, first)
+            assert torch.as_tensor(head.exponent).item() == pytest.approx(expected)
+    with pytest.raises(ValueError, match="distance='x': expected one of"):
+        HeadConfig(distance="x")

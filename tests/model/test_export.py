@@ -86,6 +86,15 @@ def test_log_probabilities_of_every_exponent(kind: str, tmp_path: Path) -> None:
     assert loaded.config.exponent == {"learned": None, "a number": 9.0, "a ramp": 2.5}[kind]
 
 
+@pytest.mark.parametrize("distance", ["dot", "cosine", "cosine_softmax"])
+def test_a_cap_is_a_part_of_the_model(distance: str, tmp_path: Path) -> None:
+    """The other options are of training, and leave no trace."""
+    options = {"soft_cap": 1.5, "label_smoothing": 0.1, "z_loss": 0.01}
+    loaded = check(*make({}, {"distance": distance, "exponent": 6.0, **options}), tmp_path)
+    assert loaded.config.soft_cap == 1.5
+    assert loaded(tokens_of()).logits.abs().max() <= 1.5
+
+
 @pytest.mark.parametrize("name", BACKBONES)
 def test_log_probabilities_and_continuations_of_every_backbone(name: str, tmp_path: Path) -> None:
     decoder, head = make(BACKBONES[name])

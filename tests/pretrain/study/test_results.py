@@ -136,9 +136,11 @@ def test_an_exponent_is_told_as_it_was_set() -> None:
         {"exponent": 28.0},
         {"exponent": "learned"},
         {"exponent": ramp},
+        {"distance": "cosine_softmax"},
+        {"distance": "squared_euclidean_softmax"},
     )
     told = [exponent(validate(HeadConfig, head)) for head in heads]
-    assert told == [None, "sqrt_dim", 28.0, "learned", "1 to 8"]
+    assert told == [None, "sqrt_dim", 28.0, "learned", "1 to 8", "learned", "the distance's own"]
 
 
 def test_a_curve_says_what_training_had_taken() -> None:
