@@ -258,6 +258,7 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
     exponent: float | Literal["sqrt_dim", "learned"] | ExponentRamp | None = None
     init_std: StartLength | Literal["gpt2"] | None = None  # of prototypes' entries; None: the distance's own start
     feature_length: StartLength | None = None  # of the first final hidden states; None: the distance's own
+    tied_sign: Literal[1, -1] | None = None  # of a tied decoder's final states: see pretrain.config.from_tree
     chunk_mib: int | None = Field(default=None, gt=0, le=2**20)  # budget of the head's working memory; None: by device
     fused: bool | None = None  # the GPU's product and the passes over its scores in one; None: by device
     label_smoothing: float = 0.0  # in [0, 1), in training: see model.options.LossOptions, as for the next two

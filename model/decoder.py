@@ -67,8 +67,8 @@ class Decoder(nn.Module):
 
     Args:
         config: sizes and options.
-        hidden_length: length of the hidden states at initialisation (`HeadConfig.hidden_length`); None: sqrt(D),
-            unit variance.
+        hidden_length: length of the hidden states at initialisation (`HeadConfig.hidden_length`), below 0 with their
+            sign turned; None: sqrt(D), unit variance.
         seed: of the initial weights; None: torch's global generator as it stands.
 
     Raises:

@@ -82,7 +82,9 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
     weight_decay: NotNegative = 0.1  # of matrices; see also_decay
     also_decay: tuple[Literal["norms", "biases", "embeddings", "prototypes"], ...] = ()
     prototype_decay: NotNegative | None = None  # of prototypes; None: weight_decay if also_decay names them, else 0
-    head_lr_scale: float = Field(default=1.0, ge=1e-6, le=1e6)  # times lr: the head's own rate, of prototypes, factor and exponent
+    head_lr_scale: float = Field(
+        default=1.0, ge=1e-6, le=1e6
+    )  # times lr: the head's own rate, of prototypes, factor and exponent
     clip: Positive | None = 1.0  # of the global norm, trunk and prototypes together
     max_skipped: Steps = 10  # non-finite steps in a row that end the run
 
@@ -98,8 +100,8 @@ class OptimConfig(BaseModel, extra="forbid", frozen=True):
     def _one_decay_of_prototypes(self) -> OptimConfig:
         if self.prototype_decay is not None and "prototypes" in self.also_decay:
             raise ValueError(
-                f"prototype_decay={self.prototype_decay} and also_decay={list(self.also_decay)} both say how prototypes "
-                "decay: take prototypes out of also_decay"
+                f"prototype_decay={self.prototype_decay} and also_decay={list(self.also_decay)} both say how "
+                "prototypes decay: take prototypes out of also_decay"
             )
         return self
 
@@ -288,6 +290,10 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
         given = self.deepspeed.get("zero_optimization", {}).get(f"offload_{what}") or {}
         return bool(given.get("device") == "cpu")
 
+    def hidden_length(self) -> float:
+        """Of the decoder's first final states, as `model.decoder.Decoder` takes it: below 0, their sign is turned."""
+        return self.head.hidden_length(self.model.dim) * (self.head.tied_sign or 1 if self.model.tied else 1)
+
     def sequences_per_step(self) -> int:
         """Sequences of one update, of the whole world."""
         return self.train.tokens_per_step // self.model.seq_len
@@ -324,19 +330,31 @@ def _divisors(sequences: int, world: int) -> str:
     return listed(divisors(sequences // world), "nothing")
 
 
-def from_tree(tree: dict[str, Any]) -> RunConfig:
-    """Checks plain values. `model.vocab_size` is the tokenizer's and may be left out. Raises ConfigError."""
+def from_tree(tree: dict[str, Any], written: bool = False) -> RunConfig:
+    """Checks plain values. `model.vocab_size` is the tokenizer's and may be left out. Raises ConfigError.
+
+    `head.tied_sign` may be left out too: of a tied decoder it is -1. The residual stream carries the embedding of the
+    token that was read to its end; tied, that is its prototype, so a token predicts itself at first. With the final
+    states' sign turned, its own prototype is the farthest of all: benchmarks/results/tied-cpu.md.
+
+    Args:
+        written: by a run, which says all that there was to say then: what it leaves out came later.
+    """
     with suppress(KeyError, TypeError):  # the sections' own checks will say what is missing
         given = tree["data"]["tokenizer"]["vocab_size"]
         tree = {**tree, "model": {"vocab_size": given, **tree["model"]}}
+    with suppress(KeyError, TypeError, AttributeError):
+        head = tree.get("head") or {}
+        if tree["model"]["tied"] is True and head.get("tied_sign") is None:
+            tree = {**tree, "head": {**head, "tied_sign": 1 if written else -1}}
     cfg = validate(RunConfig, tree)
     validate(DeepSpeedSettings, cfg.deepspeed, "deepspeed")
     return cfg
 
 
-def load(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads and checks a config file with `key=value` overrides. Raises ConfigError."""
-    return from_tree(read_tree(path, list(overrides)))
+def load(path: str | Path, overrides: Sequence[str] = (), written: bool = False) -> RunConfig:
+    """Reads and checks a config file with `key=value` overrides; `written`: a run's own. Raises ConfigError."""
+    return from_tree(read_tree(path, list(overrides)), written)
 
 
 def dump(cfg: RunConfig) -> str:

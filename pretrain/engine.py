@@ -177,9 +177,14 @@ class Trainer:
         """Inputs (B, T), positions and targets (B, S) -> nats and most probable tokens, (B * S,) each, as
         `pretrain.modules.score_positions` gives them. Collective.
         """
+        return score_positions(self.head, self.states(inputs), at, targets)
+
+    @torch.no_grad()
+    def states(self, inputs: Tensor) -> Tensor:
+        """Tokens (B, T) -> final hidden states (B, T, D), as evaluation has them: without dropout. Collective."""
         self.engine.eval()
         self.head.eval()
-        return score_positions(self.head, self.hidden(inputs), at, targets)
+        return self.hidden(inputs)
 
     def _average_over_replicas(self) -> None:
         for parameter in self.head.parameters():

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from data.loader import EvaluationWindows
+from data.masking import mask_id
+from pretrain.analysis import lengths
 from pretrain.analysis.heldout import identify
 from pretrain.analysis.scoring import evaluate, figure, scoring
 from pretrain.batches import Batches
@@ -28,7 +30,7 @@ from pretrain.decisions import Next, Outcome, Seen, decide, ends_early, must_sto
 from pretrain.energy.meter import Meter, Spent
 from pretrain.engine import Step, Trainer
 from pretrain.recorder import Recorder
-from pretrain.records import Counters, Eval, Save
+from pretrain.records import Counters, Eval, Lengths, Save
 from pretrain.run_folder import RunFolder
 from pretrain.runtime.ranks import Ranks
 from pretrain.runtime.signals import StopSignal
@@ -172,6 +174,8 @@ class Run:
         with self.meter.window("eval") as spent:
             micro_batch = cfg.evaluation.micro_batch or cfg.train.micro_batch
             scores = evaluate(scoring(self._score, cfg.model, cfg.data.path), self.held_out, micro_batch, self.ranks)
+            mask = None if cfg.model.causal else mask_id(cfg.data.path)
+            states = lengths.of_states(self._states, self.held_out, micro_batch, mask, self.ranks.device)
         self._account(spent[0])
         if self.recorder is not None:
             figures: dict[str, Any] = {**scores.as_dict(), **about, **spent[0].as_dict()}
@@ -183,6 +187,7 @@ class Run:
                     f"an evaluation takes {spent[0].seconds:.0f} s, in which a preempted job does not save, and it has "
                     f"{cfg.checkpoint.grace_s:.0f} s (checkpoint.grace_s): it may be cut off"
                 )
+        self.record_lengths(**states)
         least = self.progress.best_nats
         best = math.isfinite(scores.loss) and (least is None or scores.loss < least)
         changed = (
@@ -198,6 +203,16 @@ class Run:
     def _score(self, inputs: Tensor, at: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         self.pulse(None)
         return self.trainer.score(inputs, at, targets)
+
+    def _states(self, inputs: Tensor) -> Tensor:
+        self.pulse(None)
+        return self.trainer.states(inputs)
+
+    def record_lengths(self, **states: float | None) -> None:
+        """Records how long the prototypes are now, and `states`, what is known of hidden states. Collective."""
+        prototypes = lengths.of_prototypes(self.trainer.head)
+        if self.recorder is not None:
+            self.recorder.record(Lengths(step=self.progress.step, **prototypes, **states))
 
     def save(self) -> None:
         """Begins to write a checkpoint, unless this step's is there already; the save before it ends first."""

@@ -7,21 +7,28 @@ from torch import Tensor, nn
 
 from model.decoder import Decoder, document_positions
 from model.head import HarmonicHead
+from model.vocab_parallel import VocabShard
 from pretrain.config import RunConfig
 from pretrain.runtime.ranks import Ranks
 
 
 def build_modules(cfg: RunConfig, ranks: Ranks) -> tuple[Decoder, HarmonicHead]:
     """The decoder, and this rank's part of the head, on the rank's device."""
-    decoder = Decoder(cfg.model, hidden_length=cfg.head.hidden_length(cfg.model.dim), seed=cfg.train.seed)
-    head = HarmonicHead(
-        cfg.model.vocab_size,
-        cfg.model.dim,
-        shard=ranks.shard(cfg.model.vocab_size),
-        seed=cfg.train.seed + 1,
-        **cfg.head.arguments(),
-    )
+    decoder = Decoder(cfg.model, hidden_length=cfg.hidden_length(), seed=cfg.train.seed)
+    head = _head(cfg, ranks.shard(cfg.model.vocab_size))
     return decoder.to(ranks.device), head.to(ranks.device)
+
+
+def _head(cfg: RunConfig, shard: VocabShard | None = None) -> HarmonicHead:
+    settings = cfg.head.arguments()
+    return HarmonicHead(cfg.model.vocab_size, cfg.model.dim, shard=shard, seed=cfg.train.seed + 1, **settings)
+
+
+def initial_prototypes(cfg: RunConfig) -> Tensor:
+    """All prototypes (V, D) as a fresh run of this configuration starts with them, on the CPU; tied ones are the
+    embedding too.
+    """
+    return _head(cfg).prototypes.detach()
 
 
 def hidden_states(

@@ -66,6 +66,8 @@ def open_run(cfg: RunConfig, ranks: Ranks, pulse: Callable[[float | None], None]
     run = Run(cfg, ranks, trainer, batches, held_out, meter, saver, recorder, state, progress, pulse)
     run.say(f"resumed from {start}" if start else f"started in {cfg.run}")
     run.record_counters()
+    if not progress.step:
+        run.record_lengths()
     if own:
         run.saved_step = progress.step
     return run

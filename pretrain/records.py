@@ -122,13 +122,26 @@ class Counters(Record):
     missing: Mapping[str, str]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lengths(Record):
+    """Euclidean lengths at the start of a run and at its evaluations, in the units of the weights: of all prototypes as
+    they are stored, and of final hidden states before the first tokens of the held-out split (None: at the start).
+    """
+
+    kind: ClassVar[str] = "lengths"
+    prototypes_median: float | None  # None: not finite
+    prototypes_p95: float | None  # 95th percentile
+    hidden_median: float | None = None
+    hidden_p95: float | None = None
+
+
 def hints_of(model: Any) -> dict[str, Any]:
     """The types of a dataclass's fields."""
     hints = get_type_hints(model)
     return {field.name: hints[field.name] for field in fields(model)}
 
 
-KINDS: dict[str, type[Record]] = {model.kind: model for model in (Train, Eval, Save, Counters)}
+KINDS: dict[str, type[Record]] = {model.kind: model for model in (Train, Eval, Save, Counters, Lengths)}
 PHASES = tuple(model.kind for model in (Train, Eval, Save))
 HINTS = {model: hints_of(model) for model in KINDS.values()}
 Kind = TypeVar("Kind", bound=Record)

@@ -69,7 +69,7 @@ class RunFolder:
         """The run's resolved configuration, with `key=value` overrides. Raises ConfigError."""
         from pretrain.config import load
 
-        return load(self.config, overrides)
+        return load(self.config, overrides, written=True)
 
     def records(self, model: type[Kind]) -> list[Kind]:
         """Those of a kind (`Record`: all) in their order; none if the run has left none. Raises ConfigError."""

@@ -37,6 +37,11 @@ class Spectrum:
 
     variances: Tensor
 
+    @classmethod
+    def of(cls, covariance: Tensor) -> Spectrum:
+        """(D, D) float64, symmetric."""
+        return cls(_eigenvalues(covariance))
+
     def dimensions(self, share: float) -> int:
         """The fewest leading components that hold at least `share` (0 to 1) of the variance; 0 if there is none."""
         held = self.variances.cumsum(0)
@@ -56,10 +61,15 @@ class Spectrum:
         return (self.variances.sum().square() / self.variances.square().sum()).item()
 
 
-def spectrum(rows: Tensor) -> Spectrum:
-    """(N, D) -> eigenvalues of the covariance of the rows, centred by their mean and divided by N."""
+def covariance(rows: Tensor) -> Tensor:
+    """(N, D) -> (D, D) float64, of the rows, centred by their mean and divided by N."""
     rows = _matrix(rows)
-    return Spectrum(_eigenvalues(_moments(rows, _mean(rows))))
+    return _moments(rows, _mean(rows))
+
+
+def spectrum(rows: Tensor) -> Spectrum:
+    """(N, D) -> eigenvalues of the covariance of the rows."""
+    return Spectrum.of(covariance(rows))
 
 
 def effective_rank(rows: Tensor) -> float:

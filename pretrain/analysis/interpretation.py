@@ -9,6 +9,7 @@ Legend: N tokens, V prototypes, D width, C classes.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Sequence
@@ -28,7 +29,15 @@ from data.shards import Split, open_split
 from data.tokenizer import Tokenizer
 from model.distances import Distance
 from pretrain.analysis import geometry
-from pretrain.analysis.scoring import maskings
+from pretrain.analysis.papers import (
+    FunctionVectors,
+    Parallelogram2502,
+    function_vectors,
+    parallelogram_2502,
+    spectrum_2603,
+)
+from pretrain.analysis.scoring import maskings, token_counts
+from pretrain.analysis.start import NOISE_SEED, Noise, count_correlation, noise_rows, start_of, still_noise
 from pretrain.analysis.words import RELATIONS, token_of, token_pairs
 from pretrain.checkpoints.contents import damage, read_state
 from pretrain.checkpoints.folder import step_of
@@ -123,6 +132,9 @@ def _measured(source: Source) -> Measured:
     distance = model.head.score_function
     seen_prototypes, seen_hidden = (_seen(distance, rows) for rows in (prototypes, hidden))
     points = {"prototypes": seen_prototypes, "embedding": embedding}
+    began = start_of(source.run, cfg)
+    start = None if began.prototypes is None else _seen(distance, began.prototypes.to(prototypes.device))
+    learnt = {"displacement": None if start is None else seen_prototypes - start}
     figures = {
         "checkpoint": str(source.checkpoint),
         "step": model.step,
@@ -130,12 +142,19 @@ def _measured(source: Source) -> Measured:
         "tied": cfg.model.tied,
         "held_out_tokens": len(hidden),
         "spectra": {
-            name: None if rows is None else _spectrum(rows) for name, rows in {**points, "hidden": seen_hidden}.items()
+            name: None if rows is None else _spectrum(rows)
+            for name, rows in {**points, **learnt, "hidden": seen_hidden}.items()
         },
+        "noise": {
+            "seed": NOISE_SEED,
+            **{name: _of_noise(*rows.shape) for name, rows in (("prototypes", prototypes), ("hidden", hidden))},
+        },
+        "start": {"unknown": began.unknown, **_since(seen_prototypes, start)},
+        "first_component_with_count": _with_count({"prototypes": seen_prototypes, **learnt}, cfg),
         "norms": {str(step_of(checkpoint)): _norms(checkpoint, cfg) for checkpoint in _usable(source, model.step)},
         "classes": _classes(seen_prototypes, seen_hidden, targets, distance),
         "parallelograms": {
-            name: None if rows is None else _parallelograms(rows, source.tokenizer) for name, rows in points.items()
+            name: None if rows is None else _relations(rows, source.tokenizer) for name, rows in points.items()
         },
         "nearest": _nearest(prototypes, distance, source),
     }
@@ -187,6 +206,25 @@ def _seen(distance: Distance, rows: Tensor) -> Tensor:
     return torch.cat([distance.transform(part.double()).float() for part in rows.split(geometry.CHUNK)])
 
 
+def _since(prototypes: Tensor, start: Tensor | None) -> dict[str, float | None]:
+    """How much of the prototypes is still their start, both as the distance sees them."""
+    return dict.fromkeys(Noise._fields) if start is None else still_noise(prototypes, start)._asdict()
+
+
+def _with_count(rows: dict[str, Tensor | None], cfg: RunConfig) -> dict[str, dict[str, float] | None]:
+    counts = torch.from_numpy(token_counts(open_split(cfg.data.path, "train")))
+    return {
+        name: None if one is None or one.shape[1] < 2 else count_correlation(one, counts.to(one.device))._asdict()
+        for name, one in rows.items()
+    }
+
+
+@functools.lru_cache
+def _of_noise(count: int, dim: int) -> dict[str, Any]:
+    """What `_spectrum` says of independent normal entries."""
+    return _spectrum(noise_rows(count, dim))
+
+
 def _spectrum(rows: Tensor) -> dict[str, Any]:
     spectrum = geometry.spectrum(rows)
     return {
@@ -196,6 +234,7 @@ def _spectrum(rows: Tensor) -> dict[str, Any]:
         "first_5": spectrum.explained(5),
         "effective_rank": geometry.effective_rank(rows.double() - rows.mean(0, dtype=torch.float64)),
         "participation_ratio": spectrum.participation_ratio,
+        "arxiv_2603_10225": spectrum_2603(rows)._asdict(),
     }
 
 
@@ -266,14 +305,27 @@ def _centre_distance(own: Tensor, classes: geometry.Classes, distance: Distance)
     return {name: values.nanmedian().item() for name, values in readings.items()}
 
 
-def _parallelograms(rows: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
+def _relations(rows: Tensor, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Relation -> how much its pairs are sides of parallelograms, here and as arXiv:2502.01628 has it."""
+    points = geometry.plane(rows) if rows.shape[1] > 1 else None
     by_relation = {}
-    for relation, pairs in RELATIONS.items():
-        tokens = token_pairs(tokenizer, pairs)
-        enough = len(tokens) >= 2
-        losses = geometry.parallelogram_loss(rows, torch.tensor(tokens))._asdict() if enough else {}
-        none = dict.fromkeys(geometry.Parallelograms._fields)
-        by_relation[relation] = {"pairs": len(tokens), "left_out": len(pairs) - len(tokens), **none, **losses}
+    for relation, words in RELATIONS.items():
+        tokens = token_pairs(tokenizer, words)
+        figures: dict[str, Any] = dict.fromkeys(geometry.Parallelograms._fields)
+        theirs: dict[str, Any] = dict.fromkeys(Parallelogram2502._fields)
+        vectors: dict[str, Any] = dict.fromkeys(FunctionVectors._fields)
+        if len(tokens) >= 2:
+            pairs = torch.tensor(tokens, device=rows.device)
+            figures = geometry.parallelogram_loss(rows, pairs)._asdict()
+            vectors = function_vectors(rows, pairs)._asdict()
+            theirs = theirs if points is None else parallelogram_2502(points, pairs)._asdict()
+        by_relation[relation] = {
+            "pairs": len(tokens),
+            "left_out": len(words) - len(tokens),
+            **figures,
+            "arxiv_2502_01628": theirs,
+            "function_vectors": vectors,
+        }
     return by_relation
 
 

@@ -189,14 +189,19 @@ def compare(a: Evaluation, b: Evaluation) -> Difference:
     return Difference(difference, float(np.std(drawn, ddof=1)), low, high)
 
 
+def token_counts(split: Split) -> np.ndarray:
+    """(V,) how often each token is among the first UNIGRAM_TOKENS of a split."""
+    return np.bincount(split.read(0, min(split.tokens, UNIGRAM_TOKENS)), minlength=split.vocab_size)
+
+
 def unigram_bits_per_byte(train: Split, held_out: Split) -> float | None:
     """Bits per byte of the model that knows token frequencies (add one) and nothing else: what any model must beat.
     None where the bytes of the text are not known.
     """
     if held_out.text_bytes is None:
         return None
-    seen = np.bincount(train.read(0, min(train.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size) + 1.0
+    seen = token_counts(train) + 1.0
     nats = -np.log(seen / seen.sum())
-    counts = np.bincount(held_out.read(0, min(held_out.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size)
+    counts = token_counts(held_out)
     share = counts.sum() / held_out.tokens
     return float(counts @ nats) / math.log(2) / (held_out.text_bytes * share)

@@ -9,9 +9,11 @@ from typing import Any
 from common.errors import ConfigError
 from data.shards import open_split
 from pretrain.analysis.heldout import HeldOut, comparable, held_out_of
+from pretrain.analysis.lengths import growth
 from pretrain.analysis.scoring import unigram_bits_per_byte
 from pretrain.config import RunConfig
 from pretrain.energy.sustainability import (
+    first_judged,
     footprint,
     gradient_stability,
     joules_of,
@@ -21,7 +23,7 @@ from pretrain.energy.sustainability import (
     missing_parts,
     to_target,
 )
-from pretrain.records import JOULES, PHASES, Eval, Train, of_kind
+from pretrain.records import JOULES, PHASES, Eval, Lengths, Train, of_kind
 from pretrain.run_folder import RunFolder
 
 
@@ -42,6 +44,7 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
     settings = cfg.energy
     scored_on = held_out_of(folder, cfg, last)
     of_this_text = [record.loss for record in held_out if last and record.text_sha256 == last.text_sha256]
+    first, at = first_judged(cfg.train.steps, cfg.optim.warmup_steps), _recorded_from(train)
     return {
         "head": cfg.head.distance,
         "step": max((record.step for record in records), default=0),
@@ -68,10 +71,11 @@ def summarise(run: Path, energy: Sequence[str] = ()) -> dict[str, Any]:
         "target_loss": settings.target_loss,
         "to_target": None if settings.target_loss is None else to_target(records, settings.target_loss),
         "skipped": sum(record.skipped for record in train),
-        "gradient_stability": gradient_stability(
-            _of_steps([record.grad_norms for record in train]), cfg.optim.warmup_steps
+        "gradient_stability": gradient_stability(_of_steps([record.grad_norms for record in train]), first, at),
+        "learning_stability": learning_stability(
+            _of_steps([record.losses for record in train]), of_this_text, first, at
         ),
-        "learning_stability": learning_stability(_of_steps([record.losses for record in train]), of_this_text),
+        "lengths": growth(of_kind(records, Lengths)),
     }
 
 
@@ -88,6 +92,11 @@ def _mfu(train: Sequence[Train]) -> float | None:
 def _of_steps(values: Sequence[Sequence[float | None] | None]) -> list[float | None]:
     """The values of every step, from those of each record; nothing if a record has only its last one."""
     return [value for steps in values if steps is not None for value in steps] if None not in values else []
+
+
+def _recorded_from(train: Sequence[Train]) -> int:
+    """The update that the first value of `_of_steps` is of."""
+    return max(0, train[0].step - len(train[0].losses or ())) if train else 0
 
 
 def _unigram(cfg: RunConfig, fingerprint: str | None) -> float | None:

@@ -11,7 +11,7 @@ from rich.table import Table
 from common.units import clock
 from pretrain.analysis.heldout import HeldOut, told_of
 from pretrain.analysis.summary import groups_of
-from pretrain.energy.sustainability import LOSS_SPIKE, NORM_SPIKE
+from pretrain.energy.sustainability import SPIKE, WINDOW
 from pretrain.records import JOULES, PARTS, PHASES
 
 UNMEASURED = "not measured: no energy counter"
@@ -21,6 +21,7 @@ PER_TOKEN = (  # rows whose figures depend on how a text is cut into tokens
     "final training loss (nats/token)",
     "held-out perplexity",
     "training energy to the target loss",
+    f"variance of the loss about its median of {WINDOW} steps (nats^2)",
     "largest rise of the held-out loss (nats)",
 )
 
@@ -73,7 +74,7 @@ def table_of(summaries: dict[str, dict[str, Any]]) -> Table:
                 rows[f"{part.upper()} energy, {phase}"] = partial(_joules, part, kind)
     rows["J/token"] = lambda s: _number(s["j_per_token"], "{:.3e}", UNMEASURED)
     rows["J/step"] = lambda s: _number(s["j_per_step"], "{:.4g}", UNMEASURED)
-    rows |= _footprint_rows(summaries) | _stability_rows()
+    rows |= _footprint_rows(summaries) | _stability_rows() | _length_rows(summaries)
     left_out = PER_TOKEN if _many_tokenizers(summaries) else ()
     return _table(summaries, {name: cell for name, cell in rows.items() if name not in left_out})
 
@@ -118,17 +119,43 @@ def _target(summary: dict[str, Any]) -> str:
 
 
 def _stability_rows() -> dict[str, Callable[[dict[str, Any]], str]]:
+    def unrest(stability: dict[str, Any]) -> str:
+        """Over how many steps, from which on."""
+        told = f"({stability['judged']:,} steps, from step {stability['first']:,} on)"
+        return f"{_number(stability['residual_variance'], '{:.3g}')} {told}"
+
     def spikes(stability: dict[str, Any]) -> str:
         return _number(stability["spikes"], f"{{}} of {stability['judged']:,} steps")
 
     return {
-        "variance of ln(gradient norm)": lambda s: _number(s["gradient_stability"]["log_norm_variance"], "{:.3g}"),
-        f"gradient spikes (above {NORM_SPIKE:g} medians)": lambda s: spikes(s["gradient_stability"]),
-        f"loss spikes (above {LOSS_SPIKE:g} sigma)": lambda s: spikes(s["learning_stability"]),
+        f"variance of ln(gradient norm) about its median of {WINDOW} steps": lambda s: unrest(s["gradient_stability"]),
+        f"gradient spikes (above {SPIKE:g} sigma)": lambda s: spikes(s["gradient_stability"]),
+        f"variance of the loss about its median of {WINDOW} steps (nats^2)": lambda s: unrest(s["learning_stability"]),
+        f"loss spikes (above {SPIKE:g} sigma)": lambda s: spikes(s["learning_stability"]),
         "largest rise of the held-out loss (nats)": lambda s: _number(
             s["learning_stability"]["largest_rise"], "{:.4f}"
         ),
     }
+
+
+def _length_rows(summaries: dict[str, dict[str, Any]]) -> dict[str, Callable[[dict[str, Any]], str]]:
+    """Whether prototypes and hidden states stop growing; nothing of runs without records of it."""
+
+    def median(of: str, summary: dict[str, Any]) -> str:
+        steps = summary["lengths"][of]["median"]
+        return (
+            " -> ".join(f"{steps[at]:.3g} (step {at})" for at in dict.fromkeys([*[*steps][:1], *[*steps][-1:]])) or "-"
+        )
+
+    def slope(of: str, summary: dict[str, Any]) -> str:
+        return _number(summary["lengths"][of]["slope"], "{:+.3f}")
+
+    rows: dict[str, Callable[[dict[str, Any]], str]] = {}
+    for of, name in (("prototypes", "prototypes"), ("hidden", "final states")):
+        if any(summary["lengths"][of]["median"] for summary in summaries.values()):
+            rows[f"{name}: median length"] = partial(median, of)
+            rows[f"{name}: d ln(length) / d ln(step), last half"] = partial(slope, of)
+    return rows
 
 
 def notes_of(summaries: dict[str, dict[str, Any]]) -> list[str]:
@@ -161,6 +188,34 @@ def _number(value: float | None, form: str, missing: str = "-") -> str:
     return missing if value is None else form.format(value)
 
 
+POINTS = {  # what a table calls the points whose spectra are told
+    "prototypes": "prototypes",
+    "displacement": "less their start",
+    "embedding": "embedding",
+    "hidden": "hidden",
+}
+SPECTRAL = (  # a row's label, its form, and where a spectrum has it
+    ("dimensions for 90% of the variance", "{:,}", "dimensions_90"),
+    ("dimensions for 95%", "{:,}", "dimensions_95"),
+    ("variance in the first 2", "{:.1%}", "first_2"),
+    ("variance in the first 5", "{:.1%}", "first_5"),
+    ("effective rank", "{:.1f}", "effective_rank"),
+    ("participation ratio", "{:.1f}", "participation_ratio"),
+    ("effective rank (2603.10225)", "{:.1f}", "arxiv_2603_10225", "effective_rank"),
+    ("effective rank of 50 (2603.10225)", "{:.1f}", "arxiv_2603_10225", "effective_rank_50"),
+    ("variance in the first 2 (2603.10225)", "{:.1%}", "arxiv_2603_10225", "first_2"),
+)
+
+
+def _beside_noise(form: str, what: str, keys: Sequence[str], figures: dict[str, Any]) -> str:
+    """A figure of a spectrum, and what independent normal entries of that shape have."""
+    value = _at(figures, ("spectra", what, *keys))
+    if value is None:
+        return "-"
+    noise = _at(figures, ("noise", "hidden" if what == "hidden" else "prototypes", *keys))
+    return f"{form.format(value)} (noise {_number(noise, form)})"
+
+
 def geometry_tables(found: dict[str, Any]) -> list[Table]:
     """Figures by run, CKA by pair of runs, and each run's nearest prototypes."""
     runs = found["runs"]
@@ -172,13 +227,18 @@ def geometry_tables(found: dict[str, Any]) -> list[Table]:
     def row(name: str, form: str, *keys: str) -> None:
         rows[name] = lambda figures: _number(_at(figures, keys), form)
 
-    for what in ("prototypes", "embedding", "hidden"):
-        row(f"{what}: dimensions for 90% of the variance", "{:,}", "spectra", what, "dimensions_90")
-        row(f"{what}: dimensions for 95%", "{:,}", "spectra", what, "dimensions_95")
-        row(f"{what}: variance in the first 2", "{:.1%}", "spectra", what, "first_2")
-        row(f"{what}: variance in the first 5", "{:.1%}", "spectra", what, "first_5")
-        row(f"{what}: effective rank", "{:.1f}", "spectra", what, "effective_rank")
-        row(f"{what}: participation ratio", "{:.1f}", "spectra", what, "participation_ratio")
+    rows["start of the prototypes"] = lambda f: f["start"]["unknown"] or "known"
+    row("... cosine with it", "{:.3f}", "start", "cosine")
+    row("... share of the variance along it", "{:.1%}", "start", "share")
+    row("... what is left of its length", "{:.3f}", "start", "kept")
+    row("... median cosine over tokens", "{:.3f}", "start", "median_row_cosine")
+    for what, name in POINTS.items():
+        for label, form, *keys in SPECTRAL:
+            rows[f"{name}: {label}"] = partial(_beside_noise, form, what, keys)
+        if what in ("prototypes", "displacement"):
+            at = ("first_component_with_count", what)
+            row(f"{name}: first component with ln(1 + count)", "{:.2f}", *at, "every_token")
+            row(f"{name}: the same, of tokens that occur", "{:.2f}", *at, "of_those_that_occur")
     rows["prototypes: median length, by step"] = lambda f: _by_step(f, "median")
     rows["prototypes: longest over median, by step"] = lambda f: _by_step(f, "max/median")
     row("classes (tokens) with enough hidden states", "{:,}", "classes", "classes")
@@ -194,6 +254,8 @@ def geometry_tables(found: dict[str, Any]) -> list[Table]:
     row("NC3", "{:.3f}", "classes", "nc3")
     for relation in next(iter(runs.values()))["parallelograms"]["prototypes"]:
         rows[f"parallelogram loss, {relation}"] = partial(_loss, relation)
+        rows[f"... of 2 components (2502.01628), {relation}"] = partial(_shuffled, relation, "arxiv_2502_01628", "loss")
+        rows[f"... cosine of differences, {relation}"] = partial(_shuffled, relation, "function_vectors", "mean_cosine")
     tables = [_table(runs, rows)]
     if found["cka"]:
         tables.append(Table("linear CKA", "hidden states", "prototypes"))
@@ -218,6 +280,12 @@ def _at(figures: Any, keys: Sequence[str]) -> Any:
 
 def _by_step(figures: dict[str, Any], name: str) -> str:
     return "  ".join(f"{step}: {_number(norms[name], '{:.3g}')}" for step, norms in figures["norms"].items())
+
+
+def _shuffled(relation: str, kind: str, name: str, figures: dict[str, Any]) -> str:
+    """A figure of a relation, and the same with its second words shuffled."""
+    found = figures["parallelograms"]["prototypes"][relation][kind]
+    return "-" if found[name] is None else f"{found[name]:.2f}, shuffled {_number(found['shuffled'], '{:.2f}')}"
 
 
 def _loss(relation: str, figures: dict[str, Any]) -> str:

@@ -158,7 +158,7 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
 
 def _as_read_today(state: Mapping[str, Any]) -> dict[str, Any]:
     """A checkpoint's state with the settings that did not exist when it was written, at their defaults."""
-    cfg = from_tree(state["config"])
+    cfg = from_tree(state["config"], written=True)
     return {**state, "identity": {**identity(cfg, "", ""), **state["identity"]}, "config": cfg.model_dump(mode="json")}
 
 

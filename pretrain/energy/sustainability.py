@@ -6,20 +6,24 @@ Figures are None where nothing was measured. Definitions and limits: docs/energy
 from __future__ import annotations
 
 import math
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
-from statistics import median, pvariance
+from statistics import fmean, median
 from typing import Any
 
 from common.carbon_intensity import GRID_SOURCE, grid_intensity
 from pretrain.records import PARTS, Counters, Eval, Phase, Record, Train, of_kind
 
-WINDOW = 100  # steps before a step that it is compared with
-ENOUGH = 20  # of them, or it is not judged
-NORM_SPIKE = 3.0  # times the median norm of the window
-LOSS_SPIKE = 6.0  # robust standard deviations above the median loss of the window
+SETTLING = 0.1  # of a run's steps after its warm-up, before its stability is judged
+WINDOW = 21  # steps, odd: the one in the middle is compared with the median of all
+ENOUGH = 20  # steps with a whole window, or there is no figure
+SPIKE = 6.0  # robust standard deviations above the trend
+LEAST_SPIKE = 0.1  # nats of a loss, or of ln(norm): runs without noise have no spikes of rounding
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
+# What the median of WINDOW normal values takes of their variance v: a value less that median has the variance
+# v + Var(median) - 2 v / WINDOW, as Cov(value, median) = Cov(mean, median) = Var(mean); Var(median) is near
+# v pi / 2 / (WINDOW + pi / 2 - 1).
+TREND_SHARE = 1 + math.pi / 2 / (WINDOW + math.pi / 2 - 1) - 2 / WINDOW
 
 Records = Sequence[Record]
 
@@ -98,53 +102,65 @@ def to_target(records: Records, target_nats: float) -> dict[str, Any] | None:
     return {"loss": first.loss, "step": first.step, "tokens": tokens, "joules": measured_joules(before, "train")}
 
 
-def gradient_stability(norms: Sequence[float | None], warmup_steps: int = 0) -> dict[str, Any]:
-    """Of the global gradient norms before clipping, by step (None: not finite).
-
-    Returns:
-        log_norm_variance: variance of ln(norm) over the steps after the warm-up; None with fewer than two.
-        spikes: steps with a norm above NORM_SPIKE times the median of the WINDOW steps before; None if none is judged.
-        judged: steps that had ENOUGH steps before them to be judged.
+def first_judged(steps: int, warmup_steps: int) -> int:
+    """The updates before the first one whose stability is judged: the warm-up, and then SETTLING of the run's `steps`,
+    in which norms and losses fall for reasons that have nothing to do with unrest.
     """
-    settled = [math.log(norm) for norm in norms[warmup_steps:] if norm]
-    variance = pvariance(settled) if len(settled) > 1 else None
-    return {"log_norm_variance": variance, **_spikes(norms, lambda window: NORM_SPIKE * median(window))}
+    return warmup_steps + math.ceil(SETTLING * steps)
 
 
-def learning_stability(losses: Sequence[float | None], held_out: Sequence[float | None]) -> dict[str, Any]:
-    """Of training losses by step and held-out losses by evaluation, in nats per token (None: not finite).
+def gradient_stability(norms: Sequence[float | None], first: int = 0, at: int = 0) -> dict[str, Any]:
+    """The unrest of the global gradient norms before clipping, by step (None: not finite), as `_unrest` has it of their
+    logarithms; a spike is a norm that is also e^LEAST_SPIKE times its trend or more.
 
+    Args:
+        first: the first update that is judged, of the whole run (`first_judged`).
+        at: the update that norms[0] is of: records may begin late, after a resume from another run.
+    """
+    return _unrest([math.log(norm) if norm else None for norm in norms], first, at)
+
+
+def learning_stability(
+    losses: Sequence[float | None], held_out: Sequence[float | None], first: int = 0, at: int = 0
+) -> dict[str, Any]:
+    """The unrest of training losses by step, as `_unrest` has it, and rises of held-out losses by evaluation, all in
+    nats per token (None: not finite). A spike is a loss that is also LEAST_SPIKE nats above its trend or more.
+
+    Args:
+        first, at: as of `gradient_stability`.
     Returns:
-        spikes: steps with a loss more than LOSS_SPIKE robust standard deviations (1.4826 times the median absolute
-            deviation) above the median of the WINDOW steps before; None if none is judged.
-        judged: steps that had ENOUGH steps before them to be judged.
+        of `_unrest`, and
         rises: finite evaluations with a loss above the least before them; None with fewer than two.
         largest_rise: the most by which one was above it, 0.0 if none was.
     """
     finite = [loss for loss in held_out if loss is not None]
     above = [loss - least for loss, least in zip(finite[1:], accumulate(finite, min), strict=False)]
     return {
-        **_spikes(losses, _loss_limit),
+        **_unrest(losses, first, at),
         "rises": sum(rise > 0 for rise in above) if above else None,
         "largest_rise": max(0.0, *above) if above else None,
     }
 
 
-def _loss_limit(window: Sequence[float]) -> float:
-    middle = median(window)
-    return middle + LOSS_SPIKE * MAD_TO_SIGMA * median(abs(loss - middle) for loss in window)
+def _unrest(values: Sequence[float | None], first: int, at: int) -> dict[str, Any]:
+    """How values scatter about their trend, the median of the WINDOW steps around each.
 
+    That median is the value itself wherever values only fall, or only rise, within the window: a power law, an
+    exponential decay, a warm-up or a lasting step leave nothing. Independent noise of the variance v gives v.
 
-def _spikes(values: Sequence[float | None], limit: Callable[[Sequence[float]], float]) -> dict[str, int | None]:
-    judged = [value > limit(window) for value, window in _with_window(values)]
-    return {"spikes": sum(judged) if judged else None, "judged": len(judged)}
-
-
-def _with_window(values: Sequence[float | None]) -> Iterator[tuple[float, Sequence[float]]]:
-    """Each finite value with the finite ones of the WINDOW steps before it, where these are ENOUGH."""
-    window: deque[float | None] = deque(maxlen=WINDOW)
-    for value in values:
-        known = [one for one in window if one is not None]
-        if value is not None and len(known) >= ENOUGH:
-            yield value, known
-        window.append(value)
+    Returns:
+        residual_variance: mean square of the values less their trend, over TREND_SHARE; None with fewer than ENOUGH.
+        spikes: values above their trend by more than SPIKE robust standard deviations (MAD_TO_SIGMA times the median
+            size of a residual), and by LEAST_SPIKE or more; None with fewer than ENOUGH.
+        judged: how many values have a trend: those from `first` on with WINDOW // 2 such values on both sides.
+        first: the first update that is judged or stands in a window.
+        window: WINDOW.
+    """
+    known = [value for value in values[max(0, first - at) :] if value is not None]
+    residuals = [known[k + WINDOW // 2] - median(known[k : k + WINDOW]) for k in range(len(known) - WINDOW + 1)]
+    about = {"judged": len(residuals), "first": max(first, at), "window": WINDOW}
+    if len(residuals) < ENOUGH:
+        return {"residual_variance": None, "spikes": None, **about}
+    limit = max(LEAST_SPIKE, SPIKE * MAD_TO_SIGMA * median(map(abs, residuals)))
+    variance = fmean(residual * residual for residual in residuals) / TREND_SHARE
+    return {"residual_variance": variance, "spikes": sum(residual > limit for residual in residuals), **about}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -23,9 +24,9 @@ from pretrain.analysis.evaluation import open_task, run_task
 from pretrain.analysis.heldout import HeldOut, check_one_text
 from pretrain.analysis.scoring import (
     INTERVAL,
-    UNIGRAM_TOKENS,
     Evaluation,
     compare,
+    token_counts,
     unigram_bits_per_byte,
 )
 from pretrain.analysis.summary import summarise
@@ -49,7 +50,7 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     checkpoint = run.checkpoint()
     if run.measured.exists() and run.documents.exists():
         found = json.loads(run.measured.read_text())
-        if found["checkpoint"] == checkpoint.name:
+        if found["checkpoint"] == checkpoint.name and "start" in found["geometry"]:  # older versions measured less
             return found
     log(f"measuring {run.path.name}")
     scored, _ = run_task(open_task(cfg.run), alone())
@@ -82,7 +83,7 @@ def projection(rows: torch.Tensor, spectrum: geometry.Spectrum, source: interpre
     the first UNIGRAM_TOKENS of training.
     """
     train = open_split(source.cfg.data.path, "train")
-    counts = np.bincount(train.read(0, min(train.tokens, UNIGRAM_TOKENS)), minlength=train.vocab_size)
+    counts = token_counts(train)
     chosen = counts.argsort()[::-1][:SHOWN].tolist()
     plane = geometry.plane(rows)
     points = [
@@ -249,20 +250,31 @@ def _spent(summaries: Sequence[dict[str, Any]], parts: Sequence[str]) -> dict[st
         **{
             name: {key: _mean([summary[name][key] for summary in summaries]) for key in keys}
             for name, keys in (
-                ("gradient_stability", ("log_norm_variance", "spikes", "judged")),
-                ("learning_stability", ("spikes", "judged", "largest_rise")),
+                ("gradient_stability", ("residual_variance", "spikes", "judged", "first", "window")),
+                ("learning_stability", ("residual_variance", "spikes", "judged", "first", "window", "largest_rise")),
             )
         },
     }
 
 
 def _shape(runs: Sequence[Ran]) -> dict[str, Any]:
-    """How the prototypes lie: means over seeds of runs that were measured."""
-    spectra = [run.measured["geometry"]["spectra"]["prototypes"] for run in runs]
-    names = ("effective_rank", "participation_ratio", "first_2")
+    """How prototypes, what was learnt of them, and final states lie: means over seeds of runs that were measured."""
+    found = [run.measured["geometry"] for run in runs]
+
+    def mean(*keys: str) -> float | None:
+        return _mean([functools.reduce(lambda at, key: at and at[key], keys, one) for one in found])
+
     return {
-        "pca90": _mean([spectrum["dimensions_90"] for spectrum in spectra]),
-        **{name: _mean([spectrum[name] for spectrum in spectra]) for name in names},
+        "pca90": mean("spectra", "prototypes", "dimensions_90"),
+        **{name: mean("spectra", "prototypes", name) for name in ("effective_rank", "participation_ratio", "first_2")},
+        **{
+            f"{of}_{name}": mean("spectra", of, key)
+            for of in ("displacement", "hidden")
+            for name, key in (("pca90", "dimensions_90"), ("effective_rank", "effective_rank"), ("first_2", "first_2"))
+        },
+        "effective_rank_2603_10225": mean("spectra", "hidden", "arxiv_2603_10225", "effective_rank"),
+        "start_share": mean("start", "share"),
+        "count_correlation": mean("first_component_with_count", "displacement", "every_token"),
     }
 
 
@@ -319,7 +331,7 @@ def _row(run: Ran, base: Ran | None, parts: Sequence[str]) -> dict[str, Any]:
         "tokens_per_s": run.tokens_per_s() if figures else None,
         "j_per_token": _j_per_token(figures, parts) if figures else None,
         **_shape([run] if run.measured else []),
-        **{f"gradient_{key}": gradient.get(key) for key in ("log_norm_variance", "spikes")},
+        **{f"gradient_{key}": gradient.get(key) for key in ("residual_variance", "spikes")},
         "loss_spikes": learning.get("spikes"),
         "less_baseline": run.bits - base.bits if base and run.measured and run.cell.head != base.cell.head else None,
     }

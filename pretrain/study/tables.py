@@ -14,7 +14,7 @@ def language(results: Entry) -> Table:
     """Heads by row."""
     table = Table(
         "head", "lr", "held-out bits/byte", f"less {results['baseline']}", "tokens/s", "J/token", "PCA90", "eff. rank",
-        "var ln norm", "spikes", "diverged",
+        "unrest", "spikes", "diverged",
     )  # fmt: skip
     for head in results["heads"]:
         stable = head["gradient_stability"]
@@ -27,7 +27,7 @@ def language(results: Entry) -> Table:
             _written(head["j_per_token"], "{:.3e}", "not measured"),
             _written(head["pca90"], "{:.1f}"),
             _written(head["effective_rank"], "{:.1f}"),
-            _written(stable["log_norm_variance"], "{:.3g}"),
+            _written(stable["residual_variance"], "{:.3g}"),
             _written(stable["spikes"], "{:.3g}"),
             f"{head['diverged']} of {head['started']}",
         )

@@ -33,7 +33,9 @@ def test_a_start_is_the_distances_own_or_what_is_asked() -> None:
     own = HarmonicHead(2048, 64, distance="dot", seed=1)
     assert own.init_std == own.score_function.start(64).entry_std
     assert own.prototypes.std().item() == pytest.approx(own.init_std, rel=0.01)
-    named = HarmonicHead(2048, 64, seed=1, **HeadConfig(distance="dot", init_std="gpt2", feature_length=3.0).arguments())
+    named = HarmonicHead(
+        2048, 64, seed=1, **HeadConfig(distance="dot", init_std="gpt2", feature_length=3.0).arguments()
+    )
     assert named.prototypes.std().item() == pytest.approx(0.02, rel=0.01)
     assert named.feature_length == 3.0
     assert HeadConfig(distance="dot", feature_length=3.0).hidden_length(64) == 3.0

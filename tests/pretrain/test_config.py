@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from common.errors import ConfigError
-from pretrain.config import check_data, check_layout, from_tree
+from model.distance_settings import SETTINGS
+from pretrain.config import check_data, check_layout, dump, from_tree, load
 from tests.support.tiny import make_data, tiny_config, tiny_tree
 
 
@@ -140,6 +143,55 @@ def test_every_parameter_is_claimed_once_and_decays_as_asked() -> None:
     assert decaying("prototypes") == matrices | {"prototypes"}
     assert decaying("embeddings") == matrices | {"tokens.weight", "positions.weight"}
     assert decaying("norms", "biases", "embeddings", "prototypes") == everything - {"log_exponent", "factor"}
+
+
+def test_a_tied_decoder_turns_the_sign_of_its_final_states(tmp_path: Path) -> None:
+    from pretrain.modules import build_modules
+    from pretrain.run_folder import RunFolder
+    from pretrain.runtime.ranks import alone
+
+    def sign(**changes: Any) -> float:
+        decoder, _ = build_modules(tiny_config(**changes), alone())
+        return math.copysign(1.0, decoder.output_scale)
+
+    assert (sign(), sign(head__distance="dot")) == (1, 1)
+    assert (sign(model__tied=True), sign(model__tied=True, head__distance="cosine")) == (-1, -1)
+    assert sign(model__tied=True, head__distance="dot") == -1
+    assert sign(model__tied=True, head__tied_sign=1) == sign(head__tied_sign=-1) == 1
+
+    cfg = tiny_config(model__tied=True, run=str(tmp_path))
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    assert RunFolder(tmp_path).settings() == cfg and cfg.head.tied_sign == -1
+    before = [line for line in dump(cfg).splitlines(keepends=True) if "tied_sign" not in line]
+    (tmp_path / "config.yaml").write_text("".join(before))
+    assert RunFolder(tmp_path).settings().head.tied_sign == 1, "a run of before there was such a setting"
+    assert load(tmp_path / "config.yaml").head.tied_sign == -1, "the same words as a recipe of today"
+
+
+@pytest.mark.parametrize("post_norm", [False, True])
+@pytest.mark.parametrize("distance", list(SETTINGS))
+def test_a_tied_decoder_starts_near_the_loss_of_an_untied_one(distance: str, post_norm: bool) -> None:
+    from pretrain.modules import build_modules, hidden_states
+    from pretrain.runtime.ranks import alone
+
+    def first_loss(tied: bool) -> float:
+        model = {
+            "dim": 64,
+            "layers": 2,
+            "heads": 2,
+            "seq_len": 32,
+            "tied": tied,
+            "post_norm": post_norm,
+            "vocab_size": 512,
+        }
+        cfg = tiny_config(
+            model=model, head={"distance": distance}, data__tokenizer__vocab_size=512, train__tokens_per_step=256
+        )
+        decoder, head = build_modules(cfg, alone())
+        tokens = torch.randint(0, 512, (8, 33), generator=torch.Generator().manual_seed(1))
+        return head(hidden_states(decoder, head, tokens[:, :-1], cfg, None), tokens[:, 1:]).item()
+
+    assert first_loss(tied=True) < first_loss(tied=False) + 0.7
 
 
 def test_an_exponent_ramp_goes_from_its_first_value_to_its_last() -> None:

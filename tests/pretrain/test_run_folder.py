@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from common.errors import ConfigError
-from pretrain.records import KINDS, Counters, Eval, Phase, Record, Save, Train, from_plain
+from pretrain.records import KINDS, Counters, Eval, Lengths, Phase, Record, Save, Train, from_plain
 from pretrain.run_folder import RunFolder, settings_if_any
 from tests.support.ranks import run_ranks
 from tests.support.tiny import make_data, run_to_end, tiny_config
@@ -42,8 +42,8 @@ def test_records_are_read_as_they_were_written(trained: Path) -> None:
     records = run.records(Record)
     assert [type(record).kind for record in records].count("train") == 2
     assert [record.line() for record in records] == run.metrics.read_text().splitlines()
-    assert {type(record) for record in records} == {Train, Eval, Save, Counters}
-    assert run.records(Phase) == [record for record in records if not isinstance(record, Counters)]
+    assert {type(record) for record in records} == {Train, Eval, Save, Counters, Lengths}
+    assert run.records(Phase) == [record for record in records if not isinstance(record, Counters | Lengths)]
     assert [record.step for record in run.records(Train)] == [2, 4]
 
 
@@ -60,10 +60,11 @@ def test_every_kind_of_record_survives_its_line() -> None:
         Eval(step=1, seconds=0.5, loss=None, bits_per_byte=1.0, text_sha256="a"),
         Save(step=1, seconds=0.5, bytes=3, stall_s=0.1),
         Counters(step=0, measured=["gpu"], missing={"cpu": "none"}),
+        Lengths(step=0, prototypes_median=1.0, prototypes_p95=None),
     ):
         line = json.loads(record.line())
         assert list(line)[:2] == ["kind", "step"] and from_plain(line) == record
-    assert {model.kind for model in KINDS.values()} == {"train", "eval", "save", "counters"}
+    assert {model.kind for model in KINDS.values()} == {"train", "eval", "save", "counters", "lengths"}
 
 
 def test_a_run_is_found_by_its_folder_or_a_checkpoint_of_it(trained: Path, tmp_path: Path) -> None:

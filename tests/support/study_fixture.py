@@ -87,12 +87,13 @@ def _head(name: str, place: int, energy: bool, chance: random.Random) -> dict[st
     }
 
 
+JUDGED = {"judged": STEPS - 60.0, "first": 40, "window": 21}
 NOTHING: dict[str, Any] = {  # of a head without a result
     **dict.fromkeys(("lr", "bits_per_byte", "difference", "tokens_per_s", "seconds_per_token", "j_per_token", "pca90")),
     **dict.fromkeys(("effective_rank", "participation_ratio", "first_2", "scree", "projection")),
     "lr_at_edge": False,
-    "gradient_stability": {"log_norm_variance": None, "spikes": None, "judged": 0},
-    "learning_stability": {"spikes": None, "judged": 0, "largest_rise": None},
+    "gradient_stability": {"residual_variance": None, "spikes": None, "judged": 0, "first": 40, "window": 21},
+    "learning_stability": {"residual_variance": None, "spikes": None, "judged": 0, "largest_rise": None},
     "train_curve": [],
     "eval_curve": [],
     "norms": {},
@@ -119,9 +120,13 @@ def _figures(name: str, place: int, energy: bool, chance: random.Random) -> dict
         "tokens_per_s": 1 / per_token,
         "seconds_per_token": per_token,
         "j_per_token": joules,
-        "gradient_stability": {"log_norm_variance": 0.02 * (1 + place), "spikes": place / 3, "judged": STEPS - 20.0},
-        "learning_stability": {"spikes": 0, "judged": STEPS - 20, "largest_rise": 0.001},
+        "gradient_stability": {**JUDGED, "residual_variance": 0.02 * (1 + place), "spikes": place / 3},
+        "learning_stability": {**JUDGED, "residual_variance": 0.01, "spikes": 0, "largest_rise": 0.001},
         "pca90": next(k for k, share in enumerate(scree, 1) if share >= 0.9) + 1 / 3,
+        "displacement_pca90": 26.0 + place,
+        "hidden_pca90": 40.0 + 2 * place,
+        "start_share": 0.5 + 0.01 * place,
+        "count_correlation": 0.9,
         "effective_rank": 90.0 - 4 * place,
         "participation_ratio": 40.0 - 2 * place,
         "first_2": scree[1],

@@ -95,7 +95,7 @@ def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
     from model.reference import scores_reference
     from pretrain.optim import parameter_groups
 
-    decoder = Decoder(cfg.model, hidden_length=cfg.head.hidden_length(cfg.model.dim), seed=cfg.train.seed)
+    decoder = Decoder(cfg.model, hidden_length=cfg.hidden_length(), seed=cfg.train.seed)
     head = HarmonicHead(V, cfg.model.dim, seed=cfg.train.seed + 1, **cfg.head.arguments())
     groups = parameter_groups([decoder, head], cfg.optim)
     for group in groups:

@@ -16,10 +16,14 @@ from data.manifest import TOKENIZER, fingerprint, read_manifest, write_manifest
 from data.tokenizer import Tokenizer, train
 from pretrain import report
 from pretrain.analysis import geometry, interpretation
+from pretrain.analysis.papers import function_vectors, parallelogram_2502, spectrum_2603
+from pretrain.analysis.start import noise_rows, start_of, still_noise
+from pretrain.analysis.tables import geometry_tables
 from pretrain.analysis.words import NEAREST, RELATIONS, token_of, token_pairs
 from pretrain.checkpoints.loading import load_weights
 from pretrain.inference import load_model
 from pretrain.modules import build_modules
+from pretrain.run_folder import RunFolder
 from pretrain.runtime.ranks import Ranks
 from tests.pretrain.analysis.test_geometry import small_chunks  # noqa: F401
 from tests.support.ranks import run_ranks
@@ -32,6 +36,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "cosine": {"head__distance": "cosine", "model__tied": True, "model__seq_len": 6, "train__tokens_per_step": 48},
     "softmax": {"head__distance": "dot"},
     "mahalanobis": {"head__distance": "mahalanobis"},
+    "went on": {"resume": "euclidean", "resume_allow": ["train.steps"], "train__steps": 6},
 }
 
 
@@ -54,7 +59,9 @@ def make_text(folder: Path) -> int:
 def train_all(base: Path, vocab: int) -> None:
     for name, changes in RUNS.items():
         where = {"run": str(base / name), "data__path": str(base / "data"), "data__tokenizer__vocab_size": vocab}
-        run_to_end(tiny_config(**where, train__steps=4, **changes))
+        if "resume" in changes:
+            changes = {**changes, "resume": str(base / changes["resume"])}
+        run_to_end(tiny_config(**{**where, "train__steps": 4, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -112,26 +119,41 @@ def test_figures_of_a_run_are_those_of_its_weights(trained: Path, capsys: pytest
     assert found == reported(capsys, str(run), "--interpret")["geometry"]["runs"][str(run)], "deterministic"
     source = interpretation.open_run(run, (), strict=False)
     decoder, head = build_modules(source.cfg, Ranks(0, 1, 0, 1, torch.device("cpu")))
+    began = head.prototypes.detach().double().clone()
     load_weights(source.checkpoint, decoder, head)
     w = head.prototypes.detach().double()
     seen = w
     if name == "cosine":
-        seen = w / w.norm(dim=1, keepdim=True)
+        seen, began = (one / one.norm(dim=1, keepdim=True) for one in (w, began))
     if name == "mahalanobis":
-        seen = w * (dict(head.named_parameters())["factor"].detach().double() / 2).exp()
+        seen, began = (
+            one * (dict(head.named_parameters())["factor"].detach().double() / 2).exp() for one in (w, began)
+        )
     spectra = found["spectra"]
     assert spectra["prototypes"]["first_2"] == pytest.approx(geometry.spectrum(seen).explained(2), rel=1e-4)
     rank = geometry.effective_rank(seen - seen.mean(0))
     assert spectra["prototypes"]["effective_rank"] == pytest.approx(rank, rel=1e-4)
+    check_start(found, seen, began)
+    hidden, _ = interpretation.hidden_states(source.run.open_model(precision="float32"), source.split, None)
+    if name in ("euclidean", "softmax", "went on"):
+        rank = spectrum_2603(hidden).effective_rank
+        assert spectra["hidden"]["arxiv_2603_10225"]["effective_rank"] == pytest.approx(rank, rel=1e-4)
     assert (spectra["embedding"] is None) == found["tied"] == (name == "cosine")
     assert (found["parallelograms"]["embedding"] is None) == found["tied"]
-    assert list(found["norms"]) == (["2", "4"] if name == "euclidean" else ["4"])
-    assert found["norms"]["4"]["median"] == pytest.approx(w.norm(dim=1).quantile(0.5).item(), rel=1e-5), "as stored"
+    kept = {"euclidean": ["2", "4"], "went on": ["6"]}
+    assert list(found["norms"]) == kept.get(name, ["4"])
+    assert found["norms"][str(found["step"])]["median"] == pytest.approx(
+        w.norm(dim=1).quantile(0.5).item(), rel=1e-5
+    ), "as stored"
     plural = found["parallelograms"]["prototypes"]["plural"]
     pairs = torch.tensor(token_pairs(source.tokenizer, RELATIONS["plural"]))
     assert (plural["pairs"], plural["left_out"]) == (3, len(RELATIONS["plural"]) - 3)
     assert plural["loss"] == pytest.approx(geometry.parallelogram_loss(seen, pairs).loss, rel=1e-4)
-    assert found["parallelograms"]["prototypes"]["gender"]["loss"] is None
+    theirs = parallelogram_2502(geometry.plane(seen), pairs)
+    assert plural["arxiv_2502_01628"] == pytest.approx(theirs._asdict(), rel=1e-3)
+    assert plural["function_vectors"] == pytest.approx(function_vectors(seen, pairs)._asdict(), rel=1e-3)
+    gender = found["parallelograms"]["prototypes"]["gender"]
+    assert gender["loss"] is gender["function_vectors"]["shared"] is gender["arxiv_2502_01628"]["loss"] is None
     classes = found["classes"]
     assert classes["classes"] >= len(WORDS) and 0 < classes["nc3"] < 4
     assert (classes["centre_distance"] is None) == (name == "softmax")
@@ -142,6 +164,38 @@ def test_figures_of_a_run_are_those_of_its_weights(trained: Path, capsys: pytest
     assert distance == pytest.approx(best.distances.item(), rel=1e-6)
 
 
+def check_start(found: dict[str, Any], seen: torch.Tensor, began: torch.Tensor) -> None:
+    """Of a run that began afresh what it learnt is `seen` less `began`; of another one nothing is known of it."""
+    start, spectra, with_count = found["start"], found["spectra"], found["first_component_with_count"]
+    noise = geometry.spectrum(noise_rows(*seen.shape))
+    assert found["noise"]["prototypes"]["dimensions_90"] == noise.dimensions(0.9)
+    if found["step"] == 6:
+        assert start["unknown"] == "its records begin after 4 updates: it went on from other weights"
+        assert spectra["displacement"] is with_count["displacement"] is start["share"] is None
+        return
+    learnt = seen - began
+    assert start["unknown"] is None
+    assert {name: value for name, value in start.items() if name != "unknown"} == pytest.approx(
+        still_noise(seen, began)._asdict(), rel=1e-4
+    )
+    assert 0.5 < start["share"] < 1, "after four updates"
+    assert spectra["displacement"]["first_2"] == pytest.approx(geometry.spectrum(learnt).explained(2), rel=1e-3)
+    assert spectra["displacement"]["dimensions_90"] < spectra["prototypes"]["dimensions_90"]
+    assert all(0 <= one <= 1 for of in with_count.values() for one in of.values()) and len(with_count) == 2
+
+
+def test_a_start_that_cannot_be_vouched_for_is_unknown(trained: Path, tmp_path: Path) -> None:
+    """Of a configuration that draws other prototypes, and of a run that has no record of lengths, as older ones."""
+    run, older = RunFolder(trained / "euclidean"), RunFolder(tmp_path)
+    assert start_of(run, run.settings()).unknown is None
+    for change in ("train.seed=4321", "head.init_std=0.5"):
+        found = start_of(run, run.settings([change]))
+        assert found.prototypes is None and "but the run recorded" in str(found.unknown)
+    lines = run.metrics.read_text().splitlines(keepends=True)
+    older.metrics.write_text("".join(line for line in lines if '"lengths"' not in line))
+    assert "do not tell how long" in str(start_of(older, run.settings()).unknown)
+
+
 def test_runs_are_compared_on_the_same_tokens(trained: Path, capsys: pytest.CaptureFixture) -> None:
     runs = [str(trained / name) for name in ("euclidean", "cosine", "softmax")]
     assert report.main([*runs, "--interpret"]) == 0
@@ -150,6 +204,16 @@ def test_runs_are_compared_on_the_same_tokens(trained: Path, capsys: pytest.Capt
     written = json.loads((trained / "cosine" / report.INTERPRETED).read_text())
     found = reported(capsys, *runs, "--interpret")["geometry"]
     assert {key: value for key, value in written.items() if key != "cka"} == found["runs"][runs[1]]
+    labels, first, *_ = (list(column.cells) for column in geometry_tables(found)[0].columns)
+    cells, figures = dict(zip(map(str, labels), map(str, first), strict=True)), found["runs"][runs[0]]
+    learnt, noise = figures["spectra"]["displacement"], figures["noise"]["prototypes"]
+    told = f"{learnt['dimensions_90']} (noise {noise['dimensions_90']})"
+    assert cells["less their start: dimensions for 90% of the variance"] == told
+    assert cells["start of the prototypes"] == "known" and "hidden: effective rank (2603.10225)" in cells
+    plural = figures["parallelograms"]["prototypes"]["plural"]["arxiv_2502_01628"]
+    told = f"{plural['loss']:.2f}, shuffled {plural['shuffled']:.2f}"
+    assert cells["... of 2 components (2502.01628), plural"] == told
+    assert cells["... cosine of differences, gender"] == "-" and len(cells) == len(labels)
     assert [pair["runs"] for pair in written["cka"]] == [runs[:2], runs[1:]]
     assert [pair["runs"] for pair in found["cka"]] == [runs[:2], runs[::2], runs[1:]]
     assert all(0 < pair[what] < 1 for pair in found["cka"] for what in ("hidden", "prototypes"))

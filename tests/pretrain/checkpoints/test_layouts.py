@@ -151,7 +151,7 @@ def test_gradients_equal_plain_pytorch(world: int, tmp_path: Path) -> None:
     from model.reference import harmonic_loss_reference
 
     cfg = tiny_config()
-    decoder = Decoder(cfg.model, hidden_length=cfg.head.hidden_length(32), seed=cfg.train.seed)
+    decoder = Decoder(cfg.model, hidden_length=cfg.hidden_length(), seed=cfg.train.seed)
     head = HarmonicHead(V, 32, seed=cfg.train.seed + 1)
     tokens = tokens_of(0)
     hidden = decoder(tokens[:, :-1]).reshape(-1, 32)

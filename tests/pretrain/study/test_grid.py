@@ -31,6 +31,8 @@ from tests.support.ranks import run_ranks
 from tests.support.records import read_records
 from tests.support.tiny import make_text, outcome_of, text_config
 
+SHAPE = ("pca90", "effective_rank", "first_2", "displacement_pca90", "hidden_pca90", "start_share")
+
 
 def tree(folder: Path, **changes: Any) -> dict[str, Any]:
     """A study of two heads, two rates and two seeds on the text of `make_text(folder / "data")`."""
@@ -121,7 +123,7 @@ def test_a_study_from_the_grid_to_the_page(tmp_path: Path, launched: list[str], 
     assert [row["outcome"] for row in rows] == ["done"] * len(launched)
     assert sum(row["chosen"] == "True" for row in rows) == 4
     for row in rows:
-        assert all(bool(row[name]) == (row["chosen"] == "True") for name in ("pca90", "effective_rank", "first_2"))
+        assert all(bool(row[name]) == (row["chosen"] == "True") for name in SHAPE)
         assert bool(row["less_baseline"]) == (row["chosen"] == "True" and row["head"] == "cosine")
     assert [float(row["less_baseline"]) for row in rows if row["less_baseline"]] == pytest.approx(told["values"])
     assert (softmax["exponent"], cosine["exponent"]) == (None, "sqrt_dim")

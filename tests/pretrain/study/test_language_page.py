@@ -66,6 +66,8 @@ def test_the_table_has_every_head_with_its_figures(tree: Tree) -> None:
         assert f"[{head['bits_per_byte']['low']:.4f}, {head['bits_per_byte']['high']:.4f}]" in row
         assert f"{head['tokens_per_s']:,.0f}" in row and f"{head['pca90']:,.4g}" in row
         assert f"{head['effective_rank']:.1f}" in row and "not measured" in row
+        learnt = f"{head['displacement_pca90']:,.4g} {head['start_share']:.0%} {head['hidden_pca90']:,.4g}"
+        assert f" {learnt} {head['effective_rank']:.1f} {head['gradient_stability']['residual_variance']:.3g} " in row
         if head["name"] != "softmax":
             gap = head["difference"]
             for value in (gap["mean"], gap["low"], gap["high"], gap["documents_low"], gap["documents_high"]):
@@ -77,7 +79,7 @@ def test_the_table_has_every_head_with_its_figures(tree: Tree) -> None:
 
 
 def test_a_head_that_diverged_has_a_row_that_says_so(tree: Tree) -> None:
-    assert tree.row(DIVERGED).endswith("- all 5 runs diverged - - - - - - - - 5 of 5")
+    assert tree.row(DIVERGED).endswith("- all 5 runs diverged - - - - - - - - - - 5 of 5")
     assert f"{DIVERGED}: all 5 runs diverged." in tree.text
 
 
@@ -191,10 +193,11 @@ def test_an_unmeasured_figure_is_a_dash_and_never_zero() -> None:
     results = study_results()
     head = results["heads"][1]
     head.update(tokens_per_s=None, pca90=None, effective_rank=None, gradient_stability=None, learning_stability=None)
+    head.update(displacement_pca90=None, hidden_pca90=None, start_share=None)
     head["difference"].update(low=None, high=None)
     row = Tree(rendered(results)).row("euclidean")
     assert "no interval over seeds" in row and "better" not in row
-    assert row.endswith("- not measured - - - - - 0 of 5")
+    assert row.endswith("- not measured - - - - - - - 0 of 5")
 
 
 @pytest.mark.parametrize(

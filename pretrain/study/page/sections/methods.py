@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.energy.sustainability import LOSS_SPIKE, NORM_SPIKE, WINDOW
+from pretrain.energy.sustainability import LEAST_SPIKE, SETTLING, SPIKE, WINDOW
 from pretrain.study.page import layout
 from pretrain.study.page.sections.study import Study
 
@@ -30,12 +30,18 @@ def methods(study: Study) -> str:
         "mean.",
         "PCA90": "The fewest principal components of the prototypes that hold 90% of their variance, mean over seeds; "
         "at most the width.",
+        "PCA90 of what was learnt": "The same of the prototypes less what they were at the start, which is noise in "
+        "all directions; beneath it, how much of the prototypes' variance still lies along their start.",
+        "PCA90 of final states": "The same of the hidden states that are scored, on held-out text.",
         "Effective rank": "exp of the entropy of the singular values of the prototypes, taken as shares of their sum "
         "(Roy and Vetterli, 2007), mean over seeds.",
-        "Variance of ln gradient norm": "Over steps after the warm-up, of the global gradient norm before clipping.",
-        "Gradient spikes": f"Steps with a norm above {NORM_SPIKE:g} times the median of the {WINDOW} steps before.",
-        "Loss spikes": f"Steps with a training loss more than {LOSS_SPIKE:g} robust standard deviations above the "
-        f"median of the {WINDOW} steps before.",
+        "Gradient unrest": "Of the global gradient norm before clipping: the variance of its logarithm about the "
+        f"median of the {WINDOW} steps around each, from {SETTLING:.0%} of the run after the warm-up on. Trends "
+        "leave nothing.",
+        "Gradient spikes": f"Steps with a norm above that median by more than {SPIKE:g} robust standard deviations of "
+        f"its logarithm, and by a factor of e^{LEAST_SPIKE:g} or more.",
+        "Loss spikes": f"Steps with a training loss above the median of the {WINDOW} steps around by more than "
+        f"{SPIKE:g} robust standard deviations, and by {LEAST_SPIKE:g} nats or more.",
         "Diverged": "Runs whose outcome was divergence, of all runs that were started for that head.",
         "Token frequencies": "The unigram model: every token with its share of the training tokens, whatever came "
         "before it.",

@@ -21,8 +21,10 @@ def table(study: Study) -> str:
         f"tokens/s<small>to {escape(study.baseline)}</small>",
         "J/token",
         "PCA90",
+        "PCA90 of what was learnt<small>start's share of the variance</small>",
+        "PCA90 of final states",
         "effective rank",
-        "variance of ln gradient norm",
+        "gradient unrest<small>variance of ln norm about its running median</small>",
         "gradient spikes<small>of steps, mean over seeds</small>",
         "loss spikes<small>of steps, mean over seeds</small>",
         "diverged of runs started",
@@ -49,8 +51,10 @@ def _row(head: Head, baseline_speed: float | None) -> list[str]:
         head.text("tokens_per_s", form="{:,.0f}") + ratio,
         head.text("j_per_token", form="{:.3g}", missing=no_joules),
         head.text("pca90", form="{:,.4g}"),
+        head.text("displacement_pca90", form="{:,.4g}") + _start(head),
+        head.text("hidden_pca90", form="{:,.4g}"),
         head.text("effective_rank", form="{:,.1f}"),
-        head.text("gradient_stability", "log_norm_variance", form="{:.3g}"),
+        head.text("gradient_stability", "residual_variance", form="{:.3g}"),
         _spikes(Figures(head.at("gradient_stability"))),
         _spikes(Figures(head.at("learning_stability"))),
         f"{head.text('diverged')} of {head.text('started')}" + small(f"{head.failed} failed" if head.failed else ""),
@@ -72,6 +76,10 @@ def _difference(head: Head) -> str:
     tag = f' <span class="tag {kind}">{word}</span>' if word else ""
     seeds = gap.bounds("{:+.4f}") or "no interval over seeds"
     return gap.text("mean", form="{:+.4f}") + tag + small(seeds) + small(gap.bounds("{:+.4f}", "documents_"))
+
+
+def _start(head: Head) -> str:
+    return small(head.text("start_share", form="{:.0%}")) if head.figure("start_share") is not None else ""
 
 
 def _spikes(stability: Figures) -> str:
