@@ -146,7 +146,12 @@ def test_an_exponent_that_is_left_out_is_the_distances_own() -> None:
     assert set(words.values()) == {"sqrt_dim"}
     assert HeadConfig() == HeadConfig(exponent="sqrt_dim") == HeadConfig(exponent=None)
     for name, first in (("cosine_softmax", 4.0), ("squared_euclidean_softmax", 1.0)):
-        for exponent, learned in ((None, name == "cosine_softmax"), ("learned", True), ("sqrt_dim", False), (3.0, False)):
+        for exponent, learned in (
+            (None, name == "cosine_softmax"),
+            ("learned", True),
+            ("sqrt_dim", False),
+            (3.0, False),
+        ):
             config = HeadConfig(distance=name, exponent=exponent)
             head = HarmonicHead(5, 16, seed=0, **config.arguments())
             assert (head.log_exponent is not None) == learned == ("log_exponent" in config.parameters(5, 16))
