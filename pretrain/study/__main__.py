@@ -63,7 +63,7 @@ def _study(asked: argparse.Namespace) -> int:
     from common.settings import read_tree
 
     tree = read_tree(asked.config, asked.overrides)
-    kinds = {"language": _language, "algorithmic": _algorithmic}
+    kinds = {"language": _language, "algorithmic": _algorithmic, "vision": _vision}
     kind = tree.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"{asked.config}: kind={str(kind)[:80]!r}: expected one of {', '.join(kinds)}")
@@ -105,6 +105,25 @@ def _algorithmic(tree: dict[str, Any], launch: Sequence[str], report: bool) -> i
         outcome = algorithmic.run(study, say)
         write(study.out, outcome, outcome["cells"], pages.page(outcome))
     return _tell(study.out, tables.algorithmic(outcome))
+
+
+def _vision(tree: dict[str, Any], launch: Sequence[str], report: bool) -> int:
+    from common.settings import validate
+    from pretrain.study.vision.config import VisionConfig
+
+    study = validate(VisionConfig, tree)
+    if launch or report:
+        given = " ".join([*launch, *["--report"] * report])
+        raise ConfigError(f"{given}: a vision study takes no such option")
+    with command.importing():
+        from pretrain.study import tables
+        from pretrain.study.page import vision as pages
+        from pretrain.study.vision import grid
+
+    with _alone(study.out):
+        outcome = grid.run(study, say)
+        write(study.out, outcome, outcome["cells"], pages.page(outcome))
+    return _tell(study.out, tables.vision(outcome))
 
 
 def _tell(folder: Path, table: Table) -> int:

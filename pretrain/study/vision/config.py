@@ -237,7 +237,7 @@ class VisionConfig(BaseModel, extra="forbid", frozen=True):
     def _every_cell_once(self) -> VisionConfig:
         for name, values in (
             *(("seeds", self.seeds), ("tuning.seeds", self.tuning.seeds)),
-            *(("noise", self.noise), ("fgsm", self.fgsm)),
+            *((name, [f"{size:g}" for size in getattr(self, name)]) for name in ("noise", "fgsm")),
             *((f"data.{name}.networks", data.networks or ()) for name, data in self.data.items()),
         ):
             if len(set(values)) < len(values):
