@@ -68,12 +68,13 @@ def vision(results: Entry) -> Table:
     base = results["config"]["baseline"]
     choices = {(entry["data"], entry["network"], entry["head"]): entry for entry in results["choices"]}
     against = {(entry["data"], entry["network"], entry["head"]): entry for entry in results["comparison"]}
+    trials = len(results["choices"][0]["trials"])
     robust = [name for name in results["summary"][0] if name.startswith(("accuracy_noise", "accuracy_fgsm"))]
     table = Table(
         *("data", "network", "head", "rate, decay, start", "accuracy", f"less {base} (Holm)", "loss"),
         *(name.removeprefix("accuracy_").replace("_", " ") for name in robust),
         *("images/s", "J/image", "diverged"),
-        title=f"test part, means over seeds; {len(results['choices'][0]['trials'])} trials of each head; *: at an edge of what was tried",
+        title=f"test part, means over seeds; {trials} trials of each head; *: at an edge of what was tried",
     )
     last = None
     for entry in results["summary"]:
