@@ -82,7 +82,8 @@ class Examples:
         for part in (self.train, self.tuning, self.test):
             for tensor in (part.inputs, part.labels):
                 digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.contiguous().numpy())
+                for chunk in tensor.split(CHUNK):
+                    digest.update(chunk.numpy().tobytes())
         return digest.hexdigest()[:32]
 
     def save(self, folder: Path) -> str:
@@ -99,7 +100,7 @@ class Examples:
     def load(cls, folder: Path, name: str) -> Examples:
         """What `save` wrote under a fingerprint."""
         found = torch.load(folder / f"{name}.pt", mmap=True, weights_only=True)
-        return cls(*(Part(**found[part]) for part in PARTS), tuple(found["classes"]))
+        return cls(**{part: Part(**found[part]) for part in PARTS}, classes=tuple(found["classes"]))
 
 
 def scaled(inputs: Tensor) -> Tensor:

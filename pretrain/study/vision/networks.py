@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,7 +138,7 @@ class Learner(nn.Module):
         if length > 0 and length.isfinite():
             self.scale.fill_(self.head.feature_length / length)
 
-    def groups(self, weight_decay: float) -> list[dict[str, object]]:
+    def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """All parameters decay, but what else a head trains: its zero means something."""
         own = [p for p in self.head.parameters() if p is not self.head.prototypes]
         decayed = [*self.trunk.parameters(), self.head.prototypes]

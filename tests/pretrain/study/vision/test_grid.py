@@ -82,7 +82,8 @@ def test_every_head_gets_its_trials_and_its_fresh_seeds(ran: tuple[Path, dict[st
 def test_a_study_goes_on_where_it_was_and_gives_what_a_whole_one_gives(
     ran: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train, trained = grid.train_cell, []
+    train = grid.train_cell
+    trained: list[Cell] = []
 
     def stops(folder: Path, cell: Cell) -> dict[str, Any]:
         if len(trained) == 5:
