@@ -43,6 +43,15 @@ class Signals(BaseModel, extra="forbid", frozen=True):
     seed: Seed = 42
 
 
+class Points(BaseModel, extra="forbid", frozen=True):
+    """Points in a plane, one class in the middle of four, made by pretrain/study/vision/points.py."""
+
+    kind: Literal["points"]
+    train: int = Field(default=1000, ge=10, le=10**7)
+    test: int = Field(default=1000, ge=10, le=10**7)
+    seed: Seed = 42
+
+
 class TorchvisionImages(BaseModel, extra="forbid", frozen=True):
     """A data set that torchvision knows, in the files of its own form below `root`."""
 
@@ -78,7 +87,9 @@ class FolderImages(BaseModel, extra="forbid", frozen=True):
     channels: Colours = 3
 
 
-Source = Annotated[Digits | Signals | TorchvisionImages | HubImages | FolderImages, Field(discriminator="kind")]
+Source = Annotated[
+    Digits | Signals | Points | TorchvisionImages | HubImages | FolderImages, Field(discriminator="kind")
+]
 
 
 class DataConfig(BaseModel, extra="forbid", frozen=True):

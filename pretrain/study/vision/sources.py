@@ -7,8 +7,8 @@ import torch
 
 from common.errors import ConfigError
 from common.progress import Log
-from pretrain.study.vision import folders, hub, pictures, signals, zoo
-from pretrain.study.vision.config import DataConfig, Digits, FolderImages, HubImages, Signals, TorchvisionImages
+from pretrain.study.vision import folders, hub, pictures, points, signals, zoo
+from pretrain.study.vision.config import DataConfig, Digits, FolderImages, HubImages, Points, Signals, TorchvisionImages
 from pretrain.study.vision.examples import Examples, Part, Read, split
 
 
@@ -27,6 +27,8 @@ def _read(data: DataConfig, say: Log) -> Read:
         return _digits()
     if isinstance(source, Signals):
         return signals.read(source.train, source.test, source.seed)
+    if isinstance(source, Points):
+        return points.read(source.train, source.test, source.seed)
     if isinstance(source, TorchvisionImages):
         return _torchvision(source)
     if isinstance(source, HubImages):

@@ -120,6 +120,18 @@ def test_a_signal_is_its_shape_moved_scaled_and_sloped_under_noise(monkeypatch: 
     np.testing.assert_allclose(clean, np.interp(at, np.arange(48), [*shape, *[0.0] * 36]))
 
 
+def test_the_middle_of_the_points_is_for_distances_and_not_for_products(tmp_path: Path) -> None:
+    """As exact optima have it: the prototypes that a head would have are put there, not trained."""
+    found = examples({"kind": "points", "train": 100, "test": 500})
+    assert found.shape == (1, 2) and found.classes[0] == "middle"
+    x, y = found.test.inputs[:, 0].double(), found.test.labels
+    places = torch.tensor([[0, 0], [1, 1], [1, -1], [-1, -1], [-1, 1]], dtype=torch.float64)
+    assert (torch.cdist(x, places).argmin(1) == y).double().mean() > 0.99
+    for turn in torch.randn(50, 5, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64):
+        scores = x @ torch.cat([turn[:1], 9 * places[1:] + turn[1:]]).T
+        assert (scores.argmax(1) == y)[y == 0].double().mean() < 0.2
+
+
 # ---- folders
 
 
