@@ -16,6 +16,7 @@ from model.config import HeadConfig
 
 MOST_CHOICES = 100  # of one kind in a study
 MOST_TRIALS = 1000
+MOST_CELLS = 100_000
 MOST_PIXELS = 2**13  # of a side
 VERSION = 1  # of what a cell's settings mean: to be raised when the same settings would give other figures
 
@@ -268,6 +269,16 @@ class VisionConfig(BaseModel, extra="forbid", frozen=True):
             for network in data.networks or ():
                 if network not in self.networks:
                     raise ValueError(f"data.{name}.networks: {network} is none of: {', '.join(self.networks)}")
+        return self
+
+    @model_validator(mode="after")
+    def _not_too_many(self) -> VisionConfig:
+        cells = len(self.pairs()) * len(self.heads)
+        cells *= self.tuning.trials * len(self.tuning.seeds) + len(self.seeds)
+        if cells > MOST_CELLS:
+            raise ValueError(
+                f"{cells:,} cells of data, networks, heads, trials and seeds; expected {MOST_CELLS:,} at most"
+            )
         return self
 
     def pairs(self) -> list[tuple[str, str]]:

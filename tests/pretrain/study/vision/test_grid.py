@@ -10,6 +10,7 @@ import json
 import math
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,21 @@ import torch
 from rich.console import Console
 
 from common.errors import ConfigError
+from common.settings import validate
 from pretrain.study import __main__ as command
 from pretrain.study.page.charts.bitmaps import png
 from pretrain.study.page.vision import page, strip
 from pretrain.study.tables import vision as table
 from pretrain.study.vision import grid
 from pretrain.study.vision.cell import packed
-from pretrain.study.vision.config import Cell
+from pretrain.study.vision.config import Cell, VisionConfig
 from pretrain.study.vision.grid import run
 from pretrain.study.vision.results import compare, interval, of_accuracy, summarise, verdict
 from tests.pretrain.study.vision.support import SMALL, config, examples, quiet
 from tests.support.pages import Tree
 
+MANY = {"trials": 400, "seeds": list(range(100, 199)), "space": {"lr": list(range(1, 21)), "init": list(range(1, 21))}}
+ODD = [None, True, -1, 0, 1e300, "", "x", "a\0b", [], [1], {}, {"kind": 1}, [[]], 2**70]
 SECONDS = ("seconds", "images_per_s")
 
 
@@ -302,12 +306,40 @@ def test_prototypes_lie_side_by_side_in_a_png_that_is_one(results: dict[str, Any
         ({"noise": [0.5, 0.5]}, "noise="),
         ({"fgsm": [-0.1]}, "fgsm"),
         ({"device": "tpu"}, "device"),
+        ({"seeds": list(range(99)), "tuning": MANY}, "158,796 cells of data, networks, heads, trials and seeds"),
         ({"sedes": [1, 2]}, "sedes: unknown key; did you mean seeds?"),
     ],
 )
 def test_bad_settings_are_refused(tmp_path: Path, changed: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         config(tmp_path, **changed)
+
+
+def test_every_setting_takes_or_refuses_odd_values_in_words(tmp_path: Path) -> None:
+    source = {"kind": "hub", "name": "here", "image_size": 4}
+    tree = {
+        **{name: copy.deepcopy(value) for name, value in SMALL.items()},
+        "data": {"x": {"source": source, "epochs": 1}, "y": {"source": {"kind": "mnist1d"}, "epochs": 1}},
+        "networks": {"v": {"kind": "vit"}, "c": {"kind": "cnn"}, "r": {"kind": "resnet"}},
+        **{"out": str(tmp_path), "betas": [0.9, 0.99], "warmup": 0.1, "device": "cpu", "processes": 1},
+    }
+
+    def places(node: Any) -> Iterator[tuple[dict[str, Any], str]]:
+        for key, value in node.items():
+            yield node, key
+            if isinstance(value, dict):
+                yield from places(value)
+
+    refused = 0
+    for (node, key), value in itertools.product(list(places(tree)), ODD):
+        before, node[key] = node[key], value
+        try:
+            validate(VisionConfig, tree)
+        except ConfigError as error:
+            assert str(error)
+            refused += 1
+        node[key] = before
+    assert refused > 300
 
 
 def test_trials_are_combinations_without_repeats_the_same_for_a_seed() -> None:
