@@ -16,6 +16,7 @@ from pretrain.study.page.charts.intervals import Interval, intervals
 from pretrain.study.page.charts.lines import Series, line_chart
 from pretrain.study.page.charts.numbers import percent, short
 from pretrain.study.page.layout import Section, plural, small, written
+from pretrain.study.vision.cell import BINS
 from pretrain.study.vision.results import verdict
 
 ATTACKS = {"noise": "Gaussian noise", "fgsm": "fast gradient sign"}
@@ -326,7 +327,7 @@ def _methods(study: _Study) -> str:
         "source has a test part of its own. Settings are chosen on the tuning part, figures are of the test part.",
         "Inputs": "Shifted and scaled by channel to mean 0 and variance 1 over the training part; no augmentation.",
         "Loss": "Mean negative log-likelihood in nats, of the head's own probabilities.",
-        "Calibration error": "Over 15 bins of confidence: the mean gap between confidence and accuracy.",
+        "Calibration error": f"Over {BINS} bins of confidence: the mean gap between confidence and accuracy.",
         "Noise": "Gaussian, of the stated deviation, added to inputs of variance 1; one draw for each seed.",
         "Fast gradient sign": "Every entry of an input moves by the stated size to where the loss grows, in the same "
         "unit, not kept within the range of pixels. Not moved: inputs on which the gradient is 0 in float32, which "

@@ -210,6 +210,13 @@ def test_a_cell_that_leaves_the_finite_numbers_says_when(tmp_path: Path) -> None
     assert all(found[measure] is None for measure in ("accuracy", "loss", "images_per_s", "prototypes_first_2"))
 
 
+def test_a_cell_that_its_last_step_breaks_has_diverged_too(tmp_path: Path) -> None:
+    name = examples({"kind": "digits"}).save(tmp_path)
+    setting = {"lr": 1e30, "weight_decay": 0.0, "init": 1.0}
+    found = train_cell(tmp_path, cell(name, head={"distance": "dot"}, setting=setting, epochs=1, batch=5000))
+    assert found["diverged"] == found["steps"] == 1 and found["accuracy"] is None and found["images_per_s"] is None
+
+
 def test_energy_is_measured_where_a_counter_is_and_else_the_reason_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

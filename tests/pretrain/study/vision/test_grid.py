@@ -34,7 +34,7 @@ from tests.pretrain.study.vision.support import SMALL, config, examples, quiet
 from tests.support.pages import Tree
 
 MANY = {"trials": 400, "seeds": list(range(100, 199)), "space": {"lr": list(range(1, 21)), "init": list(range(1, 21))}}
-ODD = [None, True, -1, 0, 1e300, "", "x", "a\0b", [], [1], {}, {"kind": 1}, [[]], 2**70]
+ODD: list[Any] = [None, True, -1, 0, 1e300, "", "x", "a\0b", [], [1], {}, {"kind": 1}, [[]], 2**70]
 SECONDS = ("seconds", "images_per_s")
 
 
