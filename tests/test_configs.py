@@ -20,6 +20,8 @@ from pretrain.study.algorithmic import TASKS, cell_of
 from pretrain.study.algorithmic_cell import Learner
 from pretrain.study.algorithmic_config import AlgorithmicConfig
 from pretrain.study.language_config import LanguageConfig
+from pretrain.study.vision import networks, sources
+from pretrain.study.vision.config import VisionConfig
 
 GPT2 = {"vocab_size": 50_257, "bias": True, "mlp": "gelu_tanh"}
 QWEN = {"vocab_size": 151_936}
@@ -157,6 +159,25 @@ def test_the_algorithmic_study_says_how_many_parameters_its_learners_have() -> N
     cells = [cell_of(study, name, 0.5, 1, study.choice.candidates[0]) for name in names]
     sizes = [sum(p.numel() for p in Learner(cell, TASKS[cell.task]()).parameters()) for cell in cells]
     assert f"# Parameters: {min(sizes):,} to {max(sizes):,}, by task and network." in path.read_text()
+
+
+def test_the_vision_study_says_how_many_parameters_its_learners_have() -> None:
+    path = Path("configs/study-vision.yaml")
+    study = validate(VisionConfig, read_tree(path, []))
+    examples = {name: sources.load(name, data, lambda line: None) for name, data in study.data.items()}
+    sizes = [
+        sum(
+            p.numel()
+            for p in networks.Learner(study.networks[network], head, examples[name], study.dim, 1).parameters()
+        )
+        for name, network in study.pairs()
+        for head in study.heads.values()
+    ]
+    told = f"# Parameters: {min(sizes):,} to {max(sizes):,}, by data set, network and head.\n"
+    assert told in path.read_text() and f"# overtone study {path}\n" in path.read_text()
+    cells = len(study.pairs()) * len(study.heads)
+    cells *= study.tuning.trials * len(study.tuning.seeds) + len(study.seeds)
+    assert f"# {cells} cells" in path.read_text()
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if family_of(path) in OWN_FORM], ids=lambda path: path.stem)

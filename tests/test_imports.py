@@ -47,10 +47,13 @@ OUTSIDERS = {  # package -> files that may import it; elsewhere in the four fold
     "tensorboard": lambda path: path.as_posix() == "pretrain/recorder.py",
     "torch.utils.tensorboard": lambda path: path.as_posix() == "pretrain/recorder.py",
     "lm_eval": lambda path: path.as_posix() == "pretrain/analysis/harness.py",
-    "datasets": lambda path: path.parts[0] == "data",
+    "datasets": lambda path: path.parts[0] == "data" or path.as_posix() == "pretrain/study/vision/hub.py",
     "sentencepiece": lambda path: path.parts[0] == "data" or path.as_posix() == "model/hf/tokenization_overtone.py",
     "transformers": lambda path: path.parts[:2] == ("model", "hf"),
     "pyarrow": lambda path: path.parts[0] == "data",
+    "torchvision": lambda path: path.as_posix() == "pretrain/study/vision/zoo.py",
+    "PIL": lambda path: path.as_posix() == "pretrain/study/vision/pictures.py",
+    "sklearn": lambda path: path.as_posix() == "pretrain/study/vision/sources.py",
 }
 SOURCES = [path for folder in ALLOWED_WITHIN for path in sorted(Path(folder).rglob("*.py"))]
 

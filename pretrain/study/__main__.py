@@ -70,7 +70,7 @@ def _study(asked: argparse.Namespace) -> int:
     from common.settings import read_tree
 
     tree = read_tree(asked.config, asked.overrides)
-    kinds = {"language": _language, "algorithmic": _algorithmic}
+    kinds = {"language": _language, "algorithmic": _algorithmic, "vision": _vision}
     kind = tree.get("kind")
     if not isinstance(kind, str) or kind not in kinds:
         raise ConfigError(f"{asked.config}: kind={str(kind)[:80]!r}: expected one of {', '.join(kinds)}")
@@ -110,9 +110,7 @@ def _algorithmic(tree: dict[str, Any], asked: argparse.Namespace) -> int:
 
     with command.importing():
         study = validate(AlgorithmicConfig, tree)  # brings torch last
-        options = {"--report": asked.report, "--dry-run": asked.dry_run, "--jobs": asked.jobs != 1}
-        if given := " ".join([*asked.launch, *(name for name, there in options.items() if there)]):
-            raise ConfigError(f"{given}: an algorithmic study takes no such option")
+        _refuse_options(asked, "an algorithmic study")
         from pretrain.study import algorithmic, tables
         from pretrain.study.page import algorithmic as pages
 
@@ -120,6 +118,30 @@ def _algorithmic(tree: dict[str, Any], asked: argparse.Namespace) -> int:
         outcome = algorithmic.run(study, say)
         write(study.out, outcome, outcome["cells"], pages.page(outcome))
     return _tell(study.out, tables.algorithmic(outcome))
+
+
+def _vision(tree: dict[str, Any], asked: argparse.Namespace) -> int:
+    from common.settings import validate
+    from pretrain.study.vision.config import VisionConfig
+
+    study = validate(VisionConfig, tree)
+    _refuse_options(asked, "a vision study")
+    with command.importing():
+        from pretrain.study import tables
+        from pretrain.study.page import vision as pages
+        from pretrain.study.vision import grid
+
+    with _alone(study.out):
+        outcome = grid.run(study, say)
+        write(study.out, outcome, outcome["cells"], pages.page(outcome))
+    return _tell(study.out, tables.vision(outcome))
+
+
+def _refuse_options(asked: argparse.Namespace, kind: str) -> None:
+    """Raises ConfigError for options that only studies of language have: the others' processes are in their files."""
+    options = {"--report": asked.report, "--dry-run": asked.dry_run, "--jobs": asked.jobs != 1}
+    if given := " ".join([*asked.launch, *(name for name, there in options.items() if there)]):
+        raise ConfigError(f"{given}: {kind} takes no such option")
 
 
 def _print(table: Table) -> None:

@@ -13,28 +13,21 @@ may work there. The same cell gives the same figures on one machine, but for its
 
 from __future__ import annotations
 
-import json
-import logging
 import statistics
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.errors import ConfigError
-from common.files import replace_file
-from common.progress import Log, progress
-from common.strict_json import to_json
-from common.workers import Workers
+from common.progress import Log
 from pretrain.recorder import machine
 from pretrain.study.algorithmic_cell import train_cell
 from pretrain.study.algorithmic_config import AlgorithmicConfig, Candidate, Cell, TaskName
 from pretrain.study.algorithmic_results import GOAL, at_fraction, compare, kept, median, summarise
+from pretrain.study.cells import finish
 from pretrain.study.tasks import TASKS, training_examples
-
-log = logging.getLogger(__name__)
 
 Name = tuple[TaskName, str, str]  # task, network, head
 
@@ -58,7 +51,7 @@ def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
         for fraction in cfg.tasks[name[0]].fractions
         for seed in cfg.seeds
     ]
-    figures = _finish([cell for _, cell in cells], cfg.processes, folder, log, "cells")
+    figures = finish([cell for _, cell in cells], train_cell, cfg.processes, folder, log, "cells")
     flat = [
         {
             "task": cell.task,
@@ -125,7 +118,7 @@ def _choose(cfg: AlgorithmicConfig, folder: Path, log: Log) -> dict[Name, tuple[
         for name in names
     }
     every = [cell for tried in cells.values() for seeds in tried for cell in seeds]
-    figures = _finish(every, cfg.processes, folder, log, "choosing")
+    figures = finish(every, train_cell, cfg.processes, folder, log, "choosing")
     choices = {}
     for name, tried in cells.items():
         runs = [[figures[cell.key()] for cell in seeds] for seeds in tried]
@@ -140,40 +133,3 @@ def _preference(runs: Sequence[dict[str, Any]]) -> tuple[float, float, float]:
     accuracies = [run["test_accuracy"] or 0.0 for run in runs]
     reached = median(run["epochs_to_generalise"] for run in runs)
     return -kept(runs), reached, -statistics.mean(accuracies)
-
-
-def _finish(cells: Sequence[Cell], processes: int, folder: Path, say: Log, what: str) -> dict[str, dict[str, Any]]:
-    """The figures of cells by their keys: of those that have none yet, by training."""
-    finished = {cell.key(): figures for cell in cells if (figures := read_cell(cell, folder)) is not None}
-    missing = {cell.key(): cell for cell in cells if cell.key() not in finished}
-    if finished:
-        say(f"{what}: {len(finished):,} of {len(finished) + len(missing):,} cells are finished already")
-    count = min(processes, max(1, len(missing)))
-    with progress(what, say) as tell, Workers(partial(_train_and_keep, folder), count) as workers:
-        asked = ((key, workers.submit(cell)) for key, cell in missing.items())
-        for done, (key, result) in enumerate(list(asked) if count > 1 else asked, 1):
-            finished[key] = workers.result(result)
-            tell(done / len(missing), f"{done:,} of {len(missing):,} cells")
-    return finished
-
-
-def _train_and_keep(folder: Path, cell: Cell) -> dict[str, Any]:
-    figures = train_cell(cell)
-    kept = {"cell": cell.settings(), "figures": figures}
-    replace_file(cell.file(folder), to_json(kept, indent=1) + "\n")
-    return figures
-
-
-def read_cell(cell: Cell, folder: Path) -> dict[str, Any] | None:
-    """The figures of a finished cell; None if there are none of exactly its settings."""
-    file = cell.file(folder)
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        if kept["cell"] == cell.settings():
-            return dict(kept["figures"])
-        log.warning("%s is of other settings than its name says: its cell is trained again", file)
-    except FileNotFoundError:
-        pass
-    except (ValueError, KeyError, TypeError):
-        log.warning("%s cannot be read: its cell is trained again", file)
-    return None

@@ -82,6 +82,41 @@ def algorithmic(results: Entry) -> Table:
     return table
 
 
+def vision(results: Entry) -> Table:
+    """A row for each data set, network and head: of the test part, over seeds."""
+    base = results["config"]["baseline"]
+    choices = {(entry["data"], entry["network"], entry["head"]): entry for entry in results["choices"]}
+    against = {(entry["data"], entry["network"], entry["head"]): entry for entry in results["comparison"]}
+    trials = len(results["choices"][0]["trials"])
+    robust = [name for name in results["summary"][0] if name.startswith(("accuracy_noise", "accuracy_fgsm"))]
+    table = Table(
+        *("data", "network", "head", "rate, decay, start", "accuracy", f"less {base} (Holm)", "loss"),
+        *(name.removeprefix("accuracy_").replace("_", " ") for name in robust),
+        *("images/s", "J/image", "diverged"),
+        title=f"test part, means over seeds; {trials} trials of each head; *: at an edge of what was tried",
+    )
+    last = None
+    for entry in results["summary"]:
+        key = entry["data"], entry["network"], entry["head"]
+        if last not in (None, key[:2]):
+            table.add_section()
+        last, chosen = key[:2], choices[key]
+        setting = ", ".join(
+            f"{chosen[name]:g}{'*' * (name in chosen['edges'])}" for name in ("lr", "weight_decay", "init")
+        )
+        difference = against[key]["accuracy"] if key in against else None
+        table.add_row(
+            *(*key, setting, _with_bounds(entry["accuracy"], "{:.1%}")),
+            _with_bounds(difference, "{:+.1%}"),
+            _written(entry["loss"]["mean"], "{:.3f}"),
+            *(_written(entry[name]["mean"], "{:.1%}") for name in robust),
+            _written(entry["images_per_s"]["mean"], "{:,.0f}"),
+            _written(entry["j_per_image"]["mean"], "{:.2e}", "not measured"),
+            f"{entry['diverged']} of {entry['seeds']}",
+        )  # fmt: skip
+    return table
+
+
 def _total(entry: Entry, name: str) -> int:
     return sum(at_fraction[name] for at_fraction in entry["fractions"])
 

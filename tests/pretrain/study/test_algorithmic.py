@@ -21,10 +21,11 @@ from rich.console import Console
 from common.errors import ConfigError
 from common.settings import read_tree, validate
 from pretrain.study import algorithmic, algorithmic_config
-from pretrain.study.algorithmic import read_cell, run
+from pretrain.study.algorithmic import run
 from pretrain.study.algorithmic_cell import Learner, train_cell
 from pretrain.study.algorithmic_config import AlgorithmicConfig, Cell
 from pretrain.study.algorithmic_results import MEASURES, compare, summarise
+from pretrain.study.cells import read_cell
 from pretrain.study.tables import algorithmic as table
 from pretrain.study.tasks import TASKS, split, training_examples
 
