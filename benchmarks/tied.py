@@ -3,7 +3,8 @@
 Short runs as in `benchmarks.starts`, with width 128 and the rate 3e-3, that differ in what becomes of a token's
 prototype between the embedding and the final states: nothing (`same`), the sign turned (`opposite`, the default of
 tied runs), the entries of the final states moved on by half the width (`roll`), a fixed rotation of them (`rotate`),
-embeddings a tenth as long (`tenth`), or an exponent that rises from 4 to sqrt(D) over the run (`ramp`). `untied` has two tables.
+embeddings a tenth as long (`tenth`), or an exponent that rises from 4 to sqrt(D) over the run (`ramp`). `untied` has
+two tables.
 """
 
 from __future__ import annotations
