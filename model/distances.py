@@ -370,8 +370,8 @@ class Dot(DotSettings, Distance):
         return (x * w).sum(-1)
 
     def start(self, dim: int) -> Start:
-        """GPT-2's 0.02, for features of unit variance."""
-        return Start(0.02, dim**0.5)
+        """Prototypes as under every distance, features of unit variance."""
+        return Start(dim**-0.5, dim**0.5)
 
     @property
     def contraction(self) -> Contraction:

@@ -14,7 +14,7 @@ from common.fields import FilePath, Name, NotNegative, Positive, Seed, Steps
 from model.config import HeadConfig
 
 MOST_CHOICES = 100  # of one kind in a study
-VERSION = 1  # of what a cell's settings mean: to be raised when the same settings would give other figures
+VERSION = 2  # of what a cell's settings mean: to be raised when the same settings would give other figures
 
 TaskName = Literal["modular_addition", "circle", "equivalence", "in_context", "permutation"]
 
