@@ -114,7 +114,9 @@ def test_nearest_is_by_the_heads_own_distance(name: str) -> None:
     found = geometry.nearest(head.prototypes, [5, 0], 3, head.score_function)
     for place, row in enumerate((5, 0)):
         d = distances_reference(head.prototypes[row : row + 1], head.prototypes, head.score_function)[0].tolist()
-        order = sorted((j for j in range(23) if j != row), key=lambda j: d[j], reverse=name in ("dot", "cosine_softmax"))[:3]
+        order = sorted(
+            (j for j in range(23) if j != row), key=lambda j: d[j], reverse=name in ("dot", "cosine_softmax")
+        )[:3]
         assert found.indices[place].tolist() == order
         assert found.distances[place].tolist() == pytest.approx([d[j] for j in order])
 
