@@ -54,7 +54,7 @@ def check_sharded(v: int, variant: str, dtype: torch.dtype = torch.float32) -> N
             part[0], part[1], y[mine], exponent=part[2], shard=shard, chunk_bytes=4000, **options, **of_part
         )  # fmt: skip
         (found @ weights[mine] if reduction == "none" else found).backward()
-        digits = 10 if variant == "squared_euclidean_softmax" else 1  # scores of about 100, whose last digits are larger
+        digits = 10 if variant == "squared_euclidean_softmax" else 1  # its scores reach 100
         fine = {"rtol": 2e-5 * digits, "atol": 2e-6 * digits}
         close = fine if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
         torch.testing.assert_close(found, expected[mine] if reduction == "none" else expected, **close)
