@@ -41,13 +41,39 @@ class HubSource(BaseModel, extra="forbid", frozen=True):
     partial: bool = False  # take files of `partial-...` folders, which hold only the first part of a split
 
 
+class DebianPackage(BaseModel, extra="forbid", frozen=True):
+    """A package of Debian's, and which of its files are read. In a pattern `*` stands for any letters, also for `/`."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9+.-]+$", max_length=200)]
+    version: Annotated[str, Field(pattern=r"^[0-9][A-Za-z0-9.+:~-]*$", max_length=200)] | None = None  # null: any
+    files: Annotated[tuple[PathText, ...], Field(min_length=1)] = ("*.html", "*.htm", "*.txt", "*.txt.gz")
+    skip: tuple[PathText, ...] = ()  # files that are left out
+
+
+class DebianSource(BaseModel, extra="forbid", frozen=True):
+    """The prose of files in Debian packages: text and pages of HTML, without markup, navigation and listings."""
+
+    kind: Literal["debian"]
+    packages: Annotated[tuple[DebianPackage, ...], Field(min_length=1)]  # read in this order
+    folder: PathText = "prepared/packages"  # of their .deb files; what is not there yet is fetched into it by apt
+    document_chars: int = Field(10_000, gt=0, le=MOST_TEXT)  # a longer text is cut, between paragraphs
+    prose: float = Field(0.5, ge=0, le=1)  # a file with a smaller share of its characters in prose is left out
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "DebianSource":
+        names = [package.name for package in self.packages]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"packages: {twice[0]} is there twice; name all its files in one entry")
+        return self
+
+
 class PreparedSource(BaseModel, extra="forbid", frozen=True):
     """No text: `data.path` holds tokens that were imported, such as by `overtone import`."""
 
     kind: Literal["prepared"]
 
 
-PlainSource = Annotated[EmbeddedSource | FilesSource | HubSource, Field(discriminator="kind")]
+PlainSource = Annotated[EmbeddedSource | FilesSource | HubSource | DebianSource, Field(discriminator="kind")]
 
 
 class Weighted(BaseModel, extra="forbid", frozen=True):
@@ -65,7 +91,8 @@ class MixtureSource(BaseModel, extra="forbid", frozen=True):
 
 
 Source = Annotated[
-    EmbeddedSource | FilesSource | HubSource | MixtureSource | PreparedSource, Field(discriminator="kind")
+    EmbeddedSource | FilesSource | HubSource | DebianSource | MixtureSource | PreparedSource,
+    Field(discriminator="kind"),
 ]
 
 

@@ -41,7 +41,7 @@ def import_nanogpt(
         ConfigError: files are missing, or hold no ids of that width and vocabulary; or `out` holds something else.
     """
     asked = asked or Asked()
-    paths = {split: files for split in SPLITS if (files := files_of(folder, split))}
+    paths = {split: found for split in SPLITS if (found := files_of(folder, split))}
     if (folder / "meta.pkl").exists():
         raise ConfigError(
             f"{folder}: meta.pkl says that these are characters, not GPT-2 tokens; prepare the text itself with "

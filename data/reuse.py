@@ -1,6 +1,5 @@
 """Whether what is on the disk was made from these settings and files: a folder to reuse, a draft to go on with."""
 
-import os
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -31,7 +30,11 @@ def job_of(cfg: DataConfig, parts: dict[str, list[Part]]) -> dict[str, Any]:
 
 def _settings(cfg: DataConfig) -> dict[str, Any]:
     """What the prepared data depends on; not where it lies. What is off is left out, as older folders have it."""
-    return cfg.model_dump(mode="json", exclude={"path", *(name for name in OFF if getattr(cfg, name) == OFF[name])})
+    made = cfg.model_dump(mode="json", exclude={"path", *(name for name in OFF if getattr(cfg, name) == OFF[name])})
+    for source in [made["source"], *(entry["source"] for entry in made["source"].get("sources", {}).values())]:
+        if source["kind"] == "debian":
+            del source["folder"]
+    return made
 
 
 def _changed(made: dict[str, Any], asked: dict[str, Any]) -> list[str]:
@@ -40,11 +43,8 @@ def _changed(made: dict[str, Any], asked: dict[str, Any]) -> list[str]:
 
 
 def _inputs(parts: dict[str, list[Part]]) -> dict[str, list[list[Any]]]:
-    """[name, bytes] of each file of each source."""
-    return {
-        source: [[p.name if "://" in p.name else os.path.abspath(p.name), p.size] for p in files if p.name != EMBEDDED]
-        for source, files in parts.items()
-    }
+    """[name, bytes] of each file of each source, and what else tells it from others."""
+    return {source: [part.identity for part in files if part.name != EMBEDDED] for source, files in parts.items()}
 
 
 def resume(draft: Draft, log: Log) -> bool:
@@ -74,7 +74,7 @@ def _resume(draft: Draft, earlier: dict[str, Any], log: Log) -> bool:
         before = job["inputs"].get(source, [])
         # A damaged file is replaced by a whole one: what was not read to its end may have another size.
         settled = done["cursors"][source][0] if done else len(before)
-        if [name for name, _ in files] != [name for name, _ in before] or files[:settled] != before[:settled]:
+        if [file[0] for file in files] != [file[0] for file in before] or files[:settled] != before[:settled]:
             changes.append(f"the files of {source}")
     if not changes:
         draft.progress = done
@@ -111,7 +111,7 @@ def reuse(cfg: DataConfig, log: Log) -> dict[str, Any]:
         for source, files in _local_inputs(cfg).items():
             before = manifest.get("inputs", {}).get(source, [])
             if files != before:
-                changed = [name for name, size in files if [name, size] not in before]
+                changed = [file[0] for file in files if file not in before]
                 changes.append(f"the source's files ({changed[0] if changed else 'one is gone'})")
     model = cfg.tokenizer.model
     if model is not None and model.is_file() and sha256_of(model) != manifest["tokenizer_sha256"]:

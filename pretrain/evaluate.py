@@ -1,4 +1,4 @@
-"""`overtone evaluate RUN [--split val] [--stride S] [--json]`: held-out perplexity, nats/token, bits/byte and accuracy
+"""`overtone evaluate RUN [--split val|test|train] [--stride S] [--json]`: perplexity, nats/token, bits/byte and accuracy
 over a whole split, every token scored exactly once, the same on any number of ranks. Of a masked model it is the
 pseudo-likelihood that `pretrain.analysis.scoring.scoring` defines.
 
@@ -37,12 +37,14 @@ def parser() -> argparse.ArgumentParser:
             "runs/quickstart --stride 64 --text README.md",
             "runs/quickstart --data prepared/other --json",
             "runs/quickstart runs/quickstart-softmax --paired",
+            "runs/mine --split test",
         ],
     )
     made.add_argument("runs", type=Path, nargs="+", metavar="RUN",
                       help="a run folder (its newest whole checkpoint), or one checkpoint's folder")  # fmt: skip
     text = made.add_mutually_exclusive_group()
-    text.add_argument("--split", default="val", help="of the prepared data (default %(default)s)")
+    about = "val, test (where data.test_fraction made one) or train, of the prepared data (default %(default)s)"
+    text.add_argument("--split", default="val", metavar="NAME", help=about)
     text.add_argument("--text", type=Path, nargs="+", default=[], metavar="FILE",
                       help="text files, each a document; RUN goes before them")  # fmt: skip
     made.add_argument("--data", type=Path, metavar="DIR", help="a prepared folder (default: the run's own)")

@@ -30,7 +30,7 @@ CONFIG = "config.yaml"  # resolved
 METRICS = "metrics.jsonl"  # the records
 INTERPRETED = "interpret.json"  # the figures of `report --interpret`
 MEASURED = "measured.json"  # those of a study
-DOCUMENTS = "documents.npz"  # a study's evaluation, by document
+DOCUMENTS = "documents"  # begins the names of files with an evaluation by document
 
 
 @dataclass
@@ -46,7 +46,10 @@ class RunFolder:
         self.exit_record = self.path / endings.EXIT_RECORD
         self.interpreted = self.path / INTERPRETED
         self.measured = self.path / MEASURED
-        self.documents = self.path / DOCUMENTS
+
+    def documents(self, split: str, checkpoint: Path) -> Path:
+        """The file with a checkpoint's figures by document of a split, as `scored_documents` keeps them."""
+        return self.path / f"{DOCUMENTS}-{split}-{checkpoint.name}.npz"
 
     @classmethod
     def containing(cls, path: Path) -> RunFolder:

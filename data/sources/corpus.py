@@ -10,7 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from common.errors import ConfigError
-from data.config import EmbeddedSource, FilesSource, HubSource
+from data.config import DebianSource, EmbeddedSource, FilesSource, HubSource
+from data.sources.debian import Package, debian_parts, missing_packages, package_rows
 from data.sources.embedded import embedded_texts
 from data.sources.formats import SUFFIXES, check_column, rows_of
 from data.sources.hub import ONLY_PART, PARTIAL, folder_of, hub_parts, is_partial
@@ -19,7 +20,7 @@ from data.sources.stored import Part
 EMBEDDED = "embedded"
 EMBEDDED_BYTES = 2_400_000  # about, on any Python
 
-Plain = EmbeddedSource | FilesSource | HubSource
+Plain = EmbeddedSource | FilesSource | HubSource | DebianSource
 
 
 @dataclass(frozen=True)
@@ -36,17 +37,22 @@ def parts_of(source: Plain) -> list[Part]:
     """The parts of a source, in order.
 
     Raises:
-        ConfigError: a path matches nothing, a file's type is not known, or the Hub's dataset cannot be found.
+        ConfigError: a path matches nothing, a file's type is not known, the Hub's dataset cannot be found, or a
+            package cannot be had.
     """
     if isinstance(source, EmbeddedSource):
         return [Part(EMBEDDED, EMBEDDED_BYTES)]
     if isinstance(source, FilesSource):
         return [Part(str(f), f.stat().st_size, source.text_field, source.separator) for f in files_of(source)]
+    if isinstance(source, DebianSource):
+        return debian_parts(source)
     return hub_parts(source)
 
 
 def is_remote(source: Plain) -> bool:
     """Whether the source must be asked for over the network."""
+    if isinstance(source, DebianSource):
+        return bool(missing_packages(source))
     return isinstance(source, HubSource) and folder_of(source) is None
 
 
@@ -100,6 +106,8 @@ def _read(part: Part, first: int) -> Iterator[tuple[str, float]]:
     if part.name == EMBEDDED:
         texts = embedded_texts()
         return ((text, number / len(texts)) for number, text in enumerate(texts[first:], start=first + 1))
+    if isinstance(part, Package):
+        return package_rows(part, first)
     return rows_of(part, first)
 
 

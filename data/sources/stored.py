@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,11 @@ class Part:
     size: int  # bytes, as stored
     field: str = "text"
     separator: str | None = None
+
+    @property
+    def identity(self) -> list[str | int]:
+        """What a manifest says of it: where it is, which begins with its name, and its bytes."""
+        return [self.name if "://" in self.name else os.path.abspath(self.name), self.size]
 
     @property
     def kind(self) -> str:

@@ -6,10 +6,14 @@ The number is the true negative log-likelihood: no smoothing, no clamp.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
 
 from common.errors import ConfigError
+from common.files import replacing, sha256_of
 from data.loader import EvaluationWindows
 from data.manifest import check_tokenizer, read_manifest
 from data.shards import open_split
@@ -17,10 +21,11 @@ from data.texts import Texts
 from data.vocabulary import open_tokenizer
 from pretrain.analysis.heldout import documents_of, tokens_of
 from pretrain.analysis.scoring import Evaluation, evaluate, scoring
+from pretrain.checkpoints.folder import MANIFEST
 from pretrain.config import RunConfig
 from pretrain.inference import Model
 from pretrain.run_folder import RunFolder
-from pretrain.runtime.ranks import Ranks
+from pretrain.runtime.ranks import Ranks, alone
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,43 @@ def run_task(task: Task, ranks: Ranks) -> tuple[Evaluation, Path]:
     micro_batch = task.cfg.evaluation.micro_batch or task.cfg.train.micro_batch
     score = scoring(model.score, task.cfg.model, task.folder)
     return evaluate(score, task.windows, micro_batch, ranks), checkpoint
+
+
+def scored_documents(path: Path, split: str = "val") -> Evaluation:
+    """Scores a run's newest whole checkpoint, or the checkpoint `path`, on a split of the run's own data, by document,
+    in this process alone. What it came to is kept in the run folder for each split and checkpoint, and read from there
+    the next time.
+
+    Raises:
+        ConfigError: as `open_task`, or no checkpoint is whole.
+    """
+    run = RunFolder.containing(path)
+    task = open_task(path, split)
+    checkpoint = run.checkpoint(path)
+    known = _kept(run.documents(split, checkpoint), _scored_with(task, checkpoint))
+    if known is not None:
+        return known
+    result, checkpoint = run_task(task, alone())
+    with replacing(run.documents(split, checkpoint)) as draft, draft.open("wb") as stream:
+        np.savez(stream, scored_with=np.array(_scored_with(task, checkpoint)), **vars(result))
+    return result
+
+
+def _scored_with(task: Task, checkpoint: Path) -> str:
+    """What tells the figures of one checkpoint on one split from all others, though names be the same."""
+    data = read_manifest(task.folder)["fingerprint"]
+    return f"{task.windows.split.name} of {data} by {sha256_of(checkpoint / MANIFEST)}"
+
+
+def _kept(file: Path, scored_with: str) -> Evaluation | None:
+    """What `scored_documents` kept; None if it kept nothing, something else, or what cannot be read any more."""
+    try:
+        with np.load(file, allow_pickle=False) as found:
+            if str(found["scored_with"]) == scored_with:
+                return Evaluation(**{field.name: found[field.name] for field in fields(Evaluation)})
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):
+        pass
+    return None
 
 
 def by_source(task: Task, result: Evaluation) -> dict[str, Evaluation]:

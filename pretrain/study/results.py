@@ -7,7 +7,6 @@ import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from data.shards import Split, open_split
 from model.config import ExponentRamp, HeadConfig
 from model.distances import DISTANCES
 from pretrain.analysis import geometry, interpretation
-from pretrain.analysis.evaluation import open_task, run_task
+from pretrain.analysis.evaluation import scored_documents
 from pretrain.analysis.heldout import HeldOut, check_one_text
 from pretrain.analysis.scoring import (
     INTERVAL,
@@ -35,7 +34,6 @@ from pretrain.energy.sustainability import joules_of
 from pretrain.recorder import machine
 from pretrain.records import JOULES, PARTS, Eval, Record, Train
 from pretrain.run_folder import RunFolder
-from pretrain.runtime.ranks import alone
 from pretrain.study.grid import DONE, Cell, LanguageConfig, cells, chosen_lr, held_out, outcome
 
 SHOWN = 300  # prototypes of a projection: those of the most frequent tokens
@@ -47,14 +45,12 @@ def measure(cfg: RunConfig, log: Callable[[str], None]) -> dict[str, Any]:
     """
     run = RunFolder(cfg.run)
     checkpoint = run.checkpoint()
-    if run.measured.exists() and run.documents.exists():
+    if run.measured.exists():
         found = json.loads(run.measured.read_text())
         if found["checkpoint"] == checkpoint.name:
             return found
     log(f"measuring {run.path.name}")
-    scored, _ = run_task(open_task(cfg.run), alone())
-    with run.documents.open("wb") as stream:
-        np.savez(stream, **vars(scored))
+    scored = scored_documents(cfg.run)
     source = interpretation.open_run(cfg.run, (), strict=False)
     looked_at = interpretation.measure(source)
     spectrum = geometry.spectrum(looked_at.prototypes)
@@ -195,7 +191,7 @@ def difference(pairs: Sequence[tuple[RunConfig, RunConfig]]) -> dict[str, Any]:
     """Bits/byte of runs less those of the baseline's with the same seed, data and order: over seeds, and over
     documents of all seeds' mean.
     """
-    scored = [[_documents(cfg.run) for cfg in pair] for pair in pairs]
+    scored = [[scored_documents(cfg.run) for cfg in pair] for pair in pairs]
     over_seeds = interval([compare(a, b).bits_per_byte_difference for a, b in scored])
     mean = [
         Evaluation(np.mean([side.nats for side in sides], 0), sides[0].hits, sides[0].tokens, sides[0].text_bytes)
@@ -203,11 +199,6 @@ def difference(pairs: Sequence[tuple[RunConfig, RunConfig]]) -> dict[str, Any]:
     ]
     by_document = compare(*mean)
     return {**over_seeds, "documents_low": by_document.low, "documents_high": by_document.high}
-
-
-def _documents(run: Path) -> Evaluation:
-    with np.load(RunFolder(run).documents, allow_pickle=False) as found:
-        return Evaluation(**found)
 
 
 def exponent(head: HeadConfig) -> float | str | None:

@@ -31,9 +31,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_names_in_it_are_those_that_users_and_older_runs_know(trained: Path) -> None:
     run = RunFolder(trained)
     written = [run.config, run.metrics, run.checkpoints_folder]
-    later = [run.exit_record, run.interpreted, run.measured, run.documents]
+    later = [run.exit_record, run.interpreted, run.measured, run.documents("test", Path("step-00000004"))]
     assert [path.relative_to(trained).as_posix() for path in written] == ["config.yaml", "metrics.jsonl", "checkpoints"]
-    assert [path.name for path in later] == ["exit.json", "interpret.json", "measured.json", "documents.npz"]
+    assert [path.name for path in later] == [
+        "exit.json",
+        "interpret.json",
+        "measured.json",
+        "documents-test-step-00000004.npz",
+    ]
     assert all(path.exists() for path in written) and {path.parent for path in later} == {trained}
 
 
