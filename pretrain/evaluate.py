@@ -1,4 +1,4 @@
-"""`overtone evaluate RUN [--split val|test|train] [--stride S] [--json]`: perplexity, nats/token, bits/byte and accuracy
+"""`overtone evaluate RUN [--split val|test|train] [--stride S] [--json]`: perplexity, nats/token, bits/byte, accuracy
 over a whole split, every token scored exactly once, the same on any number of ranks. Of a masked model it is the
 pseudo-likelihood that `pretrain.analysis.scoring.scoring` defines.
 

@@ -1,12 +1,12 @@
 """Prose out of pages and text files, without markup, navigation, scripts and listings, and long texts cut."""
 
-import math
 import re
 from html.parser import HTMLParser
 
 PARAGRAPH = "\n\n"
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u200b\ufeff]|.\x08")
 WORD = re.compile(r"[\"'(\u2018\u201c]*[^\W\d_]+(?:['\u2019-][^\W\d_]+)*[\"').,;:!?\u2019\u201d]*")
+FULL = 0.75  # how full parts of a text are to be
 PROSE_WORDS = 8  # in a paragraph of prose, at least
 PROSE_SHARE = 0.7  # of its words consist of letters, at least
 
@@ -142,14 +142,15 @@ def cut(text: str, most: int) -> list[str]:
     """
     if len(text) <= most:
         return [text]
-    aim = len(text) / math.ceil(len(text) / most)
+    aim = len(text) / (len(text) // (FULL * most) + 1)  # some room is left, so that no part must pass `most`
     parts: list[list[str]] = [[]]
-    size = 0
+    size = position = 0
     for paragraph in text.split(PARAGRAPH):
-        grown = size + len(paragraph) + len(PARAGRAPH) * bool(parts[-1])
-        if parts[-1] and (grown > most or size >= aim or grown - aim > aim - size):
+        grown = size + len(PARAGRAPH) + len(paragraph) if parts[-1] else len(paragraph)
+        if parts[-1] and (grown > most or position + len(paragraph) / 2 >= aim * len(parts)):
             parts.append([])
             grown = len(paragraph)
         parts[-1].append(paragraph)
         size = grown
+        position += len(paragraph) + len(PARAGRAPH)
     return [PARAGRAPH.join(part) for part in parts]
