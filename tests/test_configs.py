@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from common.settings import read_tree, validate
+from data.config import DataConfig, DebianSource
 from launch.fit import altered
 from launch.footprint import parameters
 from model.decoder import Decoder
@@ -21,7 +22,7 @@ from pretrain.study.algorithmic_config import AlgorithmicConfig
 
 GPT2 = {"vocab_size": 50_257, "bias": True, "mlp": "gelu_tanh"}
 QWEN = {"vocab_size": 151_936}
-CONFIGS = sorted(path for path in Path("configs").glob("*.yaml") if not path.stem.startswith("study-"))
+CONFIGS = sorted(path for path in Path("configs").glob("*.yaml") if not path.stem.startswith(("study-", "corpus-")))
 OWN_FORM: dict[str, tuple[int, dict[str, Any]]] = {  # recipe -> published parameters, what makes the recipe that form
     "gpt2-124m": (124_439_808, GPT2),
     "gpt2-350m": (354_823_168, GPT2),
@@ -123,6 +124,22 @@ def check_numbers(path: Path, cfg: RunConfig) -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_header_plan_and_built_model_have_the_same_parameters(path: Path) -> None:
     check_numbers(path, load(path))
+
+
+def test_a_corpus_of_packages_names_each_with_what_it_is_and_its_licence() -> None:
+    path = Path("configs/corpus-debian.yaml")
+    tree = read_tree(path, [])
+    cfg = validate(DataConfig, tree["data"], "data")
+    assert tree.keys() == {"data"} and isinstance(cfg.source, DebianSource) and cfg.test_fraction
+    header = re.match(r"(#.*\n)+", path.read_text())
+    assert header and f"overtone prepare {path}" in header[0]
+    names = [package.name for package in cfg.source.packages]
+    rows = re.findall(
+        r"^\| `([a-z0-9.+-]+)` \| (.+) \| (.+) \| ([\d.]+) \|$", Path("docs/data.md").read_text(), re.MULTILINE
+    )
+    assert [name for name, *_ in rows] == names == sorted(names)
+    assert re.findall(r"^#   ([a-z0-9.+-]+): .+; .+$", header[0], re.MULTILINE) == names
+    assert sum(float(size) for *_, size in rows) > 50
 
 
 def test_a_study_says_how_many_parameters_its_heads_have() -> None:

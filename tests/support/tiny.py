@@ -122,14 +122,19 @@ def train_plain(cfg: RunConfig, steps: int = 5) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "parameters": parameters}
 
 
-def make_data(folder: Path, train_tokens: int = 2000, val_tokens: int = 137, seed: int = 5) -> Path:
-    """A prepared folder of random documents for `tiny_config(data__path=...)`."""
+def make_data(
+    folder: Path, train_tokens: int = 2000, val_tokens: int = 137, seed: int = 5, test_tokens: int = 0
+) -> Path:
+    """A prepared folder of random documents for `tiny_config(data__path=...)`; without a test split unless asked."""
     stream = np.random.default_rng(seed)
 
     def documents(tokens: int) -> list[np.ndarray]:
         return [stream.integers(5, V, size=min(40, tokens - first)) for first in range(0, tokens, 40)]
 
-    make_folder(folder, vocab_size=V, train=documents(train_tokens), val=documents(val_tokens))
+    splits = {"train": documents(train_tokens), "val": documents(val_tokens)}
+    if test_tokens:
+        splits["test"] = documents(test_tokens)
+    make_folder(folder, vocab_size=V, **splits)
     return folder
 
 

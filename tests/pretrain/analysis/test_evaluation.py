@@ -74,18 +74,18 @@ def check_training(base: Path) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("trained")
-    make_data(base / "data")
+    make_data(base / "data", test_tokens=97)
     run_ranks(check_training, 1, base, base=base)
     return base
 
 
-def reference(cfg: RunConfig, decoder: Any, head: Any, stride: int) -> tuple[np.ndarray, np.ndarray]:
+def reference(cfg: RunConfig, decoder: Any, head: Any, stride: int, name: str = "val") -> tuple[np.ndarray, np.ndarray]:
     """Each token's nats and whether it is the most probable, by float64 arithmetic, token by token: from the first T
     tokens or those that its window holds.
     """
     decoder.double().eval()
     head.eval()
-    split = open_split(cfg.data.path, "val")
+    split = open_split(cfg.data.path, name)
     stream = [split.eos_id, *split.read(0, split.tokens).tolist()]  # stream[i] is read when token i is scored
     nats, hits = [], []
     for token in range(split.tokens):
@@ -285,6 +285,72 @@ def test_other_documents_are_not_compared(trained: Path, tmp_path: Path, capsys:
     assert told(capsys, trained / "run", same, "--paired")[2]["bits_per_byte_difference"] == 0
 
 
+# ---- the split that training never looks at
+
+
+def test_a_test_split_is_scored_and_compared_like_any_other(trained: Path, capsys: pytest.CaptureFixture) -> None:
+    cfg = load(trained / "run" / "config.yaml")
+    decoder, head = build_modules(cfg, ALONE)
+    load_weights(trained / "run" / "checkpoints" / "step-00000004", decoder, head)
+    for name, tokens in (("test", 97), ("val", 137)):
+        found = told(capsys, trained / "run", "--split", name)
+        nats, _ = reference(cfg, decoder, head, T, name)
+        split = open_split(trained / "data", name)
+        assert (found["split"], found["tokens"], found["documents"]) == (
+            name,
+            tokens + split.documents,
+            -(-tokens // 40),
+        )
+        assert found["loss"] == pytest.approx(nats.mean(), rel=1e-6)
+    a, b, difference = told(capsys, trained / "run", trained / "tied", "--split", "test", "--paired")
+    assert a["split"] == b["split"] == "test" and a["tokens"] == open_split(trained / "data", "test").tokens
+    assert difference["bits_per_byte_difference"] == pytest.approx(a["bits_per_byte"] - b["bits_per_byte"])
+    assert evaluate.main([str(trained / "run"), "--split", "test"]) == 0
+    assert "step-00000004 on test: perplexity" in capsys.readouterr().out
+    logged = {record["text_sha256"] for record in read_records(trained / "run") if record["kind"] == "eval"}
+    assert logged == {told(capsys, trained / "run")["text_sha256"]}, "training scores val"
+
+
+def test_a_run_without_a_test_split_says_what_makes_one(trained: Path, tmp_path: Path, capsys) -> None:
+    data = make_data(tmp_path / "data")
+    complaint = refused(capsys, trained / "run", "--split", "test", "--data", data)
+    assert "no split 'test'; it has train, val. Set data.test_fraction" in complaint
+
+
+def same(a: Evaluation, b: Evaluation) -> bool:
+    return all(np.array_equal(mine, vars(b)[name]) for name, mine in vars(a).items())
+
+
+def test_figures_by_document_are_kept_for_each_split_and_checkpoint(trained: Path, tmp_path: Path, monkeypatch) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    first = {name: evaluation_task.scored_documents(run, name) for name in ("val", "test")}
+    files = sorted(path.name for path in run.glob("documents-*"))
+    assert files == ["documents-test-step-00000004.npz", "documents-val-step-00000004.npz"]
+    for name, found in first.items():
+        split = open_split(trained / "data", name)
+        assert found.tokens.sum() == split.tokens and np.array_equal(found.text_bytes, split.document_bytes())
+        direct, _ = evaluation_task.run_task(evaluation_task.open_task(run, name), ALONE)
+        assert same(found, direct)
+    shutil.copy(run / files[0], run / "kept")
+    with monkeypatch.context() as patched:
+        patched.setattr(evaluation_task, "run_task", lambda *_: pytest.fail("scored again"))
+        for name, found in first.items():
+            assert same(evaluation_task.scored_documents(run, name), found)
+            checkpoint = run / "checkpoints" / "step-00000004"
+            assert same(evaluation_task.scored_documents(checkpoint, name), found)
+    # What is not of this split, checkpoint and data, or cannot be read, is not taken for it.
+    for wrong in (run / "documents-val-step-00000004.npz", trained / "run" / "config.yaml", Path(os.devnull)):
+        shutil.copyfile(wrong, run / files[0])
+        assert same(evaluation_task.scored_documents(run, "test"), first["test"])
+        assert (run / files[0]).read_bytes() == (run / "kept").read_bytes()
+    other = trained / "bf16" / "checkpoints" / "step-00000004"
+    shutil.copy(trained / "bf16" / "config.yaml", run)
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    shutil.copytree(other, run / "checkpoints" / "step-00000004")
+    assert not same(evaluation_task.scored_documents(run, "test"), first["test"])
+
+
 # ---- real text and two tokenizers
 
 
@@ -344,7 +410,7 @@ def copied(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_a_split_that_is_missing_or_has_no_window_is_refused(trained: Path, tmp_path: Path, capsys) -> None:
-    assert "no split 'test'; it has train, val" in refused(capsys, trained / "run", "--split", "test")
+    assert "no split 'dev'; it has train, val, test" in refused(capsys, trained / "run", "--split", "dev")
     make_data(tmp_path / "short", val_tokens=5)
     told = refused(capsys, trained / "run", "--data", tmp_path / "short")
     assert "the val split has 6 tokens, fewer than one window of 8" in told
