@@ -134,9 +134,8 @@ def test_a_corpus_of_packages_names_each_with_what_it_is_and_its_licence() -> No
     header = re.match(r"(#.*\n)+", path.read_text())
     assert header and f"overtone prepare {path}" in header[0]
     names = [package.name for package in cfg.source.packages]
-    rows = re.findall(
-        r"^\| `([a-z0-9.+-]+)` \| (.+) \| (.+) \| ([\d.]+) \|$", Path("docs/data.md").read_text(), re.MULTILINE
-    )
+    guide = Path("docs/data.md").read_text()
+    rows = re.findall(r"^\| `([a-z0-9.+-]+)` \| (.+) \| (.+) \| ([\d.]+) \|$", guide, re.MULTILINE)
     assert [name for name, *_ in rows] == names == sorted(names)
     assert re.findall(r"^#   ([a-z0-9.+-]+): .+; .+$", header[0], re.MULTILINE) == names
     assert sum(float(size) for *_, size in rows) > 50
