@@ -36,8 +36,7 @@ def parser() -> argparse.ArgumentParser:
             "runs/quickstart",
             "runs/quickstart --stride 64 --text README.md",
             "runs/quickstart --data prepared/other --json",
-            "runs/quickstart runs/quickstart-softmax --paired",
-            "runs/mine --split test",
+            "runs/quickstart runs/quickstart-softmax --paired --split test",
         ],
     )
     made.add_argument("runs", type=Path, nargs="+", metavar="RUN",
