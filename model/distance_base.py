@@ -111,13 +111,15 @@ class Distance(Settings):
         return self
 
     def start(self, dim: int) -> Start:
-        """Prototypes of length 1, entries of deviation 1/sqrt(dim), under every distance and for `dot`, so that the first
-        scores are equally spread at any width. For x of length 1 too, the Euclidean d^2 = 1 + |w|^2 - 2 x.w has mean 2
-        and deviation sqrt(6/dim), so with n = sqrt(dim) scores have deviation sqrt(6)/4 = 0.61; much shorter or longer
-        prototypes make all distances alike, and the first gradients small. The logits of `dot`, whose features have
-        unit variance, have deviation 1. A number that does not know the width is right at one width alone: GPT-2's
-        0.02 (init_std="gpt2") spreads logits by 0.55 at 768, for which it was made, and by 0.23 at 128, where it costs
-        a third of a bit/byte at the same rate. Measured at widths 64 to 256: benchmarks/results/starts-cpu.md.
+        """Prototypes of length 1, entries of deviation 1/sqrt(dim), under every distance and for `dot`: the first
+        scores are then equally spread at any width.
+
+        For x of length 1 too, the Euclidean d^2 = 1 + |w|^2 - 2 x.w has mean 2 and deviation sqrt(6/dim), so with
+        n = sqrt(dim) scores have deviation sqrt(6)/4 = 0.61; much shorter or longer prototypes make all distances
+        alike, and the first gradients small. The logits of `dot`, whose features have unit variance, have deviation 1.
+        A number that does not know the width is right at one width alone: GPT-2's 0.02 (init_std="gpt2") spreads logits
+        by 0.55 at 768, for which it was made, and by 0.23 at 128, where it costs 0.4 bits/byte at the rate that is
+        best with the other. Measured at widths 64 to 256: benchmarks/results/starts-cpu.md.
         """
         return Start(dim**-0.5, 1.0)
 
