@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import stdev
 from typing import Any
 
 from pretrain.study.comparisons import Ran
@@ -61,21 +62,28 @@ def _entry(name: str, entry: Any) -> dict[str, Any]:
     return {"about": TUNABLE[name], **given}
 
 
-def edges_of(study: LanguageConfig, choice: Choice | None, trials: Sequence[Ran]) -> list[dict[str, Any]]:
-    """The chosen settings that lie at an edge of what was tried: with one, nothing may be called the best. `behind`: by
-    how many bits/byte the best trial inside is worse than the chosen one after the first rung, where all were trained
-    alike; near 0, the edge may be chance.
+def edges_of(
+    study: LanguageConfig, choice: Choice | None, trials: Sequence[Ran], val: Mapping[str, Sequence[float]]
+) -> list[dict[str, Any]]:
+    """The chosen settings that lie at an edge of what was tried. `behind`: by how many bits/byte the best trial inside
+    is worse than the chosen one after the first rung, where all were trained alike. `spread`: the deviation between
+    the head's fresh seeds. `open` unless the first is known to be within the second, as it is where a setting makes no
+    difference: with an open edge nothing may be called the best.
+
+    Args:
+        val: bits/byte of the `val` split of each head's fresh runs, at the size where it was tuned.
     """
     found = []
     for head, chosen in (choice["heads"] if choice else {}).items():
         space, setting = study.space(head), chosen["setting"]
+        spread = stdev(val[head]) if len(val[head]) > 1 else None
         for name, end in (edges(space, setting) if setting else {}).items():
             entry = space[name]
             own = [run for run in trials if run.cell.head == head]
+            behind = _behind(own, name, entry, chosen["trial"])
             where = {
-                "tried": entry.told(),
-                "try": entry.beyond(end),
-                "behind": _behind(own, name, entry, chosen["trial"]),
+                **{"tried": entry.told(), "try": entry.beyond(end), "behind": behind, "spread": spread},
+                "open": behind is None or spread is None or behind > spread,
             }
             found.append({"head": head, "setting": name, "value": setting[name], "end": end, **where})
     return found

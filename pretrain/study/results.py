@@ -36,8 +36,9 @@ def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> di
         (size for size in reversed(study.sizes) if any(run.measured for run in at[size][study.baseline])),
         study.tuned_at,
     )
-    edges = protocol.edges_of(study, choice, trials)
-    settled = choice is not None and not edges
+    val = {head: _val(runs) for head, runs in at[study.tuned_at].items()}
+    edges = protocol.edges_of(study, choice, trials, val)
+    settled = choice is not None and not any(edge["open"] for edge in edges)
     base = {(run.cell.size, run.cell.seed): run for run in ran if run.cell.head == study.baseline}
     return plain(
         {
@@ -59,7 +60,7 @@ def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> di
             "sizes": [_size(study, size, at[size], compared[size], parts) for size in study.sizes],
             "heads": [
                 {
-                    **_searched(study, records, head, trials, choice, _val(at[study.tuned_at][head])),
+                    **_searched(study, records, head, trials, choice, val[head]),
                     "trend": comparisons.trend_of(study, at, head),
                     **_figures(at[shown][head], compared[shown][head], parts),
                     **_first(at[shown][head], parts),

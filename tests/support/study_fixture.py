@@ -59,7 +59,7 @@ def study_results(energy: bool = False, settled: bool = False) -> dict[str, Any]
         "protocol": PROTOCOL,
         "chosen": True,
         "settled": settled,
-        "edges": [] if settled else [{**edge, "try": "0.001 to 0.16", "behind": 0.0031}],
+        "edges": [] if settled else [{**edge, "try": "0.001 to 0.16", "behind": 0.0031, "spread": 0.002, "open": True}],
         "best": "mahalanobis" if settled else None,
         "measured": ["gpu"] if energy else [],
         "not_measured": {} if energy else {"gpu": "no NVIDIA GPU", "cpu": "no RAPL counter that may be read"},

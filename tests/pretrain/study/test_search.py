@@ -170,11 +170,11 @@ def test_a_choice_at_an_edge_unsettles_the_study(folder: Path, monkeypatch: Any)
     made = study(folder, tuning=TUNING)
     at_edge = [bool(search_edges(made, "softmax", k)) for k in range(4)]
     inside, outside = at_edge.index(False), at_edge.index(True)
-    for chosen, settled in ((inside, True), (outside, False)):
-        out = str(folder / f"study{chosen}")
+    for chosen, behind, settled in ((inside, 0.2, True), (outside, 0.2, False), (outside, 0.0001, True)):
+        out = str(folder / f"study{chosen}-{behind}")
 
-        def bits(name: str, chosen: int = chosen) -> float:
-            return 2.0 if f"trial{chosen:03d}" in name else 2.2 if "trial" in name else quality(name)
+        def bits(name: str, chosen: int = chosen, behind: float = behind) -> float:
+            return 2.0 if f"trial{chosen:03d}" in name else 2.0 + behind if "trial" in name else quality(name)
 
         launch_as(monkeypatch, bits, [])
         measure_as(monkeypatch, quality)
@@ -184,10 +184,14 @@ def test_a_choice_at_an_edge_unsettles_the_study(folder: Path, monkeypatch: Any)
         told = Tree((Path(out) / "study.html").read_text()).text
         assert found["settled"] == settled and found["best"] == ("cosine" if settled else None)
         assert ("No head is called best, better or worse here" in told) != settled
-        if not settled:
+        if chosen == outside:
             edge = found["edges"][0]
             assert any(edge["setting"] not in search_edges(made, "softmax", k) for k in range(4))
-            assert edge["behind"] == pytest.approx(0.2)
+            assert edge["behind"] == pytest.approx(behind) and edge["open"] != settled
+            own = [
+                run["val_bits_per_byte"] for run in found["runs"] if run["head"] == "softmax" and run["trial"] is None
+            ]
+            assert edge["spread"] == pytest.approx(np.std(own, ddof=1)) and 0.0001 < edge["spread"] < 0.2
             assert edge["head"] == "softmax" and edge["try"] in told and edge["tried"] in told
 
 

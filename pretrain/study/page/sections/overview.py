@@ -92,7 +92,7 @@ def findings(study: Study) -> str:
 
 
 def _unsettled(study: Study) -> list[str]:
-    edges = sorted({str(edge.get("head") or NONE) for edge in study.at("edges") or []})
+    edges = sorted({str(edge.get("head") or NONE) for edge in study.at("edges") or [] if edge.get("open")})
     if not edges:
         return []
     whose = "settings" if len(edges) > 1 else "a setting"

@@ -45,18 +45,24 @@ def _edges(study: Study) -> str:
         f"{edge.text('end')} end of {edge.text('tried')}; try {edge.text('try')}" + _behind(edge)
         for edge in entries
     ]
-    chance = study.figure("protocol", "edges_by_chance")
+    chance, opened = study.figure("protocol", "edges_by_chance"), sum(bool(edge.at("open")) for edge in entries)
     by_chance = f" Of values that make no difference, {chance:.1f} would lie there by chance." if chance else ""
+    counts = (
+        f"{opened} of them count{'s' * (opened == 1)}: the best trial inside is further behind than fresh seeds "
+        "lie apart, so a better value may lie beyond, and no head is called the best."
+        if opened
+        else "No one of them counts: the best trial inside is no further behind than fresh seeds lie apart."
+    )
     return layout.soft(
-        f"{plural(len(entries), 'chosen value')} at an edge of what was tried, so a better one may lie beyond, and no "
-        f"head is called the best.{by_chance}"
+        f"{plural(len(entries), 'chosen value')} at an edge of what was tried. {counts}{by_chance}"
     ) + layout.findings(lines, "findings soft")
 
 
 def _behind(edge: Figures) -> str:
     behind = edge.figure("behind")
     told = "" if behind is None else written(behind, "{:+.4f}")
-    return told and f" (the best trial inside after the first rung: {told} bits/byte)"
+    spread = written(edge.figure("spread"), "{:.4f}") if edge.figure("spread") is not None else "unknown"
+    return told and f" (the best trial inside after the first rung: {told} bits/byte; spread of fresh seeds {spread})"
 
 
 def _chosen(study: Study) -> str:
