@@ -16,10 +16,10 @@ from launch.footprint import parameters
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.config import RunConfig, check_layout, dump, load
+from pretrain.study import language_config
 from pretrain.study.algorithmic import TASKS, cell_of
 from pretrain.study.algorithmic_cell import Learner
 from pretrain.study.algorithmic_config import AlgorithmicConfig
-from pretrain.study.language_config import LanguageConfig
 from pretrain.study.vision import networks, sources
 from pretrain.study.vision.config import VisionConfig
 
@@ -144,12 +144,17 @@ def test_a_corpus_of_packages_names_each_with_what_it_is_and_its_licence() -> No
     assert sum(float(size) for *_, size in rows) > 50
 
 
-def test_a_study_says_how_many_parameters_its_heads_have() -> None:
-    path = Path("configs/study-small.yaml")
-    study = validate(LanguageConfig, read_tree(path, []))
-    cfg, more = (study.config(study.trial(head, 0, 0, {"lr": 1e-3})) for head in ("softmax", "mahalanobis"))
-    check_numbers(path, cfg)
-    assert f"Mahalanobis trains {parameters(more).total - numbers(path)[0]} more." in path.read_text()
+@pytest.mark.parametrize("name", ["small", "gpu"])
+def test_a_study_says_what_its_heads_have_and_how_many_runs_it_takes(name: str) -> None:
+    path = Path(f"configs/study-{name}.yaml")
+    study = language_config.from_tree(read_tree(path))
+    head = study.config(study.trial("softmax", 0, 0, {"lr": 1e-3}))
+    check_numbers(path, head)
+    runs = len(study.heads) * (sum(study.tuning.counts()) + len(study.sizes) * len(study.seeds))
+    assert f"# {runs} runs of" in path.read_text() and f"overtone study {path}" in path.read_text()
+    if "mahalanobis" in study.heads:
+        more = parameters(study.config(study.trial("mahalanobis", 0, 0, {"lr": 1e-3}))).total - numbers(path)[0]
+        assert f"Mahalanobis trains {more} more." in path.read_text()
 
 
 def test_the_algorithmic_study_says_how_many_parameters_its_learners_have() -> None:

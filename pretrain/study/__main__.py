@@ -78,11 +78,10 @@ def _study(asked: argparse.Namespace) -> int:
 
 
 def _language(tree: dict[str, Any], asked: argparse.Namespace) -> int:
-    from common.settings import validate
-    from pretrain.study.language_config import LanguageConfig
-
     with command.importing():
-        study = validate(LanguageConfig, tree)
+        from pretrain.study import language_config
+
+        study = language_config.from_tree(tree)
         from pretrain.study import protocol, records, results, search, tables  # bring torch
         from pretrain.study.page import language
 

@@ -14,8 +14,10 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 
 from common.errors import ConfigError
 from common.fields import FilePath, Name, Seed
+from common.settings import read_tree, validate
 from model.config import ExponentRamp, HeadConfig
-from pretrain.config import RunConfig, from_tree
+from pretrain import config as runs
+from pretrain.config import RunConfig
 from pretrain.study.tuning import Entry, Known, Setting, Space, Tuning, settings_of
 
 MOST_CELLS = 20_000
@@ -81,6 +83,7 @@ class LanguageConfig(BaseModel, extra="forbid", frozen=True):
     sizes: dict[Name, Size] = Field(min_length=1, max_length=100)  # heads are tuned at the first
     lr_floor: float = Field(default=0.0, ge=0, le=1)  # the schedule ends at this share of the learning rate
     keep: Literal["runs", "records"] = "runs"  # records: a run folder is deleted once its cell is recorded
+    corpus: FilePath | None = None  # a recipe, whose `data` section base.data adds to, and wins over
     base: dict[str, Any]
 
     @field_validator("seeds")
@@ -172,7 +175,7 @@ class LanguageConfig(BaseModel, extra="forbid", frozen=True):
             tree[section] = {**(tree.get(section) or {}), **own}
         if "lr" in setting:
             tree["optim"]["lr"] = setting["lr"]
-        whole = from_tree(tree)  # checked, with all defaults
+        whole = runs.from_tree(tree)  # checked, with all defaults
         steps = max(1, round(whole.train.steps * cell.share))
         warmup = setting.get("warmup", whole.optim.warmup_steps / whole.train.steps)
         tree["train"]["steps"] = steps
@@ -183,7 +186,18 @@ class LanguageConfig(BaseModel, extra="forbid", frozen=True):
             if name in setting
         }
         tree["head"] |= _head_settings(whole.head, whole.model.dim, setting)
-        return from_tree(tree)
+        return runs.from_tree(tree)
+
+
+def from_tree(tree: dict[str, Any]) -> LanguageConfig:
+    """Checks plain values, with the data of `corpus` in `base.data`. Raises ConfigError."""
+    corpus, base = tree.get("corpus"), tree.get("base")
+    if isinstance(corpus, str) and isinstance(base, dict):
+        data, own = read_tree(corpus).get("data"), base.get("data") or {}
+        if not isinstance(data, dict) or not isinstance(own, dict):
+            raise ConfigError(f"corpus={corpus}: expected a recipe with a `data` section, and base.data to add to it")
+        tree = {**tree, "base": {**base, "data": {**data, **own}}}
+    return validate(LanguageConfig, tree)
 
 
 def _head_settings(head: HeadConfig, dim: int, setting: Setting) -> dict[str, Any]:

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import yaml
 
-from common.settings import validate
 from pretrain.config import RunConfig, dump, load
 from pretrain.records import Eval, Train
 from pretrain.runtime.endings import EXIT_RECORD
+from pretrain.study import language_config
 from pretrain.study.jobs import Jobs
 from pretrain.study.language_config import Cell, LanguageConfig
 from pretrain.study.records import Records
@@ -59,7 +59,7 @@ def tree(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def study(folder: Path, **changes: Any) -> LanguageConfig:
-    return validate(LanguageConfig, tree(folder, **changes))
+    return language_config.from_tree(tree(folder, **changes))
 
 
 def asked(folder: Path, **changes: Any) -> str:

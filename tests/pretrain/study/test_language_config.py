@@ -12,8 +12,10 @@ from scipy.stats import qmc
 
 from common.errors import ConfigError
 from common.settings import read_tree, validate
+from common.yaml_tree import to_yaml
 from model.head import HarmonicHead
 from pretrain.config import RunConfig
+from pretrain.study import language_config
 from pretrain.study.language_config import Cell, LanguageConfig, check_configs
 from pretrain.study.tuning import TUNABLE, Range, Space, Tuning, Values, edges, points, ranks, ratios, settings_of
 from tests.support.language_study import study, tree
@@ -35,6 +37,25 @@ def tuning(**changes: Any) -> dict[str, Any]:
 
 def config_of(made: LanguageConfig, head: str, size: str = "d32", share: float = 1.0, **setting: float) -> RunConfig:
     return made.config(Cell(head, size, 7, setting, None, 0, share))
+
+
+def test_data_are_those_of_a_corpus_with_the_studys_own_words(tmp_path: Path) -> None:
+    recipe = tmp_path / "corpus.yaml"
+    usual = tree(tmp_path)
+    recipe.write_text(to_yaml({"data": usual["base"]["data"]}))
+    base = {**usual["base"], "data": {"path": str(tmp_path / "other"), "val_fraction": 0.25}}
+    made = language_config.from_tree({**usual, "corpus": str(recipe), "base": base})
+    data = made.config(made.trial("softmax", 0, 0, made.settings("softmax")[0])).data
+    without = study(tmp_path)
+    of_corpus = without.config(without.trial("softmax", 0, 0, without.settings("softmax")[0])).data
+    assert data == of_corpus.model_copy(update={"path": tmp_path / "other", "val_fraction": 0.25})
+    for given, told in (
+        (str(tmp_path / "missing.yaml"), "missing.yaml: there is no such file"),
+        (str(recipe), "expected a recipe with a `data` section"),
+    ):
+        recipe.write_text("run: x\n")
+        with pytest.raises(ConfigError, match=told):
+            language_config.from_tree({**usual, "corpus": given})
 
 
 def test_a_setting_becomes_a_runs_own(tmp_path: Path) -> None:
@@ -225,7 +246,7 @@ def test_heads_of_a_seed_start_from_one_trunk(tmp_path: Path) -> None:
 
 def test_the_recipe_tunes_twelve_heads_alike() -> None:
     recipe = Path("configs/study-small.yaml")
-    made = validate(LanguageConfig, read_tree(recipe))
+    made = language_config.from_tree(read_tree(recipe))
     check_configs(made)
     distances = {name: head.distance for name, head in made.heads.items()}
     names = "euclidean cosine manhattan chebyshev minkowski canberra braycurtis hamming mahalanobis"

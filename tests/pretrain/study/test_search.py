@@ -383,11 +383,20 @@ def test_a_config_of_no_kind_is_refused(tmp_path: Path, capsys: Any) -> None:
 
 @pytest.mark.slow
 def test_real_runs_from_text_to_the_page(tmp_path: Path) -> None:
-    """The command, its launcher and its ranks."""
+    """The command, its launcher and its ranks, on the recipe for a GPU in small."""
     make_text(tmp_path / "data", **TESTED)
-    tuning = {**TUNING, "trials": 1, "rungs": [1]}
-    path = asked(tmp_path, tuning=tuning, heads={"softmax": {"distance": "dot"}})
-    words = [sys.executable, "-m", "pretrain.study", path, "--num-gpus", "1"]
+    base = tree(tmp_path)["base"]
+    train = {key: base["train"][key] for key in ("steps", "tokens_per_step", "micro_batch", "precision")}
+    changes = {
+        "out": str(tmp_path / "study"),
+        "seeds": [11, 12],
+        "heads": {"softmax": {"distance": "dot"}},
+        "sizes": {"d32": {"model": {"layers": 2, "heads": 2, "dim": 32}, "train": train}},
+        **{"base.model.seq_len": base["model"]["seq_len"], "base.model.compile": False, "base.data": base["data"]},
+        **{"base.train": {}, "base.logging.every": 1, "base.evaluation.every": 2},
+    }
+    given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+    words = [sys.executable, "-m", "pretrain.study", "configs/study-gpu.yaml", *given, "--num-gpus", "1"]
     found = subprocess.run(words, capture_output=True, text=True, timeout=500)
     assert found.returncode == 0, found.stderr
     (softmax,) = results_of(tmp_path)["heads"]
