@@ -134,7 +134,7 @@ class Chunk:
 
     def _statistics(self) -> Statistics:
         options = self.call.options
-        floor, smooth = self.call.distance.floor(self.x), options.label_smoothing > 0
+        floor, smooth = self.call.distance.floor_of_scores(self.x), options.label_smoothing > 0
         given = Given(self.local, self.exponent, floor, cap=options.soft_cap, smooth=smooth)
         if self.call.shard.real:
             return self.call.distance.contraction.statistics(self.x, self.side.rows, given, self.call.use)

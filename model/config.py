@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, model_validator
 
 from .distance_settings import DISTANCES, SETTINGS, Settings, settings_of
-from .options import LossOptions
+from .options import CAPS, MOST_Z, LossOptions
 
 # Beyond what anybody trains, and small enough that no count of weights or bytes passes 63 bits.
 Positions = Annotated[int, Field(gt=0, le=2**24)]
@@ -262,9 +262,9 @@ class HeadConfig(BaseModel, extra="forbid", frozen=True):
     tied_sign: Literal[1, -1] | None = None  # of a tied decoder's final states: see pretrain.config.from_tree
     chunk_mib: int | None = Field(default=None, gt=0, le=2**20)  # budget of the head's working memory; None: by device
     fused: bool | None = None  # the GPU's product and the passes over its scores in one; None: by device
-    label_smoothing: float = 0.0  # in [0, 1), in training: see model.options.LossOptions, as for the next two
-    z_loss: float = 0.0  # in training
-    soft_cap: float | None = None  # of scores, in evaluation and in exported models too
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)  # in training: see model.options, as for the next two
+    z_loss: float = Field(default=0.0, ge=0, le=MOST_Z)  # in training
+    soft_cap: float | None = Field(default=None, ge=CAPS[0], le=CAPS[1])  # in evaluation and exported models too
 
     @model_validator(mode="before")
     @classmethod

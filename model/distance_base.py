@@ -90,6 +90,10 @@ class Distance(Settings):
             return rows.new_zeros(len(rows))
         return RELATIVE_FLOOR * self.between(rows, torch.zeros_like(rows)) + ABSOLUTE_FLOOR
 
+    def floor_of_scores(self, x: eager.Tokens) -> Tensor | None:
+        """(M,) `floor`; None where scores are no logarithm and need none, so that nobody reads the tokens for it."""
+        return None if self.slope else self.floor(x)
+
     def prepared(self, operands: torch.dtype, draw: Callable[[], Tensor]) -> Distance:
         """This one as one call uses it: matrix products take `operands`; `draw()` gives a random 0-d int64 tensor that
         all ranks agree on.

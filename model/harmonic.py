@@ -180,7 +180,7 @@ def harmonic_log_probs(
     LossOptions(soft_cap=soft_cap).check(entry)
     side = Operands(hidden, prototypes, entry, shard)
     x = side.tokens(hidden, side.positions(hidden, slice(0, hidden.shape[0])), side.token_scales(hidden))
-    given = Given(none, exponent, entry.floor(x), cap=soft_cap)
+    given = Given(none, exponent, entry.floor_of_scores(x), cap=soft_cap)
     stats = entry.contraction.statistics(x, side.rows, given, Use(gradient=False))
     scores = entry.contraction.scores(stats)
     return scores - (stats.top + stats.total.log())[:, None]

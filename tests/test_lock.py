@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 
 FOLDER = Path("requirements")
 LOCKS = ["run-cpu", "dev-cpu", "run-gpu", "dev-gpu"]
-DEV = ["train", "eval", "export", "vision", "docs", "dev"]  # all that the extra `dev` brings
+DEV = ["train", "eval", "export", "docs", "dev"]  # all that the extra `dev` brings
 LEANED_ON = ["torch", "deepspeed", "transformers", "triton", "zeus", "datasets", "lm-eval"]
 
 

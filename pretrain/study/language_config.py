@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field, field_validator, model_validator
 
 from common.errors import ConfigError
-from common.fields import FilePath, Name, Seed
+from common.fields import FilePath, Name, Seed, check_path
 from common.settings import read_tree, validate
 from model.config import ExponentRamp, HeadConfig
 from pretrain import config as runs
@@ -193,7 +193,11 @@ def from_tree(tree: dict[str, Any]) -> LanguageConfig:
     """Checks plain values, with the data of `corpus` in `base.data`. Raises ConfigError."""
     corpus, base = tree.get("corpus"), tree.get("base")
     if isinstance(corpus, str) and isinstance(base, dict):
-        data, own = read_tree(corpus).get("data"), base.get("data") or {}
+        try:
+            data = read_tree(check_path(corpus)).get("data")
+        except ValueError as error:
+            raise ConfigError(f"corpus: {error}") from None
+        own = base.get("data") or {}
         if not isinstance(data, dict) or not isinstance(own, dict):
             raise ConfigError(f"corpus={corpus}: expected a recipe with a `data` section, and base.data to add to it")
         tree = {**tree, "base": {**base, "data": {**data, **own}}}
