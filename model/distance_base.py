@@ -84,10 +84,8 @@ class Distance(Settings):
         return back, others
 
     def floor(self, x: eager.Tokens) -> Tensor:
-        """(M,) the least distance of transformed tokens, in the accumulator's dtype; of what has none, zeros."""
+        """(M,) the least distance of transformed tokens, in the accumulator's dtype."""
         rows = x.rows.to(eager.accumulator(x.rows.dtype))
-        if self.slope:
-            return rows.new_zeros(len(rows))
         return RELATIVE_FLOOR * self.between(rows, torch.zeros_like(rows)) + ABSOLUTE_FLOOR
 
     def floor_of_scores(self, x: eager.Tokens) -> Tensor | None:

@@ -91,7 +91,9 @@ def harmonic_loss(
         fused: whether scores are made in the product's epilogue and kept rounded (on Hopper, in bfloat16), or in passes
             over float32 products; None: as the device's kernels say. Where a GPU cannot do it the log says so. On CPUs
             True takes its plain form; distances that are no product have no such choice.
-        label_smoothing, z_loss, soft_cap: see `model.options.LossOptions`; as they stand, off.
+        label_smoothing: see `model.options.LossOptions`; as they stand, all three are off.
+        z_loss: likewise.
+        soft_cap: likewise.
         params: the distance's own, if it is given by name (model/distances.py); a `factor` may require a gradient.
 
     Gradients, and when bits are the same: the module's docstring.

@@ -45,7 +45,8 @@ class HarmonicHead(nn.Module):
         chunk_bytes: budget of the loss's working memory; None: `model.chunks.CHUNK_BYTES`.
         fused: whether a GPU takes the product and the passes over its scores in one; None: see
             `model.harmonic.harmonic_loss`.
-        label_smoothing, z_loss: of the loss in training; out of it (`eval()`) the loss is the negative log-likelihood.
+        label_smoothing: of the loss in training; out of it (`eval()`) the loss is the negative log-likelihood.
+        z_loss: likewise. See `model.options.LossOptions`.
         soft_cap: of the scores, always. See `model.options.LossOptions`.
         params: the distance's own: minkowski `p`; hamming `kind`, `temperature`; braycurtis `denominator`; mahalanobis
             `factor`, "diagonal" or "full", which the head trains. See model/distances.py.
