@@ -20,7 +20,6 @@ from pretrain.study.statistics import (
     holm,
     over_documents,
     over_seeds,
-    smallest_difference,
     trend,
 )
 
@@ -131,7 +130,7 @@ def _difference(
         **_bounds(over_documents(nats, text_bytes), "documents_"),
         "standard_error": error,
         "degrees_of_freedom": freedom,
-        "smallest": smallest_difference(error, freedom, count) if error is not None and freedom is not None else None,
+        "smallest": estimate.smallest(count),
         "values": values,
     }
 
@@ -144,16 +143,35 @@ def median_smallest(compared: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 
 def best(study: LanguageConfig, runs: ByHead) -> str | None:
-    """The head with the lowest mean over its seeds; None while a run has not ended."""
+    """The head with the lowest mean, of those with a result for every seed; None while a run has not ended."""
     if not all(run.outcome for head in study.heads for run in runs[head]):
         return None
-    means = {
-        head: statistics.fmean(bits) for head in study.heads if (bits := [r.bits for r in runs[head] if r.measured])
-    }
+    whole = {head: [run.bits for run in runs[head]] for head in study.heads if all(run.measured for run in runs[head])}
+    means = {head: statistics.fmean(bits) for head, bits in whole.items() if bits}
     return min(means, key=means.__getitem__) if means else None
 
 
-def trend_of(study: LanguageConfig, at: Mapping[str, ByHead], head: str) -> dict[str, Any] | None:
+def trends(study: LanguageConfig, at: Mapping[str, ByHead]) -> dict[str, dict[str, Any] | None]:
+    """Each head's trend, corrected for all heads of the study as differences are."""
+    estimates = {head: _trend(study, at, head) for head in study.heads}
+    others = [head for head in study.heads if head != study.baseline]
+    corrected = dict(zip(others, holm([found[0].p if (found := estimates[h]) else None for h in others]), strict=True))
+    told: dict[str, dict[str, Any] | None] = dict.fromkeys(study.heads)
+    for head, found in estimates.items():
+        if found:
+            estimate, seeds = found
+            told[head] = {
+                **_bounds(estimate),
+                "p": estimate.p,
+                **_bounds(estimate, "corrected_", corrected[head].level),
+                "corrected_p": corrected[head].p,
+                "parameters": [parameters_at(study, size) for size in at],
+                "seeds": seeds,
+            }
+    return told
+
+
+def _trend(study: LanguageConfig, at: Mapping[str, ByHead], head: str) -> tuple[Estimate, list[int]] | None:
     """The slope of a head's difference to the baseline for each tenfold of the parameters, of the seeds that both have
     at every size; None with fewer than FEW_SIZES sizes, or without such a seed.
     """
@@ -170,8 +188,7 @@ def trend_of(study: LanguageConfig, at: Mapping[str, ByHead], head: str) -> dict
         return None
     tables = [_differences([both[seed] for seed in seeds]) for both in pairs.values()]
     parameters = [parameters_at(study, size) for size in at]
-    found = trend([nats for nats, _ in tables], tables[0][1], parameters)
-    return {**_bounds(found), "p": found.p, "parameters": parameters, "seeds": seeds}
+    return trend([nats for nats, _ in tables], tables[0][1], parameters), seeds
 
 
 def parameters_at(study: LanguageConfig, size: str) -> int:

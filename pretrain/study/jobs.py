@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,17 +35,21 @@ class Jobs:
         self.options, self.count = options, count
         self.stopped = False
         self._running: set[subprocess.Popen[bytes]] = set()
+        self._told: set[subprocess.Popen[bytes]] = set()
+        self._telling = threading.Lock()
 
     def launch(self, config: Path) -> int:
         """Runs a job to its end; its exit code. None is started once it was told to stop."""
         if self.stopped:
             return EXIT_PREEMPTED
         threads = {"OMP_NUM_THREADS": str(max(1, cores() // self.count))} if self.count > 1 else {}
-        job = subprocess.Popen([*LAUNCH, str(config), *self.options], env={**threads, **os.environ})
+        # in a session of its own: what signals a whole group, as Ctrl-C and timeout do, reaches it through `stop` alone
+        words = [*LAUNCH, str(config), *self.options]
+        job = subprocess.Popen(words, env={**threads, **os.environ}, start_new_session=True)
         self._running.add(job)
         try:
             if self.stopped:  # meanwhile
-                job.terminate()
+                self._tell(job)
             return job.wait()
         finally:
             self._running.discard(job)
@@ -55,11 +60,17 @@ class Jobs:
             return
         self.stopped = True
         for job in list(self._running):
-            job.terminate()
+            self._tell(job)
+
+    def _tell(self, job: subprocess.Popen[bytes]) -> None:
+        with self._telling:
+            if job not in self._told:
+                self._told.add(job)
+                job.terminate()
 
     def each(self, work: Callable[[Work], None], items: Sequence[Work]) -> None:
         """Calls `work` for each, `count` at a time. Once one raises, the others are told to stop, and what was raised
-        first is raised here. A SIGTERM stops all; Ctrl-C reaches launchers by itself.
+        first is raised here. SIGTERM, SIGHUP and Ctrl-C stop all.
         """
         raised: list[BaseException] = []
 
@@ -78,11 +89,8 @@ class Jobs:
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        def interrupted(*_: object) -> None:
-            self.stopped = True
-
-        handlers = {signal.SIGTERM: lambda *_: self.stop(), signal.SIGINT: interrupted}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+        before = {number: signal.signal(number, lambda *_: self.stop()) for number in numbers}
         try:
             yield
         finally:

@@ -24,6 +24,7 @@ MOST_CELLS = 20_000
 FEW_SEEDS = 5  # fewer give intervals that mean little
 TEST = "test"  # the split that is scored once, at the end; choosing sees `val` alone
 NOT_ITS_OWN = {"run": "out", "head": "heads", "train.seed": "seeds and tuning.seed", "optim.min_lr": "lr_floor"}
+UNEQUAL = ("evaluation.patience", "energy.stop_at_joules")  # would end runs of some heads sooner than of others
 SPACE_SETS = {  # where a setting of the space stands in a run's configuration
     "lr": "optim.lr",
     "warmup": "optim.warmup_steps",
@@ -128,6 +129,16 @@ class LanguageConfig(BaseModel, extra="forbid", frozen=True):
                     raise ValueError(f"{where}{section} must be a mapping of keys to values, as the section of a run")
                 if setting in given:
                     raise ValueError(f"{where}{key} is set by the study: use {ours}")
+        for key in UNEQUAL:
+            section, _, setting = key.rpartition(".")
+            given = self.base.get(section) or {}
+            if isinstance(given, dict) and given.get(setting) is not None:
+                raise ValueError(f"base.{key} would end runs of some heads sooner than of others: leave it out")
+        for name, head in self.heads.items():
+            if isinstance(head.exponent, ExponentRamp) and head.exponent.steps is not None:
+                raise ValueError(
+                    f"heads.{name}.exponent.steps: rungs are shorter than runs; without it a ramp takes all"
+                )
         data = self.base.get("data") or {}
         if not isinstance(data, dict) or not data.get("test_fraction"):
             raise ValueError(

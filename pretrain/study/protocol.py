@@ -66,9 +66,9 @@ def edges_of(
     study: LanguageConfig, choice: Choice | None, trials: Sequence[Ran], val: Mapping[str, Sequence[float]]
 ) -> list[dict[str, Any]]:
     """The chosen settings that lie at an edge of what was tried. `behind`: by how many bits/byte the best trial inside
-    is worse than the chosen one after the first rung, where all were trained alike. `spread`: the deviation between
-    the head's fresh seeds. `open` unless the first is known to be within the second, as it is where a setting makes no
-    difference: with an open edge nothing may be called the best.
+    is worse than the chosen one after the last rung that has one; the chosen one is in all. `spread`: the deviation
+    between the head's fresh seeds. `open` unless the first is known to be within the second, as it is where a setting
+    makes no difference: with an open edge nothing may be called the best.
 
     Args:
         val: bits/byte of the `val` split of each head's fresh runs, at the size where it was tuned.
@@ -90,12 +90,14 @@ def edges_of(
 
 
 def _behind(trials: Sequence[Ran], name: str, entry: Entry, chosen: int) -> float | None:
-    """None without both trials."""
-    first = {run.cell.trial: run for run in trials if not run.cell.rung and bits(run.record) is not None}
-    inside = [bits(run.record) for run in first.values() if entry.edge(run.cell.setting[name]) is None]
-    own = bits(first[chosen].record) if chosen in first else None
-    known = [value for value in inside if value is not None]
-    return min(known) - own if known and own is not None else None
+    """None without a trial inside."""
+    for rung in sorted({run.cell.rung for run in trials}, reverse=True):
+        ends = {run.cell.trial: (run, bits(run.record)) for run in trials if run.cell.rung == rung}
+        inside = [end for run, end in ends.values() if end is not None and entry.edge(run.cell.setting[name]) is None]
+        own = ends[chosen][1] if chosen in ends else None
+        if inside and own is not None:
+            return min(inside) - own
+    return None
 
 
 def searched(

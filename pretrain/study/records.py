@@ -116,7 +116,11 @@ class Records:
 
         Args:
             shared: other runs ran on this machine meanwhile.
+
+        Raises:
+            ConfigError: it was trained with other settings, or its data are not those of the study any more.
         """
+        self.check(cell)
         cfg = self.study.config(cell)
         ended = outcome(cfg)
         if ended is None:
@@ -152,6 +156,7 @@ class Records:
 
     def _measure(self, cell: Cell, cfg: RunConfig) -> dict[str, Any]:
         """Scores a run by document, and its geometry. Raises ConfigError."""
+        self.check_data(cfg)
         scored = scored_documents(cfg.run, TEST)
         with replacing(self.file(cell).with_suffix(".npz")) as draft, draft.open("wb") as stream:
             np.savez_compressed(stream, nats=scored.nats.astype(np.float32), text_bytes=scored.text_bytes)

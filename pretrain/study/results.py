@@ -38,7 +38,9 @@ def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> di
     )
     val = {head: _val(runs) for head, runs in at[study.tuned_at].items()}
     edges = protocol.edges_of(study, choice, trials, val)
-    settled = choice is not None and not any(edge["open"] for edge in edges)
+    tuned = study.tuning.trials > 1
+    settled = choice is not None and tuned and not any(edge["open"] for edge in edges)
+    trends = comparisons.trends(study, at)
     base = {(run.cell.size, run.cell.seed): run for run in ran if run.cell.head == study.baseline}
     return plain(
         {
@@ -61,7 +63,7 @@ def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> di
             "heads": [
                 {
                     **_searched(study, records, head, trials, choice, val[head]),
-                    "trend": comparisons.trend_of(study, at, head),
+                    "trend": trends[head],
                     **_figures(at[shown][head], compared[shown][head], parts),
                     **_first(at[shown][head], parts),
                 }

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import ConfigError
-from common.exits import EXIT_BAD_INPUT, EXIT_DIVERGED
+from common.exits import EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_PREEMPTED
 from common.files import replace_file
 from common.settings import validate
 from common.strict_json import read_json, to_json
@@ -72,8 +72,8 @@ def rung_of(study: LanguageConfig, records: Records, rung: int) -> list[Cell]:
 
 
 def choose(study: LanguageConfig, records: Records) -> Choice:
-    """The best trial of the last rung, head by head, and what finding it took. A head all of whose trials diverged has
-    none.
+    """The best trial of the last rung, head by head, and what finding it took. A head has none if all of its trials
+    in the last rung diverged.
     """
     last = len(study.tuning.rungs) - 1
     found: dict[str, Any] = {}
@@ -240,6 +240,8 @@ class Training:
 
     def _one(self, cell: Cell) -> None:
         with self._recording:
+            if self.jobs.stopped:  # and what was waiting is not begun
+                raise Stopped(cell.name, EXIT_PREEMPTED)
             self._begun += 1
             if self._record(cell):  # it had ended, but nobody was there to record it
                 self._left -= _flops(self.study.config(cell))

@@ -22,31 +22,44 @@ POWER = 0.8  # with which the smallest difference is found that `smallest_differ
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean with its standard error and degrees of freedom, which are None where there is nothing to tell them by."""
+    """A mean with its standard error and degrees of freedom, which are None where there is nothing to tell them by.
+
+    `seeds_alone`: error and freedom of the seeds by themselves, where documents count too. Where seeds lie close by
+    chance, the freedom of both together comes out too large, which strict levels do not bear; so whatever is told is
+    told by the one of the two that says less.
+    """
 
     mean: float
     standard_error: float | None = None
     freedom: float | None = None
+    seeds_alone: tuple[float, float] | None = None
+
+    def errors(self) -> list[tuple[float, float]]:
+        """Standard errors with their degrees of freedom, of which the widest counts; empty without an error."""
+        if self.standard_error is None or self.freedom is None:
+            return []
+        return [(self.standard_error, self.freedom), *([self.seeds_alone] if self.seeds_alone else [])]
 
     def interval(self, level: float = LEVEL) -> tuple[float, float] | None:
         """Student's interval; None without an error."""
         from scipy.stats import t
 
-        if self.standard_error is None or self.freedom is None:
-            return None
-        half = float(t.ppf((1 + level) / 2, self.freedom)) * self.standard_error
-        return self.mean - half, self.mean + half
+        halves = [float(t.ppf((1 + level) / 2, freedom)) * error for error, freedom in self.errors()]
+        return (self.mean - max(halves), self.mean + max(halves)) if halves else None
 
     @property
     def p(self) -> float | None:
         """Two-sided, of the hypothesis that the true mean is 0; None without an error."""
         from scipy.stats import t
 
-        if self.standard_error is None or self.freedom is None:
-            return None
-        if not self.standard_error:
-            return 1.0 if not self.mean else 0.0
-        return float(2 * t.sf(abs(self.mean) / self.standard_error, self.freedom))
+        def one(error: float, freedom: float) -> float:
+            return float(2 * t.sf(abs(self.mean) / error, freedom)) if error else float(not self.mean)
+
+        return max((one(*error) for error in self.errors()), default=None)
+
+    def smallest(self, comparisons: int) -> float | None:
+        """`smallest_difference` of this error; None without one."""
+        return max((smallest_difference(*error, comparisons) for error in self.errors()), default=None)
 
 
 @dataclass(frozen=True)
@@ -127,8 +140,10 @@ def crossed(nats: np.ndarray, text_bytes: np.ndarray) -> Estimate:
 def _estimate(table: np.ndarray, text_bytes: np.ndarray) -> Estimate:
     if min(table.shape) < 2:
         return Estimate(float(table.mean()))
-    variance, freedom = components(table, text_bytes).variance()
-    return Estimate(float(table.mean()), math.sqrt(variance), freedom)
+    found = components(table, text_bytes)
+    variance, freedom = found.variance()
+    alone = math.sqrt(found.of_seeds / table.size), float(found.seeds - 1)
+    return Estimate(float(table.mean()), math.sqrt(variance), freedom, alone)
 
 
 def over_documents(nats: np.ndarray, text_bytes: np.ndarray) -> Estimate:

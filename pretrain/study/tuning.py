@@ -181,13 +181,18 @@ class Tuning(BaseModel, extra="forbid", frozen=True):
 
 
 def default_setting(space: Mapping[str, Entry], known: Setting) -> dict[str, float]:
-    """What a head is without tuning: its own defaults, and of what has none, the known value, if it is one that may be
-    tried, or the middle of the range.
+    """What a head is without tuning: its own defaults (all multiples 1, and no decay of prototypes, if that is tried),
+    and of what has none, the known value, if it is one that may be tried, or the middle of the range.
     """
-    return {
-        name: 1.0 if name in MULTIPLES else known[name] if entry.has(known.get(name)) else entry.middle()
-        for name, entry in space.items()
-    }
+
+    def first(name: str, entry: Entry) -> float:
+        if name in MULTIPLES:
+            return 1.0
+        if name == "prototype_decay" and entry.has(0.0):
+            return 0.0
+        return known[name] if entry.has(known.get(name)) else entry.middle()
+
+    return {name: first(name, entry) for name, entry in space.items()}
 
 
 def settings_of(tuning: Tuning, space: Mapping[str, Entry], known: Setting) -> list[dict[str, float]]:

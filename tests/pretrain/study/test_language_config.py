@@ -95,9 +95,9 @@ def test_the_first_trial_is_a_heads_default(tmp_path: Path) -> None:
     )
     assert made.settings("cosine")[0] == {"lr": 0.01, "warmup": 0.2, "prototype_decay": 0, **ones, "exponent": 1}
     listed = validate(Tuning, tuning())
-    assert settings_of(listed, {"prototype_decay": Values((0.0, 0.05, 0.1))}, {"prototype_decay": 0.05})[0] == {
-        "prototype_decay": 0.05
-    }
+    for values, first in (((0.0, 0.05, 0.1), 0.0), ((0.05, 0.1), 0.05), ((0.1, 0.2), 0.1)):
+        made_of = settings_of(listed, {"prototype_decay": Values(values)}, {"prototype_decay": 0.05})
+        assert made_of[0] == {"prototype_decay": first}, "no decay is every head's default, where it is tried"
 
 
 def test_trials_of_all_heads_are_the_same_points_of_the_space(tmp_path: Path) -> None:
@@ -188,6 +188,12 @@ def test_settings_that_cannot_be_meant(tmp_path: Path) -> None:
         ({"base": {**base, "head": {}}}, "base.head is set by the study: use heads"),
         ({"base": {**base, "optim": {"lr": 1.0}}}, "base.optim.lr is set by the study: use tuning.space.lr"),
         ({"base": {**base, "optim": {"min_lr": 1.0}}}, "base.optim.min_lr is set by the study: use lr_floor"),
+        ({"base": {**base, "evaluation": {"every": 2, "patience": 3}}}, "patience would end runs of some heads sooner"),
+        ({"base": {**base, "energy": {"stop_at_joules": 3.0}}}, "stop_at_joules would end runs of some heads sooner"),
+        (
+            {"heads": {"softmax": {"distance": "cosine", "exponent": {"first": 1, "last": 2, "steps": 9}}}},
+            "heads.softmax.exponent.steps: rungs are shorter than runs",
+        ),
         ({"base": {**base, "train": [1]}}, "base.train must be a mapping"),
         ({"base": {**base, "model": 3}}, "base.model must be a mapping"),
         ({"base": {**base, "modell": {}}}, "modell"),

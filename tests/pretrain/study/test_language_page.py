@@ -90,7 +90,7 @@ def test_a_study_with_a_choice_at_an_edge_calls_nothing_best(tree: Tree) -> None
     assert f"{AT_EDGE}: lr 0.0291 lies at the high end of 0.001 to 0.03; try 0.001 to 0.16" in tree.text.replace(
         " :", ":"
     )
-    told = "(the best trial inside after the first rung: +0.0031 bits/byte; spread of fresh seeds 0.0020)"
+    told = "(the best trial inside, after the last rung that has one: +0.0031 bits/byte; spread of fresh seeds 0.0020)"
     assert told in tree.text and "1 of them counts: the best trial inside is further behind" in tree.text
     assert "Of values that make no difference, 9.0 would lie there by chance" in tree.text
     rows = " ".join(tree.row(name) for name in HEADS)

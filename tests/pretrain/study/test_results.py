@@ -96,13 +96,16 @@ def test_a_head_without_a_result_counts_as_a_comparison_and_lost_seeds_are_left_
     assert told["corrected_p"] == pytest.approx(min(1, 2 * told["p"]))
     waiting = runs_of(made)["d32"]
     waiting["worse"][0] = Ran(waiting["worse"][0].cell, waiting["worse"][0].records, None)
+    diverged = runs_of(made, ("cosine.d32.seed12",))["d32"]
+    whole = comparisons.best(made, runs_of(made)["d32"])
+    assert whole == "cosine" and comparisons.best(made, diverged) != "cosine", "not of the seeds that were lucky"
     assert comparisons.best(made, waiting) is None, "while a run has not ended, nothing is the best"
 
 
 def test_a_trend_needs_three_sizes_and_has_the_slope_of_the_differences(tmp_path: Path) -> None:
     made = study(tmp_path, heads=HEADS, seeds=[11, 12, 13], sizes=SIZES)
     at = runs_of(made, ("cosine.d48.seed12",))
-    found = comparisons.trend_of(made, at, "cosine")
+    found = comparisons.trends(made, at)["cosine"]
     assert found is not None and found["seeds"] == [11, 13], "seeds that both have at every size"
     sizes = [made.config(Cell("softmax", size, 11, {"lr": 0.1})).model for size in SIZES]
     assert found["parameters"] == [model.parameters() + model.vocab_size * model.dim for model in sizes]
@@ -113,9 +116,15 @@ def test_a_trend_needs_three_sizes_and_has_the_slope_of_the_differences(tmp_path
     expected = trend(tables, BYTES, found["parameters"])
     assert (found["mean"], found["p"]) == (pytest.approx(expected.mean), expected.p)
     assert (found["low"], found["high"]) == pytest.approx(expected.interval())
-    assert comparisons.trend_of(made, at, "softmax") is None
+    other = comparisons.trends(made, at)["worse"]
+    assert other is not None
+    first, second = sorted((found, other), key=lambda one: one["p"])
+    assert first["corrected_p"] == pytest.approx(min(1, 2 * first["p"])), "of two"
+    assert second["corrected_p"] == pytest.approx(max(first["corrected_p"], second["p"]))
+    assert found["corrected_low"] <= found["low"] and found["corrected_high"] >= found["high"]
+    assert comparisons.trends(made, at)["softmax"] is None
     fewer = study(tmp_path, heads=HEADS, sizes={name: SIZES[name] for name in ("d32", "d48")})
-    assert comparisons.trend_of(fewer, runs_of(fewer), "cosine") is None
+    assert comparisons.trends(fewer, runs_of(fewer))["cosine"] is None
 
 
 def test_only_parts_that_every_run_measured_are_compared() -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,12 @@ from pretrain.analysis.evaluation import open_task, run_task
 from pretrain.records import Eval
 from pretrain.run_folder import RunFolder
 from pretrain.runtime.ranks import alone
-from pretrain.study import jobs, search
+from pretrain.study import jobs, protocol, search
 from pretrain.study.__main__ import main
 from pretrain.study.jobs import Jobs, Stopped
 from pretrain.study.language_config import TEST, LanguageConfig
 from pretrain.study.statistics import crossed
+from pretrain.study.tuning import Range
 from tests.support.language_study import TESTED, asked, launch_as, leave_run, measure_as, study, tree
 from tests.support.pages import Tree
 from tests.support.tiny import make_text
@@ -236,6 +238,45 @@ def test_a_run_folder_of_other_settings_is_refused(folder: Path, monkeypatch: An
     assert "was trained with other settings than this study's" in capsys.readouterr().err
 
 
+def test_a_finished_run_of_fresh_seeds_with_other_settings_is_not_taken(
+    folder: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    launch_as(monkeypatch, quality, [])
+    measure_as(monkeypatch, quality)
+    path = asked(folder)
+    assert main([path]) == 0
+    shutil.rmtree(folder / "study" / "cells")  # and nothing is left but the folders of the runs
+    (folder / "study" / "choice.json").unlink()
+    for run in (folder / "study" / "runs").glob("*.trial*"):
+        shutil.rmtree(run)
+    assert main([asked(folder, base={**tree(folder)["base"], "optim": {"weight_decay": 0.3}})]) == 2
+    assert "was trained with other settings than this study's" in capsys.readouterr().err
+
+
+def test_without_tuning_nothing_is_the_best(folder: Path, monkeypatch: Any) -> None:
+    launch_as(monkeypatch, quality, [])
+    measure_as(monkeypatch, quality)
+    assert main([asked(folder, tuning={**TUNING, "trials": 1, "rungs": [1]})]) == 0
+    found = results_of(folder)
+    assert not found["settled"] and found["best"] is None and found["edges"] == []
+    told = Tree((folder / "study" / "study.html").read_text()).text
+    assert "each had one trial, its default, so nothing was tuned" in told
+
+
+def test_an_edge_is_judged_by_the_last_rung_that_has_a_trial_inside() -> None:
+    """At the first rung the trial inside is ahead, and at the last one, which counts, behind."""
+
+    def ran(trial: int, rung: int, value: float, ends: float | None) -> Any:
+        record = {"outcome": "done", "summary": {"bits_per_byte": ends}} if ends is not None else None
+        return SimpleNamespace(cell=SimpleNamespace(trial=trial, rung=rung, setting={"lr": value}), record=record)
+
+    entry = Range(low=0.001, high=0.1)
+    runs = [ran(0, 0, 0.01, 2.0), ran(1, 0, 0.1, 2.3), ran(2, 0, 0.02, 2.1), ran(0, 1, 0.01, 1.9), ran(1, 1, 0.1, 1.8)]
+    assert protocol._behind(runs, "lr", entry, 1) == pytest.approx(0.1)
+    assert protocol._behind(runs[:3], "lr", entry, 1) == pytest.approx(-0.3)
+    assert protocol._behind([runs[1]], "lr", entry, 1) is None
+
+
 def test_a_run_that_ended_unrecorded_is_recorded_and_not_trained_again(folder: Path, monkeypatch: Any) -> None:
     made = study(folder)
     cell = made.trial("softmax", 0, 0, made.settings("softmax")[0])
@@ -310,19 +351,18 @@ def test_one_that_fails_stops_the_others_and_its_code_is_told(tmp_path: Path) ->
     assert codes.get("late", EXIT_PREEMPTED) == EXIT_PREEMPTED, "nothing is started any more"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_ends_all_runs_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> None:
-    """Launchers are given a SIGTERM, and Ctrl-C as every process of a terminal; they are waited for."""
+    """Launchers are given one SIGTERM and are waited for; what signals the study's whole group does not reach them."""
     code = (
         "import os, pathlib, signal, sys, time\n"
         "def told(*_):\n"
-        "    signal.signal(int(sys.argv[2]), lambda *_: os._exit(9))\n"  # a second signal kills
-        "    time.sleep(0.3); sys.exit(75)\n"
-        "signal.signal(int(sys.argv[2]), told)\n"
+        "    signal.signal(signal.SIGTERM, lambda *_: os._exit(9))\n"  # a second signal kills
+        "    time.sleep(0.3); sys.exit(75 if os.getpgid(0) == os.getpid() else 8)\n"
+        "signal.signal(signal.SIGTERM, told)\n"
         "pathlib.Path(sys.argv[1]).touch()\n"
         "while len(list(pathlib.Path(sys.argv[1]).parent.iterdir())) < 2: time.sleep(0.01)\n"
         "if sys.argv[1].endswith('a'): os.kill(os.getppid(), int(sys.argv[2]))\n"
-        "if int(sys.argv[2]) == signal.SIGINT: os.kill(os.getpid(), signal.SIGINT)\n"
         "time.sleep(60)"
     )
     monkeypatch.setattr(jobs, "LAUNCH", [sys.executable, "-c", code])

@@ -30,9 +30,11 @@ def methods(study: Study) -> str:
         "Could have shown": "The smallest true difference that the test finds with the probability that is said, at "
         "Holm's first and strictest step, with the error and the degrees of freedom of these runs.",
         "Edge": "A chosen value in the outer tenth of its range, on the logarithmic scale that it was drawn on, or at "
-        "the end of a list; an end at 0 is none. With one, nothing is called the best.",
+        "the end of a list; an end at 0 is none. It counts unless the best trial inside was no further behind than "
+        "fresh seeds lie apart; with one that counts, nothing is called the best.",
         "Trend": "Least-squares slope of the difference against log10 of the parameters, taken for each seed and "
-        "document, so that its interval has both; that a line fits is assumed.",
+        "document, so that its interval has both, corrected for all heads as differences are; that a line "
+        "fits is assumed.",
         "Tokens/s": "Median over a run's records but the first, and over seeds; beneath it, as a multiple of the "
         "baseline's.",
         "J/token": "Joules of training over its tokens, of the parts of the machine that every run measured.",

@@ -92,6 +92,8 @@ def findings(study: Study) -> str:
 
 
 def _unsettled(study: Study) -> list[str]:
+    if study.at("protocol", "trials") == 1:
+        return ["<strong>No head is called best here</strong>: each had one trial, its default, so nothing was tuned."]
     edges = sorted({str(edge.get("head") or NONE) for edge in study.at("edges") or [] if edge.get("open")})
     if not edges:
         return []

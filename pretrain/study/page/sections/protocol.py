@@ -62,7 +62,8 @@ def _behind(edge: Figures) -> str:
     behind = edge.figure("behind")
     told = "" if behind is None else written(behind, "{:+.4f}")
     spread = written(edge.figure("spread"), "{:.4f}") if edge.figure("spread") is not None else "unknown"
-    return told and f" (the best trial inside after the first rung: {told} bits/byte; spread of fresh seeds {spread})"
+    where = "the best trial inside, after the last rung that has one"
+    return told and f" ({where}: {told} bits/byte; spread of fresh seeds {spread})"
 
 
 def _chosen(study: Study) -> str:

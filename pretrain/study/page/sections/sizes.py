@@ -72,7 +72,7 @@ def _trend(head: Head) -> str:
     trend = Figures(head.at("trend"))
     if trend.figure("mean") is None:
         return '<span class="soft wrap">needs three sizes</span>'
-    return trend.text("mean", form="{:+.4f}") + small(trend.bounds("{:+.4f}"))
+    return trend.text("mean", form="{:+.4f}") + small(trend.bounds("{:+.4f}")) + corrected(trend)
 
 
 def _plot(study: Study) -> str:
