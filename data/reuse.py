@@ -132,8 +132,8 @@ def _local_inputs(cfg: DataConfig) -> dict[str, list[list[Any]]]:
     """The sources' files, of those sources that are still on this machine: prepared data outlives its text."""
     parts = {}
     for name, entry in cfg.sources().items():
-        if not is_remote(entry.source):
-            with suppress(ConfigError):
+        with suppress(ConfigError):
+            if not is_remote(entry.source):
                 parts[name] = parts_of(entry.source)
     return _inputs(parts)
 

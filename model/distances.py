@@ -172,7 +172,7 @@ class Cosine(CosineSettings, Distance):
 
     def between(self, x: Tensor, w: Tensor) -> Tensor:
         """(..., D), (..., D) -> (...) 1 less the cosines of the angles."""
-        return 1 - torch.nn.functional.cosine_similarity(x, w, dim=-1, eps=0)
+        return (_direction(x) - _direction(w)).square().sum(-1) / 2
 
     @property
     def contraction(self) -> Contraction:

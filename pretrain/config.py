@@ -252,6 +252,10 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
             self.head.settings.check_width(self.model.dim)
         except ValueError as error:
             raise ValueError(f"head.params: {error}") from None
+        if self.head.tied_sign is not None and not self.model.tied:
+            raise ValueError(
+                f"head.tied_sign={self.head.tied_sign} is of tied decoders: take it out, or set model.tied"
+            )
         for key, ours in OWNED_BY_US.items():
             section: Any = self.deepspeed
             for part in key.split("."):
@@ -292,7 +296,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
 
     def hidden_length(self) -> float:
         """Of the decoder's first final states, as `model.decoder.Decoder` takes it: below 0, their sign is turned."""
-        return self.head.hidden_length(self.model.dim) * (self.head.tied_sign or 1 if self.model.tied else 1)
+        return self.head.hidden_length(self.model.dim) * (self.head.tied_sign or 1)
 
     def sequences_per_step(self) -> int:
         """Sequences of one update, of the whole world."""

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import IO
 
@@ -23,7 +24,7 @@ from data.sources.prose import cut, prose_of, text_of_page, tidy
 from data.sources.stored import Part, Rows
 
 PAGES = (".html", ".htm", ".xhtml", ".page")  # the last is Mallard, of GNOME's manuals: paragraphs are <p> there too
-PACKED = {".gz": gzip.decompress, ".dz": gzip.decompress, ".xz": lzma.decompress}
+PACKED = (".gz", ".dz", ".xz")
 NO_PROSE = ("*/changelog*", "*/copyright*", "*/NEWS*", "*/README.Debian*", "*/TODO*", "usr/share/man/*")
 MOST_FILE = 1 << 26  # bytes of a file, packed or not
 
@@ -99,12 +100,14 @@ def _documents(part: Package) -> Rows:
 def _text(part: Package, path: str, content: bytes) -> str:
     """A file's text; empty for one that is none. UTF-8, or Latin-1 where it is no UTF-8."""
     name = PurePosixPath(path)
-    unpack = PACKED.get(name.suffix)
-    if unpack is not None:
+    if name.suffix in PACKED:
         try:
-            content = unpack(content)
+            with (lzma.open if name.suffix == ".xz" else gzip.open)(BytesIO(content)) as file:
+                content = file.read(MOST_FILE + 1)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise ConfigError(f"{part.name}, {path}: cannot be unpacked ({error}); {REPLACE}") from None
+        if len(content) > MOST_FILE:
+            raise ConfigError(_too_large(part, path))
         name = name.with_suffix("")
     if b"\0" in content:
         return ""
@@ -215,6 +218,10 @@ def _files(part: Package) -> Iterator[tuple[str, bytes]]:
             unpacking.kill()
 
 
+def _too_large(part: Package, path: str) -> str:
+    return f"{part.name}: {path} has more than {MOST_FILE} bytes; name it in `skip` of that package"
+
+
 def _members(part: Package, stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(fileobj=stream, mode="r|") as archive:
         for member in archive:
@@ -225,9 +232,7 @@ def _members(part: Package, stream: IO[bytes]) -> Iterator[tuple[str, bytes]]:
                 yield path, b""
                 continue
             if member.size > MOST_FILE:
-                raise ConfigError(
-                    f"{part.name}: {path} has {member.size} bytes, over {MOST_FILE}; name it in `skip` of that package"
-                )
+                raise ConfigError(_too_large(part, path))
             content = archive.extractfile(member)
             assert content is not None
             yield path, content.read()

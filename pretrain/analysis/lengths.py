@@ -49,7 +49,7 @@ def of_states(
             inputs, behind = next(maskings(inputs, targets, mask))
             seen = seen & behind
         states = hidden(inputs)
-        lengths.append(torch.linalg.vector_norm(states.float(), dim=-1).gather(1, at)[seen])
+        lengths.append(torch.linalg.vector_norm(states, dim=-1, dtype=torch.float32).gather(1, at)[seen])
     return _recorded("hidden", torch.cat(lengths)[:TOKENS])
 
 

@@ -14,7 +14,7 @@ from pretrain.modules import initial_prototypes
 from pretrain.records import Lengths, Train
 from pretrain.run_folder import RunFolder
 
-SAME = 1e-4  # relative difference of two median lengths that are one
+SAME = 2e-6  # relative difference of two quantiles of lengths that are one, to float32's rounding
 NOISE_SEED = 0
 
 
@@ -36,8 +36,13 @@ def start_of(run: RunFolder, cfg: RunConfig) -> Start:
             return Start(None, f"its records begin after {first} updates: it went on from other weights")
         return Start(None, "its records do not tell how long its prototypes were at the start (an older version's)")
     drawn = initial_prototypes(cfg)
-    was, median = recorded[-1].prototypes_median, lengths.quantiles(drawn.norm(dim=1))["median"]
-    if was is None or not math.isclose(median, was, rel_tol=SAME):
+    found = lengths.quantiles(torch.linalg.vector_norm(drawn, dim=1))
+    was, median = recorded[-1].prototypes_median, found["median"]
+    told = (was, recorded[-1].prototypes_p95)
+    same = (
+        it is not None and math.isclose(mine, it, rel_tol=SAME) for it, mine in zip(told, found.values(), strict=True)
+    )
+    if not all(same):
         return Start(
             None,
             f"drawn again from its configuration they have a median length of {median:.6g}, but the run recorded {was} "

@@ -49,10 +49,14 @@ FREE_SETTINGS = (
 )
 
 
+FORWARD = ("head.tied_sign", "head.feature_length")  # factors of a pass, which no weight holds: never to be changed
+
+
 def identity(cfg: RunConfig, data_fingerprint: str, tokenizer_sha256: str | None) -> dict[str, Any]:
     """What must be the same for a run to go on from a checkpoint."""
     settings = flat(cfg.model_dump(mode="json"))
     fixed = {k: v for k, v in settings.items() if not any(k == f or k.startswith(f + ".") for f in FREE_SETTINGS)}
+    fixed = {k: v for k, v in fixed.items() if not (k.startswith("data.source.") and k.endswith(".folder"))}  # where
     return {**fixed, DATA: data_fingerprint, TOKENIZER: tokenizer_sha256}
 
 
@@ -146,7 +150,7 @@ def audit(state: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str]
         state = _as_read_today(state)
     differences = []
     for key, was, is_now in _differing(state["identity"], now["identity"]):
-        allowed = any(key == setting or key.startswith(setting + ".") for setting in allow)
+        allowed = key not in FORWARD and any(key == it or key.startswith(it + ".") for it in allow)
         differences.append(Difference(key, was, is_now, "allowed" if allowed else "refused"))
     known = {difference.key for difference in differences}
     for part in ("config", "layout", "versions"):
@@ -171,10 +175,13 @@ def check_audit(checkpoint: Path, differences: Sequence[Difference]) -> None:
     refused = [difference for difference in differences if difference.verdict == "refused"]
     if refused:
         changes = "; ".join(f"{it.key} was {it.was!r} and is {it.now!r}" for it in refused)
-        keys = ", ".join(difference.key for difference in refused)
+        keys = ", ".join(it.key for it in refused if it.key not in FORWARD)
+        allow = f", allow it (resume_allow: [{keys}])" if keys else ""
+        back = "; ".join(f"{it.key}={it.was}" for it in refused if it.key in FORWARD)
+        back = f" ({back}: without it the weights mean something else)" if back else ""
         raise ConfigError(
-            f"{checkpoint} cannot be resumed with this configuration: {changes}. Set back what changed, allow it "
-            f"(resume_allow: [{keys}]), or start afresh in another run folder (run=...). Nothing was changed."
+            f"{checkpoint} cannot be resumed with this configuration: {changes}. Set back what changed{back}{allow}, "
+            "or start afresh in another run folder (run=...). Nothing was changed."
         )
     if differences:
         table = Table("", "was", "is", "verdict", title=f"What differs from {checkpoint.name}", title_justify="left")

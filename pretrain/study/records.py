@@ -187,6 +187,11 @@ def data_of(cfg: RunConfig) -> dict[str, Any]:
         sizes = {"tokens": split.tokens, "documents": split.documents, "bytes": split.text_bytes}
         sizes["unigram_bits_per_byte"] = unigram_bits_per_byte(train, split)
         found |= {f"{name}_{key}": value for key, value in sizes.items()}
+    if test.tokens < cfg.model.seq_len or test.documents < 2:
+        raise ConfigError(
+            f"the test split in {cfg.data.path} has {test.tokens} tokens in {test.documents} documents: expected a "
+            f"window of model.seq_len={cfg.model.seq_len}, and 2 documents. Prepare with a larger data.test_fraction."
+        )
     if test.text_bytes is None:
         raise ConfigError(f"{cfg.data.path}: the bytes of its text are not known, so there are no bits/byte to compare")
     return found

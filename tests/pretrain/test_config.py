@@ -157,7 +157,9 @@ def test_a_tied_decoder_turns_the_sign_of_its_final_states(tmp_path: Path) -> No
     assert (sign(), sign(head__distance="dot")) == (1, 1)
     assert (sign(model__tied=True), sign(model__tied=True, head__distance="cosine")) == (-1, -1)
     assert sign(model__tied=True, head__distance="dot") == -1
-    assert sign(model__tied=True, head__tied_sign=1) == sign(head__tied_sign=-1) == 1
+    assert sign(model__tied=True, head__tied_sign=1) == 1
+    with pytest.raises(ConfigError, match="head.tied_sign=-1 is of tied decoders: take it out, or set model.tied"):
+        sign(head__tied_sign=-1)
 
     cfg = tiny_config(model__tied=True, run=str(tmp_path))
     (tmp_path / "config.yaml").write_text(dump(cfg))

@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import lzma
 import shutil
 import subprocess
 from pathlib import Path
@@ -14,7 +15,9 @@ from common.files import sha256_of
 from data.config import DataConfig, DebianSource
 from data.manifest import read_manifest
 from data.prepare import prepare
+from data.sources import debian
 from data.sources.corpus import documents, is_remote, parts_of, read
+from data.sources.debian import debian_parts, package_rows
 from data.sources.prose import PARAGRAPH
 from tests.support.corpus import TEXTS, Killed, assert_same, config, hurry, killed_at, quiet
 
@@ -91,6 +94,15 @@ def test_what_is_prose_is_read_in_the_archives_order(tmp_path):
     ]
     only = {"name": "a-doc", "files": ["usr/share/doc/a-doc/*.md"]}
     assert list(documents(source(tmp_path, only))) == [prose(7)]
+
+
+@pytest.mark.parametrize(("suffix", "pack"), [("gz", gzip.compress), ("xz", lzma.compress)])
+def test_a_file_that_unpacks_without_end_is_refused(tmp_path, monkeypatch, suffix, pack):
+    deb(tmp_path, "bomb", {f"a.txt.{suffix}": pack(b"word " * 100_000)})
+    monkeypatch.setattr(debian, "MOST_FILE", 1 << 16)
+    (part,) = debian_parts(source(tmp_path, {"name": "bomb", "files": ["*.txt.*"]}))
+    with pytest.raises(ConfigError, match=rf"a.txt.{suffix} has more than 65536 bytes; name it in `skip`"):
+        list(package_rows(part, 0))
 
 
 def test_long_texts_are_several_documents(tmp_path):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from scipy.stats import pearsonr
 
 from model.head import HarmonicHead
-from pretrain.analysis import geometry
-from pretrain.analysis.start import NOISE_SEED, count_correlation, noise_rows, still_noise
+from pretrain.analysis import geometry, lengths
+from pretrain.analysis.start import NOISE_SEED, count_correlation, noise_rows, start_of, still_noise
+from pretrain.config import dump
 from pretrain.modules import build_modules, initial_prototypes
+from pretrain.records import Lengths
+from pretrain.run_folder import RunFolder
 from pretrain.runtime.ranks import alone
 from tests.pretrain.analysis.test_geometry import drawn, small_chunks  # noqa: F401
 from tests.support.tiny import V, tiny_config
@@ -25,6 +29,18 @@ def test_a_start_drawn_again_is_that_of_a_fresh_run(distance: str, tied: bool) -
     assert torch.equal(initial_prototypes(cfg), head.prototypes)
     again = HarmonicHead(V, cfg.model.dim, seed=4, **cfg.head.arguments())
     assert torch.equal(initial_prototypes(cfg), again.prototypes), "the seed is train.seed + 1"
+
+
+@pytest.mark.parametrize(("median", "p95", "known"), [(1, 1, True), (1 + 2e-5, 1, False), (1, 1 - 2e-5, False)])
+def test_a_start_of_about_the_same_lengths_is_not_taken(tmp_path: Path, median: float, p95: float, known: bool) -> None:
+    """Medians of other draws lie as close as 1e-4 where there are many rows; those of the same agree to rounding."""
+    cfg = tiny_config(run=str(tmp_path))
+    found = lengths.quantiles(initial_prototypes(cfg).norm(dim=1))
+    (tmp_path / "config.yaml").write_text(dump(cfg))
+    told = {"prototypes_median": found["median"] * median, "prototypes_p95": found["p95"] * p95}
+    (tmp_path / "metrics.jsonl").write_text(Lengths(step=0, **told).line() + "\n")
+    start = start_of(RunFolder(tmp_path), cfg)
+    assert (start.prototypes is not None) == known and (known or "at its start" in str(start.unknown))
 
 
 def test_the_share_of_the_start_is_found() -> None:

@@ -4,6 +4,7 @@ loudly.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -248,6 +249,29 @@ def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) ->
         resume.check_audit(path, resume.audit(state, now(model__norm="rmsnorm"), []))
     allowed = check(who(optim__lr=0.5, optim__clip=None), "optim")
     assert {(one.key, one.verdict) for one in allowed} >= {("optim.lr", "allowed"), ("optim.clip", "allowed")}
+    for setting in ("head", "head.feature_length"):  # a factor of every pass, which the weights were trained with
+        with pytest.raises(ConfigError, match=r"what changed \(head.feature_length=None: .*\), or start") as told:
+            check(who(head__feature_length=3.0), setting)
+        assert "resume_allow" not in str(refusal.value)
+
+
+def test_where_packages_lie_is_not_what_a_run_is() -> None:
+    debian = {"kind": "debian", "packages": [{"name": "bash-doc"}]}
+    sources = {"a": {"weight": 1, "source": debian}, "b": {"weight": 1, "source": {"kind": "embedded"}}}
+    for source, where in (
+        (debian, ("folder",)),
+        ({"kind": "mixture", "sources": sources}, ("sources", "a", "source", "folder")),
+    ):
+        found = []
+        for place in ("here", "there"):
+            tree = copy.deepcopy(source)
+            node = tree
+            for key in where[:-1]:
+                node = node[key]  # type: ignore[assignment]
+            node[where[-1]] = place
+            found.append(resume.identity(tiny_config(data__source=tree), "x", None))
+        assert found[0] == found[1]
+        assert any(key.endswith("name") or "packages" in key for key in found[0]), "what they are counts"
 
 
 def test_a_checkpoint_holds_no_pickle_and_only_fragments(finished: Path) -> None:
