@@ -250,7 +250,7 @@ def test_another_configuration_is_refused_and_a_layout_is_not(finished: Path) ->
     allowed = check(who(optim__lr=0.5, optim__clip=None), "optim")
     assert {(one.key, one.verdict) for one in allowed} >= {("optim.lr", "allowed"), ("optim.clip", "allowed")}
     for setting in ("head", "head.feature_length"):  # a factor of every pass, which the weights were trained with
-        with pytest.raises(ConfigError, match=r"what changed \(head.feature_length=None: .*\), or start") as told:
+        with pytest.raises(ConfigError, match=r"what changed \(head.feature_length=None: .*\), or start") as refusal:
             check(who(head__feature_length=3.0), setting)
         assert "resume_allow" not in str(refusal.value)
 
