@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from model.head import HarmonicHead
 from pretrain.analysis.geometry import circle_score, lattice_score, spectrum
 from pretrain.study.algorithmic_config import Cell, MlpConfig
 from pretrain.study.algorithmic_results import GOAL, MEASURES, finite
+from pretrain.study.cells import one_thread
 from pretrain.study.tasks import TASKS, Task, split
 
 
@@ -73,7 +72,7 @@ def train_cell(cell: Cell) -> dict[str, Any]:
     """A cell's figures, plain values; None for what it has not: epochs of a goal that it never reached, final figures
     of training that left the finite numbers (`diverged`: in this epoch), figures that say nothing about its task.
     """
-    with _one_thread(), torch.random.fork_rng():
+    with one_thread(), torch.random.fork_rng():
         torch.manual_seed(cell.seed)  # of noise that a distance may have
         return _train(cell)
 
@@ -145,14 +144,3 @@ def _crystal(rows: Tensor, task: Task) -> float | None:
     if task.crystal == "circle":
         return circle_score(rows).score  # the best of all steps k, so that any multiple of 0, 1, 2, ... will do
     return lattice_score(rows, task.coordinates) if task.crystal == "lattice" else None
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in one order, and no fight over cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

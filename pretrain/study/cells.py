@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -79,3 +80,16 @@ def read_cell(cell: AnyCell, folder: Path) -> Figures | None:
     except (ValueError, KeyError, TypeError):
         log.warning("%s cannot be read: its cell is trained again", file)
     return None
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums in one order, and no fight over cores."""
+    import torch  # a study's settings are checked without
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -9,7 +9,6 @@ import base64
 import functools
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor
 from pretrain.analysis.geometry import effective_rank, spectrum
 from pretrain.energy.meter import Meter, zeus_counter
 from pretrain.runtime.ranks import alone
+from pretrain.study.cells import one_thread
 from pretrain.study.vision.config import Cell, LinearConfig
 from pretrain.study.vision.examples import Examples, Part
 from pretrain.study.vision.networks import Learner
@@ -60,7 +60,7 @@ def train_cell(folder: Path, cell: Cell) -> dict[str, Any]:
     """A cell's figures, plain values; None for what it has not: all of training that left the finite numbers
     (`diverged`: at this step), and what was not measured.
     """
-    with _one_thread(), torch.random.fork_rng():
+    with one_thread(), torch.random.fork_rng():
         torch.manual_seed(cell.seed)  # of noise that a distance may have, and of dropout
         return _train(cell, examples_of(folder, cell.data))
 
@@ -265,14 +265,3 @@ def pictures(prototypes: Tensor, shape: tuple[int, ...]) -> dict[str, Any]:
     largest = rows.abs().max().item()
     values = (128 + 127 * rows / largest if largest else torch.full_like(rows, 128)).round().to(torch.uint8)
     return {"shape": list(shape), "largest": largest, "pixels": base64.b64encode(values.numpy().tobytes()).decode()}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums in one order, and no fight over cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
