@@ -6,6 +6,15 @@ from pretrain.energy.sustainability import LEAST_SPIKE, SETTLING, SPIKE, WINDOW
 from pretrain.study.page import layout
 from pretrain.study.page.sections.study import Study
 
+LIMITS = (
+    "One data set and these sizes: nothing here says how heads compare at others.",
+    "Settings were tuned at the first size; a head whose best ones move with the size is at a disadvantage beyond.",
+    "So many random trials find a good setting of a few that matter, not the best one.",
+    "Curves, projections and lengths are of the first fresh seed alone, at the size that is shown.",
+    "Time depends on the machine and on how far each head's code was tuned for it.",
+    "PCA90 and effective rank describe how prototypes lie, not whether a person understands them.",
+)
+
 
 def methods(study: Study) -> str:
     """Definitions with the constants of the code that they describe, and the limits."""
@@ -58,14 +67,7 @@ def methods(study: Study) -> str:
         "Token frequencies": "The unigram model: every token with its share of the training tokens, whatever came "
         "before it.",
     }
-    limits = [
-        "One data set and these sizes: nothing here says how heads compare at others.",
-        "Settings were tuned at the first size; a head whose best ones move with the size is at a disadvantage beyond.",
-        "So many random trials find a good setting of a few that matter, not the best one.",
-        "Curves, projections and lengths are of the first fresh seed alone, at the size that is shown.",
-        "Time depends on the machine and on how far each head's code was tuned for it.",
-        "PCA90 and effective rank describe how prototypes lie, not whether a person understands them.",
-    ]
+    limits = [*LIMITS]
     if not study.has_energy:
         limits.append(study.no_energy)
     return layout.methods(definitions, limits)
