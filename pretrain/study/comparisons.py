@@ -115,6 +115,16 @@ def _bounds(estimate: Estimate, prefix: str = "", level: float | None = None) ->
     return {**({} if prefix else {"mean": estimate.mean}), f"{prefix}low": low, f"{prefix}high": high}
 
 
+def _told(estimate: Estimate, corrected: Corrected) -> dict[str, Any]:
+    """Mean, interval and p, as they are and as they are corrected."""
+    return {
+        **_bounds(estimate),
+        "p": estimate.p,
+        **_bounds(estimate, "corrected_", corrected.level),
+        "corrected_p": corrected.p,
+    }
+
+
 def _difference(
     pairs: Sequence[tuple[Ran, Ran]], estimate: Estimate, corrected: Corrected, count: int
 ) -> dict[str, Any]:
@@ -122,10 +132,7 @@ def _difference(
     values = (nats.sum(1) / math.log(2) / text_bytes.sum()).tolist()
     error, freedom = estimate.standard_error, estimate.freedom
     return {
-        **_bounds(estimate),
-        "p": estimate.p,
-        **_bounds(estimate, "corrected_", corrected.level),
-        "corrected_p": corrected.p,
+        **_told(estimate, corrected),
         **_bounds(over_seeds(values), "seeds_"),
         **_bounds(over_documents(nats, text_bytes), "documents_"),
         "standard_error": error,
@@ -161,10 +168,7 @@ def trends(study: LanguageConfig, at: Mapping[str, ByHead]) -> dict[str, dict[st
         if found:
             estimate, seeds = found
             told[head] = {
-                **_bounds(estimate),
-                "p": estimate.p,
-                **_bounds(estimate, "corrected_", corrected[head].level),
-                "corrected_p": corrected[head].p,
+                **_told(estimate, corrected[head]),
                 "parameters": [parameters_at(study, size) for size in at],
                 "seeds": seeds,
             }

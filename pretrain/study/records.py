@@ -86,12 +86,17 @@ class Records:
     def check_data(self, cfg: RunConfig) -> None:
         """Writes down what the prepared data are. Raises ConfigError if the study was begun with others."""
         now, file = data_of(cfg), self.study.out / DATA
-        if file.exists() and (was := self.data())["fingerprint"] != now["fingerprint"]:
-            raise ConfigError(
-                f"{cfg.data.path} has other data ({now['fingerprint']}) than this study was begun with "
-                f"({was['fingerprint']}); put those back, or give the study another `out`"
-            )
+        if file.exists():
+            self._check_same(now["fingerprint"], cfg)
         replace_file(file, to_json(now, indent=1) + "\n")
+
+    def _check_same(self, fingerprint: str, cfg: RunConfig) -> None:
+        was = self.data()["fingerprint"]
+        if was != fingerprint:
+            raise ConfigError(
+                f"{cfg.data.path} has other data ({fingerprint}) than this study was begun with ({was}); put those "
+                "back, or give the study another `out`"
+            )
 
     def data(self) -> dict[str, Any]:
         """What the study's data are. Raises ConfigError if nothing was trained yet."""
@@ -156,7 +161,7 @@ class Records:
 
     def _measure(self, cell: Cell, cfg: RunConfig) -> dict[str, Any]:
         """Scores a run by document, and its geometry. Raises ConfigError."""
-        self.check_data(cfg)
+        self._check_same(open_split(cfg.data.path, "train").fingerprint, cfg)
         scored = scored_documents(cfg.run, TEST)
         with replacing(self.file(cell).with_suffix(".npz")) as draft, draft.open("wb") as stream:
             np.savez_compressed(stream, nats=scored.nats.astype(np.float32), text_bytes=scored.text_bytes)

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.study.statistics import Estimate, crossed, holm, over_seeds, smallest_difference
+from pretrain.study.statistics import Estimate, crossed, holm, over_seeds
 from pretrain.study.vision.cell import unpacked
 
 Cells = Sequence[Mapping[str, Any]]
@@ -83,9 +83,7 @@ def corrected(estimates: Sequence[Estimate | None]) -> list[dict[str, Any] | Non
     told = []
     for one, judged in zip(kept, holm([one.p for one in kept]), strict=True):
         low, high = one.interval(judged.level) or (None, None)
-        could = None
-        if one.standard_error and one.freedom is not None:
-            could = smallest_difference(one.standard_error, one.freedom, len(kept))
+        could = one.smallest(len(kept)) if one.standard_error else None
         told.append({"mean": one.mean, "low": low, "high": high, "p": judged.p, "could_show": could})
     rest = iter(told)
     return [None if one is None else next(rest) for one in estimates]
