@@ -360,6 +360,22 @@ def lattice_score(rows: Tensor, coordinates: Tensor) -> float:
     return ((torch.linalg.qr(grid).Q.t() @ axes).square().sum() / 2).item() if lengths.max() > 0 else math.nan
 
 
+def group_score(rows: Tensor, groups: Tensor) -> float:
+    """The share of the variance of rows (N, D) that lies between groups (N,): Pearson's correlation ratio.
+
+    1 if all rows of a group are one point, 0 if all groups have one mean; G groups of unrelated rows have
+    (G - 1) / (N - 1) in the mean.
+    """
+    rows = _matrix(rows, least=2)
+    if groups.shape != (len(rows),):
+        raise ValueError(f"groups of shape {tuple(groups.shape)}: expected ({len(rows)},), one for each row")
+    centred = _centred(rows)
+    _, places, counts = groups.unique(return_inverse=True, return_counts=True)
+    sums = centred.new_zeros(len(counts), rows.shape[1]).index_add_(0, places, centred)
+    total = centred.square().sum().item()
+    return (sums.square().sum(1) / counts).sum().item() / total if total > 0 else math.nan
+
+
 # ---- sums
 
 

@@ -25,7 +25,16 @@ from common.progress import Log
 from pretrain.recorder import machine
 from pretrain.study.algorithmic_cell import train_cell
 from pretrain.study.algorithmic_config import AlgorithmicConfig, Candidate, Cell, TaskName
-from pretrain.study.algorithmic_results import GOAL, at_fraction, compare, kept, median, summarise
+from pretrain.study.algorithmic_results import (
+    GOAL,
+    at_fraction,
+    compare,
+    curve,
+    curves,
+    kept,
+    median,
+    summarise,
+)
 from pretrain.study.cells import finish
 from pretrain.study.tasks import TASKS, training_examples
 
@@ -34,7 +43,8 @@ Name = tuple[TaskName, str, str]  # task, network, head
 
 def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
     """Trains what is not yet in `cfg.out` and returns the results: `cells`, flat, `choices` of learning rate and weight
-    decay, `summary` by task, network and head, and `comparison` with the baseline.
+    decay, `summary` by task, network and head, `comparison` with the baseline, `curves` of the test accuracy by epochs,
+    and `sweep` of weight decay, if the study has one.
 
     Raises:
         ConfigError: the folder cannot be written, or a process was killed.
@@ -52,6 +62,7 @@ def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
         for seed in cfg.seeds
     ]
     figures = finish([cell for _, cell in cells], train_cell, cfg.processes, folder, log, "cells")
+    swept = _sweep(cfg, folder, log) if cfg.sweep else []
     flat = [
         {
             "task": cell.task,
@@ -68,6 +79,7 @@ def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
         for head, cell in cells
     ]
     summary = summarise(flat)
+    rows = [{name: value for name, value in cell.items() if name != "test_curve"} for cell in flat]
     return {
         "kind": cfg.kind,
         "torch": torch.__version__,
@@ -79,8 +91,10 @@ def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
             for (task, network, head), (chosen, tried) in choices.items()
         ],
         "summary": summary,
-        "comparison": compare(flat, summary, cfg.baseline),
-        "cells": flat,
+        "comparison": compare(rows, summary, cfg.baseline),
+        "curves": curves(flat),
+        "sweep": swept,
+        "cells": rows,
     }
 
 
@@ -97,8 +111,7 @@ def cell_of(cfg: AlgorithmicConfig, name: Name, fraction: float, seed: int, chos
         evaluate_every=cfg.tasks[task].evaluate_every,
         dim=cfg.dim,
         betas=cfg.betas,
-        lr=chosen.lr,
-        weight_decay=chosen.weight_decay,
+        **chosen.model_dump(),
     )
 
 
@@ -107,25 +120,63 @@ def _choose(cfg: AlgorithmicConfig, folder: Path, log: Log) -> dict[Name, tuple[
     names: list[Name] = [
         (task, network.kind, head) for task in cfg.tasks for network in cfg.networks for head in cfg.heads
     ]
-    candidates = cfg.choice.candidates
-    if len(candidates) == 1:
-        return {name: (candidates[0], []) for name in names}
-    cells = {
-        name: [
-            [cell_of(cfg, name, cfg.tasks[name[0]].fractions[-1], seed, candidate) for seed in cfg.choice.seeds]
-            for candidate in candidates
-        ]
-        for name in names
-    }
-    every = [cell for tried in cells.values() for seeds in tried for cell in seeds]
-    figures = finish(every, train_cell, cfg.processes, folder, log, "choosing")
-    choices = {}
-    for name, tried in cells.items():
+    asked = [(name, cfg.tasks[name[0]].fractions[-1], cfg.choice.candidates) for name in names]
+    return dict(zip(names, _best(cfg, asked, folder, log, "choosing"), strict=True))
+
+
+def _sweep(cfg: AlgorithmicConfig, folder: Path, log: Log) -> list[dict[str, Any]]:
+    """Every head of the sweep with each weight decay and rule, at the rate that was chosen for it."""
+    sweep = cfg.sweep
+    assert sweep is not None
+    groups = [(head, decay, rule) for head in sweep.heads for decay, rule in sweep.settings()]
+    asked = [
+        (
+            (sweep.task, sweep.network, head),
+            sweep.fraction,
+            [Candidate(lr=lr, weight_decay=decay, decay_rule=rule) for lr in sweep.lrs],
+        )
+        for head, decay, rule in groups
+    ]
+    chosen = _best(cfg, asked, folder, log, "sweep: choosing")
+    cells = [
+        [cell_of(cfg, name, fraction, seed, best) for seed in cfg.seeds]
+        for (name, fraction, _), (best, _) in zip(asked, chosen, strict=True)
+    ]
+    figures = finish([cell for seeds in cells for cell in seeds], train_cell, cfg.processes, folder, log, "sweep")
+    return [
+        {
+            "head": head,
+            **best.model_dump(),
+            "candidates": tried,
+            **at_fraction(runs := [figures[cell.key()] for cell in seeds]),
+            "curve": curve(runs),
+        }
+        for (head, _, _), (best, tried), seeds in zip(groups, chosen, cells, strict=True)
+    ]
+
+
+Asked = tuple[Name, float, Sequence[Candidate]]  # of what, at which fraction, among what
+
+
+def _best(
+    cfg: AlgorithmicConfig, asked: Sequence[Asked], folder: Path, log: Log, what: str
+) -> list[tuple[Candidate, list[dict[str, Any]]]]:
+    """The candidate for each that is asked for, as ChoiceConfig says, and what every candidate did."""
+    cells = [
+        [[cell_of(cfg, name, fraction, seed, one) for seed in cfg.choice.seeds] for one in candidates]
+        if len(candidates) > 1
+        else []
+        for name, fraction, candidates in asked
+    ]
+    every = [cell for tried in cells for seeds in tried for cell in seeds]
+    figures = finish(every, train_cell, cfg.processes, folder, log, what) if every else {}
+    found: list[tuple[Candidate, list[dict[str, Any]]]] = []
+    for (_, _, candidates), tried in zip(asked, cells, strict=True):
         runs = [[figures[cell.key()] for cell in seeds] for seeds in tried]
-        best = min(range(len(candidates)), key=[_preference(seeds) for seeds in runs].__getitem__)
-        results = [{**c.model_dump(), **at_fraction(seeds)} for c, seeds in zip(candidates, runs, strict=True)]
-        choices[name] = candidates[best], results
-    return choices
+        best = min(range(len(runs)), key=[_preference(seeds) for seeds in runs].__getitem__, default=0)
+        results = [{**c.model_dump(), **at_fraction(seeds)} for c, seeds in zip(candidates, runs, strict=bool(runs))]
+        found.append((candidates[best], results))
+    return found
 
 
 def _preference(runs: Sequence[dict[str, Any]]) -> tuple[float, float, float]:

@@ -14,9 +14,10 @@ from common.fields import FilePath, Name, NotNegative, Positive, Seed, Steps
 from model.config import HeadConfig
 
 MOST_CHOICES = 100  # of one kind in a study
-VERSION = 2  # of what a cell's settings mean: to be raised when the same settings would give other figures
+VERSION = 3  # of what a cell's settings mean: to be raised when the same settings would give other figures
 
 TaskName = Literal["modular_addition", "circle", "equivalence", "in_context", "permutation"]
+DecayRule = Literal["all", "no_prototypes", "no_last_layer", "rate_by_norm"]
 
 
 class MlpConfig(BaseModel, extra="forbid", frozen=True):
@@ -34,6 +35,7 @@ class TransformerConfig(BaseModel, extra="forbid", frozen=True):
     heads: int = Field(default=2, gt=0, le=2**16)
 
 
+SWEPT = ("heads", "weight_decays", "decay_rules", "lrs")
 NetworkConfig = Annotated[MlpConfig | TransformerConfig, Field(discriminator="kind")]
 
 
@@ -53,10 +55,15 @@ class TaskConfig(BaseModel, extra="forbid", frozen=True):
 
 
 class Candidate(BaseModel, extra="forbid", frozen=True):
-    """A learning rate and a weight decay (AdamW's) that are tried together."""
+    """A learning rate and a weight decay (AdamW's) that are tried together.
+
+    `decay_rule`: what decays. `all` weights; all but the prototypes (`no_prototypes`); nor those of the layer that
+    makes features (`no_last_layer`); or all, with the rates of these two falling with their norms (`rate_by_norm`).
+    """
 
     lr: Positive
     weight_decay: NotNegative
+    decay_rule: DecayRule = "all"
 
 
 class ChoiceConfig(BaseModel, extra="forbid", frozen=True):
@@ -76,6 +83,25 @@ class ChoiceConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
 
+class SweepConfig(BaseModel, extra="forbid", frozen=True):
+    """Weight decays and decay rules, each head with each of them, on one task, network and fraction. A head's rate is
+    chosen for each of them apart, among `lrs`, as ChoiceConfig says; without decay there is one rule.
+    """
+
+    task: TaskName
+    network: Literal["mlp", "transformer"]
+    fraction: float = Field(gt=0, lt=1)
+    heads: tuple[str, ...] = Field(min_length=1, max_length=MOST_CHOICES)
+    weight_decays: tuple[NotNegative, ...] = Field(min_length=1, max_length=MOST_CHOICES)
+    decay_rules: tuple[DecayRule, ...] = Field(default=("all",), min_length=1)
+    lrs: tuple[Positive, ...] = Field(min_length=1, max_length=MOST_CHOICES)
+
+    def settings(self) -> list[tuple[float, DecayRule]]:
+        """What is tried: weight decays with rules."""
+        pairs = itertools.product(self.weight_decays, self.decay_rules)
+        return [(decay, rule) for decay, rule in pairs if decay or rule == self.decay_rules[0]]
+
+
 class AlgorithmicConfig(BaseModel, extra="forbid", frozen=True):
     """A study of kind `algorithmic`: every task, network, head, fraction and seed is a cell."""
 
@@ -90,18 +116,22 @@ class AlgorithmicConfig(BaseModel, extra="forbid", frozen=True):
     dim: int = Field(default=16, gt=1, le=2**16)  # of embeddings, features and prototypes
     betas: tuple[float, float] = (0.9, 0.98)  # of AdamW
     choice: ChoiceConfig
+    sweep: SweepConfig | None = None  # of weight decay
     seeds: tuple[Seed, ...] = Field(min_length=1, max_length=MOST_CHOICES)
 
     @model_validator(mode="after")
     def _every_cell_once(self) -> AlgorithmicConfig:
-        for name, values in (
+        named: list[tuple[str, list[Any]]] = [
             ("networks", [network.kind for network in self.networks]),
             ("seeds", list(self.seeds)),
             ("choice.seeds", list(self.choice.seeds)),
-            ("choice.candidates", [(candidate.lr, candidate.weight_decay) for candidate in self.choice.candidates]),
-        ):
+            ("choice.candidates", list(self.choice.candidates)),
+            *((f"sweep.{name}", list(getattr(self.sweep, name))) for name in SWEPT if self.sweep),
+        ]
+        for name, values in named:
             if len(set(values)) < len(values):
-                raise ValueError(f"{name}={values} must differ from each other")
+                plain = [value.model_dump() if isinstance(value, BaseModel) else value for value in values]
+                raise ValueError(f"{name}={plain} must differ from each other")
         common = set(self.seeds) & set(self.choice.seeds)
         if common:
             raise ValueError(f"choice.seeds and seeds share {sorted(common)}: what is reported must not have chosen")
@@ -116,17 +146,34 @@ class AlgorithmicConfig(BaseModel, extra="forbid", frozen=True):
         return self
 
     @model_validator(mode="after")
+    def _sweep_is_of_the_study(self) -> AlgorithmicConfig:
+        if self.sweep is None:
+            return self
+        there: dict[str, list[str]] = {
+            "heads": list(self.heads),
+            "task": list(self.tasks),
+            "network": [network.kind for network in self.networks],
+        }
+        for name, known in there.items():
+            given = getattr(self.sweep, name)
+            for value in given if name == "heads" else [given]:
+                if value not in known:
+                    raise ValueError(f"sweep.{name}: {value} is none of the study's: {', '.join(known)}")
+        if len(self.sweep.lrs) > 1 and not self.choice.seeds:
+            raise ValueError("choice.seeds: none given; the rates of a sweep need at least one to choose by")
+        return self
+
+    @model_validator(mode="after")
     def _there_are_examples(self) -> AlgorithmicConfig:
         from pretrain.study.tasks import TASKS, training_examples  # torch: after all else was checked
 
-        for name, settings in self.tasks.items():
-            task = TASKS[name]()
-            for fraction in settings.fractions:
-                if not 0 < training_examples(task, fraction) < len(task.answers):
-                    raise ValueError(
-                        f"tasks.{name}.fractions: {fraction} of {len(task.answers)} examples leaves none to train on "
-                        "or none to test"
-                    )
+        asked = [(f"tasks.{name}.fractions", name, f) for name, task in self.tasks.items() for f in task.fractions]
+        if self.sweep:
+            asked.append(("sweep.fraction", self.sweep.task, self.sweep.fraction))
+        for key, name, fraction in asked:
+            count = len(TASKS[name]().answers)
+            if not 0 < training_examples(TASKS[name](), fraction) < count:
+                raise ValueError(f"{key}: {fraction} of {count} examples leaves none to train on or none to test")
         return self
 
     @model_validator(mode="after")
@@ -151,6 +198,7 @@ class Cell(BaseModel, extra="forbid", frozen=True):
     betas: tuple[float, float]
     lr: float
     weight_decay: float
+    decay_rule: DecayRule
 
     def settings(self) -> dict[str, Any]:
         """Plain values, as JSON gives them back."""

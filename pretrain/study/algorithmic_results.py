@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pretrain.study.statistics import Estimate, corrected, interval, over_seeds
+
 GOAL = 0.95  # accuracy that counts as generalised (test examples) or memorised (training examples)
 ENOUGH = 0.8  # share of seeds that must generalise for a fraction to be enough
 MEASURES = (  # of a cell that are averaged over seeds
@@ -18,8 +20,11 @@ MEASURES = (  # of a cell that are averaged over seeds
     "prototypes_crystal",
     "embedding_explained",
     "embedding_crystal",
+    "prototype_growth",
     "seconds",
+    "gflops",
 )
+CURVE_POINTS = 25  # of a curve, at most
 
 
 def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -50,11 +55,40 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary
 
 
+def curves(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each task, network, head and fraction the `curve` of its seeds."""
+    names = ("task", "network", "head", "fraction")
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault(tuple(cell[name] for name in names), []).append(cell)
+    return [{**dict(zip(names, key, strict=True)), "curve": curve(runs)} for key, runs in groups.items()]
+
+
+def curve(runs: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Epochs, up to CURVE_POINTS of them and the last, with the mean, least and largest test accuracy over the seeds; a
+    seed that has diverged counts as 0.
+    """
+    accuracies: dict[int, list[float]] = {}
+    for run in runs:
+        for epoch, accuracy in run["test_curve"]:
+            accuracies.setdefault(epoch, []).append(accuracy)
+    epochs = sorted(accuracies)
+    every = math.ceil(len(epochs) / CURVE_POINTS)
+    taken = epochs[::-1][::every][::-1] if epochs else []
+    found = []
+    for epoch in taken:
+        values = accuracies[epoch] + [0.0] * (len(runs) - len(accuracies[epoch]))
+        found.append([epoch, statistics.mean(values), min(values), max(values)])
+    return found
+
+
 def compare(cells: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]], baseline: str) -> list[dict[str, Any]]:
     """One entry for each network and head: how many of its `cells` generalised, of those how many were `lost` again by
     the last epoch; and against the baseline, in how many tasks it needs `less_data` or `more_data`, how many pairs of
     cells with the same task, examples and seed have `only_it`, `only_baseline` or `both` generalise, and of the last
-    the median ratio of epochs (`epochs_ratio`). The baseline has None there.
+    the median ratio of epochs (`epochs_ratio`). `accuracy`: how many more of the test examples it has right after the
+    last epoch, as a share, mean over tasks and fractions: paired by seed, over seeds, corrected for all heads and
+    networks (`statistics.corrected`); what diverged has none right. The baseline has None there.
     """
     needed = {(entry["network"], entry["head"], entry["task"]): entry["data_needed"] or math.inf for entry in summary}
     by_head: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -81,10 +115,23 @@ def compare(cells: Sequence[dict[str, Any]], summary: Sequence[dict[str, Any]], 
             "epochs_ratio": statistics.median(ratios) if ratios else None,
         }
         counted = {"cells": len(mine), "generalised": len(own), "lost": lost}
+        against["accuracy"] = None if head == baseline else _difference(mine, by_head[network, baseline])
         if head == baseline:
             against = dict.fromkeys(against)
         comparison.append({"network": network, "head": head, **counted, **against})
+    judged = [entry for entry in comparison if entry["head"] != baseline]
+    for entry, told in zip(judged, corrected([entry["accuracy"] for entry in judged]), strict=True):
+        entry["accuracy"] = told
     return comparison
+
+
+def _difference(cells: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> Estimate:
+    """Of test accuracy after the last epoch, over seeds."""
+    by_seed: dict[int, list[float]] = {}
+    for cell, other in zip(cells, base, strict=True):
+        assert all(cell[name] == other[name] for name in ("task", "fraction", "seed"))
+        by_seed.setdefault(cell["seed"], []).append((cell["test_accuracy"] or 0.0) - (other["test_accuracy"] or 0.0))
+    return over_seeds([statistics.mean(values) for values in by_seed.values()])
 
 
 def at_fraction(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -119,9 +166,9 @@ def finite(value: float | None) -> float | None:
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and sample deviation of the seeds that have a value; None without any, or without a second one."""
-    there = [value for value in values if value is not None]
-    return {
-        "mean": statistics.mean(there) if there else None,
-        "deviation": statistics.stdev(there) if len(there) > 1 else None,
-    }
+    """Mean, Student's interval and sample deviation of the seeds that have a value; None without any, or without a
+    second one.
+    """
+    found = interval(values)
+    there = found.pop("values")
+    return {**found, "deviation": statistics.stdev(there) if len(there) > 1 else None}

@@ -16,7 +16,7 @@ from pretrain.study.tuning import TUNABLE, Entry, Range, edges, ratios
 FEW_DOCUMENTS = 100  # fewer say little of a text
 
 
-def told(study: LanguageConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+def told(study: LanguageConfig, data: Mapping[str, Any], choice: Choice | None) -> dict[str, Any]:
     """What was said before anything was trained, and what is wrong with it."""
     tuning, compared = study.tuning, len(study.heads) - 1
     whole = study.config(study.trial(study.baseline, 0, len(tuning.rungs) - 1, study.settings(study.baseline)[0]))
@@ -25,6 +25,10 @@ def told(study: LanguageConfig, data: Mapping[str, Any]) -> dict[str, Any]:
         warnings.append(f"{len(study.seeds)} seeds: with fewer than {FEW_SEEDS} an interval means little.")
     if (documents := data.get("test_documents") or 0) < FEW_DOCUMENTS:
         warnings.append(f"{documents} documents in the test split: fewer than {FEW_DOCUMENTS} say little of a text.")
+    if known := (choice or {}).get("fresh_runs"):
+        warnings.append(
+            f"{known} runs with fresh seeds were there when the settings were chosen: they may have been seen."
+        )
     return {
         "trials": tuning.trials,
         "counts": tuning.counts(),

@@ -83,6 +83,10 @@ class Records:
             self._read[cell.name] = found
         return self._read[cell.name]
 
+    def fresh(self) -> int:
+        """How many runs with fresh seeds have a record, whatever their settings."""
+        return sum(".trial" not in file.name for file in self.folder.glob("*.json"))
+
     def check_data(self, cfg: RunConfig) -> None:
         """Writes down what the prepared data are. Raises ConfigError if the study was begun with others."""
         now, file = data_of(cfg), self.study.out / DATA

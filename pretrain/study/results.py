@@ -52,7 +52,7 @@ def gather(study: LanguageConfig, records: Records, choice: Choice | None) -> di
             "shown": shown,
             "baseline": study.baseline,
             "seeds": list(study.seeds),
-            "protocol": protocol.told(study, records.data()),
+            "protocol": protocol.told(study, records.data(), choice),
             "chosen": choice is not None,
             "settled": settled,
             "edges": edges,

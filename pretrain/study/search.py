@@ -73,7 +73,8 @@ def rung_of(study: LanguageConfig, records: Records, rung: int) -> list[Cell]:
 
 def choose(study: LanguageConfig, records: Records) -> Choice:
     """The best trial of the last rung, head by head, and what finding it took. A head has none if all of its trials
-    in the last rung diverged.
+    in the last rung diverged. `fresh_runs`: how many runs of fresh seeds were there already, as when another choice was
+    made before and removed.
     """
     last = len(study.tuning.rungs) - 1
     found: dict[str, Any] = {}
@@ -92,7 +93,7 @@ def choose(study: LanguageConfig, records: Records) -> Choice:
             "diverged": sum(record["outcome"] != DONE for record in kept),
             "tokens": sum(record["summary"]["tokens"] for record in kept),
         }
-    return {"asked": asked_of(study), "heads": found}
+    return {"asked": asked_of(study), "fresh_runs": records.fresh(), "heads": found}
 
 
 def asked_of(study: LanguageConfig) -> dict[str, Any]:

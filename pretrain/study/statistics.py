@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -225,3 +226,32 @@ def trend(by_size: Sequence[np.ndarray], text_bytes: np.ndarray, sizes: Sequence
     weights = slope_weights(sizes)
     tables = np.stack([bits_per_byte(nats, text_bytes) for nats in by_size])
     return _estimate(np.tensordot(weights, tables, 1), text_bytes)
+
+
+# ---- as results have it
+
+
+def interval(values: Sequence[float | None]) -> dict[str, Any]:
+    """`mean` of the `values` that are there, one of each seed, and Student's interval for it, `low` and `high`."""
+    there = [value for value in values if value is not None]
+    if not there:
+        return {"mean": None, "low": None, "high": None, "values": []}
+    found = over_seeds(there)
+    low, high = found.interval() or (None, None)
+    return {"mean": found.mean, "low": low, "high": high, "values": there}
+
+
+def corrected(estimates: Sequence[Estimate | None]) -> list[dict[str, Any] | None]:
+    """What is told of several differences that are judged together: `mean`, `low` and `high` at the level of Holm's
+    correction, its `p`, and as `could_show` the least true difference that is found with POWER. None has no result, and
+    counts as one of those that are judged.
+    """
+    told: list[dict[str, Any] | None] = []
+    for one, judged in zip(estimates, holm([one.p if one else None for one in estimates]), strict=True):
+        if one is None:
+            told.append(None)
+            continue
+        low, high = one.interval(judged.level) or (None, None)
+        could = one.smallest(len(estimates)) if one.standard_error else None
+        told.append({"mean": one.mean, "low": low, "high": high, "p": judged.p, "could_show": could})
+    return told

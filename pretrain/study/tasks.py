@@ -25,6 +25,7 @@ STEPS = (-3, -2, -1, 1, 2, 3)  # of the circle
 ELEMENTS, CLASSES = 40, 5  # of the equivalence
 SIDE = 5  # of the lattice
 PERMUTED = 4
+KLEIN = ((0, 1, 2, 3), (1, 0, 3, 2), (2, 3, 0, 1), (3, 2, 1, 0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +37,8 @@ class Task:
     tokens: int  # of the inputs' vocabulary
     elements: int  # its first tokens, the things that the task is about; those after them are steps
     classes: int
-    crystal: Literal["circle", "lattice"] | None = None  # how elements and classes would lie best
+    crystal: Literal["circle", "lattice", "groups"]  # how elements, and classes where they are elements, would lie best
+    groups: Tensor | None = None  # of the elements, where they would lie in groups
 
     @property
     def coordinates(self) -> Tensor:
@@ -61,7 +63,7 @@ def equivalence() -> Task:
     """(a, b) -> 1 if a = b mod 5, else 0, for a and b of 0..39: four in five are 0."""
     inputs = torch.cartesian_prod(torch.arange(ELEMENTS), torch.arange(ELEMENTS))
     answers = (inputs[:, 0] % CLASSES == inputs[:, 1] % CLASSES).long()
-    return Task(inputs, answers, ELEMENTS, ELEMENTS, 2)
+    return Task(inputs, answers, ELEMENTS, ELEMENTS, 2, "groups", torch.arange(ELEMENTS) % CLASSES)
 
 
 def in_context() -> Task:
@@ -76,12 +78,15 @@ def in_context() -> Task:
 
 
 def permutation() -> Task:
-    """(a, b) -> ab in S4, (ab)(i) = a(b(i)); elements in the order of itertools.permutations."""
+    """(a, b) -> ab in S4, (ab)(i) = a(b(i)); elements in the order of itertools.permutations. Their groups are the six
+    cosets of Klein's four-group, which are the same from the left and from the right.
+    """
     elements = list(itertools.permutations(range(PERMUTED)))
     number = {element: index for index, element in enumerate(elements)}
     answers = [number[tuple(a[i] for i in b)] for a in elements for b in elements]
     inputs = torch.cartesian_prod(torch.arange(len(elements)), torch.arange(len(elements)))
-    return Task(inputs, torch.tensor(answers), len(elements), len(elements), len(elements))
+    left = torch.tensor([min(number[tuple(a[i] for i in one)] for one in KLEIN) for a in elements])
+    return Task(inputs, torch.tensor(answers), len(elements), len(elements), len(elements), "groups", left)
 
 
 TASKS: dict[str, Callable[[], Task]] = {

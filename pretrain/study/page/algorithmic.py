@@ -54,6 +54,7 @@ def page(results: Mapping[str, Any]) -> str:
     sections = [
         Section("results", "Results", "What came out", _comparison(study) + _data_needed(study)),
         *(Section(task, _name(task), _name(task), _task(study, task)) for task in study.tasks),
+        *([Section("decay", "Weight decay", "Weight decay", _sweep(study))] if study.sweep else []),
         Section("methods", "Methods", "How it was done", _methods(study)),
     ]
     footer = f"{len(study.cells)} cells, each of them counted."
@@ -73,6 +74,12 @@ class _Study:
         self.networks = [str(network["kind"]) for network in self.config["networks"]]
         self.cells: Sequence[Entry] = results["cells"]
         self.summary = {(entry["task"], entry["network"], entry["head"]): entry for entry in results["summary"]}
+        self.sweep: Sequence[Entry] = results["sweep"]
+        self.curves = {
+            (entry["task"], entry["network"], entry["head"]): entry["curve"]
+            for entry in results["curves"]
+            if entry["fraction"] == self.config["tasks"][entry["task"]]["fractions"][-1]
+        }
         self.comparison = {(entry["network"], entry["head"]): entry for entry in results["comparison"]}
 
     def of(self, task: str, network: str, head: str, fraction: float) -> list[Entry]:
@@ -131,6 +138,7 @@ def _comparison(study: _Study) -> str:
         f"generalises where<small>{base} does not</small>",
         f"only {base}<small>generalises</small>",
         f"both: epochs<small>median ratio to {base}'s</small>",
+        f"test accuracy less {base}'s<small>corrected, of all heads and networks</small>",
     )
     rows = []
     for network, head in study.rows():
@@ -141,14 +149,23 @@ def _comparison(study: _Study) -> str:
                 written(entry["generalised"], "{}") + small(f"of {entry['cells']}"),
                 *(written(entry[key]) for key in ("lost", "less_data", "more_data", "only_it", "only_baseline")),
                 written(entry["epochs_ratio"], "{:.2f}") + small(f"of {entry['both']}" if entry["both"] else ""),
+                _difference(entry["accuracy"]),
             ]
         )
     words = (
         f"A cell generalises if {percent(study.results['goal'])} of the test examples are right at some epoch. Pairs "
         "are of the same task, network, share and seed. Cells of one seed are no independent trials: its smaller "
-        "shares lie within its larger ones."
+        "shares lie within its larger ones. The last column is a mean over tasks and shares, after the last epoch, "
+        "paired by seed: its interval is over seeds."
     )
     return layout.soft(words) + layout.table("Heads compared", columns, rows)
+
+
+def _difference(entry: Entry | None) -> str:
+    if entry is None:
+        return written(None)
+    bounds = "" if entry["low"] is None else f"{entry['low']:+.1%} to {entry['high']:+.1%}"
+    return written(entry["mean"], "{:+.1%}") + small(bounds)
 
 
 def _data_needed(study: _Study) -> str:
@@ -181,6 +198,8 @@ def _task(study: _Study, task: str) -> str:
     return (
         layout.soft(f"{about} {len(examples.answers):,} examples, {examples.classes} classes, {epochs:,} epochs.")
         + layout.grid((_epochs(study, task, network) for network in study.networks), "pair")
+        + layout.grid((_shares(study, task, network) for network in study.networks), "pair")
+        + layout.grid((_curves(study, task, network) for network in study.networks), "pair")
         + layout.grid(
             (_measured(study, task, network, measure) for network in study.networks for measure in measures), "small"
         )
@@ -223,6 +242,48 @@ def _epochs(study: _Study, task: str, network: str) -> str:
     return layout.figure(svg, caption, "No seed of any head generalises.")
 
 
+def _shares(study: _Study, task: str, network: str) -> str:
+    """Test accuracy by share of the examples, with intervals."""
+    series = []
+    for style, head in enumerate(study.heads):
+        at = [(entry["fraction"], entry["test_accuracy"]) for entry in study.summary[task, network, head]["fractions"]]
+        band = [
+            (fraction, max(0.0, spread["low"]), min(1.0, spread["high"]))
+            for fraction, spread in at
+            if spread["low"] is not None
+        ]
+        series.append(Series(head, [(fraction, spread["mean"]) for fraction, spread in at], style, band=band))
+    svg = line_chart(
+        f"{_name(task)}, {network}: test accuracy by share of the examples",
+        series,
+        Axis("of the examples", form=percent, told=percent),
+        Axis("test accuracy", low=0.0, high=1.0, form=percent, told=percent),
+        direct=False,
+    )
+    legend = small("after the last epoch; mean over seeds and 95% of it")
+    return layout.figure(svg, f"{escape(network)}: accuracy by share {legend}", "All cells diverged.")
+
+
+def _curves(study: _Study, task: str, network: str) -> str:
+    series = [
+        _curve(head, style, study.curves[task, network, head]) for style, head in enumerate(study.heads)
+    ]  # fmt: skip
+    largest = percent(study.config["tasks"][task]["fractions"][-1])
+    svg = _accuracies(f"{_name(task)}, {network}: test accuracy by epochs at {largest} of the examples", series)
+    legend = small(f"{largest} of the examples; mean of all seeds, from the least to the largest")
+    return layout.figure(svg, f"{escape(network)}: accuracy by epochs {legend}", "All cells diverged.")
+
+
+def _curve(head: str, style: int, curve: Sequence[Sequence[float]]) -> Series:
+    band = [(epoch, low, high) for epoch, _, low, high in curve]
+    return Series(head, [(epoch, mean) for epoch, mean, _, _ in curve], style, band=band)
+
+
+def _accuracies(label: str, series: Sequence[Series]) -> str:
+    y = Axis("test accuracy", low=0.0, high=1.0, form=percent, told=percent)
+    return line_chart(label, series, Axis("epochs", low=0.0, told=whole), y, direct=False)
+
+
 def _measured(study: _Study, task: str, network: str, measure: Measure) -> str:
     largest = study.config["tasks"][task]["fractions"][-1]
     rows = []
@@ -253,6 +314,7 @@ def _table(study: _Study, task: str) -> str:
         "crystal",
         "embeddings: two components",
         "crystal",
+        "GFLOPs<small>of matrix products, in training</small>",
     )
     rows = []
     for network, head in study.rows():
@@ -264,6 +326,7 @@ def _table(study: _Study, task: str) -> str:
                 f"{entry['lr']:g}, {entry['weight_decay']:g}",
                 *map(_reached, entry["fractions"]),
                 *(_spread(at_largest[key], form) for key, form in CELLS.items()),
+                written(at_largest["gflops"]["mean"], "{:.1f}"),
             ]
         )
     return layout.table(f"{_name(task)}: figures", columns, rows)
@@ -284,6 +347,56 @@ def _spread(entry: Entry, form: str) -> str:
     return written(entry["mean"], form) + small(f"± {deviation}" if deviation else "")
 
 
+# ---- weight decay
+
+RULES = {
+    "all": "all weights",
+    "no_prototypes": "all but prototypes",
+    "no_last_layer": "neither prototypes nor the layer of the features",
+    "rate_by_norm": "all; rates of prototypes and features fall with their norms",
+}
+
+
+def _sweep(study: _Study) -> str:
+    asked: Entry = study.config["sweep"]
+    rows = []
+    for entry in study.sweep:
+        decay = entry["weight_decay"]
+        rows.append(
+            [
+                layout.named(study.heads.index(entry["head"]), entry["head"], f"decay {decay:g}"),
+                escape(RULES[entry["decay_rule"]]) if decay else "none",
+                f"{entry['lr']:g}",
+                _reached(entry),
+                _spread(entry["test_accuracy"], "{:.0%}"),
+            ]
+        )
+    words = (
+        f"{_name(asked['task'])}, {asked['network']}, {percent(asked['fraction'])} of the examples. Each head has each "
+        "weight decay, and each choice of what decays; the rate is chosen for each of these alike, on seeds that are "
+        "not reported. Every seed is counted."
+    )
+    columns = ("head, decay", "what decays", "rate", "epochs to generalise", "test accuracy<small>at the end</small>")
+    return (
+        layout.soft(words)
+        + layout.grid((_swept(study, decay) for decay in asked["weight_decays"]), "pair")
+        + layout.table("Weight decay", columns, rows)
+    )
+
+
+def _swept(study: _Study, decay: float) -> str:
+    first = study.config["sweep"]["decay_rules"][0]
+    series = [
+        _curve(entry["head"], study.heads.index(entry["head"]), entry["curve"])
+        for entry in study.sweep
+        if entry["weight_decay"] == decay and entry["decay_rule"] == first
+    ]
+    caption = f"decay {decay:g} {small('mean of all seeds, from the least to the largest')}"
+    return layout.figure(
+        _accuracies(f"test accuracy by epochs at weight decay {decay:g}", series), caption, "All cells diverged."
+    )
+
+
 # ---- methods
 
 
@@ -299,7 +412,8 @@ def _methods(study: _Study) -> str:
         "Two components": "Share of the variance of the prototypes, as the head's distance sees them, or of the "
         "elements' embeddings, in their first two principal components, after the last epoch.",
         "Crystal": "For tasks on a circle how near the points are to a circle in cyclic order, for those on a lattice "
-        "how near to a lattice: 1 is one (docs/interpretability.md). Empty for tasks of neither kind.",
+        "how near to a lattice: 1 is one. For equivalence and permutations the share of the variance that lies between "
+        "residues, and between the cosets of Klein's four-group (docs/interpretability.md).",
         "After ±": "The sample deviation over seeds; it is no interval of the mean.",
     }
     limits = [

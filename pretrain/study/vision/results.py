@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.study.statistics import Estimate, crossed, holm, over_seeds
+from pretrain.study.statistics import Estimate, corrected, crossed, interval, over_seeds
 from pretrain.study.vision.cell import unpacked
 
 Cells = Sequence[Mapping[str, Any]]
@@ -34,16 +34,6 @@ def summarise(cells: Cells, measures: Sequence[str]) -> list[dict[str, Any]]:
         }
         for key, runs in _groups(cells).items()
     ]
-
-
-def interval(values: Sequence[float | None]) -> dict[str, Any]:
-    """Mean of the values that are there, and Student's interval for it."""
-    there = [value for value in values if value is not None]
-    if not there:
-        return {"mean": None, "low": None, "high": None, "values": []}
-    found = over_seeds(there)
-    low, high = found.interval() or (None, None)
-    return {"mean": found.mean, "low": low, "high": high, "values": there}
 
 
 def compare(cells: Cells, sizes: Mapping[str, int], baseline: str) -> list[dict[str, Any]]:
@@ -75,18 +65,6 @@ def of_accuracy(own: Cells, base: Cells, count: int) -> Estimate:
     sides = [np.stack([unpacked(run["right"], count) for run in runs]).astype(float) for runs in (own, base)]
     # of nats it makes bits, that is the table again, and its examples have one byte each
     return crossed((sides[0] - sides[1]) * math.log(2), np.ones(count))
-
-
-def corrected(estimates: Sequence[Estimate | None]) -> list[dict[str, Any] | None]:
-    """What is told of several differences that are judged together."""
-    kept = [one for one in estimates if one is not None]
-    told = []
-    for one, judged in zip(kept, holm([one.p for one in kept]), strict=True):
-        low, high = one.interval(judged.level) or (None, None)
-        could = one.smallest(len(kept)) if one.standard_error else None
-        told.append({"mean": one.mean, "low": low, "high": high, "p": judged.p, "could_show": could})
-    rest = iter(told)
-    return [None if one is None else next(rest) for one in estimates]
 
 
 def verdict(difference: Mapping[str, Any] | None, smaller_is_better: bool = False) -> str:

@@ -298,6 +298,22 @@ def test_a_slanted_lattice_scores_one() -> None:
         geometry.lattice_score(embedded, grid[:, :1].expand(-1, 2))
 
 
+def test_groups_score_the_share_of_variance_between_them() -> None:
+    groups = torch.arange(40) % 5
+    means = drawn(5, 7)
+    assert geometry.group_score(means[groups] + 3, groups) == pytest.approx(1)
+    within = drawn(40, 7)
+    within -= torch.stack([within[groups == g].mean(0) for g in range(5)])[groups]
+    assert geometry.group_score(within, groups) == pytest.approx(0, abs=1e-6)
+    between, noise = (x.square().sum().item() for x in (means[groups] - means.mean(0), within))
+    assert geometry.group_score(means[groups] + within, groups) == pytest.approx(between / (between + noise), rel=1e-5)
+    unrelated = [geometry.group_score(torch.randn(40, 7), groups) for _ in range(300)]
+    assert sum(unrelated) / 300 == pytest.approx(4 / 39, abs=0.01)
+    assert math.isnan(geometry.group_score(torch.ones(40, 3), groups))
+    with pytest.raises(ValueError, match=r"groups of shape \(39,\): expected \(40,\)"):
+        geometry.group_score(within, groups[:39])
+
+
 def test_rows_without_gradient_on_any_dtype() -> None:
     rows = drawn(12, 4).to(torch.bfloat16).requires_grad_()
     labels = torch.arange(3).repeat(4)

@@ -17,14 +17,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from scipy.stats import t
 
 from common.errors import ConfigError
 from common.settings import read_tree, validate
 from pretrain.study import algorithmic, algorithmic_config
 from pretrain.study.algorithmic import run
-from pretrain.study.algorithmic_cell import Learner, train_cell
+from pretrain.study.algorithmic_cell import Learner, _geometry, train_cell
 from pretrain.study.algorithmic_config import AlgorithmicConfig, Cell
-from pretrain.study.algorithmic_results import MEASURES, compare, summarise
+from pretrain.study.algorithmic_results import CURVE_POINTS, MEASURES, compare, curve, summarise
 from pretrain.study.cells import read_cell
 from pretrain.study.tables import algorithmic as table
 from pretrain.study.tasks import TASKS, split, training_examples
@@ -41,6 +42,8 @@ SMALL: dict[str, Any] = {
     "choice": {"candidates": [{"lr": 0.01, "weight_decay": 1.0}]},
     "seeds": [1, 2],
 }
+SWEEP = {"task": "permutation", "network": "mlp", "fraction": 0.6, "heads": ["softmax"], "weight_decays": [0.1]}
+SWEEP |= {"lrs": [0.01]}
 
 
 def config(out: Path, **changed: Any) -> AlgorithmicConfig:
@@ -50,7 +53,15 @@ def config(out: Path, **changed: Any) -> AlgorithmicConfig:
 def cell(**changed: Any) -> Cell:
     given = {
         **{"task": "in_context", "network": {"kind": "mlp", "hidden": 100}, "head": {}, "fraction": 0.1, "seed": 1},
-        **{"epochs": 2, "evaluate_every": 1, "dim": 16, "betas": [0.9, 0.98], "lr": 0.01, "weight_decay": 1.0},
+        **{
+            "epochs": 2,
+            "evaluate_every": 1,
+            "dim": 16,
+            "betas": [0.9, 0.98],
+            "lr": 0.01,
+            "weight_decay": 1.0,
+            "decay_rule": "all",
+        },
     }
     return validate(Cell, {**given, **changed})
 
@@ -106,6 +117,29 @@ def test_permutations_compose_as_functions_do() -> None:
     assert any(products[a, b] != products[b, a] for a, b in products)
 
 
+def test_groups_are_residues_and_cosets() -> None:
+    residues = TASKS["equivalence"]().groups
+    assert residues is not None and residues.tolist() == [a % 5 for a in range(40)]
+    cosets, products = TASKS["permutation"]().groups, examples("permutation")
+    assert cosets is not None
+    members = {coset: {a for a in range(24) if cosets[a] == coset} for coset in cosets.unique().tolist()}
+    assert sorted(map(len, members.values())) == [4] * 6
+    (subgroup,) = (own for own in members.values() if 0 in own)  # the identity comes first
+    assert all(products[a, b] in subgroup for a in subgroup for b in subgroup)
+    for own in members.values():
+        for a in own:
+            assert {products[a, b] for b in subgroup} == {products[b, a] for b in subgroup} == own
+
+
+def test_embeddings_on_one_point_for_each_residue_score_one() -> None:
+    task = TASKS["equivalence"]()
+    learner = Learner(cell(task="equivalence"), task)
+    assert _geometry(learner, task)["embedding_crystal"] < 0.5
+    with torch.no_grad():
+        learner.embedding.weight.copy_(torch.randn(5, 16)[torch.arange(40) % 5])
+    assert _geometry(learner, task)["embedding_crystal"] == pytest.approx(1)
+
+
 @given(st.sampled_from(sorted(TASKS)), st.floats(0.05, 0.95), st.integers(0, 2**31))
 def test_a_split_is_disjoint_and_whole_and_grows_with_the_fraction(name: str, fraction: float, seed: int) -> None:
     task = TASKS[name]()
@@ -135,10 +169,50 @@ def test_heads_of_one_seed_start_from_the_same_trunk_and_draw(network: dict[str,
 
 def test_every_parameter_is_in_one_group_and_what_is_not_a_weight_does_not_decay() -> None:
     learner = Learner(cell(head={"distance": "mahalanobis", "exponent": "learned"}), TASKS["in_context"]())
-    decayed, kept = learner.groups(1.0)
-    assert {id(p) for p in [*decayed["params"], *kept["params"]]} == {id(p) for p in learner.parameters()}
-    assert len(decayed["params"]) + len(kept["params"]) == len(list(learner.parameters()))
+    decayed, kept = learner.groups(1.0, "all")
     assert kept["weight_decay"] == 0.0 and len(kept["params"]) == 2
+    rules = ("all", "no_prototypes", "no_last_layer", "rate_by_norm")
+    for rule in rules:
+        groups = [p for group in learner.groups(1.0, rule) for p in group["params"]]
+        assert {id(p) for p in groups} == {id(p) for p in learner.parameters()}
+        assert len(groups) == len(list(learner.parameters()))
+    free = [{id(p) for p in learner.groups(1.0, rule)[1]["params"]} for rule in rules]
+    own, prototypes = {id(p) for p in kept["params"]}, {id(learner.head.prototypes)}
+    last = {id(p) for p in learner.trunk[-1].parameters()}
+    assert free == [own, own | prototypes, own | prototypes | last, own]
+
+
+@pytest.mark.parametrize("network", [{"kind": "mlp"}, {"kind": "transformer"}], ids=lambda one: one["kind"])
+def test_rates_by_norm_are_those_of_what_makes_the_scale(network: dict[str, str]) -> None:
+    learner = Learner(cell(network=network), TASKS["in_context"]())
+    by_norm = learner.groups(1.0, "rate_by_norm")[2:]
+    named = dict(learner.named_parameters())
+    scales = ["trunk.6.weight", "trunk.6.bias"] if network["kind"] == "mlp" else ["trunk.norm.weight"]
+    assert [len(group["params"]) for group in by_norm] == [len(scales), 1]
+    assert all(p is named[name] for p, name in zip(by_norm[0]["params"], scales, strict=True))
+    assert by_norm[1]["params"][0] is learner.head.prototypes
+    whole = torch.cat([named[name].flatten() for name in scales])
+    assert by_norm[0]["norm"] == pytest.approx(whole.norm().item())
+
+
+def test_rules_of_decay_are_kept_in_training() -> None:
+    """By how long the prototypes end: AdamW's decay is in units of the rate, so a rate that falls slows it."""
+    asked = {"head": {"distance": "cosine"}, "epochs": 40, "evaluate_every": 40, "weight_decay": 10.0}
+    grown = {
+        rule: train_cell(cell(**asked, decay_rule=rule))["prototype_growth"]
+        for rule in ("all", "no_prototypes", "no_last_layer", "rate_by_norm")
+    }
+    assert grown["all"] < grown["rate_by_norm"] < 0.9 < 1 <= grown["no_prototypes"]
+    assert grown["no_last_layer"] >= 1 and len(set(grown.values())) == 4
+
+
+def test_products_are_counted_and_accuracies_kept() -> None:
+    found = train_cell(cell(epochs=5, evaluate_every=2, network={"kind": "mlp", "hidden": 10}))
+    assert [epoch for epoch, _ in found["test_curve"]] == [2, 4, 5]
+    assert found["test_curve"][-1][1] == found["test_accuracy"]
+    # three products for each matrix, but no gradient of the embedding's rows by a product; 722 examples
+    weights = 3 * 16 * 10 + 10 * 10 + 10 * 16 + 16 * 25
+    assert found["gflops"] == pytest.approx(5 * 722 * 2 * 3 * weights / 1e9)
 
 
 @pytest.mark.parametrize("distance", ["euclidean", "hamming"])
@@ -169,7 +243,7 @@ def test_a_lattice_is_learnt_from_a_tenth_of_its_parallelograms() -> None:
 def test_figures_that_say_nothing_are_none() -> None:
     two = train_cell(cell(task="equivalence", epochs=1))
     assert two["prototypes_explained"] is None and two["prototypes_crystal"] is None  # two points
-    assert two["embedding_explained"] > 0 and two["embedding_crystal"] is None
+    assert two["embedding_explained"] > 0 and 0 < two["embedding_crystal"] < 1
 
 
 def test_a_cell_that_leaves_the_finite_numbers_says_when() -> None:
@@ -249,7 +323,7 @@ def test_a_cell_is_named_by_all_of_its_settings(tmp_path: Path) -> None:
     others = [
         *(cell(task="permutation"), cell(network={"kind": "mlp", "hidden": 99}), cell(head={"distance": "cosine"})),
         *(cell(fraction=0.2), cell(seed=2), cell(epochs=3), cell(evaluate_every=2), cell(dim=8), cell(lr=0.02)),
-        *(cell(betas=[0.9, 0.99]), cell(weight_decay=0.5)),
+        *(cell(betas=[0.9, 0.99]), cell(weight_decay=0.5), cell(decay_rule="no_prototypes")),
     ]
     assert len(others) == len(Cell.model_fields)
     assert len({each.key() for each in [one, *others]}) == len(others) + 1
@@ -280,7 +354,61 @@ def test_settings_are_chosen_on_seeds_of_their_own(tmp_path: Path) -> None:
     assert sorted((one["seed"], one["fraction"]) for one in kept) == [(1, 0.05), (1, 0.1), (7, 0.1), (7, 0.1)]
 
 
+@pytest.mark.slow
+def test_a_sweep_chooses_a_rate_for_each_decay_and_rule(tmp_path: Path) -> None:
+    sweep = {"task": "in_context", "network": "mlp", "fraction": 0.1, "heads": ["euclidean"]}
+    sweep |= {"weight_decays": [0, 1.0], "decay_rules": ["all", "no_prototypes"], "lrs": [1e-9, 0.01]}
+    cfg = config(
+        tmp_path,
+        tasks={"in_context": {"fractions": [0.1], "epochs": 60, "evaluate_every": 20}},
+        networks=[{"kind": "mlp"}],
+        dim=16,
+        choice={"candidates": [{"lr": 0.01, "weight_decay": 1.0}], "seeds": [7]},
+        sweep=sweep,
+        seeds=[1, 2],
+    )
+    results = run(cfg, quiet)
+    found = results["sweep"]
+    assert [(one["weight_decay"], one["decay_rule"]) for one in found] == [
+        (0, "all"),
+        (1, "all"),
+        (1, "no_prototypes"),
+    ]
+    assert all(one["lr"] == 0.01 and one["seeds"] == 2 and len(one["candidates"]) == 2 for one in found)
+    (entry,) = (one for one in results["summary"] if one["head"] == "euclidean")
+    assert entry["fractions"][0]["test_accuracy"] == found[1]["test_accuracy"], "the same cells"
+    (drawn,) = (one for one in results["curves"] if one["head"] == "euclidean")
+    assert drawn["curve"] == found[1]["curve"] and [point[0] for point in drawn["curve"]] == [20, 40, 60]
+
+
 # ---- results
+
+
+def test_a_curve_counts_every_seed() -> None:
+    whole = {"test_curve": [(10 * k, 0.5) for k in range(1, 101)]}
+    better = {"test_curve": [(10 * k, 0.9) for k in range(1, 101)]}
+    cut = {"test_curve": [(10 * k, 0.7) for k in range(1, 50)]}  # it diverged
+    found = curve([whole, better, cut])
+    assert len(found) == CURVE_POINTS and found[-1] == [1000, pytest.approx(1.4 / 3), 0.0, 0.9]
+    assert found[0] == [40, pytest.approx(0.7), 0.5, 0.9]
+    assert curve([{"test_curve": []}]) == []
+
+
+def test_accuracies_are_compared_seed_by_seed() -> None:
+    """A mean over tasks and fractions of each seed; intervals at Holm's level, of both heads."""
+    flat = []
+    for head, gains in (("softmax", [0.0] * 3), ("far", [0.2, 0.3, 0.4]), ("near", [0.1, -0.1, 0.0])):
+        for part in (0.5, 0.8):
+            for seed, gain in enumerate(gains):
+                flat.append(figures(seed, part, None, 0.5 + gain + (0.1 if part == 0.8 else 0)) | {"head": head})
+    flat[-1]["test_accuracy"] = None  # it diverged: of near, 0.8, seed 2
+    base, far, near = compare(flat, summarise(flat), "softmax")
+    assert base["accuracy"] is None
+    assert far["accuracy"]["mean"] == pytest.approx(0.3)
+    half = t.ppf(1 - 0.05 / 2 / 2, 2) * 0.1 / math.sqrt(3)
+    assert (far["accuracy"]["low"], far["accuracy"]["high"]) == pytest.approx((0.3 - half, 0.3 + half))
+    assert far["accuracy"]["p"] == pytest.approx(2 * 2 * t.sf(0.3 / (0.1 / math.sqrt(3)), 2))
+    assert near["accuracy"]["mean"] == pytest.approx((0.1 - 0.1 + (0 - 0.6) / 2) / 3)
 
 
 def figures(seed: int, fraction: float, reached: int | None, accuracy: float | None = 1.0) -> dict[str, Any]:
@@ -302,8 +430,10 @@ def test_cells_that_never_generalise_are_counted() -> None:
     assert (half["generalised"], half["never"], half["median_epochs_to_generalise"]) == (2, 3, None)
     assert (most["generalised"], most["never"], most["median_epochs_to_generalise"]) == (4, 1, 30)
     assert most["kept"] == 3 and most["never_memorised"] == 0 and most["median_epochs_to_memorise"] == 5
-    assert most["test_accuracy"] == {"mean": pytest.approx(0.875), "deviation": pytest.approx(0.25)}
-    assert most["prototypes_explained"] == {"mean": None, "deviation": None}
+    half = t.ppf(0.975, 3) * 0.25 / 2
+    interval = {"low": pytest.approx(0.875 - half), "high": pytest.approx(0.875 + half)}
+    assert most["test_accuracy"] == {"mean": pytest.approx(0.875), "deviation": pytest.approx(0.25), **interval}
+    assert most["prototypes_explained"] == dict.fromkeys(("mean", "low", "high", "deviation"))
     (less,) = summarise(at_half)
     assert less["data_needed"] is None and less["examples_needed"] is None
 
@@ -316,13 +446,13 @@ def test_heads_are_compared_at_the_same_examples_and_seed() -> None:
     flat = cells("softmax", None, 20, 40, 40) + cells("far", 10, 10, 80, None) + cells("near", None, None, None, None)
     flat[4]["test_accuracy"] = 0.9  # lost again
     base, far, near = compare(flat, summarise(flat), "softmax")
-    assert base == dict(zip(base, ("mlp", "softmax", 4, 3, 0, *[None] * 6), strict=True))
+    assert base == dict(zip(base, ("mlp", "softmax", 4, 3, 0, *[None] * 7), strict=True))
     # softmax has enough with 0.8, far with 0.5; both generalise in half the epochs once and in twice as many once
-    assert far == dict(zip(far, ("mlp", "far", 4, 3, 1, 1, 0, 1, 1, 2, 1.25), strict=True))
-    assert near == dict(zip(near, ("mlp", "near", 4, 0, 0, 0, 1, 0, 3, 0, None), strict=True))
+    assert far == dict(zip(far, ("mlp", "far", 4, 3, 1, 1, 0, 1, 1, 2, 1.25, far["accuracy"]), strict=True))
+    assert near == dict(zip(near, ("mlp", "near", 4, 0, 0, 0, 1, 0, 3, 0, None, near["accuracy"]), strict=True))
     even = [one | {"head": "even"} for one in flat[:4]]
     same = compare(flat + even, summarise(flat + even), "softmax")[-1]
-    assert same == dict(zip(same, ("mlp", "even", 4, 3, 0, 0, 0, 0, 0, 3, 1.0), strict=True))
+    assert same == dict(zip(same, ("mlp", "even", 4, 3, 0, 0, 0, 0, 0, 3, 1.0, same["accuracy"]), strict=True))
     never = [one | {"epochs_to_generalise": None} for one in flat]
     assert all(one["less_data"] == one["more_data"] == 0 for one in compare(never, summarise(never), "softmax")[1:])
 
@@ -367,6 +497,13 @@ def test_results_are_plain_and_their_table_and_rows_tell_all_cells(tmp_path: Pat
         ({"choice": {"candidates": [{"lr": 0.1, "weight_decay": 0}], "seeds": [2, 3]}}, r"share \[2\]"),
         ({"choice": {"candidates": [{"lr": -1, "weight_decay": 0}]}}, "candidates.0.lr: given -1"),
         ({"betas": [0.9, 1.0]}, r"betas=\[0.9, 1.0\]"),
+        ({"sweep": SWEEP | {"task": "circle"}}, "sweep.task: circle is none of the study's: permutation"),
+        ({"sweep": SWEEP | {"heads": ["cosine"]}}, "sweep.heads: cosine is none of the study's: softmax, euclidean"),
+        ({"sweep": SWEEP, "networks": [{"kind": "transformer"}]}, "sweep.network: mlp is none of the study's"),
+        ({"sweep": SWEEP | {"lrs": [0.1, 0.2]}}, "the rates of a sweep need at least one"),
+        ({"sweep": SWEEP | {"lrs": [0.1, 0.1]}}, r"sweep.lrs=\[0.1, 0.1\] must differ"),
+        ({"sweep": SWEEP | {"fraction": 0.0005}}, "sweep.fraction: 0.0005 of 576 examples leaves none"),
+        ({"sweep": SWEEP | {"decay_rules": ["none"]}}, "sweep.decay_rules.0"),
         ({"sedes": [1]}, "sedes: unknown key; did you mean seeds?"),
     ],
 )

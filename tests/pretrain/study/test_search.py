@@ -94,6 +94,7 @@ def test_the_best_of_the_last_rung_is_chosen_and_trained_with_fresh_seeds(folder
     assert [len(head["trials"]) for head in (softmax, cosine)] == [6, 6]
     assert found["protocol"]["counts"] == [4, 2] and found["protocol"]["comparisons"] == 1
     assert any("2 seeds" in warning for warning in found["protocol"]["warnings"])
+    assert not any("may have been seen" in warning for warning in found["protocol"]["warnings"])
     with (folder / "study" / "results.csv").open() as stream:
         rows = list(csv.DictReader(stream))
     assert len(rows) == 16 and [row["trial"] for row in rows[:6]] == ["0", "1", "2", "3", "1", "2"]
@@ -143,6 +144,8 @@ def test_what_was_said_before_choosing_cannot_be_changed_after(folder: Path, mon
     (folder / "study" / "choice.json").unlink()
     assert main([asked(folder, seeds=[11, 12, 13])]) == 0
     assert sorted(names[count:]) == ["cosine.d32.seed13", "softmax.d32.seed13"], "trials are read from their records"
+    (told, *_) = (warning for warning in results_of(folder)["protocol"]["warnings"] if "may have been seen" in warning)
+    assert told.startswith("4 runs with fresh seeds were there")
     (folder / "study" / "choice.json").write_text("{}")
     assert main([asked(folder)]) == 2 and "no choice of this study" in capsys.readouterr().err
 
