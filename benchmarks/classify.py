@@ -14,24 +14,27 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.measuring import machine, parser
+from benchmarks.measuring import machine, parser, wide_console
+from common.files import replace_file
+from common.strict_json import to_json
 from model.distances import DISTANCES
 from model.head import HarmonicHead
 
 DIGITS_GOAL = 0.95
 ADDITION_GOALS = (0.9, 0.99)
-ADDITION_HEADS = ("euclidean", "cosine", "dot")
+ADDITION_HEADS = ("euclidean", "cosine", "dot", "cosine_softmax", "squared_euclidean_softmax")
 WEIGHT_DECAYS = (0.0, 0.1, 1.0)
 RATES = (3e-3, 1e-2, 3e-2)
 
@@ -200,64 +203,79 @@ def train(
     return Trained(model.accuracy(split.inputs, split.classes), accuracy, reached, spent)
 
 
-def spread(values: Sequence[float]) -> str:
-    """Mean and sample deviation, in percent."""
-    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{100 * statistics.mean(values):.1f}{deviation}"
+def row(variant: Variant, runs: Sequence[Trained], **settings: float) -> dict[str, Any]:
+    """A row of results as plain values: what was trained, and lists with a value for each seed."""
+    return {
+        "head": str(variant),
+        **settings,
+        "train_accuracy": [run.train_accuracy for run in runs],
+        "test_accuracy": [run.test_accuracy for run in runs],
+        "epochs_to": {f"{goal:.0%}": [run.reached[goal] for run in runs] for goal in runs[0].reached},
+        "seconds": [run.seconds for run in runs],
+    }
 
 
-def epochs_until(goal: float, runs: Sequence[Trained], epochs: int) -> str:
-    """The mean, if every run got there."""
-    there = [epoch for run in runs if (epoch := run.reached[goal]) is not None]
-    if len(there) == len(runs):
-        return f"{statistics.mean(there):.0f}"
-    return f"not in {epochs}" if not there else f"{len(there)} of {len(runs)} runs"
-
-
-def digits_table(variants: Sequence[Variant], seeds: int, epochs: int, advance: Callable[[str], None]) -> Table:
+def digits_rows(
+    variants: Sequence[Variant], seeds: int, epochs: int, advance: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """A row for each head, over `seeds` runs of it; `advance` is told what comes next."""
-    table = Table("head", "test accuracy, %", f"epochs to {DIGITS_GOAL:.0%}", "seconds")
+    rows = []
     for variant in variants:
         advance(str(variant))
-        runs = [train_digits(variant, seed, epochs=epochs) for seed in range(seeds)]
-        seconds = statistics.mean(run.seconds for run in runs)
-        accuracies = spread([run.test_accuracy for run in runs])
-        table.add_row(str(variant), accuracies, epochs_until(DIGITS_GOAL, runs, epochs), f"{seconds:.2f}")
-    return table
+        rows.append(row(variant, [train_digits(variant, seed, epochs=epochs) for seed in range(seeds)]))
+    return rows
 
 
-def addition_table(
+def addition_rows(
     variants: Sequence[Variant],
     seeds: int,
     epochs: int,
     modulus: int,
     fraction: float,
     advance: Callable[[str], None],
-) -> Table:
+) -> list[dict[str, Any]]:
     """A row for each weight decay and head, at its best rate; `advance` is told what comes next."""
-    goals = (f"epochs to {goal:.0%}" for goal in ADDITION_GOALS)
-    table = Table("head", "weight decay", "rate", "train, %", "held out, %", *goals, "seconds")
-    for decay in WEIGHT_DECAYS:
-        for variant in variants:
-            trained = functools.partial(
-                train_addition, variant, modulus=modulus, fraction=fraction, epochs=epochs, weight_decay=decay
-            )
-            sweep = {}
-            for rate in RATES:
-                advance(f"{variant}, weight decay {decay:g}, rate {rate:g}")
-                sweep[rate] = [trained(seed=seed, rate=rate) for seed in range(seeds)]
-            rate, runs = max(sweep.items(), key=lambda tried: statistics.mean(run.test_accuracy for run in tried[1]))
-            table.add_row(
-                str(variant),
-                f"{decay:g}",
-                f"{rate:g}",
-                spread([run.train_accuracy for run in runs]),
-                spread([run.test_accuracy for run in runs]),
-                *(epochs_until(goal, runs, epochs) for goal in ADDITION_GOALS),
-                f"{statistics.mean(run.seconds for run in runs):.1f}",
-            )
-        table.add_section()
-    return table
+    rows = []
+    for decay, variant in itertools.product(WEIGHT_DECAYS, variants):
+        trained = functools.partial(
+            train_addition, variant, modulus=modulus, fraction=fraction, epochs=epochs, weight_decay=decay
+        )
+        sweep = {}
+        for rate in RATES:
+            advance(f"{variant}, weight decay {decay:g}, rate {rate:g}")
+            sweep[rate] = [trained(seed=seed, rate=rate) for seed in range(seeds)]
+        rate, runs = max(sweep.items(), key=lambda tried: statistics.mean(run.test_accuracy for run in tried[1]))
+        rows.append(row(variant, runs, weight_decay=decay, rate=rate))
+    return rows
+
+
+def told(rows: Sequence[dict[str, Any]], epochs: int) -> list[list[str]]:
+    """Rows as words, the first of them the heading."""
+    goals = list(rows[0]["epochs_to"])
+    swept = "rate" in rows[0]
+    tested = "held out, %" if swept else "test accuracy, %"
+    heading = ["head", *(["weight decay", "rate", "train, %"] if swept else []), tested]
+    found = [[*heading, *(f"epochs to {goal}" for goal in goals), "seconds"]]
+    for one in rows:
+        settings = [f"{one['weight_decay']:g}", f"{one['rate']:g}", spread(one["train_accuracy"])] if swept else []
+        reached = [epochs_until(one["epochs_to"][goal], epochs) for goal in goals]
+        seconds = f"{statistics.mean(one['seconds']):.{1 if swept else 2}f}"
+        found.append([one["head"], *settings, spread(one["test_accuracy"]), *reached, seconds])
+    return found
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and sample deviation, in percent."""
+    deviation = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{deviation}"
+
+
+def epochs_until(reached: Sequence[int | None], epochs: int) -> str:
+    """The mean of the epochs to a goal, if every run got there."""
+    there = [epoch for epoch in reached if epoch is not None]
+    if len(there) == len(reached):
+        return f"{statistics.mean(there):.0f}"
+    return f"not in {epochs}" if not there else f"{len(there)} of {len(reached)} runs"
 
 
 def exponent_of(text: str) -> Any:
@@ -269,7 +287,7 @@ def arguments() -> argparse.Namespace:
     """The words of the command line."""
     command = parser("classify", __doc__)
     command.add_argument("--task", choices=["digits", "addition"], default="digits")
-    command.add_argument("--seeds", type=int, default=3, help="runs of each row (default %(default)s)")
+    command.add_argument("--seeds", type=int, default=5, help="runs of each row (default %(default)s)")
     command.add_argument("--epochs", type=int, help="default 20 for digits, 1000 for addition")
     heads = f"default: all for digits, {' '.join(ADDITION_HEADS)} for addition"
     command.add_argument("--heads", nargs="+", choices=list(DISTANCES), metavar="DISTANCE", help=heads)
@@ -277,6 +295,7 @@ def arguments() -> argparse.Namespace:
     command.add_argument("--exponent", type=exponent_of, help=own)
     command.add_argument("--modulus", type=int, default=59, help="p of addition (default %(default)s)")
     command.add_argument("--fraction", type=float, default=0.6, help="of all pairs, to train on (default %(default)s)")
+    command.add_argument("--out", type=Path, help="a JSON file for everything")
     return command.parse_args()
 
 
@@ -288,7 +307,7 @@ def main() -> None:
     epochs = args.epochs or (20 if args.task == "digits" else 1000)
     exponent = "the distance's own" if args.exponent is None else args.exponent
     settings = f"{epochs} epochs, exponent {exponent}, {args.seeds} seeds: mean ± deviation over seeds"
-    console = Console()
+    console = wide_console()
     console.print(machine("cpu"))
     with console.status("training") as status:
 
@@ -297,13 +316,21 @@ def main() -> None:
 
         if args.task == "digits":
             settings = f"digits, {settings}"
-            table = digits_table(variants, args.seeds, epochs, advance)
+            rows = digits_rows(variants, args.seeds, epochs, advance)
         else:
             rates = ", ".join(f"{rate:g}" for rate in RATES)
             settings = f"a + b mod {args.modulus}, trained on {args.fraction:.0%} of the pairs, {settings}"
             settings += f"; of the rates {rates}, the one with the best held-out accuracy"
-            table = addition_table(variants, args.seeds, epochs, args.modulus, args.fraction, advance)
+            rows = addition_rows(variants, args.seeds, epochs, args.modulus, args.fraction, advance)
+    if args.out:
+        given = {"machine": machine("cpu"), "task": args.task, "settings": settings, "epochs": epochs, "rows": rows}
+        replace_file(args.out, to_json(given, indent=1) + "\n")
     console.print(settings)
+    heading, *body = told(rows, epochs)
+    table = Table(*heading)
+    for place, words in enumerate(body):
+        last = place + 1 == len(body) or rows[place].get("weight_decay") != rows[place + 1].get("weight_decay")
+        table.add_row(*words, end_section=last)
     console.print(table)
 
 
