@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from benchmarks.recipes import small
 from common.settings import read_tree, validate
 from data.config import DataConfig, DebianSource
+from data.masking import masked
 from launch.fit import altered
 from launch.footprint import parameters
 from model.decoder import Decoder
 from model.head import HarmonicHead
 from pretrain.config import RunConfig, check_layout, dump, from_tree, load
+from pretrain.modules import build_modules, hidden_states
+from pretrain.optim import adamw
+from pretrain.runtime.ranks import alone
 from pretrain.study import language_config
 from pretrain.study.algorithmic import TASKS, cell_of
 from pretrain.study.algorithmic_cell import Learner
@@ -35,8 +43,23 @@ OWN_FORM: dict[str, tuple[int, dict[str, Any]]] = {  # recipe -> published param
     "qwen3-0.6b": (596_049_920, QWEN),
     "llama3-8b": (8_030_261_248, {"vocab_size": 128_256}),
     "bert-base": (109_482_240, {"vocab_size": 30_522}),
+    "published-2502-gpt2-124m": (124_373_760, {"vocab_size": 50_304}),
+    "published-2603-gpt2-124m": (124_475_904, {"vocab_size": 50_304}),
+    "published-2603-qwen2-0.5b": (494_032_768, QWEN),
+    "published-2603-bert": (124_084_224, {"vocab_size": 50_304}),
 }
-ELSEWHERE = {"bert-base": 2 * 768 + 768 * 769}  # segments and a pooler, which only the original has
+ELSEWHERE = {  # segments, and in the first a pooler, which only the original has
+    "bert-base": 2 * 768 + 768 * 769,
+    "published-2603-bert": 2 * 768,
+}
+PUBLISHED = {  # recipe -> tokens a step, rows of the published prototypes
+    "published-2502-gpt2-124m": (491_520, 50_304),
+    "published-2502-gpt2-124m-softmax": (491_520, 50_304),
+    "published-2603-gpt2-124m": (131_072, 50_304),
+    "published-2603-bert": (38_912, 50_304),
+    "published-2603-qwen2-0.5b": (61_440, 151_936),
+}
+TRIPLES = ("gpt2-124m", "gpt2-124m-untied", "bert-base", "qwen2-0.5b")  # each also -cosine and -softmax
 NAMED = {
     "124m": 124e6,
     "350m": 350e6,
@@ -59,6 +82,10 @@ WORLDS = {
     "qwen3-0.6b": (8, 16),
     "bert-base": (1, 8),
     "llama3-8b": (64, 128),
+    "published-2502-gpt2-124m": (1, 8, 16),
+    "published-2603-gpt2-124m": (1, 8),
+    "published-2603-bert": (1, 2),
+    "published-2603-qwen2-0.5b": (1, 2),
 }
 
 
@@ -82,9 +109,9 @@ def slow_if_large(path: Path) -> Any:
 
 
 def test_the_recipes_are_there() -> None:
-    forms = {f"gpt2-124m{tied}{head}" for tied in ("", "-untied") for head in ("", "-cosine", "-softmax")}
+    forms = {f"{backbone}{head}" for backbone in TRIPLES for head in ("", "-cosine", "-softmax")}
     forms |= {f"{name}-untied" for name in OWN_FORM if name.startswith(("gpt2", "qwen"))}
-    assert {"quickstart", *forms, *OWN_FORM} <= {path.stem for path in CONFIGS}
+    assert {"quickstart", *forms, *OWN_FORM, *PUBLISHED} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", [slow_if_large(path) for path in CONFIGS])
@@ -144,7 +171,7 @@ def test_a_corpus_of_packages_names_each_with_what_it_is_and_its_licence() -> No
     assert sum(float(size) for *_, size in rows) > 50
 
 
-@pytest.mark.parametrize("name", ["small", "gpu"])
+@pytest.mark.parametrize("name", ["small", "gpu", "gpu-bert", "gpu-qwen2"])
 def test_a_study_says_what_its_heads_have_and_how_many_runs_it_takes(name: str) -> None:
     path = Path(f"configs/study-{name}.yaml")
     study = language_config.from_tree(read_tree(path))
@@ -204,15 +231,98 @@ def test_a_recipe_is_what_it_is_called(path: Path) -> None:
         assert numbers(path)[0] == pytest.approx(size, rel=0.05)
 
 
-@pytest.mark.parametrize("tied", ["", "-untied"])
-def test_124m_recipes_differ_in_the_head_alone(tied: str) -> None:
+def triple(backbone: str) -> list[RunConfig]:
+    return [load(f"configs/{backbone}{head}.yaml") for head in ("", "-cosine", "-softmax")]
+
+
+@pytest.mark.parametrize("backbone", TRIPLES)
+def test_recipes_of_a_triple_differ_in_the_head_alone(backbone: str) -> None:
+    """And start from the same decoder."""
+
     def without_head(cfg: RunConfig) -> dict:
         return {key: value for key, value in cfg.model_dump().items() if key not in ("run", "head")}
 
-    heads = [load(f"configs/gpt2-124m{tied}{kind}.yaml") for kind in ("", "-cosine", "-softmax")]
+    heads = triple(backbone)
     euclidean, cosine, softmax = heads
     assert without_head(euclidean) == without_head(cosine) == without_head(softmax)
     assert [cfg.head.distance for cfg in heads] == ["euclidean", "cosine", "dot"]
+    first, *others = (dict(build_modules(small(cfg), alone())[0].named_parameters()) for cfg in heads)
+    for other in others:
+        assert other.keys() == first.keys() and all(torch.equal(other[name], first[name]) for name in first)
+
+
+def commands(path: Path) -> list[list[str]]:
+    """The overrides of every command of a header that trains the recipe, which may have none."""
+    told = re.findall(rf"^# overtone run {re.escape(str(path))}(.*)$", path.read_text(), re.MULTILINE)
+    return [[word for word in shlex.split(line.partition(8 * " ")[0]) if "=" in word] for line in told]
+
+
+def losses_of_steps(cfg: RunConfig, steps: int) -> list[float]:
+    """On one batch, at a rate so small that steps go downhill whatever the exponent is; every parameter is moved."""
+    decoder, head = build_modules(cfg, alone())
+    decoder.eval()  # no dropout
+    modules = {"decoder": decoder, "head": head}
+    parameters = {f"{k}.{name}": p for k, module in modules.items() for name, p in module.named_parameters()}
+    before = {name: p.detach().clone() for name, p in parameters.items()}
+    optimizers = [adamw(module, cfg.optim.model_copy(update={"lr": 1e-5})) for module in modules.values()]
+    stream = np.random.default_rng(1)
+    batch = stream.integers(5, cfg.model.vocab_size, (2, cfg.model.seq_len + 1))
+    inputs, targets = batch[:, :-1], batch[:, 1:]
+    if not cfg.model.causal:
+        inputs, targets = masked(inputs, np.arange(2), 1, mask_id=4, vocab_size=cfg.model.vocab_size)
+    losses = []
+    for _ in range(steps):
+        hidden = hidden_states(decoder, head, torch.from_numpy(inputs), cfg, None)
+        loss = head(hidden, torch.from_numpy(targets))
+        loss.backward()
+        losses.append(loss.item())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not [name for name, p in parameters.items() if torch.equal(p, before[name])]
+    return losses
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *(f"{b}{h}" for b in TRIPLES[2:] for h in ("", "-cosine", "-softmax"))])
+def test_every_command_of_a_header_trains(name: str) -> None:
+    path = Path(f"configs/{name}.yaml")
+    assert [] in commands(path)
+    runs = [load(path, overrides) for overrides in commands(path)]
+    assert len({cfg.run for cfg in runs}) == len(runs), "one run folder each"
+    for cfg in runs:
+        tiny = altered(small(cfg), model={"seq_len": 48}, train={"precision": "float32"})
+        first, second, third = losses_of_steps(tiny, 3)
+        assert math.inf > first > second > third, cfg.head
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_recipe_is_as_it_was_published(name: str) -> None:
+    """The code's power is on d^2, so n is doubled; its final states have unit variance, and it turns no sign."""
+    cfg, header = load(f"configs/{name}.yaml"), Path(f"configs/{name}.yaml").read_text().replace("\n# ", " ")
+    tokens, rows = PUBLISHED[name]
+    assert (cfg.train.tokens_per_step, cfg.train.steps, cfg.head.tied_sign) == (tokens, 10_000, 1)
+    assert cfg.hidden_length() == pytest.approx(cfg.model.dim**0.5, abs=1e-4)
+    if cfg.head.distance == "euclidean":
+        assert cfg.head.exponent == 2 * cfg.model.dim
+        assert f"the squared distance to the power -{cfg.model.dim}, which is n = {2 * cfg.model.dim}" in header
+    # with 0.01/V added to each and all divided by their sum, no probability is smaller
+    assert f"at most {math.log(1.01 * rows / 0.01):.2f} nats" in header
+
+
+@pytest.mark.parametrize(("backbone", "recipe"), [("bert", "bert-base"), ("qwen2", "qwen2-0.5b")])
+def test_studies_of_backbones_compare_the_same_heads(backbone: str, recipe: str) -> None:
+    """With the same seeds, on the same text; and the blocks are those of the full size."""
+    gpt, other = (language_config.from_tree(read_tree(f"configs/study-gpu{n}.yaml")) for n in ("", f"-{backbone}"))
+    for same in ("heads", "baseline", "seeds", "lr_floor", "corpus"):
+        assert getattr(gpt, same) == getattr(other, same)
+    assert all(gpt.space(head).keys() == other.space(head).keys() for head in gpt.heads)
+    ours, gpts = (study.config(study.trial("softmax", 0, 0, {"lr": 1e-3})) for study in (other, gpt))
+    assert (ours.data, ours.train.tokens_per_step) == (gpts.data, gpts.train.tokens_per_step)
+    sizes = {"vocab_size", "seq_len", "layers", "heads", "kv_heads", "dim", "mlp_dim"}
+    blocks = [
+        cfg.model.model_dump(exclude={*sizes, "tied", "dropout"}) for cfg in (ours, load(f"configs/{recipe}.yaml"))
+    ]
+    assert blocks[0] == blocks[1]
 
 
 @pytest.mark.parametrize("path", [path for path in CONFIGS if "-untied" in path.stem], ids=lambda path: path.stem)
@@ -237,5 +347,5 @@ def test_nothing_names_a_recipe_that_is_not_there() -> None:
         text = path.read_text()
         named = set(re.findall(r"configs/[\w.-]+?\.yaml", text))
         if path.suffix in (".md", ".yaml"):
-            named |= {f"configs/{name}" for name in re.findall(r"(?<![\w/.])(?:gpt2|qwen|llama)[\w.-]*?\.yaml", text)}
+            named |= {f"configs/{name}" for name in re.findall(r"(?<![\w/.-])(?:gpt2|qwen|llama)[\w.-]*?\.yaml", text)}
         assert not [name for name in named if not Path(name).is_file()], path

@@ -425,8 +425,9 @@ def test_a_config_of_no_kind_is_refused(tmp_path: Path, capsys: Any) -> None:
 
 
 @pytest.mark.slow
-def test_real_runs_from_text_to_the_page(tmp_path: Path) -> None:
-    """The command, its launcher and its ranks, on the recipe for a GPU in small."""
+@pytest.mark.parametrize("recipe", ["gpu", "gpu-bert", "gpu-qwen2"])
+def test_real_runs_from_text_to_the_page(recipe: str, tmp_path: Path) -> None:
+    """The command, its launcher and its ranks, on the recipes for a GPU in small."""
     make_text(tmp_path / "data", **TESTED)
     base = tree(tmp_path)["base"]
     train = {key: base["train"][key] for key in ("steps", "tokens_per_step", "micro_batch", "precision")}
@@ -434,12 +435,13 @@ def test_real_runs_from_text_to_the_page(tmp_path: Path) -> None:
         "out": str(tmp_path / "study"),
         "seeds": [11, 12],
         "heads": {"softmax": {"distance": "dot"}},
+        **{"tuning.trials": 1, "tuning.rungs": [1]},
         "sizes": {"d32": {"model": {"layers": 2, "heads": 2, "dim": 32}, "train": train}},
         **{"base.model.seq_len": base["model"]["seq_len"], "base.model.compile": False, "base.data": base["data"]},
         **{"base.train": {}, "base.logging.every": 1, "base.evaluation.every": 2},
     }
     given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-    words = [sys.executable, "-m", "pretrain.study", "configs/study-gpu.yaml", *given, "--num-gpus", "1"]
+    words = [sys.executable, "-m", "pretrain.study", f"configs/study-{recipe}.yaml", *given, "--num-gpus", "1"]
     found = subprocess.run(words, capture_output=True, text=True, timeout=500)
     assert found.returncode == 0, found.stderr
     (softmax,) = results_of(tmp_path)["heads"]
