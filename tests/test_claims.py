@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
+import torch
+
+from model.head import HarmonicHead
+from pretrain.config import load
 
 PAGE = Path("docs/claims.md").read_text()
 CELLS = json.loads(Path("benchmarks/results/study-algorithmic.json").read_text())["cells"]
@@ -92,3 +97,25 @@ def test_shares_of_examples_drawn_twice() -> None:
     )
     words = f"about {addition} of those of addition, {equivalence} of equivalence, {genealogy} of genealogy, {lattice}"
     assert words in PAGE
+
+
+def test_commands_of_runs_are_understood() -> None:
+    """With their overrides, in blocks and in cells."""
+    told = re.findall(r"overtone run (configs/[^`\n]*)", PAGE)
+    assert sum("=" in words for words in told) >= 2
+    for words in told:
+        path, *overrides = shlex.split(words)
+        load(path, overrides)
+
+
+def test_the_published_head_is_nearly_softmax_at_its_start() -> None:
+    """-D log(|x|^2 + |w|^2 - 2 x.w) is 2 x.w - |w|^2 and a constant to first order, if |x|^2 = D is far above both."""
+    cfg = load("configs/published-2502-gpt2-124m.yaml")
+    head = HarmonicHead(4000, cfg.model.dim, seed=1, **cfg.head.arguments())
+    x = torch.nn.functional.normalize(torch.randn(256, cfg.model.dim, generator=torch.Generator().manual_seed(2)))
+    x, w = cfg.hidden_length() * x, head.prototypes.detach()
+    softmax = (2 * x @ w.T - w.square().sum(1)).log_softmax(1)
+    assert softmax.std() > 1, "scores differ by more than what is compared"
+    apart = (head.log_probs(x) - softmax).abs().max().item()
+    assert apart < float(re.findall(r"no log-probability is ([\d.]+) nats apart", PAGE)[0]) < 2 * apart
+    assert f"at most {math.log(1.01 * 50_304 / 0.01):.2f} nats a token" in PAGE
