@@ -149,6 +149,15 @@ def addition(modulus: int, fraction: float, seed: int) -> Split:
     return Split(pairs[first], sums[first], pairs[rest], sums[rest])
 
 
+def adder(variant: Variant, seed: int, modulus: int, dim: int, hidden: int) -> Classifier:
+    """Two operands, embedded in D each -> hidden -> D -> p prototypes; all drawn from `seed`."""
+    torch.manual_seed(seed)
+    network = nn.Sequential(
+        nn.Embedding(modulus, dim), nn.Flatten(), nn.Linear(2 * dim, hidden), nn.SiLU(), nn.Linear(hidden, dim)
+    )
+    return Classifier(network, variant.head(modulus, dim, seed))
+
+
 def train_addition(
     variant: Variant,
     seed: int,
@@ -161,12 +170,8 @@ def train_addition(
     rate: float = 1e-2,
     weight_decay: float = 0.0,
 ) -> Trained:
-    """Two operands, embedded in D each -> hidden -> D -> p prototypes; AdamW with betas 0.9/0.98, full batches."""
-    torch.manual_seed(seed)
-    network = nn.Sequential(
-        nn.Embedding(modulus, dim), nn.Flatten(), nn.Linear(2 * dim, hidden), nn.SiLU(), nn.Linear(hidden, dim)
-    )
-    model = Classifier(network, variant.head(modulus, dim, seed))
+    """AdamW with betas 0.9/0.98, full batches."""
+    model = adder(variant, seed, modulus, dim, hidden)
     optimizer = torch.optim.AdamW(model.groups(weight_decay), lr=rate, betas=(0.9, 0.98))
     split = addition(modulus, fraction, seed)
     return train(model, optimizer, split, epochs, batch=len(split.classes), every=10, goals=ADDITION_GOALS)
