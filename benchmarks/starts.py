@@ -16,17 +16,24 @@ import math
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from benchmarks.measuring import machine, markdown, parser
 from common.files import replace_file
 from common.progress import say
 from common.strict_json import plain, to_json
 
+if TYPE_CHECKING:
+    from torch import nn
+
+    from model.head import HarmonicHead
+    from pretrain.config import RunConfig
+
+Look: TypeAlias = "Callable[[int, nn.Module, HarmonicHead, RunConfig], None]"
 SEQUENCE, LAYERS, HEAD_WIDTH, BASE = 128, 2, 32, 64
 WARM_UP, FLOOR = 0.1, 0.1  # shares: of the steps, and of the rate at the end
 
@@ -72,9 +79,9 @@ def settings(run: Short, data: str, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def train(tree: dict[str, Any]) -> dict[str, Any]:
+def train(tree: dict[str, Any], look: Look | None = None) -> dict[str, Any]:
     """Trains a configuration's modules without an engine: the first loss, the last ones' mean (None: not finite), and
-    bits/byte of the val split.
+    bits/byte of the val split. `look` gets the updates so far, before the first and after every one.
     """
     import torch
 
@@ -94,6 +101,8 @@ def train(tree: dict[str, Any]) -> dict[str, Any]:
     parameters = [*decoder.parameters(), *head.parameters()]
     losses: list[float] = []
     for step in range(cfg.train.steps):
+        if look is not None:
+            look(step, decoder, head, cfg)
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = cfg.lr_at(step) * group["lr_scale"]
         head.progress = cfg.head_progress(step)
@@ -107,6 +116,8 @@ def train(tree: dict[str, Any]) -> dict[str, Any]:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
+    if look is not None:
+        look(cfg.train.steps, decoder, head, cfg)
     decoder.eval()
     head.eval()
 

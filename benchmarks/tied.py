@@ -29,18 +29,24 @@ WIDTH, RATE = 128, 3e-3
 WAYS = ("untied", "same", "opposite", "roll", "rotate", "tenth", "ramp")
 
 
-def train(way: str, head: str, seed: int, steps: int, data: str, vocab_size: int) -> dict[str, Any]:
-    """One short run: its first loss and bits/byte."""
-    import torch
-
-    from pretrain import modules
-
+def settings(way: str, head: str, seed: int, steps: int, data: str, vocab_size: int) -> dict[str, Any]:
+    """A short run's configuration as plain values, but for what `train` does to the states on the way."""
     run = starts.Short(head, WIDTH, 1.0, 1.0, RATE, seed, steps, 2048, True, tied=way != "untied")
     tree = starts.settings(run, data, vocab_size)
     if run.tied:
         tree["head"]["tied_sign"] = -1 if way == "opposite" else 1
     if way == "ramp":
         tree["head"]["exponent"] = {"first": 4.0, "last": WIDTH**0.5}
+    return tree
+
+
+def train(way: str, head: str, seed: int, steps: int, data: str, vocab_size: int) -> dict[str, Any]:
+    """One short run: its first loss and bits/byte."""
+    import torch
+
+    from pretrain import modules
+
+    tree = settings(way, head, seed, steps, data, vocab_size)
     turned = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(5)))[0]
     as_they_are = modules.hidden_states
 
