@@ -105,7 +105,7 @@ def loss_near(x: Tensor, w: Tensor, soft: bool) -> Tensor:
 
 
 def beside(apart: float, dim: int, count: int) -> tuple[Tensor, Tensor]:
-    """A state (1, D) of length 1 and prototypes (V, D) as heads start them, of which the second lies `apart` from it."""
+    """A state (1, D) of length 1 and prototypes (V, D) as heads start them; the second of these is `apart` from it."""
     import torch
 
     draws = torch.Generator().manual_seed(0)
@@ -116,8 +116,9 @@ def beside(apart: float, dim: int, count: int) -> tuple[Tensor, Tensor]:
 
 
 def push(apart: float, dim: int = WIDTH, count: int = PROTOTYPES) -> dict[str, Any]:
-    """By either floor, of a state at `apart` from a wrong prototype: the gradient's length, its part that leads straight
-    away from there (None: there is no such direction), and the updates by Adam at the rate of the runs until it is off.
+    """By either floor, of a state at `apart` from a wrong prototype: the gradient's length, how much of the descent
+    leads straight away from there (None: no way is straight), and the updates by Adam at the rate of the runs until it
+    is off.
     """
     import torch
 

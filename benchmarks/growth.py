@@ -1,10 +1,10 @@
 """`python -m benchmarks.growth`: whether weights go on growing in long training at a constant rate, head by head.
 
 Points: one linear layer, whose features are points of a plane, one point a class (arXiv:2502.01628, section 2). `two`
-are opposite corners of a square; `middle` are its four corners and the point between them, of pretrain/study/vision/points.py;
-`inside` has that point moved off the middle. Adam at 0.01, full batches, float64; dot also with a bias, as a third
-entry of every point that is 1. The layers of all sets and seeds are trained side by side, by the definition of
-`model.reference`; `float32` has a single one of `two`, by `HarmonicHead`.
+are opposite corners of a square; `middle` are its four corners and the point between them, the places of
+pretrain/study/vision/points.py; `inside` has that point moved off the middle. Adam at 0.01, full batches, float64; dot
+also with a bias, as a third entry of every point that is 1. The layers of all sets and seeds are trained side by side,
+by the definition of `model.reference`; `float32` has a single one of `two`, by `HarmonicHead`.
 
 Network: a + b mod p as in `benchmarks.classify`, smaller, AdamW at 0.003 without decay, in float64.
 Legend: R layers, N samples, V classes, D width.
@@ -198,7 +198,7 @@ def network(head: str, steps: int, seeds: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def network_figures(model: Classifier, inputs: Tensor, classes: Tensor) -> dict[str, Any]:
-    """On the training pairs: loss, accuracy, mean lengths, and of distances the nearest pairs and those at the floor."""
+    """On the training pairs: loss, accuracy, lengths, and of distances the nearest wrong pair and those at the floor."""
     head, x = model.head, model.network(inputs) * model.scale
     found: dict[str, Any] = {
         "loss": head(x, classes).item(),

@@ -39,3 +39,65 @@ def test_layers_side_by_side_are_heads(head: str, exactly: bool) -> None:
         assert losses[number].item() == pytest.approx(loss.item(), rel=1e-7, abs=1e-12)
         torch.testing.assert_close(gradients[number][real], alone.prototypes.grad, rtol=1e-6, atol=1e-9)
         assert not gradients[number][~real].any()
+
+
+def at_the_points(head: str) -> growth.Layers:
+    layers = growth.Layers(head, list(growth.SETS), seeds=1)
+    layers.w.data.copy_(layers.x)
+    return layers
+
+
+def test_the_least_harmonic_loss_is_the_floors() -> None:
+    """Each prototype on its own point: of two points 2 sqrt(2) apart, sqrt(2) from the origin, n = sqrt(2)."""
+    two, middle, inside = at_the_points("euclidean").figures()
+    assert two["loss"] == pytest.approx(math.log1p((FLOOR / 2) ** 2**0.5), rel=1e-6)
+    assert two["norm"] == pytest.approx(2.0) and middle["norm"] == pytest.approx(8**0.5)
+    assert {one["away"] for one in (two, middle, inside)} == {0.0}
+    assert {one["at_floor"] for one in (two, middle, inside)} == {1.0}
+
+
+def test_softmax_without_a_bias_cannot_tell_the_middle() -> None:
+    """Its scores are 0 there: log 5 of that point alone, whatever the weights, and a tie counts as wrong."""
+    layers = growth.Layers("dot", ["middle"], seeds=1)
+    layers.w.data = 1e3 * layers.x
+    (figures,) = layers.figures()
+    assert figures["loss"] == pytest.approx(math.log(5) / 5) and figures["accuracy"] == pytest.approx(0.8)
+    away = growth.Layers("dot", ["inside"], seeds=1)
+    away.w.data = 1e3 * torch.nn.functional.normalize(away.x, dim=2)  # a direction of its own is enough
+    (figures,) = away.figures()
+    assert figures["loss"] < 1e-9 and figures["accuracy"] == 1.0
+    assert torch.equal(layers.x[0], torch.tensor(PLACES))
+
+
+def test_training_side_by_side_is_training_alone() -> None:
+    """Adam, to the figures of `HarmonicHead` in float32 from the same start."""
+    together = [row for row in growth.points("euclidean", 100, 2) if (row["set"], row["seed"]) == ("two", 0)]
+    alone = growth.float32("euclidean", 100, 1)
+    assert [row["step"] for row in alone] == [row["step"] for row in together] == [10, 100]
+    for one, other in zip(alone, together, strict=True):
+        for name in growth.COLUMNS["float32"]:
+            assert one[name] == pytest.approx(other[name], rel=1e-4)
+
+
+def test_marks() -> None:
+    assert growth.marks(7) == [7] and growth.marks(1000) == [10, 100, 1000] and growth.marks(250) == [10, 100, 250]
+
+
+def test_the_command_goes_on_from_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "growth.json"
+    words = ["--steps", "3", "--network-steps", "2", "--seeds", "1", "--network-seeds", "1", "--out", str(out)]
+    assert growth.main([*words, "--heads", "euclidean"]) == 0
+    cells = json.loads(out.read_text())["cells"]
+    assert [cell["part"] for cell in cells] == ["points", "float32", "network"]
+    network = cells[2]["runs"][-1]
+    assert network["step"] == 2 and network["nearest_wrong_floors"] > 0 and network["network"] > network["features"]
+    monkeypatch.setattr(growth, "PARTS", {part: (None, of) for part, (_, of) in growth.PARTS.items()})
+    assert growth.main([*words, "--heads", "euclidean"]) == 0  # and measures nothing anew
+    assert json.loads(out.read_text())["cells"] == cells
+
+
+def test_the_page_has_the_tables_of_its_json() -> None:
+    cells = json.loads(PAGE.with_suffix(".json").read_text())["cells"]
+    page = PAGE.read_text()
+    rows = [line for line in growth.tables(cells) if line.startswith("| ")]
+    assert len(rows) > 100 and not [line for line in rows if line not in page]
