@@ -198,7 +198,7 @@ def network(head: str, steps: int, seeds: int) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def network_figures(model: Classifier, inputs: Tensor, classes: Tensor) -> dict[str, Any]:
-    """On the training pairs: loss, accuracy, lengths, and of distances the nearest wrong pair and those at the floor."""
+    """On the training pairs: loss, accuracy, lengths, of distances the nearest wrong pair and those at the floor."""
     head, x = model.head, model.network(inputs) * model.scale
     found: dict[str, Any] = {
         "loss": head(x, classes).item(),
@@ -224,39 +224,47 @@ PARTS: dict[str, tuple[Callable[[str, int, int], list[dict[str, Any]]], Sequence
     "float32": (float32, ("dot", "euclidean")),
     "network": (network, NETWORK_HEADS),
 }
-COLUMNS = {
-    "points": ("loss", "accuracy", "norm", "away"),
-    "float32": ("loss", "accuracy", "norm", "away"),
-    "network": ("loss", "accuracy", "held_out", "prototypes", "features", "network"),
+GROWN = {  # a table of each over the marks
+    "points": ("loss", "norm"),
+    "float32": ("loss", "norm"),
+    "network": ("loss", "prototypes", "features", "network"),
+}
+LAST = {  # those of the last mark only
+    "points": ("accuracy", "away", "at_floor", "exponent"),
+    "float32": ("accuracy", "away"),
+    "network": ("accuracy", "held_out", "exponent", "own_at_floor", "wrong_at_floor", "nearest_wrong_floors"),
 }
 
 
-def told(values: Sequence[float]) -> str:
-    """Mean and sample deviation over seeds, to three digits; without the second where it rounds to nothing."""
+def told(runs: Sequence[dict[str, Any]], column: str) -> str:
+    """Mean and sample deviation over seeds, the mean to three digits; the second is left out where it rounds to
+    nothing. Nothing of what a head does not have.
+    """
+    values = [run[column] for run in runs if run.get(column) is not None]
+    if not values:
+        return ""
     mean = statistics.fmean(values)
     deviation = statistics.stdev(values) if len(values) > 1 else 0.0
     return f"{mean:.3g} ± {deviation:.1g}" if deviation > 5e-4 * abs(mean) else f"{mean:.3g}"
 
 
-def rows(cell: dict[str, Any]) -> Iterator[list[str]]:
-    """Of one cell, each set's figures at every mark, over seeds."""
-    for name in dict.fromkeys(run.get("set", "") for run in cell["runs"]):
-        mine = [run for run in cell["runs"] if run.get("set", "") == name]
-        for step in dict.fromkeys(run["step"] for run in mine):
-            now = [run for run in mine if run["step"] == step]
-            figures = [told([run[column] for run in now]) for column in COLUMNS[cell["part"]]]
-            known = [run["exponent"] for run in now if run.get("exponent") is not None]
-            yield [*([name] if name else []), cell["head"], f"{step:,}", *figures, told(known) if known else ""]
-
-
-def tables(cells: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Markdown, a table for every set and part: heads by marks."""
+def tables(cells: Sequence[dict[str, Any]]) -> Iterator[list[list[str]]]:
+    """Of each part and set, one table for every figure that may grow, heads by marks, and one of the others at the end;
+    the first cell of a table says which it is.
+    """
     for part in dict.fromkeys(cell["part"] for cell in cells):
-        made = [row for cell in cells if cell["part"] == part for row in rows(cell)]
-        heading = ["head", "step", *COLUMNS[part], "exponent"]
-        for name in dict.fromkeys(row[0] for row in made) if part != "network" else [""]:
-            chosen = [row[1:] for row in made if row[0] == name] if name else made
-            yield from (f"{part}{f', {name}' if name else ''}", "", *markdown([heading, *chosen]), "")
+        mine = [cell for cell in cells if cell["part"] == part]
+        steps = sorted({run["step"] for cell in mine for run in cell["runs"]})
+        for name in dict.fromkeys(run.get("set") for cell in mine for run in cell["runs"]):
+            known = {cell["head"]: [run for run in cell["runs"] if run.get("set") == name] for cell in mine}
+            title = f"{part}, {name}" if name else part
+            for column in GROWN[part]:
+                at = {h: [[run for run in runs if run["step"] == step] for step in steps] for h, runs in known.items()}
+                made = [[head, *(told(now, column) for now in by_step)] for head, by_step in at.items()]
+                yield [[f"{title}: {column}", *(f"{step:,}" for step in steps)], *made]
+            last = {h: [run for run in runs if run["step"] == runs[-1]["step"]] for h, runs in known.items()}
+            made = [[head, *(told(now, column) for column in LAST[part])] for head, now in last.items()]
+            yield [[f"{title}, at the end", *LAST[part]], *made]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -289,7 +297,8 @@ def _run(asked: argparse.Namespace) -> int:
             say(f"{part}, {head}: {to_json(plain(found[-1]['runs'][-1]))}")
             if asked.out:
                 replace_file(asked.out, to_json(plain({"machine": machine("cpu"), "cells": found})) + "\n")
-    print("\n".join(tables(found)))
+    for table in tables(found):
+        print("\n".join([*markdown(table), ""]))
     return 0
 
 
