@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import statistics
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from model.head import HarmonicHead
 from pretrain.study.vision.points import PLACES
 
 PAGE = Path("benchmarks/results/growth-cpu.md")
+CELLS = json.loads(PAGE.with_suffix(".json").read_text())["cells"]
 FLOOR = 2**-9.5
 
 
@@ -70,6 +73,22 @@ def test_softmax_without_a_bias_cannot_tell_the_middle() -> None:
     assert torch.equal(layers.x[0], torch.tensor(PLACES))
 
 
+def test_in_float32_half_of_softmaxs_gradient_is_left_where_the_loss_is_0() -> None:
+    """At the length that two points have after 100,000 steps."""
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x = growth.SETS["two"].to(dtype)
+        layer = HarmonicHead(2, 2, distance="dot").to(dtype)
+        layer.prototypes.data = 6.6 * x
+        loss = layer(x, torch.arange(2))
+        loss.backward()
+        assert layer.prototypes.grad is not None
+        found.append((loss.item(), layer.prototypes.grad.abs().max().item()))
+    (loss32, slope32), (loss64, slope64) = found
+    assert loss32 == 0 and loss64 == pytest.approx(math.exp(-26.4), rel=1e-6)
+    assert slope32 == pytest.approx(slope64 / 2, rel=1e-4)
+
+
 def test_training_side_by_side_is_training_alone() -> None:
     """Adam, to the figures of `HarmonicHead` in float32 from the same start."""
     together = [row for row in growth.points("euclidean", 100, 2) if (row["set"], row["seed"]) == ("two", 0)]
@@ -97,8 +116,36 @@ def test_the_command_goes_on_from_what_is_there(tmp_path: Path, monkeypatch: pyt
     assert json.loads(out.read_text())["cells"] == cells
 
 
+def mean(part: str, head: str, step: int, column: str, name: str | None = None) -> str:
+    """Over the seeds of a published cell, as the tables tell it."""
+    runs = [run for cell in CELLS if (cell["part"], cell["head"]) == (part, head) for run in cell["runs"]]
+    values = [run[column] for run in runs if run["step"] == step and run.get("set") == name]
+    return f"{statistics.fmean(values):.3g}"
+
+
+def test_claims_about_points_are_told_from_the_cells() -> None:
+    page = Path("docs/claims.md").read_text()
+    norms = {
+        head: ", ".join(mean("points", head, step, "norm", "two") for step in (1000, 10_000, 100_000))
+        for head in ("dot", "euclidean")
+    }
+    assert f"steps: {norms['dot']} under softmax, {norms['euclidean']} under the Euclidean head" in page
+    losses = [mean("points", head, 1000, "loss", "two") for head in ("dot", "euclidean")]
+    assert f"({losses[0]} against {losses[1]})" in page
+    at = functools.partial(mean, "points")
+    assert f"norm {at('euclidean', 100_000, 'norm', 'middle')}; its loss is" in page
+    assert f"its loss is {at('euclidean', 100_000, 'loss', 'middle')}, the floor's" in page
+    assert f"log(5)/5 = {at('dot', 100_000, 'loss', 'middle')}, norm {at('dot', 100_000, 'norm', 'middle')}." in page
+    assert f"(loss {at('dot + bias', 10_000, 'loss', 'middle')} after 10,000 steps)" in page
+    assert f"still lies among the others ({at('dot', 100_000, 'loss', 'inside')})" in page
+    for head, name in (("euclidean", "middle"), ("dot + bias", "middle"), ("dot", "inside")):
+        step = 10_000 if head == "dot + bias" else 100_000
+        assert at(head, step, "accuracy", name) == "1"
+    for head, step in (("cosine", 100_000), ("canberra", 10_000), ("braycurtis", 10_000), ("dot", 100_000)):
+        assert float(at(head, step, "accuracy", "middle")) < 1
+
+
 def test_the_page_has_the_tables_of_its_json() -> None:
-    cells = json.loads(PAGE.with_suffix(".json").read_text())["cells"]
     page = PAGE.read_text()
-    rows = [line for table in growth.tables(cells) for line in markdown(table)]
+    rows = [line for table in growth.tables(CELLS) for line in markdown(table)]
     assert len(rows) > 100 and not [line for line in rows if line not in page]
