@@ -145,6 +145,20 @@ def test_claims_about_points_are_told_from_the_cells() -> None:
         assert float(at(head, step, "accuracy", "middle")) < 1
 
 
+def test_claims_about_the_network_are_told_from_the_cells() -> None:
+    page = Path("docs/claims.md").read_text()
+    ends = {
+        (head, column): [mean("network", head, step, column) for step in (1000, 10_000)]
+        for head in ("euclidean", "dot") for column in ("prototypes", "features")
+    }  # fmt: skip
+    assert "prototypes {} to {} long".format(*ends["euclidean", "prototypes"]) in page
+    assert "features {} to {}, while".format(*ends["euclidean", "features"]) in page
+    softmax = [*ends["dot", "prototypes"], *ends["dot", "features"]]
+    assert "softmax's go from {} to {} and from {} to {}.".format(*softmax) in page
+    cosine = [mean("points", "cosine", step, "norm", "inside") for step in (1000, 100_000)]
+    assert "norm {} to {} between 1,000 and 100,000 steps".format(*cosine) in page
+
+
 def test_the_page_has_the_tables_of_its_json() -> None:
     page = PAGE.read_text()
     rows = [line for table in growth.tables(CELLS) for line in markdown(table)]
