@@ -83,4 +83,7 @@ def test_the_page_has_the_tables_of_its_json() -> None:
     tree, page = json.loads(PAGE.with_suffix(".json").read_text()), PAGE.read_text()
     made = [*floor.run_rows(tree["runs"]), *floor.push_rows(tree["push"]), *floor.bend_rows(tree["bend"])]
     assert len(made) > 15 and not [row for row in made if f"| {' | '.join(row)} |" not in page]
-    assert f"{sum(one['pairs'] for run in tree['runs'] for one in run['seen']) / 1e6:.0f} million pairs" in page
+    seen = [one for run in tree["runs"] for one in run["seen"]]
+    pairs = f"{sum(one['pairs'] for one in seen) / 1e6:.0f} million pairs"
+    assert pairs in page and pairs in Path("docs/classifier.md").read_text()
+    assert not any(one["within"]["100"] for one in seen)
