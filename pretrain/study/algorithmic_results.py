@@ -78,7 +78,7 @@ def curve(runs: Sequence[dict[str, Any]]) -> list[list[float]]:
     found = []
     for epoch in taken:
         values = accuracies[epoch] + [0.0] * (len(runs) - len(accuracies[epoch]))
-        found.append([epoch, statistics.mean(values), min(values), max(values)])
+        found.append([epoch, *(round(one, 4) for one in (statistics.mean(values), min(values), max(values)))])
     return found
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-FIGURE = re.compile(r"(?<![\w.-])[-+]?\d[\d,]*(?:\.\d+)?%?")
+FIGURE = re.compile(r"(?<![\w.^-])[-+]?\d[\d,]*(?:\.\d+)?%?")
 APART = (  # what holds no figure of a result
     re.compile(r"```.*?```", re.DOTALL),
     re.compile(r"^ {4}.*$", re.MULTILINE),  # commands

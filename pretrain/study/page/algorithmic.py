@@ -164,8 +164,8 @@ def _comparison(study: _Study) -> str:
 def _difference(entry: Entry | None) -> str:
     if entry is None:
         return written(None)
-    bounds = "" if entry["low"] is None else f"{entry['low']:+.1%} to {entry['high']:+.1%}"
-    return written(entry["mean"], "{:+.1%}") + small(bounds)
+    low, mean, high = (written(entry[name], "{:+.1%}", "") for name in ("low", "mean", "high"))
+    return mean + small(f"{low} to {high}" if low else "")
 
 
 def _data_needed(study: _Study) -> str:
