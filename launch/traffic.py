@@ -96,7 +96,8 @@ def _of_vocabulary_group(cfg: RunConfig, cluster: Cluster) -> Iterator[Collectiv
     chunks, _ = footprint.head_chunks(cfg, k, cluster.hardware.memory)
     tokens, calls = footprint.pass_tokens(cfg) * k * passes, chunks * passes
     yield Collective("hidden states and targets", "all-gather", *group, tokens * (d * b + 8), 2 * calls, "nothing")
-    yield Collective("maxima and sums of scores", "all-reduce", *group, tokens * (4 + 12), 2 * calls, "head")
+    sums = 3 if cfg.head.options.apart is None else 6  # with smoothing or a cap those of all scores too
+    yield Collective("maxima and sums of scores", "all-reduce", *group, tokens * 4 * (1 + sums), 2 * calls, "head")
     yield Collective("gradient of hidden states", "reduce-scatter", *group, tokens * d * 4, calls, "head")
     if footprint.replicated_head(cfg):
         size = 4 * footprint.replicated_head(cfg) * passes
