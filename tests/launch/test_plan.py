@@ -366,8 +366,8 @@ def test_links_inside_nodes_are_the_gpu_s_or_given() -> None:
 
 @pytest.mark.slow
 def test_a_recipe_s_real_steps_over_a_fake_process_group_are_as_planned() -> None:
-    """SwiGLU, RMSNorm, grouped queries, RoPE, documents, recomputed, at ZeRO 3; a smoothed loss, which adds up more sums
-    between ranks; `python -m benchmarks.recipes`: all.
+    """SwiGLU, RMSNorm, grouped queries, RoPE, documents, recomputed, at ZeRO 3; a smoothed loss, which adds up
+    more between ranks; `python -m benchmarks.recipes`: all.
     """
     words = [sys.executable, "-m", "benchmarks.recipes", "llama3-8b", "published-2603-gpt2-124m"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=500)
