@@ -31,6 +31,7 @@ from pretrain.study.algorithmic_results import (
     compare,
     curve,
     curves,
+    edges,
     kept,
     median,
     summarise,
@@ -87,7 +88,10 @@ def run(cfg: AlgorithmicConfig, log: Log) -> dict[str, Any]:
         "config": cfg.model_dump(mode="json"),
         "goal": GOAL,
         "choices": [
-            {"task": task, "network": network, "head": head, **chosen.model_dump(), "candidates": tried}
+            {
+                **{"task": task, "network": network, "head": head, **chosen.model_dump(), "candidates": tried},
+                "edges": edges(chosen.model_dump(), [one.model_dump() for one in cfg.choice.candidates]),
+            }
             for (task, network, head), (chosen, tried) in choices.items()
         ],
         "summary": summary,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pretrain.study.statistics import Estimate, corrected, interval, over_seeds
@@ -25,6 +25,11 @@ MEASURES = (  # of a cell that are averaged over seeds
     "gflops",
 )
 CURVE_POINTS = 25  # of a curve, at most
+ENDS: dict[str, Callable[[Mapping[str, float]], float]] = {
+    "lr": lambda one: one["lr"],
+    "weight_decay": lambda one: one["weight_decay"],
+    "product": lambda one: one["lr"] * one["weight_decay"],
+}
 
 
 def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -53,6 +58,18 @@ def summarise(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             }
         )
     return summary
+
+
+def edges(chosen: Mapping[str, float], tried: Sequence[Mapping[str, float]]) -> list[str]:
+    """Which of rate, weight decay and their product, by which AdamW decays, lies at an end of what was tried: a better
+    one may lie beyond. No weight decay is no end.
+    """
+    found = []
+    for name, of in ENDS.items():
+        values = sorted({of(one) for one in tried})
+        if len(values) > 1 and of(chosen) in (values[0], values[-1]) and of(chosen) > 0:
+            found.append(name)
+    return found
 
 
 def curves(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

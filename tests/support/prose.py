@@ -39,7 +39,7 @@ class Prose:
         for phrase in phrases:
             words = " ".join(phrase.split())
             assert words in self.left, f"not in the document: {words}"
-            self.left = self.left.replace(words, " ")
+            self.left = self.left.replace(words, " ", 1)
 
     def table(self, rows: Sequence[Sequence[str]]) -> None:
         """That one of its tables has exactly these rows, the first being its heading; it is taken away."""

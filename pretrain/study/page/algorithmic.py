@@ -158,7 +158,23 @@ def _comparison(study: _Study) -> str:
         "shares lie within its larger ones. The last column is a mean over tasks and shares, after the last epoch, "
         "paired by seed: its interval is over seeds."
     )
-    return layout.soft(words) + layout.table("Heads compared", columns, rows)
+    return layout.soft(words) + _edges(study) + layout.table("Heads compared", columns, rows)
+
+
+def _edges(study: _Study) -> str:
+    """How many choices lie at an end of what was tried, head by head."""
+    every = study.results["choices"]
+    at = {head: [one for one in every if one["head"] == head] for head in study.heads}
+    told = ", ".join(
+        f"{escape(head)} {sum(bool(one['edges']) for one in choices)} of {len(choices)}" for head, choices in at.items()
+    )
+    if not any(one["edges"] for one in every):
+        return ""
+    words = (
+        "Choices of rate and weight decay that lie at an end of what was tried, by either of them or by their product, "
+        f"so that better ones may lie beyond and no head is called better: {told}."
+    )
+    return layout.soft(words)
 
 
 def _difference(entry: Entry | None) -> str:

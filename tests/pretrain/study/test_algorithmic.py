@@ -25,7 +25,7 @@ from pretrain.study import algorithmic, algorithmic_config
 from pretrain.study.algorithmic import run
 from pretrain.study.algorithmic_cell import Learner, _geometry, train_cell
 from pretrain.study.algorithmic_config import AlgorithmicConfig, Cell
-from pretrain.study.algorithmic_results import CURVE_POINTS, MEASURES, compare, curve, summarise
+from pretrain.study.algorithmic_results import CURVE_POINTS, MEASURES, compare, curve, edges, summarise
 from pretrain.study.cells import read_cell
 from pretrain.study.tables import algorithmic as table
 from pretrain.study.tasks import TASKS, split, training_examples
@@ -392,6 +392,22 @@ def test_a_curve_counts_every_seed() -> None:
     assert len(found) == CURVE_POINTS and found[-1] == [1000, pytest.approx(1.4 / 3), 0.0, 0.9]
     assert found[0] == [40, pytest.approx(0.7), 0.5, 0.9]
     assert curve([{"test_curve": []}]) == []
+
+
+def test_a_choice_at_an_end_is_told() -> None:
+    """Of rates, of decays, and of their products."""
+    pairs = ((0.01, 0.0), (0.01, 1.0), (0.02, 0.5), (0.02, 2.0), (0.03, 0.5), (0.03, 3.0))
+    tried = [{"lr": lr, "weight_decay": decay} for lr, decay in pairs]
+    found = {(one["lr"], one["weight_decay"]): edges(one, tried) for one in tried}
+    assert found == {
+        (0.01, 0.0): ["lr"],
+        (0.01, 1.0): ["lr"],
+        (0.02, 0.5): [],
+        (0.02, 2.0): [],
+        (0.03, 0.5): ["lr"],
+        (0.03, 3.0): ["lr", "weight_decay", "product"],
+    }
+    assert edges(tried[0], tried[:1]) == []
 
 
 def test_accuracies_are_compared_seed_by_seed() -> None:

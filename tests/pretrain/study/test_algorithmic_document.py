@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -243,10 +242,44 @@ def _of_losing(told: Told) -> list[str]:
         return sum(one["lost"] for one in found), sum(one["generalised"] for one in found)
 
     (a, all_a), (b, all_b), (c, all_c) = lost(DISTANCES), lost(["softmax"]), lost(CONTROLS)
+    cells = told.results["cells"]
+    there = [cell for cell in cells if cell["epochs_to_generalise"] is not None]
+    base = {place(cell) for cell in there if cell["head"] == "softmax"}
+    also = [cell for cell in there if cell["head"] in DISTANCES and place(cell) in base]
+    again = sum(cell["test_accuracy"] < told.results["goal"] for cell in also)
     return [
-        f"{a} of the {all_a} cells in which one generalises end below 95%, {b} of the {all_b} of softmax, {c} of the "
-        f"{all_c} of the controls."
+        f"{a} of the {all_a} cells in which a distance generalises end below 95%, {b} of the {all_b} of softmax, {c} "
+        f"of the {all_c} of the controls.",
+        f"it is {again} of the {len(also)} of distances.",
     ]
+
+
+def place(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """Of a cell, whatever its head."""
+    return cell["task"], cell["network"], cell["fraction"], cell["seed"]
+
+
+def caution(results: dict[str, Any]) -> str:
+    """What is wrong with this edition."""
+    told = Told(results)
+    chosen, best = told.last("modular_addition", "mlp", "softmax"), max(results["config"]["sweep"]["weight_decays"])
+    (swept,) = (
+        one
+        for one in results["sweep"]
+        if (one["head"], one["weight_decay"], one["decay_rule"]) == ("softmax", best, "all")
+    )
+    settings = told.summary["modular_addition", "mlp", "softmax"]
+    wide = sum((one["lr"], one["weight_decay"]) == (0.02, 1) for one in results["choices"] if one["head"] == "softmax")
+    return (
+        "**No head is called better here: the search was too narrow, and not for all heads alike.** Rate and decay "
+        "were chosen among five pairs, none of which has both large, and softmax wants both: it chose (0.02, 1), where "
+        f"they are largest together, in {wide} of its 10 choices. With the pair ({swept['lr']:g}, {best:g}) of the sweep "
+        "below it generalises from the largest share of addition in "
+        f"{swept['median_epochs_to_generalise']:.0f} epochs, with the pair that it chose, "
+        f"({settings['lr']:g}, {settings['weight_decay']:g}), in {chosen['median_epochs_to_generalise']:.0f}. "
+        "Exponents and temperatures were not searched at all. So the differences to softmax below are of these "
+        "settings and no property of the heads; the study is to be trained again with a search over all of them."
+    )
 
 
 def of_decay(results: dict[str, Any]) -> list[str]:
@@ -279,6 +312,13 @@ def of_decay(results: dict[str, Any]) -> list[str]:
         f"It leaves the Euclidean head right in {both('euclidean', 'no_last_layer')}, and cosine in "
         f"{both('cosine', 'no_last_layer')}.",
         f"softmax ends with it in {both('softmax', 'all')} of {seeds} seeds",
+        f"{100 * of['squared_euclidean_softmax', 0, 'all']['train_accuracy']['mean']:.0f}",
+        f"softmax over -d^2, which is none, ends right in {both('squared_euclidean_softmax', 'all')} of {seeds} seeds "
+        "with all weights decaying.",
+        f"Of the {sum(one['weight_decay'] > 0 for one in results['sweep'])} settings with decay "
+        f"{sum(one['lr'] == 0.03 and one['weight_decay'] > 0 for one in results['sweep'])} chose the largest rate and "
+        f"{sum(one['lr'] == 0.003 and one['weight_decay'] > 0 for one in results['sweep'])} the smallest: better ones "
+        "may lie beyond.",
     ]
 
 
@@ -286,14 +326,14 @@ def limits(results: dict[str, Any]) -> list[str]:
     """What the limits say with figures."""
     choices = results["choices"]
     never = [one for one in choices if not any(tried["kept"] for tried in one["candidates"])]
-    decays = [one["weight_decay"] for one in results["config"]["choice"]["candidates"]]
-    ends = sum(one["weight_decay"] in (min(decays), max(decays)) for one in choices)
+    ends = sum(bool(one["edges"]) for one in choices)
     return [
-        f"In {len(never)} of the {len(choices)} choices no candidate ended at the goal in either seed, and {ends} "
-        f"chose the least or the largest decay, {min(decays):g} or {max(decays):g}: a better one may lie beyond.",
+        f"In {len(never)} of the {len(choices)} choices no candidate ended at the goal in either seed, and {ends} lie "
+        "at an end of the rates, of the decays or of their products that were tried: better ones may lie beyond.",
         "Five seeds",
         "19 examples for 90% of the circle, where 95% is all of them.",
         "not in 1,000 epochs (equivalence 400, in-context 300)",
+        f"Of these {len(never)}, {sum(one['head'] not in DISTANCES for one in never)} are of softmax heads.",
     ]
 
 
@@ -312,7 +352,8 @@ def test_every_figure_is_of_the_published_results(results: dict[str, Any]) -> No
     for task in results["config"]["tasks"]:
         for table in of_task(results, task):
             prose.table(table)
-    prose.holds(*sentences(results), *of_decay(results), *limits(results))
+    prose.holds(*sentences(results), *of_decay(results), *limits(results), "Equivalence is 80% right by guessing")
+    assert TASKS["equivalence"]().answers.double().mean() == 0.2
     prose.holds(f"{results['goal']:.0%} at some epoch")
     asked, examples = results["config"]["sweep"], addition(59, 0.6, 0).classes
     prose.holds(f"the MLP and {asked['fraction']:.0%} of the examples")
@@ -322,15 +363,9 @@ def test_every_figure_is_of_the_published_results(results: dict[str, Any]) -> No
     assert prose.figures() == []
 
 
-def test_what_the_findings_call_shown_is_shown(results: dict[str, Any]) -> None:
-    """By intervals that are corrected for all heads and networks."""
-    apart = {(one["network"], one["head"]): one["accuracy"] for one in results["comparison"]}
-    for head in DISTANCES:
-        assert (
-            apart["mlp", head]["low"] > 0 and apart["transformer", head]["low"] < 0 < apart["transformer", head]["mean"]
-        )
-    for network, head in itertools.product(("mlp", "transformer"), CONTROLS):
-        assert apart[network, head]["low"] < 0 < apart[network, head]["high"]
+def test_what_is_wrong_with_it_is_told_first(results: dict[str, Any]) -> None:
+    opening = " ".join(DOCUMENT.read_text().split("    overtone study")[0].replace("\n> ", "\n").split())
+    assert opening == f"# Algorithmic tasks: what each head needs to generalise {caution(results)}"
 
 
 def test_the_setup_is_the_configs(results: dict[str, Any]) -> None:

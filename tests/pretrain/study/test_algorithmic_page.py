@@ -85,6 +85,17 @@ def test_every_head_has_its_figures_in_every_table(results: dict[str, Any], tree
             assert row.endswith(f" {at['gflops']['mean']:.1f}")
 
 
+def test_choices_at_an_end_of_what_was_tried_are_told(results: dict[str, Any], tree: Tree) -> None:
+    at = [one for one in results["choices"] if one["edges"]]
+    mine = [one for one in at if one["head"] == "cosine"]
+    assert (
+        at and f"no head is called better: softmax {len([o for o in at if o['head'] == 'softmax'])} of 10" in tree.text
+    )
+    assert f"cosine {len(mine)} of 10" in tree.text
+    inside = {**results, "choices": [{**one, "edges": []} for one in results["choices"]]}
+    assert "no head is called better" not in page(inside)
+
+
 def test_seeds_that_never_generalise_are_crosses_and_the_others_dots(results: dict[str, Any], html: str) -> None:
     never = {
         (one["task"], one["network"], one["head"], at["fraction"])
