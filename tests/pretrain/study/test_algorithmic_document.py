@@ -273,8 +273,8 @@ def caution(results: dict[str, Any]) -> str:
     return (
         "**No head is called better here: the search was too narrow, and not for all heads alike.** Rate and decay "
         "were chosen among five pairs, none of which has both large, and softmax wants both: it chose (0.02, 1), where "
-        f"they are largest together, in {wide} of its 10 choices. With the pair ({swept['lr']:g}, {best:g}) of the sweep "
-        "below it generalises from the largest share of addition in "
+        f"they are largest together, in {wide} of its 10 choices. With the pair ({swept['lr']:g}, {best:g}) of the "
+        "sweep below it generalises from the largest share of addition in "
         f"{swept['median_epochs_to_generalise']:.0f} epochs, with the pair that it chose, "
         f"({settings['lr']:g}, {settings['weight_decay']:g}), in {chosen['median_epochs_to_generalise']:.0f}. "
         "Exponents and temperatures were not searched at all. So the differences to softmax below are of these "
