@@ -134,7 +134,7 @@ def test_claims_about_points_are_told_from_the_cells() -> None:
     assert f"({losses[0]} against {losses[1]})" in page
     at = functools.partial(mean, "points")
     assert f"norm {at('euclidean', 100_000, 'norm', 'middle')}; its loss is" in page
-    assert f"its loss is {at('euclidean', 100_000, 'loss', 'middle')}, the floor's" in page
+    assert f"its loss is {at('euclidean', 100_000, 'loss', 'middle')}, a little above the least that" in page
     assert f"log(5)/5 = {at('dot', 100_000, 'loss', 'middle')}, norm {at('dot', 100_000, 'norm', 'middle')}." in page
     assert f"(loss {at('dot + bias', 10_000, 'loss', 'middle')} after 10,000 steps)" in page
     assert f"still lies among the others ({at('dot', 100_000, 'loss', 'inside')})" in page
