@@ -154,7 +154,7 @@ def test_claims_about_the_network_are_told_from_the_cells() -> None:
     assert "prototypes {} to {} long".format(*ends["euclidean", "prototypes"]) in page
     assert "features {} to {}, while".format(*ends["euclidean", "features"]) in page
     softmax = [*ends["dot", "prototypes"], *ends["dot", "features"]]
-    assert "softmax's go from {} to {} and from {} to {}.".format(*softmax) in page
+    assert "softmax's go from {} to {} and from {} to {},".format(*softmax) in page
     cosine = [mean("points", "cosine", step, "norm", "inside") for step in (1000, 100_000)]
     assert "norm {} to {} between 1,000 and 100,000 steps".format(*cosine) in page
 
