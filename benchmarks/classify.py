@@ -210,8 +210,10 @@ def train(
 
 def row(variant: Variant, runs: Sequence[Trained], **settings: float) -> dict[str, Any]:
     """A row of results as plain values: what was trained, and lists with a value for each seed."""
+    exponent = {} if variant.exponent is None else {"exponent": variant.exponent}
     return {
         "head": str(variant),
+        **exponent,
         **settings,
         "train_accuracy": [run.train_accuracy for run in runs],
         "test_accuracy": [run.test_accuracy for run in runs],
@@ -259,13 +261,23 @@ def told(rows: Sequence[dict[str, Any]], epochs: int) -> list[list[str]]:
     goals = list(rows[0]["epochs_to"])
     swept = "rate" in rows[0]
     tested = "held out, %" if swept else "test accuracy, %"
-    heading = ["head", *(["weight decay", "rate", "train, %"] if swept else []), tested]
+    named = ["exponent"] if "exponent" in rows[0] else []
+    heading = ["head", *named, *(["weight decay", "rate", "train, %"] if swept else []), tested]
     found = [[*heading, *(f"epochs to {goal}" for goal in goals), "seconds"]]
     for one in rows:
         settings = [f"{one['weight_decay']:g}", f"{one['rate']:g}", spread(one["train_accuracy"])] if swept else []
         reached = [epochs_until(one["epochs_to"][goal], epochs) for goal in goals]
         seconds = f"{statistics.mean(one['seconds']):.{1 if swept else 2}f}"
-        found.append([one["head"], *settings, spread(one["test_accuracy"]), *reached, seconds])
+        found.append(
+            [
+                one["head"],
+                *(str(one[name]) for name in named),
+                *settings,
+                spread(one["test_accuracy"]),
+                *reached,
+                seconds,
+            ]
+        )
     return found
 
 
@@ -296,8 +308,8 @@ def arguments() -> argparse.Namespace:
     command.add_argument("--epochs", type=int, help="default 20 for digits, 1000 for addition")
     heads = f"default: all for digits, {' '.join(ADDITION_HEADS)} for addition"
     command.add_argument("--heads", nargs="+", choices=list(DISTANCES), metavar="DISTANCE", help=heads)
-    own = "a number, sqrt_dim or learned (default: the distance's own)"
-    command.add_argument("--exponent", type=exponent_of, help=own)
+    own = "numbers, sqrt_dim or learned (default: the distance's own)"
+    command.add_argument("--exponent", type=exponent_of, nargs="+", default=[None], help=own)
     command.add_argument("--modulus", type=int, default=59, help="p of addition (default %(default)s)")
     command.add_argument("--fraction", type=float, default=0.6, help="of all pairs, to train on (default %(default)s)")
     command.add_argument("--out", type=Path, help="a JSON file for everything")
@@ -308,9 +320,10 @@ def main() -> None:
     """The command: one task, its table after all of its runs."""
     args = arguments()
     heads = args.heads or (list(DISTANCES) if args.task == "digits" else ADDITION_HEADS)
-    variants = [replace(variant, exponent=args.exponent) for variant in VARIANTS if variant.distance in heads]
+    exponents, asked = args.exponent, [variant for variant in VARIANTS if variant.distance in heads]
+    variants = [replace(variant, exponent=exponent) for exponent in exponents for variant in asked]
     epochs = args.epochs or (20 if args.task == "digits" else 1000)
-    exponent = "the distance's own" if args.exponent is None else args.exponent
+    exponent = "the distance's own" if exponents == [None] else ", ".join(map(str, exponents))
     settings = f"{epochs} epochs, exponent {exponent}, {args.seeds} seeds: mean ± deviation over seeds"
     console = wide_console()
     console.print(machine("cpu"))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks.classify import VARIANTS, Variant, digits, train_addition, train_digits
+from benchmarks.classify import VARIANTS, Variant, digits, told, train_addition, train_digits
 from model.distances import DISTANCES
+from tests.support.prose import Prose
 
 PAGE = Path("docs/classifier.md").read_text()
 
@@ -51,3 +54,30 @@ def test_the_pages_python_runs() -> None:
 def test_the_page_tells_every_distance_with_its_formula() -> None:
     rows = PAGE.replace("\\|", "|")  # a table's cells write | so
     assert all(f"| `{name}` | `{entry.formula}` |" in rows for name, entry in DISTANCES.items())
+
+
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(f"benchmarks/results/classify-{name}-cpu.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", ["digits", "addition"])
+def test_the_page_has_the_table_of_the_results(name: str) -> None:
+    found = results(name)
+    Prose("docs/classifier.md", "Measured").table(told(found["rows"], found["epochs"]))
+    assert {len(row["test_accuracy"]) for row in found["rows"]} == {5}
+
+
+def test_the_page_has_the_exponents_of_the_results() -> None:
+    by_head: dict[str, list[str]] = {}
+    for head, _, accuracy, *_ in told(results("exponents")["rows"], 20)[1:]:
+        by_head.setdefault(head, []).append(accuracy)
+    heading = ["head", "n = 1", "sqrt(32) = 5.7", "n = 32", "learned"]
+    Prose("docs/classifier.md", "The exponent").table([heading, *([head, *row] for head, row in by_head.items())])
+
+
+def test_what_generalises_without_decay_is_as_the_page_says() -> None:
+    reached = {row["head"]: row["test_accuracy"] for row in results("addition")["rows"] if not row["weight_decay"]}
+    free = {"euclidean", "cosine", "cosine_softmax"}
+    assert all((min(accuracies) > 0.9) == (head in free) for head, accuracies in reached.items())
+    assert all(max(accuracies) < 0.2 for head, accuracies in reached.items() if head not in free)
