@@ -8,6 +8,11 @@ from typing import Any
 
 import pytest
 
+from pretrain.study.page.vision import page
+from pretrain.study.statistics import LEVEL
+from pretrain.study.vision.results import verdict
+from tests.support.prose import Prose
+
 PUBLISHED = Path("benchmarks/results/study-vision.json")
 DOCUMENT = Path("docs/study-vision.md")
 Row = list[str]
@@ -71,3 +76,89 @@ def beside(results: dict[str, Any]) -> list[Row]:
         rank = one["features_effective_rank"]["mean"]
         rows.append([*key, *told, "-" if rank is None else f"{rank:.1f}"])
     return rows
+
+
+# ---- sentences
+
+
+def sentences(results: dict[str, Any]) -> list[str]:
+    """What the findings say with figures."""
+    summary, against = of(results, "summary"), of(results, "comparison")
+    seen = {key: one for key, one in against.items() if key[0] != "points"}
+    assert all(verdict(one["accuracy"]) == "no difference" for one in seen.values())
+    could = [100 * one["accuracy"]["could_show"] for one in seen.values()]
+    linear = {
+        head: one["loss"] for (data, network, head), one in against.items() if (data, network) == places(results)[0]
+    }
+    lower = [head for head, loss in linear.items() if verdict(loss, smaller_is_better=True) == "better"]
+    higher = [head for head, loss in linear.items() if verdict(loss, smaller_is_better=True) == "worse"]
+    assert len(lower) + len(higher) == len(linear)
+    return [
+        f"in none of {len(seen)} comparisons on digits and signals. Differences of {min(could):.1f} to "
+        f"{max(could):.1f} points would have been found, by place.",
+        f"lower than softmax's under {', '.join(lower)}, higher under {', '.join(higher)}",
+        *_of_signals(summary),
+        *_of_robustness(summary),
+        *_of_points(summary, against, results),
+    ]
+
+
+def percent(figure: dict[str, Any]) -> str:
+    """A mean."""
+    return f"{100 * figure['mean']:.1f}%"
+
+
+def _of_signals(summary: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
+    there = {head: one for (data, network, head), one in summary.items() if (data, network) == ("signals", "mlp")}
+    errors = [100 * one["calibration_error"]["mean"] for head, one in there.items() if head != "softmax"]
+    shares = [100 * one["prototypes_first_2"]["mean"] for head, one in there.items() if head != "softmax"]
+    softmax = there["softmax"]
+    return [
+        f"its calibration error is {percent(softmax['calibration_error'])}, those of the others {min(errors):.1f} to "
+        f"{max(errors):.1f}%.",
+        f"{percent(softmax['prototypes_first_2'])} of the variance of softmax's prototypes is in two components, of "
+        f"the others' {min(shares):.1f} to {max(shares):.1f}%.",
+    ]
+
+
+def _of_robustness(summary: dict[tuple[str, str, str], dict[str, Any]]) -> list[str]:
+    def under(head: str) -> str:
+        return ", ".join(percent(summary["digits", net, head]["accuracy_fgsm_0.3"]) for net in ("linear", "mlp", "cnn"))
+
+    return [
+        f"on digits (linear, MLP, CNN) softmax keeps {under('softmax')}, the Euclidean head {under('euclidean')}, "
+        f"softmax over cosines {under('cosine_softmax')}."
+    ]
+
+
+def _of_points(
+    summary: dict[tuple[str, str, str], dict[str, Any]],
+    against: dict[tuple[str, str, str], dict[str, Any]],
+    results: dict[str, Any],
+) -> list[str]:
+    def seeds(head: str) -> str:
+        return ", ".join(f"{100 * value:.1f}" for value in summary["points", "linear", head]["accuracy"]["values"])
+
+    edges = sum(bool(one["edges"]) for one in results["choices"])
+    return [
+        f"softmax's seeds have {seeds('softmax')}% right, the Euclidean head's {seeds('euclidean')}%, softmax over "
+        f"cosines {seeds('cosine_softmax')}%, cosine {seeds('cosine')}%.",
+        f"{edges} of the {len(results['choices'])} choices lie at an end",
+    ]
+
+
+# ---- the document
+
+
+def test_every_figure_is_of_the_published_results(results: dict[str, Any]) -> None:
+    prose = Prose(DOCUMENT, "Results", "Findings", "Limits", "Beside accuracy")
+    prose.table(compared(results))
+    prose.table(beside(results))
+    prose.holds(*sentences(results), "1,000 test examples of signals and 352 of digits")
+    prose.holds(f"with {LEVEL:.0%} intervals")
+    assert (results["data"]["signals"]["sizes"]["test"], results["data"]["digits"]["sizes"]["test"]) == (1000, 352)
+    assert prose.figures() == []
+
+
+def test_the_published_page_is_that_of_the_published_results(results: dict[str, Any]) -> None:
+    assert PUBLISHED.with_suffix(".html").read_text() == page(results)
