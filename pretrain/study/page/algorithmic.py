@@ -16,7 +16,8 @@ from pretrain.study.page.charts.numbers import percent, whole
 from pretrain.study.page.layout import Section, plural, small, written
 from pretrain.study.tasks import TASKS
 
-NARROW = 190.0
+NARROW, WIDE = 190.0, 300.0
+SHORT = 11  # letters of a head's name, which stands beside the plot
 ROOM = 1.6  # above the last epoch, for crosses
 
 
@@ -70,6 +71,7 @@ class _Study:
         self.title = str(self.config["title"])
         self.baseline = str(self.config["baseline"])
         self.heads = sorted(self.config["heads"], key=lambda head: head != self.baseline)
+        self.short = max(map(len, self.heads)) <= SHORT
         self.tasks = [str(task) for task in self.config["tasks"]]
         self.networks = [str(network["kind"]) for network in self.config["networks"]]
         self.cells: Sequence[Entry] = results["cells"]
@@ -217,7 +219,8 @@ def _task(study: _Study, task: str) -> str:
         + layout.grid((_shares(study, task, network) for network in study.networks), "pair")
         + layout.grid((_curves(study, task, network) for network in study.networks), "pair")
         + layout.grid(
-            (_measured(study, task, network, measure) for network in study.networks for measure in measures), "small"
+            (_measured(study, task, network, measure) for network in study.networks for measure in measures),
+            "small" if study.short else "",
         )
         + _table(study, task)
     )
@@ -313,7 +316,7 @@ def _measured(study: _Study, task: str, network: str, measure: Measure) -> str:
     label = f"{measure.heading.lower()} of {measure.of} by head at {percent(largest)} of the examples"
     axis = Axis(measure.unit, low=0.0, high=1.0, form=measure.form)
     return layout.figure(
-        intervals(f"{_name(task)}, {network}: {label}", rows, axis, width=NARROW),
+        intervals(f"{_name(task)}, {network}: {label}", rows, axis, width=NARROW if study.short else WIDE),
         f"{measure.heading} {small(f'{escape(network)}, {measure.of}')}",
         "It says nothing about this task.",
     )
