@@ -158,10 +158,11 @@ def _comparison(study: _Study) -> str:
         else:
             accuracy, loss = against["accuracy"], against["loss"]
             could = accuracy and accuracy["could_show"]
+            edges = [*study.choices[key]["edges"], *study.choices[*key[:2], study.baseline]["edges"]]
             cells += [
-                *(_bounds(accuracy, "{:+.1f}", 100), _tag(verdict(accuracy))),
+                *(_bounds(accuracy, "{:+.1f}", 100), _tag(verdict(accuracy, edges=edges))),
                 written(None if could is None else 100 * could, "{:.1f}"),
-                *(_bounds(loss, "{:+.3f}"), _tag(verdict(loss, smaller_is_better=True))),
+                *(_bounds(loss, "{:+.3f}"), _tag(verdict(loss, smaller_is_better=True, edges=edges))),
             ]
         rows.append(cells)
     seeds, heads = len(study.config["seeds"]), len(study.heads)
@@ -169,7 +170,8 @@ def _comparison(study: _Study) -> str:
         f"Of the test part, {seeds} seeds of each head. Differences are those of cells with the same seed; that in "
         "accuracy counts chance in seeds and in test examples, that in loss in seeds. All differences in a measure are "
         f"corrected together (Holm): {len(study.comparison)} of them, {heads - 1} heads on each data set and network. "
-        "Could show: the least true difference that this experiment finds in four of five cases."
+        "Could show: the least true difference that this experiment finds in four of five cases. Not settled: there is a "
+        "difference, but a setting of one of the two lies at an end of what was tried, so that it may be the search's."
     )
     return layout.soft(words) + layout.table("Heads compared", columns, rows)
 

@@ -67,12 +67,16 @@ def of_accuracy(own: Cells, base: Cells, count: int) -> Estimate:
     return crossed((sides[0] - sides[1]) * math.log(2), np.ones(count))
 
 
-def verdict(difference: Mapping[str, Any] | None, smaller_is_better: bool = False) -> str:
-    """better, worse or no difference, by the interval; - without one."""
+def verdict(difference: Mapping[str, Any] | None, smaller_is_better: bool = False, *, edges: Sequence[str] = ()) -> str:
+    """better, worse or no difference, by the interval; - without one. `edges`: of the settings of both; with any of
+    them, what is no chance may still be the search's, and is not settled.
+    """
     if difference is None or difference["low"] is None:
         return "-"
     if difference["low"] <= 0 <= difference["high"]:
         return "no difference"
+    if edges:
+        return "not settled"
     return "better" if (difference["mean"] < 0) == smaller_is_better else "worse"
 
 

@@ -87,16 +87,18 @@ def sentences(results: dict[str, Any]) -> list[str]:
     seen = {key: one for key, one in against.items() if key[0] != "points"}
     assert all(verdict(one["accuracy"]) == "no difference" for one in seen.values())
     could = [100 * one["accuracy"]["could_show"] for one in seen.values()]
-    linear = {
-        head: one["loss"] for (data, network, head), one in against.items() if (data, network) == places(results)[0]
-    }
-    lower = [head for head, loss in linear.items() if verdict(loss, smaller_is_better=True) == "better"]
-    higher = [head for head, loss in linear.items() if verdict(loss, smaller_is_better=True) == "worse"]
-    assert len(lower) + len(higher) == len(linear)
+    first = places(results)[0]
+    linear = {head: one["loss"] for (data, network, head), one in against.items() if (data, network) == first}
+    choices = of(results, "choices")
+    assert not choices[*first, "softmax"]["edges"]
+    told = {head: verdict(one, True, edges=choices[*first, head]["edges"]) for head, one in linear.items()}
+    lower, higher, open_ = ([h for h, word in told.items() if word == w] for w in ("better", "worse", "not settled"))
+    assert len(lower) + len(higher) + len(open_) == len(linear)
     return [
         f"in none of {len(seen)} comparisons on digits and signals. Differences of {min(could):.1f} to "
         f"{max(could):.1f} points would have been found, by place.",
-        f"lower than softmax's under {', '.join(lower)}, higher under {', '.join(higher)}",
+        f"lower than softmax's under {', '.join(lower)}, higher under {', '.join(higher)}; "
+        f"{', '.join(open_)} chose a weight decay at the end of its list, so that its higher one is not settled",
         *_of_signals(summary),
         *_of_robustness(summary),
         *_of_points(summary, against, results),

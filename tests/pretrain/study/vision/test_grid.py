@@ -190,6 +190,8 @@ def test_heads_are_compared_seed_by_seed_and_corrected_together() -> None:
     assert a["loss"]["mean"] == pytest.approx(np.mean(losses["a"]) - np.mean(losses["base"]))
     assert a["loss"]["p"] == pytest.approx(2 * raw[0]) and b["loss"]["p"] == pytest.approx(max(raw[1], 2 * raw[0]))
     assert verdict(a["loss"], smaller_is_better=True) == "better" and verdict(b["loss"]) == "no difference"
+    assert verdict(a["loss"], smaller_is_better=True, edges=["lr"]) == "not settled"
+    assert verdict(b["loss"], edges=["lr"]) == "no difference"
     assert a["accuracy"]["mean"] == 0 and a["accuracy"]["p"] == 1 and verdict(a["accuracy"]) == "no difference"
     assert a["loss"]["could_show"] > 0
     flat[9]["diverged"] = 3  # one of b's, which was compared none the less
