@@ -171,7 +171,7 @@ def _comparison(study: _Study) -> str:
         "accuracy counts chance in seeds and in test examples, that in loss in seeds. All differences in a measure are "
         f"corrected together (Holm): {len(study.comparison)} of them, {heads - 1} heads on each data set and network. "
         "Could show: the least true difference that this experiment finds in four of five cases. Not settled: there is "
-        "a difference, but a setting of one of the two lies at an end of what was tried, so that it may be the search's."
+        "a difference, but a setting of one of the two lies at an end of what was tried, so it may be the search's."
     )
     return layout.soft(words) + layout.table("Heads compared", columns, rows)
 
