@@ -26,9 +26,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from benchmarks.measuring import machine, parser, wide_console
-from common.files import replace_file
-from common.strict_json import to_json
+from benchmarks.measuring import keep, machine, parser, wide_console
 from model.distances import DISTANCES
 from model.head import HarmonicHead
 
@@ -340,9 +338,7 @@ def main() -> None:
             settings = f"a + b mod {args.modulus}, trained on {args.fraction:.0%} of the pairs, {settings}"
             settings += f"; of the rates {rates}, the one with the best held-out accuracy"
             rows = addition_rows(variants, args.seeds, epochs, args.modulus, args.fraction, advance)
-    if args.out:
-        given = {"machine": machine("cpu"), "task": args.task, "settings": settings, "epochs": epochs, "rows": rows}
-        replace_file(args.out, to_json(given, indent=1) + "\n")
+    keep(args.out, {"task": args.task, "settings": settings, "epochs": epochs, "rows": rows})
     console.print(settings)
     heading, *body = told(rows, epochs)
     table = Table(*heading)

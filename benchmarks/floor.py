@@ -10,20 +10,16 @@ Legend: N states x, V prototypes w, D width. Distances are told in units of |x|.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import starts, tied
-from benchmarks.measuring import machine, markdown, parser
-from common.files import replace_file
+from benchmarks.measuring import in_processes, keep, kept, markdown, parser
 from common.progress import say
-from common.strict_json import plain, to_json
+from common.strict_json import to_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -194,21 +190,16 @@ def _run(asked: argparse.Namespace) -> int:
     from data.shards import open_split
 
     vocab_size = open_split(asked.data, "train").vocab_size
-    runs: list[dict[str, Any]] = []
-    if asked.out and asked.out.exists():
-        runs = json.loads(asked.out.read_text())["runs"]
+    runs = kept(asked.out)
     known = {(one["way"], one["head"], one["seed"], one["steps"]) for one in runs}
     cells = [(way, head, seed, asked.steps) for seed in asked.seeds for head in asked.heads for way in asked.ways]
-    tree: dict[str, Any] = {"machine": machine("cpu"), "runs": runs}
-    tree |= {"push": [push(apart) for apart in APART], "bend": [bend(apart) for apart in ORDINARY]}
-    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(train, *cell, str(asked.data), vocab_size) for cell in cells if cell not in known]
-        for done in as_completed(waiting):
-            runs.append(done.result())
-            say(f"{runs[-1]['head']} {runs[-1]['way']}: {to_json(runs[-1]['seen'][-1])}")
-            if asked.out:
-                replace_file(asked.out, to_json(plain(tree)) + "\n")
-    for rows in (run_rows(runs), push_rows(tree["push"]), bend_rows(tree["bend"])):
+    pushes, bends = [push(apart) for apart in APART], [bend(apart) for apart in ORDINARY]
+    calls = [(*cell, str(asked.data), vocab_size) for cell in cells if cell not in known]
+    for _, run in in_processes(train, calls, asked.jobs):
+        runs.append(run)
+        say(f"{run['head']} {run['way']}: {to_json(run['seen'][-1])}")
+        keep(asked.out, {"runs": runs, "push": pushes, "bend": bends})
+    for rows in (run_rows(runs), push_rows(pushes), bend_rows(bends)):
         print("\n".join([*markdown(list(rows)), ""]))
     return 0
 

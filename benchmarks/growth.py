@@ -13,7 +13,6 @@ Legend: R layers, N samples, V classes, D width.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.classify import Classifier, Variant, adder, addition
-from benchmarks.measuring import machine, markdown, parser
-from common.files import replace_file
+from benchmarks.measuring import keep, kept, markdown, parser
 from common.progress import say
 from common.strict_json import plain, to_json
 from model.distance_base import Distance
@@ -282,9 +280,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(asked: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    found: list[dict[str, Any]] = []
-    if asked.out and asked.out.exists():
-        found = json.loads(asked.out.read_text())["cells"]
+    found = kept(asked.out, "cells")
     for part in asked.parts:
         measure, heads = PARTS[part]
         for head in (head for head in heads if head in (asked.heads or heads)):
@@ -295,8 +291,7 @@ def _run(asked: argparse.Namespace) -> int:
                 continue
             found.append({**cell, "runs": measure(head, steps, seeds)})
             say(f"{part}, {head}: {to_json(plain(found[-1]['runs'][-1]))}")
-            if asked.out:
-                replace_file(asked.out, to_json(plain({"machine": machine("cpu"), "cells": found})) + "\n")
+            keep(asked.out, {"cells": found})
     for table in tables(found):
         print("\n".join([*markdown(table), ""]))
     return 0

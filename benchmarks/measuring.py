@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 
+from common.files import replace_file
 from common.machine import cpu_name
+from common.strict_json import plain, to_json
 
 if TYPE_CHECKING:
     import torch
@@ -24,11 +29,36 @@ if TYPE_CHECKING:
     from pretrain.engine import Trainer
     from pretrain.runtime.ranks import Ranks
 
+R = TypeVar("R")
+
 
 def parser(name: str, document: str | None) -> argparse.ArgumentParser:
     """Of `python -m benchmarks.NAME`, which its module's first line describes, after the command if it begins so."""
     what = (document or "").split("\n")[0].split("`: ")[-1]
     return argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=what[:1].upper() + what[1:])
+
+
+def kept(out: Path | None, name: str = "runs") -> list[dict[str, Any]]:
+    """What an earlier call of a benchmark has left in its JSON file under a name; nothing without one."""
+    return list(json.loads(out.read_text())[name]) if out and out.exists() else []
+
+
+def keep(out: Path | None, results: dict[str, Any]) -> None:
+    """Replaces that file, if there is one to be: what was measured, and the machine."""
+    if out:
+        replace_file(out, to_json(plain({"machine": machine("cpu"), **results})) + "\n")
+
+
+def in_processes(
+    work: Callable[..., R], calls: Sequence[tuple[Any, ...]], count: int
+) -> Iterator[tuple[tuple[Any, ...], R]]:
+    """Calls `work` with each tuple of arguments, `count` at a time, in processes of their own; each call with what it
+    gave, as they end.
+    """
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(work, *call): call for call in calls}
+        for done in as_completed(waiting):
+            yield waiting[done], done.result()
 
 
 def wide_console(width: int = 110) -> Console:

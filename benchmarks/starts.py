@@ -11,21 +11,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import math
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from benchmarks.measuring import machine, markdown, parser
-from common.files import replace_file
+from benchmarks.measuring import in_processes, keep, kept, markdown, parser
 from common.progress import say
-from common.strict_json import plain, to_json
 
 if TYPE_CHECKING:
     from torch import nn
@@ -134,6 +129,10 @@ def train(tree: dict[str, Any], look: Look | None = None) -> dict[str, Any]:
     return {"first_loss": losses[0], "last_loss": last, "bits_per_byte": bits}
 
 
+def _train(run: Short, data: str, vocab_size: int) -> dict[str, Any]:
+    return train(settings(run, data, vocab_size))
+
+
 def grid(asked: argparse.Namespace) -> Iterator[Short]:
     """Every run that was asked for."""
     axes = (asked.dims, asked.heads, asked.entries, asked.features, asked.lrs, asked.seeds)
@@ -188,19 +187,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from data.shards import open_split
 
     vocab_size = open_split(asked.data, "train").vocab_size
-    found: list[dict[str, Any]] = []
-    if asked.out and asked.out.exists():
-        found = json.loads(asked.out.read_text())["runs"]
+    found = kept(asked.out)
     known = {tuple(one[name] for name in Short.__dataclass_fields__) for one in found}
     left = [run for run in grid(asked) if tuple(asdict(run).values()) not in known]
-    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(train, settings(run, str(asked.data), vocab_size)): run for run in left}
-        for number, done in enumerate(as_completed(waiting), start=1):
-            run = waiting[done]
-            found.append({**asdict(run), **done.result()})
-            say(f"{number} of {len(left)}: {run.head} {run.dim} {run.entries} {run.lr:g}: {found[-1]['bits_per_byte']}")
-            if asked.out:
-                replace_file(asked.out, to_json(plain({"machine": machine("cpu"), "runs": found})) + "\n")
+    calls = [(run, str(asked.data), vocab_size) for run in left]
+    for number, ((run, *_), figures) in enumerate(in_processes(_train, calls, asked.jobs), start=1):
+        found.append({**asdict(run), **figures})
+        say(f"{number} of {len(left)}: {run.head} {run.dim} {run.entries} {run.lr:g}: {figures['bits_per_byte']}")
+        keep(asked.out, {"runs": found})
     print("\n".join(markdown(list(best_rates(found)))))
     return 0
 

@@ -10,20 +10,16 @@ two tables.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from benchmarks import starts
-from benchmarks.measuring import machine, markdown, parser
-from common.files import replace_file
+from benchmarks.measuring import in_processes, keep, kept, markdown, parser
 from common.progress import say
-from common.strict_json import plain, to_json
+from common.strict_json import to_json
 
 WIDTH, RATE = 128, 3e-3
 WAYS = ("untied", "same", "opposite", "roll", "rotate", "tenth", "ramp")
@@ -86,18 +82,14 @@ def _run(asked: argparse.Namespace) -> int:
     from data.shards import open_split
 
     vocab_size = open_split(asked.data, "train").vocab_size
-    found: list[dict[str, Any]] = []
-    if asked.out and asked.out.exists():
-        found = json.loads(asked.out.read_text())["runs"]
+    found = kept(asked.out)
     known = {(one["way"], one["head"], one["seed"], one["steps"]) for one in found}
     cells = [(way, head, seed, asked.steps) for seed in asked.seeds for head in asked.heads for way in asked.ways]
-    with ProcessPoolExecutor(asked.jobs, multiprocessing.get_context("spawn")) as pool:
-        waiting = [pool.submit(train, *cell, str(asked.data), vocab_size) for cell in cells if cell not in known]
-        for done in as_completed(waiting):
-            found.append(done.result())
-            say(to_json(found[-1]))
-            if asked.out:
-                replace_file(asked.out, to_json(plain({"machine": machine("cpu"), "runs": found})) + "\n")
+    calls = [(*cell, str(asked.data), vocab_size) for cell in cells if cell not in known]
+    for _, run in in_processes(train, calls, asked.jobs):
+        found.append(run)
+        say(to_json(run))
+        keep(asked.out, {"runs": found})
     print("\n".join(markdown(list(rows(found, asked.ways)))))
     return 0
 

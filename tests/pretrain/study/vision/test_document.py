@@ -101,7 +101,7 @@ def sentences(results: dict[str, Any]) -> list[str]:
         f"{', '.join(open_)} chose a weight decay at the end of its list, so that its higher one is not settled",
         *_of_signals(summary),
         *_of_robustness(summary),
-        *_of_points(summary, against, results),
+        *_of_points(summary, results),
     ]
 
 
@@ -133,11 +133,7 @@ def _of_robustness(summary: dict[tuple[str, str, str], dict[str, Any]]) -> list[
     ]
 
 
-def _of_points(
-    summary: dict[tuple[str, str, str], dict[str, Any]],
-    against: dict[tuple[str, str, str], dict[str, Any]],
-    results: dict[str, Any],
-) -> list[str]:
+def _of_points(summary: dict[tuple[str, str, str], dict[str, Any]], results: dict[str, Any]) -> list[str]:
     def seeds(head: str) -> str:
         return ", ".join(f"{100 * value:.1f}" for value in summary["points", "linear", head]["accuracy"]["values"])
 
